@@ -930,14 +930,20 @@ def membership_audited(model=LINEAR, data=None, **arguments):
     )
 
 
-def backdoor_audited(controls=None, train_controls=None, stream=None):
+def sorted_by_class(n):
+    """Examples of two classes, one after the other."""
+    x, _ = member_examples(n, 0)
+    return x, torch.arange(n) * 2 // n
+
+
+def backdoor_audited(controls=None, train_controls=None, data=None, **settings):
     """The audit of a network, prepared and not run: its controls are given, trained or none."""
     settings = AuditBackdoor(
         model=LINEAR,
-        data=member_examples(40, 0),
+        data=data or member_examples(40, 0),
         controls=controls,
         train_controls=train_controls,
-        stream=stream,
+        **settings,
     )
     with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
         refuse_unmet(audit.needs)
@@ -1048,6 +1054,7 @@ situation(
     model=LINEAR,
     clean=(X[Y.eq(Y[0])], Y[Y.eq(Y[0])]),
 )
+situation("the first examples of a sorted file", backdoor_audited, data=sorted_by_class(40), n=15)
 situation("audited examples that are trusted", holdfast.audit.poison, data=PAIR, model=LINEAR, clean=PAIR)
 situation("members of another model", planned, model="mnist-cnn", members=[LINEAR, LINEAR])
 situation("an ensemble of one", planned, model="ensemble:", members=[LINEAR])

@@ -36,6 +36,7 @@ from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
+from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.needs import Need, refuse_unmet
 from holdfast.core.types import Labels, Mask
@@ -44,11 +45,13 @@ from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
+from holdfast.io.data.selection import selected
 from holdfast.io.files import content_of_file
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.numbers import strict
 from holdfast.reports.write import refuse_unwritable
+from holdfast.rotation.collecting import rows_of
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore
@@ -421,13 +424,14 @@ class _Adaptation:
 
     @cached_property
     def _trusted(self) -> tuple[Tensor, Tensor]:
-        batch = self._tested
-        return batch.x[:_TRUSTED], batch.y[:_TRUSTED]
+        some = rows_of(self._tested, _TRUSTED, Draws(self.settings.seed).at("trusted"))
+        return some.x, some.y
 
     @cached_property
     def _tested(self) -> Batch:
         _, tested = self._opened_data
-        return tested.read(0, min(len(tested), _TESTED))
+        some = selected(tested, n=None, sample=_TESTED, seed=self.settings.seed)
+        return some.read(0, len(some))
 
     def _quarantine(self) -> Json:
         """Screen the labels of the training examples and of the flagged inputs, which are never trained on."""

@@ -11,8 +11,15 @@ import torch
 from holdfast.api.expecting import ends, expected, notes_of, refuse_other_range
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
-from holdfast.api.verb_settings import AuditBackdoor, composed
+from holdfast.api.resolve import (
+    open_beside,
+    open_examples,
+    open_seeded,
+    open_train_split,
+    random_instead,
+    selection_or,
+)
+from holdfast.api.verb_settings import AuditBackdoor
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.backdoor.audit import (
     CLEAN,
@@ -64,13 +71,13 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
     if model.rejects:
         raise UsageError("the model has a detector of its own; audit the network inside")
     refuse_untrainable(model)
-    data = open_examples(settings, model, selection=ExampleSelection(sample=CLEAN))
+    data = open_examples(settings, model, selection=selection_or(settings, ExampleSelection(sample=CLEAN)))
     stream = None if settings.stream is None else _stream(settings, model, data)
     if stream is not None:
         refuse_other_range(data, stream)
     device = torch.device(device_of(settings.device))
     batch = data.read(0, len(data))
-    refuse_one_class(batch.y)
+    refuse_one_class(batch.y, *random_instead(settings))
     with readied(subject, data, device) as (target, _):
         request = BackdoorRequest(batch.to(device), target.classes, stream=stream, seed=settings.seed)
     request = _with_controls(request, settings, model, batch)
@@ -128,7 +135,7 @@ def _needs(settings: AuditBackdoor, batch: Batch, stream: Data | None) -> tuple[
 def _stream(settings: AuditBackdoor, model: Classifier, first: Data) -> Data:
     source = beside(settings, settings.stream)
     properties = expected(settings, model, source, lenient=True, first=first)
-    return open_expected(composed(AuditBackdoor, settings, source), replace(properties, needs_labels=False))
+    return open_beside(settings, source, replace(properties, needs_labels=False))
 
 
 def _with_controls(
@@ -162,10 +169,10 @@ def _training_examples(settings: AuditBackdoor, model: Classifier, batch: Batch)
     """Return the examples on which controls are trained, and what identifies them: the train split, or the data without
     the examples of the audit.
     """
-    train = open_train_split(settings, model)
+    train = open_train_split(settings, model, selection=ExampleSelection())
     if train is not None:
         return train.read(0, len(train)), [train.digest]
-    everything = open_examples(settings, model)
+    everything = open_examples(settings, model, selection=ExampleSelection())
     rest = everything.read(0, len(everything))
     rest = rest.take(~torch.isin(rest.ids, batch.ids))
     if not len(rest):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from holdfast.api import resolve
-from holdfast.api.audit_tables import prepared_tables, tables_of
+from holdfast.api.audit_tables import prepared_tables, selection_notes, tables_of
 from holdfast.api.expecting import first_table, normalisation, notes_of, refuse_other_range, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import AuditGenerator, composed
+from holdfast.api.verb_settings import AuditGenerator
 from holdfast.attacks.parts.small_networks import network_for
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.generator.audit import (
@@ -126,7 +126,7 @@ def opened_audit(
         settings.seed,
         str(device),
         command,
-        (*notes_of(held_out), *source.notes),
+        (*selection_notes(settings, len(training)), *notes_of(training, held_out), *source.notes),
     )
     return request, how
 
@@ -162,10 +162,13 @@ def _opened(
     """Open examples whose labels may be missing, in the layout that the network of the features takes. The columns of a
     table are matched with those of the data `first`.
     """
-    opened = composed(AuditGenerator, settings, source)
+    if isinstance(source, AuditGenerator):
+        opened = partial(resolve.open_expected, source)
+    else:
+        opened = partial(resolve.open_beside, settings, source)
     if network is not None:
         properties = replace(unlabelled(settings, network, source, first), needs_labels=False)
-        return resolve.open_expected(opened, properties)
+        return opened(properties)
     properties = Expected(
         class_names=settings.class_names,
         class_order=settings.class_order,
@@ -175,10 +178,10 @@ def _opened(
         needs_labels=False,
         first=None if first is None else first_table(first),
     )
-    data = resolve.open_expected(opened, properties)
+    data = opened(properties)
     if not isinstance(data, Arrays) or data.reading.stored != "asis" or data.x.ndim not in (3, 4):
         return data
-    return resolve.open_expected(opened, replace(properties, layout=layout_of_images(data.x)))
+    return opened(replace(properties, layout=layout_of_images(data.x)))
 
 
 def _of_split(settings: AuditGenerator, split: str, network: Classifier | None) -> Data:

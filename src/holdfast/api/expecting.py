@@ -20,7 +20,7 @@ from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import Names
 from holdfast.io.data.expected import Expected, FirstTable
 from holdfast.io.data.ranges import Ranges
-from holdfast.io.data.selection import Selection
+from holdfast.io.data.selection import Selection, selected
 from holdfast.io.doctor.single_outputs import unlike_a_logit
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
@@ -263,7 +263,11 @@ def refuse_other_range(first: Data, second: Data) -> None:
 
     Values of a table have units of their own.
     """
-    x, first_x = (data.read(0, min(len(data), _RANGE_EXAMPLES)).x for data in (second, first))
+    ranges = []
+    for data in (first, second):
+        some = selected(data, n=None, sample=_RANGE_EXAMPLES, seed=0)  # a file may be sorted by class
+        ranges.append(some.read(0, len(some)).x)
+    first_x, x = ranges
     if min(x.dim(), first_x.dim()) > 2:
         Ranges.of(x, first_x).refuse(f"{second.name} has", f"{first.name} has")
 

@@ -81,7 +81,7 @@ def refuse_uncalibratable(settings: Calibrate) -> None:
             *_more_examples(settings, subject.model, enough),
         )
     with readied(subject, examples, torch.device("cpu")) as (target, _):
-        calibrated(pipeline, calibration_stream(pipeline, target, examples), rate)
+        calibrated(pipeline, calibration_stream(pipeline, target.logits, examples), rate)
 
 
 def _more_examples(settings: Calibrate, model: Classifier, enough: int) -> tuple[Remedy, ...]:
@@ -113,7 +113,7 @@ def _for_candidate(
         return replace(before, models=(model,))
     examples = open_examples(settings, subject.model)
     with readied(subject, examples, torch.device("cpu")) as (target, _):
-        stream = calibration_stream(pipeline, target, examples)
+        stream = calibration_stream(pipeline, target.logits, examples)
         _, found = calibrated(pipeline, stream, before.false_positives)
     return replace(
         found,

@@ -123,7 +123,7 @@ def _losses(spec: Mapping[str, Any]) -> tuple[str, RobustLosses]:
 
 def _audit_settings(settings: Harden) -> AuditGenerator:
     """The settings of the audits: those that both commands have. Raises `UsageError` if another one was given."""
-    own = AuditGenerator.model_fields.keys() - {"split"} | {"recipe", "budget"}
+    own = AuditGenerator.model_fields.keys() - {"split", "n", "sample"} | {"recipe", "budget"}
     if of_classifiers := settings.model_fields_set - own:
         name = min(of_classifiers)
         raise UsageError(

@@ -91,8 +91,7 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
         training, judged = _parted(everything, settings, model)
         all_examples = judged
     else:
-        given = group_of(settings, ExampleSelection)
-        selection = given if given.n or given.sample else ExampleSelection(sample=JUDGED)
+        selection = resolve.selection_or(settings, ExampleSelection(sample=JUDGED))
         judged = resolve.open_examples(settings, model, selection=selection)
         training, notes = _open_training(settings, model, judged)
         _refuse_changing(settings, model)

@@ -53,7 +53,7 @@ Json = dict[str, Any]
 
 FINDING = "finding"
 """Name of the document with the finding of an audit."""
-FORMAT = 2
+FORMAT = 3
 """Version of the settings and steps of audits. It is increased if a finding is computed from others. Version 1, which
 `run.json` did not state, lacked steps from which the finding can be computed."""
 _TOLERANCE = 1e-6

@@ -17,6 +17,8 @@ NEXT = {
     "embeddings": "Compare inputs after the alarm with those of the reference: they differ in what the model uses.",
     "predictions": "Compare the shares of the predicted classes with those of the reference.",
     "distance": "Look at the inputs after the alarm: they are unlike those of the reference, or suspiciously alike.",
+    "missing values": "Compare the columns with missing values after the alarm with those of the reference: did a "
+    "source of the data fail, or its format change?",
     "confidence": "Look at inputs of low confidence after the alarm.",
     "copies": "Compare the samples with the nearest examples of the reference: the generator returns them.",
     "repeats": "Look at samples that repeat others: the generator may have collapsed to few of them.",

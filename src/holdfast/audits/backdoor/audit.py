@@ -318,10 +318,13 @@ class _Steps:
         if self.request.stream is None:
             return
         batch, stream = self.request.batch, self.request.stream
-        half = len(batch) // 2
+        order = (
+            self.rng.at("strip", "halves").bits(batch.ids.cpu()).argsort()
+        )  # a file may be sorted by class
+        measured, laid_over = order.to(batch.x.device).tensor_split(2)
 
         def entropies(inputs: Batch) -> Columns:
-            overlays, rng = batch.x[half:], self.rng.at("strip")
+            overlays, rng = batch.x[laid_over], self.rng.at("strip")
             entropy = self.request.strip.entropy(self.model, inputs.x, inputs.ids, overlays, rng=rng)
             return {"id": inputs.ids.cpu(), "entropy": entropy.cpu()}
 
@@ -330,7 +333,7 @@ class _Steps:
             pieces = [entropies(stream.read(start, start + _ROWS).to(batch.x.device)) for start in starts]
             return {name: torch.cat([piece[name] for piece in pieces]) for name in ("id", "entropy")}
 
-        self.run.stage(STRIP_CLEAN, lambda: entropies(batch.take(torch.arange(half))))
+        self.run.stage(STRIP_CLEAN, lambda: entropies(batch.take(measured)))
         self.run.stage(STRIP, of_stream)
 
 

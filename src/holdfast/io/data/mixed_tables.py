@@ -49,6 +49,11 @@ class MixedTables:
         """Which columns are numbers (columns)."""
         return torch.tensor([not column.values for column in self.columns])
 
+    def selected(self, place: int, rows: NDArray[np.int64]) -> "MixedTables":
+        """Return the tables with some of the rows of one of them."""
+        chosen = [table[torch.from_numpy(rows)] if k == place else table for k, table in enumerate(self.rows)]
+        return MixedTables(self.columns, tuple(chosen))
+
     def encoded(self, like: int) -> list[Tensor]:
         """Return each table as features (n, d): numbers from 0 to 1 in the range of table `like`, and an indicator for
         each value of a category, which is 0 or 0.5.

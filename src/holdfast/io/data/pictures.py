@@ -24,7 +24,7 @@ from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import by_stripped, note_on_spaces
-from holdfast.io.data.arrays import Arrays, Choice
+from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
 from holdfast.io.data.class_numbers import lenient_numbers
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import GREY_NOTE
@@ -166,6 +166,8 @@ def open_folder(
             unnumbered, first = replace(unnumbered, mode="L"), first[:, :1]
             notes += (GREY_NOTE,)
         notes += expected.probe.suit(first)
+    labels = np.array([name for _, name in entries])
+    notes += first_rows_note(labels, labels[rows], choice.n)
     read_as = by_stripped(class_folders, expected.class_names or ())
     names, objection = lenient_numbers(
         sorted({*read_as.values()}), expected, repr(str(root)), "class folders"

@@ -69,6 +69,8 @@ class Work:
     """mask of the examples of the shard that the stage is run on; None for all"""
     broken: Mask | None = None
     """mask of the examples that the suite has broken, for a stage outside the suite; otherwise None"""
+    certified: Mask | None = None
+    """mask of the certified examples, on which an attack of the suite is a short test; None for none"""
 
     @property
     def batch(self) -> Batch:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from holdfast.core.evidence import Columns, Residual, in_table
 from holdfast.core.types import Mask
-from holdfast.runs.harness.stage import Schedule, Stage, StageOutline
+from holdfast.runs.harness.stage import Schedule, Stage, StageOutline, certified_in
 
 _CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
 
@@ -22,6 +22,14 @@ def due_examples(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) 
     if due is not None and plan.threat.constraint.judges_misclassified:
         return torch.ones_like(due)  # a misclassified image may be classified correctly when corrupted
     return due
+
+
+def only_tested(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
+    """Return the mask of the certified examples, on which an attack of the suite is a short test of the certificates.
+    None for other stages, and if every attack is run on every example.
+    """
+    complete = plan.full or plan.smallest or not stage.kind.in_suite
+    return None if complete else certified_in(plan.stages(), by_stage)
 
 
 def joined_waves(steps: Sequence[StageOutline], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
