@@ -61,7 +61,7 @@ class BackdoorOptions(AuditOptions):
         description="Folder with the weights of at least 20 networks of the same architecture that were trained on "
         "clean data, with which the model is compared.",
     )
-    train_controls: Annotated[values.Budget | None, Flag("TIME")] = Field(
+    train_controls: Annotated[values.Duration | None, Flag("TIME")] = Field(
         default=None,
         description="Train control networks on the train split of the data within this time, as in 20min.",
     )
