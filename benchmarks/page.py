@@ -188,6 +188,9 @@ SUBJECTS = {
     "adaptive attacks, and the doubts raised.",
     "masked-unknown": "Masked models that the adaptive attacks were not developed on, beside their twins; honest "
     "networks; and models without any gradient beside Square and HopSkipJump at equal queries.",
+    "audit-controls": "`holdfast audit backdoor --train-controls` on clean networks of three architectures and on "
+    "planted backdoors, MNIST and Fashion-MNIST. *Limit* is the prediction limit of the ratio: a network is flagged "
+    "below it, if its trigger succeeds on at most 10 % of the inputs of the controls.",
     "audit-backdoor": "`holdfast audit backdoor` on MNIST networks with planted backdoors, on ten clean ones and on a "
     "published network with a backdoor, each against 20 control networks; and STRIP. *Index* is that of Neural "
     "Cleanse.",

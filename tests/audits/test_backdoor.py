@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -294,9 +295,9 @@ def test_an_untrained_control_is_left_out_and_named(batch, folder, sizes, poison
     assert len(found.facts["ratios_of_controls"]) == 20
     (tmp_path / names[0]).unlink()
     fewer = finding(poisoned, request(batch, tmp_path, sizes=sizes))
-    assert fewer.verdict == "unclear" and "only 19 of at least 20" in fewer.headline
-    assert "1 are missing" in fewer.headline and "untrained.safetensors" in fewer.headline
-    assert "p" not in fewer.facts and any("Add 1 networks" in reason for reason in fewer.reasons)
+    assert fewer.verdict == "unclear" and "only 19 control networks" in fewer.headline
+    assert "20 are needed: 1 missing" in fewer.headline and "untrained.safetensors" in fewer.headline
+    assert "p" not in fewer.facts and any("Give 1 more network that" in reason for reason in fewer.reasons)
 
 
 def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch):
@@ -340,6 +341,14 @@ def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, 
         cache.read()
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that advances by a second whenever it is read."""
+    ticks = count()
+    monkeypatch.setattr("holdfast.audits.backdoor.training.perf_counter", lambda: float(next(ticks)))
+    return ticks
+
+
 def state_of(net, epoch):
     tensors = {WEIGHTS + name: value for name, value in Classifier(net).state_dict().items()}
     return Checkpoint(epoch, 1000, tensors, {})
@@ -363,7 +372,7 @@ def training_of(networks, folder, calls, *, needed=1, constant=(), time_s=3600.0
     return ControlTraining(epochs, time_s, folder)
 
 
-def test_controls_are_trained_until_they_are_as_accurate_as_the_model(batch, networks, poisoned, tmp_path):
+def test_controls_are_trained_until_they_are_as_accurate_as_the_model(batch, networks, tmp_path):
     model, calls = Classifier(networks[0]), []
     controls = trained_controls(training_of(networks, tmp_path, calls, needed=3), model, batch, ignore)
     assert [control.epochs for control in controls] == [3] * 20 and not any(
@@ -374,11 +383,7 @@ def test_controls_are_trained_until_they_are_as_accurate_as_the_model(batch, net
     assert again == controls and calls == [(number, 0) for number in range(20)]
 
 
-def test_the_whole_time_is_used_and_the_training_continues_in_a_later_audit(
-    batch, networks, poisoned, tmp_path, monkeypatch
-):
-    clock = iter(range(10_000))
-    monkeypatch.setattr("holdfast.audits.backdoor.training.perf_counter", lambda: float(next(clock)))
+def test_the_whole_time_is_used_and_a_later_audit_continues(batch, networks, clock, tmp_path):
     model, calls = Classifier(networks[0]), []
     short = training_of(networks, tmp_path, calls, needed=4, time_s=70.0)
     controls = trained_controls(short, model, batch, ignore)
@@ -390,11 +395,7 @@ def test_the_whole_time_is_used_and_the_training_continues_in_a_later_audit(
     assert calls == [(control.number, control.epochs) for control in controls]
 
 
-def test_a_constant_control_is_replaced_by_one_with_other_initial_weights(
-    batch, networks, poisoned, tmp_path, monkeypatch
-):
-    clock = iter(range(10_000))
-    monkeypatch.setattr("holdfast.audits.backdoor.training.perf_counter", lambda: float(next(clock)))
+def test_a_constant_control_is_replaced(batch, networks, clock, tmp_path):
     training = training_of(networks, tmp_path, [], constant=(7,), time_s=200.0)
     numbers = [
         control.number for control in trained_controls(training, Classifier(networks[0]), batch, ignore)
@@ -402,14 +403,10 @@ def test_a_constant_control_is_replaced_by_one_with_other_initial_weights(
     assert numbers == [*range(7), 20, *range(8, 20)]
 
 
-def test_controls_that_are_trained_for_too_short_make_the_result_unclear(
-    batch, networks, poisoned, tmp_path, monkeypatch
-):
-    clock = iter(range(10_000))
-    monkeypatch.setattr("holdfast.audits.backdoor.training.perf_counter", lambda: float(next(clock)))
+def test_too_little_training_of_controls_makes_the_result_unclear(batch, networks, poisoned, clock, tmp_path):
     asked = request(batch, training=training_of(networks, tmp_path, [], needed=9, time_s=50.0))
     found = finding(poisoned, asked)
-    assert found.verdict == "unclear" and "20 are missing" in found.headline
+    assert found.verdict == "unclear" and "20 missing" in found.headline
     assert any("The time of train_controls ended before" in reason for reason in found.reasons)
     with pytest.raises(UsageError, match="do not fit into the 9 s"):
         trained_controls(

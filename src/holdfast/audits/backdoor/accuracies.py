@@ -21,16 +21,19 @@ def sentences(measured: Measured) -> tuple[str, ...]:
     if not measured.controls:
         return ()
     less = sum(control.is_below for control in measured.controls)
-    apart, below = f"{100 * measured.largest_difference:.1f} points", ""
+    apart = ""
+    if measured.used:
+        apart = (
+            "The clean accuracies of the model and of the compared controls differ by at most "
+            f"{100 * measured.largest_difference:.1f} points."
+        )
+    below = ""
     if less:
         below = f"{less} of the {len(measured.controls)} controls are less accurate than the model, as if trained less."
-    parts = (
-        _left_out(measured),
-        f"The clean accuracies of the model and of the compared controls differ by at most {apart}.",
-        below,
-        _training(measured, less) if measured.trained else _missing(measured),
+    trained = _trained(measured) if measured.trained else ""
+    return tuple(
+        part for part in (_left_out(measured), apart, below, trained, _missing(measured, less)) if part
     )
-    return tuple(part for part in parts if part)
 
 
 def _left_out(measured: Measured) -> str:
@@ -53,17 +56,20 @@ def _first(items: Sequence[str]) -> str:
     return named if len(items) <= _NAMED else f"{named}, and {len(items) - _NAMED} more"
 
 
-def _training(measured: Measured, less: int) -> str:
+def _trained(measured: Measured) -> str:
     fewest, most = min(measured.trained), max(measured.trained)
-    epochs = f"The audit trained the controls for {fewest} to {most} epochs."
-    if not less:
-        return epochs
-    return f"{epochs} The time of train_controls ended before; with a longer time their training continues."
+    return f"The audit trained the controls for {fewest} to {most} epochs."
 
 
-def _missing(measured: Measured) -> str:
+def _missing(measured: Measured, less: int) -> str:
+    """What the user can do if controls are missing, or are less accurate because the time ended."""
+    if measured.trained and less:
+        return "The time of train_controls ended before; with a longer time their training continues."
     missing = MIN_CONTROLS - len(measured.used)
-    return f"Add {missing} networks that were trained like the model with other seeds." if missing > 0 else ""
+    if missing <= 0:
+        return ""
+    networks = "network" if missing == 1 else "networks"
+    return f"Give {missing} more {networks} that were trained like the model (controls)."
 
 
 def controls_table(measured: Measured) -> Table:

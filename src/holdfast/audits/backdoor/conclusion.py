@@ -121,8 +121,8 @@ def _verdict(measured: Measured, names: Sequence[str] | None) -> tuple[AuditVerd
         if measured.controls:
             n = len(measured.used)
             text = (
-                f"only {n} of at least {MIN_CONTROLS} control networks can be compared with the model, so that "
-                f"{MIN_CONTROLS - n} are missing{left_out_of(measured)}"
+                f"only {n} control networks can be compared with the model and {MIN_CONTROLS} are needed: "
+                f"{MIN_CONTROLS - n} missing{left_out_of(measured)}"
             )
         return (
             "unclear",
