@@ -924,10 +924,10 @@ def membership_audited(model=LINEAR, data=None, **arguments):
     )
 
 
-def backdoor_audited(controls=None, train_controls=None):
+def backdoor_audited(controls=None, train_controls=None, n=40):
     """The audit of a network, prepared and not run: its controls are given, trained or none."""
     settings = AuditBackdoor(
-        model=LINEAR, data=member_examples(40, 0), controls=controls, train_controls=train_controls
+        model=LINEAR, data=member_examples(n, 0), controls=controls, train_controls=train_controls
     )
     with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
         return audit
@@ -1575,8 +1575,8 @@ situation(
     controls=".",
     train_controls="1min",
 )
-situation("a time of controls without a unit", backdoor_audited, train_controls="60")
-situation("a time of controls that is a number", backdoor_audited, train_controls=2.5)
+situation("a time of controls without a unit", backdoor_audited, train_controls="60", n=2100)
+situation("a time of controls that is a number", backdoor_audited, train_controls=2.5, n=2100)
 situation("too little time for controls", short_control_training, train_controls="1s")
 situation("no examples for controls", backdoor_audited, {"train_controls": None}, train_controls="1min")
 situation(

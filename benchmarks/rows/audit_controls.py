@@ -1,8 +1,8 @@
 """The audit of a model with the controls that it trains: clean networks of three architectures, and planted backdoors.
 
 The networks of one architecture are audited one after the other with the cache of one user, so that they share the
-controls, which are trained further for a network that is more accurate than they are. Verdicts of networks that share controls depend
-on each other, which does not change the expected number of false ones.
+controls, which are trained further for a network that is more accurate than they are. Verdicts of networks that share
+controls depend on each other, which does not change the expected number of false ones.
 """
 
 import os
