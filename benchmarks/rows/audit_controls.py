@@ -37,17 +37,23 @@ STAMPED, COVER = 300, 600
 """Number of stamped examples of the source class with the label of the target, and of other classes with their own."""
 
 
+_NOTE = (
+    "The network with batch norm first ended with a mean over positions. It reached 56 to 62 % after these epochs, and two "
+    "clean ones were not flagged (p = 0.24 and 0.10); it was replaced because nobody uses networks of this accuracy."
+)
+
+
 def perceptron() -> nn.Sequential:
     """A network with one hidden layer."""
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def batch_norm() -> nn.Sequential:
-    """A convolutional network with batch norm and a mean over positions."""
+    """A convolutional network with batch norm."""
     first, second = nn.Conv2d(1, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
     return nn.Sequential(
         *(first, nn.BatchNorm2d(16), nn.ReLU(), second, nn.BatchNorm2d(32), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+        *(nn.Flatten(), nn.Linear(32 * 7**2, 10)),
     )
 
 
@@ -102,7 +108,7 @@ def measured() -> Outcome:
                 Claim(f"{row['network']}: flagged for its class >= 1", is_flagged and is_right, 1, least=True)
             )
     config = {"training images": TRAINED, "clean images": TESTED, "epochs": "3 to 6", "train-controls": TIME}
-    return Outcome(list(found.values()), claims, config, parts)
+    return Outcome(list(found.values()), claims, config, parts, [_NOTE])
 
 
 def _data(name: str) -> tuple[Tensor, Tensor, Path]:
