@@ -193,7 +193,8 @@ SUBJECTS = {
     "below it, if its trigger succeeds on at most 10 % of the inputs of the controls.",
     "audit-backdoor": "`holdfast audit backdoor` on MNIST networks with planted backdoors, on ten clean ones and on a "
     "published network with a backdoor, each against 20 control networks; and STRIP. *Index* is that of Neural "
-    "Cleanse.",
+    "Cleanse. The verdicts are those of the rank alone, before [decision 40](decisions/0040-margins-of-backdoors.md): "
+    "by the recorded numbers, the clean network of seed 107 is now `unclear`, and the others have the same verdict.",
 }
 """What each row measures, in the order of the page."""
 

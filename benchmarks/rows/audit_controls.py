@@ -38,8 +38,9 @@ STAMPED, COVER = 300, 600
 
 
 _NOTE = (
-    "The network with batch norm first ended with a mean over positions. It reached 56 to 62 % after these epochs, and two "
-    "clean ones were not flagged (p = 0.24 and 0.10); it was replaced because nobody uses networks of this accuracy."
+    "The network with batch norm first ended with a mean over positions. It reached 56 to 62 % after these epochs, and "
+    "two clean ones were not flagged (p = 0.24 and 0.10); it was replaced because nobody uses networks of this "
+    "accuracy."
 )
 
 
