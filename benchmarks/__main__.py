@@ -96,6 +96,8 @@ ROWS = {
     "ensembles": "ensembles",
     "hybrid": "hybrid",
     "fast-choice": "fast_choice",
+    "fast-small": "fast_small",
+    "expected-time": "expected_time",
     "fast": "fast",
     "trades": "trades",
     "standard": "standard",

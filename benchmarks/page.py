@@ -152,6 +152,10 @@ SUBJECTS = {
     "certified-training": "Certified training of the bundled network, MNIST, Linf 0.1: share of the 10,000 test "
     "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
+    "fast-small": "`fast` and `quick` against `standard` on 60 images, where the first waves, of at least 32 images, "
+    "are most of the work of `fast`.",
+    "expected-time": "The expected time that `assess` prints before a run, beside the wall time of the run. It prints "
+    "none where a search ends at a moment that is not known in advance.",
     "fast": "`fast` and `quick` against `standard`: robust accuracy, examples missed, and CPU time.",
     "trades": "`fast` on the 10,000 images of the public challenge of TRADES. "
     "AutoAttack leaves 92.81 %, as published.",

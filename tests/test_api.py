@@ -475,7 +475,11 @@ def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
 def test_progress_is_told_to_whoever_asks():
     steps: list[Step] = []
     holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, progress=steps.append)
-    assert {step.stage for step in steps} == {"clean", "1-pgd", "2-fgsm"}
+    assert {(step.stage, step.title) for step in steps} == {
+        ("clean", "clean"),
+        ("1-pgd", "PGD"),
+        ("2-fgsm", "FGSM"),
+    }
 
 
 def test_a_model_that_is_no_classifier_of_these_is_refused():

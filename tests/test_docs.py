@@ -72,9 +72,13 @@ ATTACKS = rows("reference/attacks.md", "attack")
 RECIPES = rows("reference/recipes.md", "recipe")
 
 
-def test_every_page_is_in_the_navigation():
+def test_every_page_is_in_the_navigation_or_in_the_list_of_decisions():
     listed = re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    decisions = {page for page in pages if page.startswith("decisions/")}
+    assert sorted(listed) == sorted(pages - decisions)
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", text("decisions/index.md"))
+    assert sorted(f"decisions/{page}" for page in linked) == sorted(decisions - {"decisions/index.md"})
 
 
 def test_every_missed_requirement_of_a_record_is_documented():

@@ -1,6 +1,7 @@
 """What differs on a GPU: certificates, and workers that share one. Run with `pytest -m gpu tests/test_gpu.py`."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,19 @@ def test_the_verb_certifies_on_a_gpu() -> None:
     result = holdfast.certify("mnist-cnn-hardened", "mnist-mini", "linf:0.1", n=N, device="cuda")
     same = holdfast.certify("mnist-cnn-hardened", "mnist-mini", "linf:0.1", n=N, device="cpu")
     assert torch.equal(result.evidence["certified"], same.evidence["certified"])
+
+
+def test_monitor_and_calibrate_on_a_gpu_find_what_the_processor_finds(tmp_path: Path) -> None:
+    guard = "schema_version: 1\nmode: observe\ninputs: {shape: [1, 28, 28]}\noutputs: logit\nfalse_positives: 0.1\n"
+    (tmp_path / "guard.yaml").write_text(f"{guard}rules:\n  energy: {{}}\n  squeezing: {{}}\n")
+    pixels = digits(500)
+    stream, reference = pixels.x[300:] * 0.7, (pixels.x[:300], pixels.y[:300])
+    found = []
+    for device in ("cpu", "cuda"):
+        monitored = holdfast.monitor(stream, reference, "mnist-cnn", device=device)
+        settings = {"guard": str(tmp_path / "guard.yaml"), "device": device}
+        calibrated = holdfast.Calibrate(model="mnist-cnn", data="mnist-mini", **settings).run()
+        found.append(([result.alarm for result in monitored.results], calibrated.calibration.thresholds))
+    (alarms, thresholds), (alarms_on_gpu, thresholds_on_gpu) = found
+    assert [alarm and alarm.after for alarm in alarms] == [alarm and alarm.after for alarm in alarms_on_gpu]
+    assert thresholds_on_gpu == pytest.approx(thresholds, rel=1e-3)

@@ -29,6 +29,7 @@ from torch import nn
 import holdfast
 from holdfast.api.audit_backdoor import prepared_backdoor
 from holdfast.api.expecting import range_of_all
+from holdfast.api.guard_candidates import refuse_uncalibratable
 from holdfast.api.guard_opening import guarded_subject
 from holdfast.api.hardening import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
 from holdfast.api.misspelt import refuse_misspelt
@@ -42,6 +43,7 @@ from holdfast.api.serving import _shape, server_setup
 from holdfast.api.verb_settings import (
     Assess,
     AuditBackdoor,
+    Calibrate,
     Certify,
     Harden,
     Monitor,
@@ -66,6 +68,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, failure_from_json, failure_to_json
 from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.needs import refuse_unmet
 from holdfast.core.refusals import refuse_lost
 from holdfast.core.remedies import Install, Placeholder, Remedy
 from holdfast.core.triggers import Trigger
@@ -532,6 +535,8 @@ def file(name: str) -> str:
         np.savez(path, x=X.numpy(), y=Y.numpy())
     elif name == "groups.npz":
         np.savez(path, x=X.numpy(), y=Y.numpy(), sex=np.arange(12) % 2)
+    elif name == "other-labels.npz":
+        np.savez(path, x=X.numpy(), targets=Y.numpy())
     elif name == "named.npz":
         np.savez(path, images=X.numpy(), targets=Y.numpy())
     elif name == "grey.npz":
@@ -924,13 +929,33 @@ def membership_audited(model=LINEAR, data=None, **arguments):
     )
 
 
-def backdoor_audited(controls=None, train_controls=None, n=40):
+def sorted_by_class(n):
+    """Examples of two classes, one after the other."""
+    x, _ = member_examples(n, 0)
+    return x, torch.arange(n) * 2 // n
+
+
+def backdoor_audited(controls=None, train_controls=None, data=None, **settings):
     """The audit of a network, prepared and not run: its controls are given, trained or none."""
     settings = AuditBackdoor(
-        model=LINEAR, data=member_examples(n, 0), controls=controls, train_controls=train_controls
+        model=LINEAR,
+        data=data or member_examples(40, 0),
+        controls=controls,
+        train_controls=train_controls,
+        **settings,
     )
     with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
+        refuse_unmet(audit.needs)
         return audit
+
+
+def candidate_calibrated(n=None, sample=None):
+    """The calibration of a guard for a candidate, as a test before it is trained."""
+    guard = Path(mkdtemp()) / "guard.yaml"
+    guard.write_text("inputs: {shape: [4], low: 0, high: 1}\nfalse_positives: 0.05\nrules: {energy: {}}\n")
+    settings = Calibrate(model=LINEAR, data=member_examples(60, 0), guard=str(guard))
+    settings.run()
+    refuse_uncalibratable(settings.model_copy(update={"n": n, "sample": sample}))
 
 
 def explained(index=None, **settings):
@@ -1028,6 +1053,7 @@ situation(
     model=LINEAR,
     clean=(X[Y.eq(Y[0])], Y[Y.eq(Y[0])]),
 )
+situation("the first examples of a sorted file", backdoor_audited, data=sorted_by_class(40), n=15)
 situation("audited examples that are trusted", holdfast.audit.poison, data=PAIR, model=LINEAR, clean=PAIR)
 situation("members of another model", planned, model="mnist-cnn", members=[LINEAR, LINEAR])
 situation("an ensemble of one", planned, model="ensemble:", members=[LINEAR])
@@ -1103,6 +1129,7 @@ situation("pixels declared as normalised", opened, data=(X, Y), data_normalised=
 situation("normalised on another scale", opened, data=(X * 2 - 1, Y), data_normalised=([127.5], [127.5]))
 situation("split of one set", opened, data=Later(lambda: file("one.npz")), open_data={"split": "val"})
 situation("no arrays", opened, {"x": "images", "y": "targets"}, data=Later(lambda: file("named.npz")))
+situation("labels of another name", opened, {"y": "targets"}, data=Later(lambda: file("other-labels.npz")))
 situation(
     "one array",
     opened,
@@ -1575,8 +1602,20 @@ situation(
     controls=".",
     train_controls="1min",
 )
-situation("a time of controls without a unit", backdoor_audited, train_controls="60", n=2100)
-situation("a time of controls that is a number", backdoor_audited, train_controls=2.5, n=2100)
+situation(
+    "a time of controls without a unit", backdoor_audited, train_controls="60", data=member_examples(2100, 0)
+)
+situation(
+    "a time of controls that is a number", backdoor_audited, train_controls=2.5, data=member_examples(2100, 0)
+)
+situation(
+    "a stream of another shape",
+    backdoor_audited,
+    {"stream": None},
+    stream=(torch.zeros(9, 3), torch.zeros(9, dtype=torch.int64)),
+)
+situation("too few inputs for a candidate", candidate_calibrated, n=15)
+situation("too small a sample for a candidate", candidate_calibrated, sample=15)
 situation("too little time for controls", short_control_training, train_controls="1s")
 situation("no examples for controls", backdoor_audited, {"train_controls": None}, train_controls="1min")
 situation(

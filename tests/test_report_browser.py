@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.reports import comparison
+from holdfast.reports.annex import FolderEvidence, annex, annex_page
 from holdfast.reports.html import page
+from holdfast.reports.monitoring import monitoring_page
 from reports import made
 
 FOLDER = Path(__file__).parent / "browser"
@@ -66,7 +68,44 @@ def _comparison():
     return comparison.comparison_page(comparison.comparison(*runs, tuple(map(made.summarised, runs))))
 
 
-@pytest.mark.parametrize("build", [_failing_images, _accepted_table, _hostile, _comparison])
+def _annex():
+    folder = "holdfast-runs/20261129-130151-assess-" + 40 * "0"
+    model, statement = "a-model-with-a-long-name.safetensors", 20 * "survive "
+    found = FolderEvidence(folder, model, "assess", "", {"attacks": ["FGSM"]}, statement)
+    text = annex_page(annex([found], "aisvs"))
+    assert text.count('class="stacked"') == 2
+    return text
+
+
+def _monitoring():
+    alarm = {
+        "after": 257,
+        "signal": "inputs: mean",
+        "view": "inputs",
+        "evidence": "wealth 1,918, at least 960",
+    }
+    power = {"signal": "inputs: mean", "shift": 0.3, "drop": None, "errors": False, "false_alarms": None}
+    test = {
+        "name": "martingale",
+        "state": "alarm",
+        "alarm": alarm,
+        "power": power,
+        "fewest": 1,
+        "restarted": [],
+    }
+    test |= {"compares": "the rank of each sample", "guarantee": "An alarm has a probability of at most 5 %."}
+    sources = {"stream": {"n": 500, "name": "stream.npz"}, "reference": {"n": 500, "name": "reference.npz"}}
+    accuracy = dict.fromkeys(("of_reference", "measured", "expected"))
+    content = {"verdict": "alarm", "decisive": ["martingale"], "tests": [test], "notes": ["a note"]}
+    text = monitoring_page({**content, **sources, **accuracy})
+    assert text.count('class="stacked"') == 2
+    return text
+
+
+BUILT = [_failing_images, _accepted_table, _hostile, _comparison, _annex, _monitoring]
+
+
+@pytest.mark.parametrize("build", BUILT)
 def test_page_in_a_browser(build, browser, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(build(), encoding="utf-8")
@@ -79,6 +118,7 @@ def test_page_in_a_browser(build, browser, tmp_path):
         assert visit["violations"] == []
         assert visit["broken"] == 0
         assert visit["sideways"] <= 0
+        assert visit["cut"] == 0, "a table of texts is wider than the screen"
 
 
 def test_the_check_itself_sees_requests_and_violations(browser, tmp_path):

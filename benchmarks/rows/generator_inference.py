@@ -85,7 +85,8 @@ def found(kind: str, size: int) -> Cells:
     context = Context(samples, training, test, generator, torch.device("cpu"), rng)
     membership = Membership()
     finding = membership.concluded(membership.measure(context), context)
-    copied = copies(samples, training.x, test.x).rate.value
+    found = copies(samples, training.x, test.x)
+    copied = found.rate.value + found.near.value
     return {**finding.facts, "copies": copied, "seconds": time.process_time() - started}
 
 

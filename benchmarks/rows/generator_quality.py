@@ -46,7 +46,8 @@ def measured() -> Outcome:
     reference = ((reference - mean) / deviation)[:, varying]
     features = {name: ((penultimate(model, x)[0] - mean) / deviation)[:, varying] for name, x in sets.items()}
     results = {name: quality(each, reference) for name, each in features.items()}
-    found = {name: copies(x, training.x, held_out).rate.value for name, x in sets.items()}
+    compared = {name: copies(x, training.x, held_out) for name, x in sets.items()}
+    found = {name: each.rate.value + each.near.value for name, each in compared.items()}
     seconds = time.process_time() - started
     order = list(sets)[:-1]
     values = [results[name].frechet.value for name in order]

@@ -82,8 +82,9 @@ def _audited(opened: MixedTables, samples: Tensor, training: Tensor, held_out: T
     ]
     risks = [risk(each, bonferroni(0.95, len(attacks))) for each in attacks]
     of_training, of_samples, of_held_out = tables.encoded(0)
+    copied = copies(of_samples, of_training, of_held_out)
     return {
-        "copies": copies(of_samples, of_training, of_held_out).rate.value,
+        "copies": copied.rate.value + copied.near.value,
         "singling out": risks[0].value,
         "linking": risks[1].value,
         "linking low": risks[1].low,

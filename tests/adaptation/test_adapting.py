@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import holdfast
+from holdfast.adaptation.journal import read_adaptation
 from holdfast.api import adapting, live_pairs
 from holdfast.api.annexes import annex_of
 from holdfast.api.serving import server_setup
@@ -17,6 +18,7 @@ from holdfast.api.verb_settings import Adapt, Calibrate, Serve
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.io.remote.operator_port import Refusal
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
@@ -204,6 +206,28 @@ def test_bad_settings_are_refused(served, tmp_path):
     labels.write_text("request,label\nnone,1\n")
     with pytest.raises(UsageError, match="is not among the stored flagged inputs"):
         settings(url, folder, labels=str(labels)).run(tmp_path / "labels")
+
+
+@pytest.mark.slow
+def test_what_later_steps_need_is_checked_before_the_first_one(served, tmp_path, monkeypatch):
+    server, url, _, folder = served
+
+    def refused(name, message, **more):
+        with pytest.raises(UsageError, match=message) as error:
+            settings(url, folder, **more).run(tmp_path / name)
+        assert not read_adaptation(tmp_path / name).steps
+        return error.value
+
+    monkeypatch.setattr(adapting, "hardened", lambda *_, **__: 1 / 0)  # nothing is trained
+    few = refused("few", "the later step canary would fail: .* on 15 inputs; 19 suffice", sample=15)
+    assert few.remedies == (Remedy("sample", 19),)
+    with pytest.raises(ZeroDivisionError):  # with it, the run comes to its training
+        settings(url, folder, sample=19).run(tmp_path / "enough")
+    for gate in ("transfer_success <= 0.1", "churn <= 0.1", "mce <= 1 vs baseline"):
+        refused(gate[:5], f"gate '{gate}'", gates=[gate])
+    refused("threat", "the later step harden would fail: eps is 3", threat="linf:3")
+    refused("monitor", "the later step trigger would fail: the server has no monitor", trigger="alarm")
+    assert not server.adaptations.holder
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_settings_of_the_server_that_could_name_code_are_not_used(run, monkeypat
         adapting._Adaptation, "_opened", lambda self, path, settings: SimpleNamespace(digest="old")
     )
     adaptation.port = Server(file, data="other.py:load", trust_code=True, mean=[0.5])
-    assert adaptation._begin()["settings"] == {"model": str(file), "mean": [0.5]}
+    assert adaptation._described()["settings"] == {"model": str(file), "mean": [0.5]}
 
 
 def test_a_reload_that_fails_puts_the_earlier_file_back(run):

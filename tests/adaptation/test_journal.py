@@ -208,3 +208,24 @@ def test_hostile_texts_are_shown_in_one_line(tmp_path):
     folder = written(tmp_path / "run", ("begin",), {"begin": {"ends": "\x1b]0;x\x07\n::error::x"}})
     done = CliRunner().invoke(verbs, ["report", str(folder), "--annex", "aisvs"], catch_exceptions=False)
     assert done.exit_code == 0 and "\x1b" not in done.output and "\n::error" not in done.output
+
+
+def test_runs_lists_adaptations_beside_others_and_skips_altered_ones(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "promoted")
+    written(tmp_path / "ended", ("begin", "trigger"), {"trigger": ENDED})
+    written(tmp_path / "begun", ("begin",), ends=False)
+    altered = shutil.copytree(finished, tmp_path / "altered")
+    (altered / "gates.json").write_text("{}")
+    shown = CliRunner().invoke(verbs, ["runs", str(tmp_path)])
+    lines = {
+        row.split()[0].rpartition("/")[2]: " ".join(row.split()[1:]) for row in shown.output.splitlines()[1:]
+    }
+    assert lines == {
+        "promoted": "exit 0 adapt http://a",
+        "ended": "exit 1 adapt http://a",
+        "begun": f"1 of {len(OF_FILE)} stages adapt http://a",
+    }
+    strange = shutil.copytree(finished, tmp_path / "strange")
+    manifest = json.loads((strange / "run.json").read_text())
+    (strange / "run.json").write_text(json.dumps(manifest | {"config": 3}))
+    assert CliRunner().invoke(verbs, ["runs", str(tmp_path)]).output == shown.output

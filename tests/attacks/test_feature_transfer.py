@@ -93,6 +93,27 @@ def surviving(model, batch, x_adv):
     return float((right > 0.5).double().mean())
 
 
+def by_codebook(z):
+    entries = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, -1.0]], dtype=z.dtype)
+    pairs = z.unflatten(1, (2, 2))
+    return entries[torch.cdist(pairs, entries).argmin(-1)].flatten(1)
+
+
+@pytest.mark.parametrize(
+    "decide, chooses",
+    [
+        (by_codebook, True),
+        (one_hot, True),
+        (prototypes_elsewhere, True),
+        (torch.round, False),
+        (torch.sign, False),
+    ],
+)
+def test_choices_among_outcomes_are_distinguished_from_roundings(decide, chooses):
+    model = Classifier(Hard(decide))
+    assert features_of(model, examples()).chooses == chooses
+
+
 @pytest.mark.parametrize(
     "decide",
     [

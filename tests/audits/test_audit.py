@@ -9,11 +9,14 @@ import torch
 
 import holdfast
 from benchmarks.forging import accepted_fields, rechain
-from holdfast.audits.audit import AuditRequest, audited, is_audit, open_audit
+from holdfast.api.verb_settings import AuditGenerator
+from holdfast.audits.audit import AuditRequest, audited, is_audit, judged, open_audit
 from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.cli.app import run as command
+from holdfast.core.catalogue import AUDITS
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.gates.judging import EXIT_CODES
+from holdfast.reports.audit import failing_gate
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.column_forms import Form, flag, validated_columns, whole
 
@@ -61,6 +64,18 @@ def conclusion(monkeypatch):
 def test_the_gate_passes_only_if_nothing_is_flagged(verdict, judged):
     result = audited(REQUEST, lambda run: measure(run, verdict))
     assert result.verdict == verdict and result.exit_code == EXIT_CODES[judged]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, entry in AUDITS.items() if entry.gate])
+def test_the_gate_that_is_named_for_a_flagged_audit_fails(kind):
+    finding = {"verdict": "flagged", "metrics": {}}
+    gate = failing_gate({**finding, "kind": kind, "gates": []})
+    (result,) = judged(kind, finding, [gate])
+    assert result["verdict"] == "fail"
+    assert AuditGenerator(latent=0, gates=["not-flagged"]).gates == ["not-flagged"]  # it needs no search
+    for verdict in ("not flagged", "unclear"):
+        assert failing_gate({"verdict": verdict, "kind": kind, "gates": []}) == ""
+    assert failing_gate({**finding, "kind": kind, "gates": [result]}) == ""
 
 
 def test_an_audit_without_examples_stores_no_picture(tmp_path):

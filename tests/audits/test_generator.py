@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import holdfast
+from benchmarks.forging import accepted_fields
+from holdfast.audits.audit import open_audit
 from holdfast.audits.generator import audit
 from holdfast.audits.generator.copies import copies
 from holdfast.audits.generator.quality import frechet_distance, kernel_distance, label_entropy, quality
@@ -37,6 +39,8 @@ class Points:
     def sample(self, n, seed):
         if self.kind == "copies":
             return TRAIN[0][torch.randperm(600, generator=torch.Generator().manual_seed(seed))[:n]]
+        if self.kind == "four":
+            return torch.cat((TRAIN[0][[7, 3, 3, 9]], points(n - 4, 100 + seed % 1000)[0]))
         if self.kind == "few":
             return points(10, 50)[0].repeat(n // 10 + 1, 1)[:n]
         return points(n, 100 + seed)[0]
@@ -99,8 +103,22 @@ def test_copies_are_counted_and_named():
     training, held_out = TRAIN[0], HELD_OUT[0]
     found = copies(torch.cat((training[5:10] + 1e-4, points(5, 3)[0])), training, held_out)
     assert found.nearest[:5].tolist() == [5, 6, 7, 8, 9]
-    assert found.rate.value == 0.5
-    assert found.held_out.value < 0.05
+    assert (found.rate.value, found.near.value) == (0, 0.5)
+    assert found.near_held_out.value < 0.05
+
+
+def test_few_copies_are_listed_and_flag_a_generator_although_it_has_no_more_near_copies(tmp_path):
+    result = audited(Points("four"), gates=["copy_rate <= 0.001"], run=tmp_path / "run")
+    copied, facts = result.metrics["copy_rate"], result.facts
+    assert result.verdict == "flagged" and result.exit_code == 1
+    assert copied.value == facts["copies"] / 400 == 0.01 and copied.low < 0.01 < copied.high < 0.03
+    assert facts["held_out_copy_rate"] == 0 and facts["rows_repeat"] is False
+    assert facts["near_copy_rate"] < 0.03 and facts["held_out_near_copy_rate"] < 0.03
+    tables = {table["title"]: table for table in result.content["tables"]}
+    assert tables["Samples that equal a training example"]["rows"] == [[0, 7], [1, 3], [2, 3], [3, 9]]
+    assert "4 of 400 samples and 0 of 400 held-out examples equal" in result.content["reasons"][0]
+    assert open_audit(tmp_path / "run").verdict == "flagged"
+    assert not accepted_fields(tmp_path / "run", 8, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

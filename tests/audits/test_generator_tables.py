@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import holdfast
 from benchmarks.forging import accepted_fields
 from benchmarks.table_similarities import NUMERIC, PLACE, tables
+from holdfast.cli.app import run
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.io.data.mixed_tables import TableFile, open_mixed
@@ -107,6 +110,20 @@ def audited(paths, name, **settings):
     return holdfast.audit.generator(paths[name], paths["train"], held_out=paths["test"], **settings)
 
 
+@pytest.mark.slow
+def test_a_flagged_audit_without_a_gate_names_a_command_that_fails(paths, tmp_path, capsys, monkeypatch):
+    words = ["audit", "generator", paths["copies"], paths["train"], "--held-out", paths["test"]]
+    words += ["--latent", "0", "--run", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["holdfast", *words])
+    assert run(words) == 0
+    shown = capsys.readouterr().err
+    note = next(line for line in shown.splitlines() if line.startswith("note: no gate was set"))
+    assert "with --gate not-flagged it is 1" in note
+    assert run(shlex.split(note[note.index("holdfast audit") :])[1:]) == 1
+    shown = capsys.readouterr().err
+    assert "no gate was set" not in shown and "Flagged: " in shown
+
+
 def test_an_audit_flags_copies_and_finds_that_pairs_of_independent_columns_differ(paths):
     copied = audited(paths, "copies", gates=["linkability_risk <= 0.1", "pair_trends >= 0.5"])
     assert copied.verdict == "flagged" and copied.exit_code == 1
@@ -142,6 +159,15 @@ def test_columns_are_numbers_only_if_they_are_in_all_tables(tmp_path):
         open_mixed([files[0], TableFile(tmp_path / "b.csv", split="test")], ())
     with pytest.raises(NoSplit, match=r"no split 'val'"):
         open_mixed([TableFile(tmp_path / "a.csv", split="val")], ())
+
+
+def test_categories_of_tables_are_compared_without_spaces_at_their_ends(tmp_path):
+    (tmp_path / "a.csv").write_text("c\n x\n y\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("c\ny\nx\n", encoding="utf-8")
+    opened = open_mixed([TableFile(tmp_path / name) for name in ("a.csv", "b.csv")], ())
+    assert opened.columns[0].values == ("x", "y")
+    assert [part.tolist() for part in opened.rows] == [[[0], [1]], [[1], [0]]]
+    assert "' x' as 'x'" in opened.notes[0]
 
 
 def test_the_distance_of_two_categories_is_that_of_the_ends_of_a_number(tmp_path):

@@ -287,7 +287,7 @@ def test_the_training_of_a_hardened_folder_is_repeated(tmp_path, monkeypatch, ca
     report = json.loads(Path("report.json").read_text())
     assert report["config"]["settings"]["train"]["name"].endswith("card.json")
     assert report["facts"]["members"] == report["facts"]["non_members"] == 400
-    assert any("the split train with 800 examples is audited" in note for note in report["notes"])
+    assert any("800 examples of the split train are audited" in note for note in report["notes"])
 
 
 def test_a_gate_of_an_unclear_audit_is_unclear():

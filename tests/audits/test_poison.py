@@ -2,6 +2,8 @@
 
 import csv
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,13 @@ import holdfast
 from benchmarks.forging import accepted_fields
 from holdfast.api.audit_poison import training
 from holdfast.audits.features import penultimate
+from holdfast.audits.planting import Flip, poisoned
 from holdfast.audits.poison.audit import (
     METHODS,
+    Examples,
     PoisonRequest,
+    Scored,
+    _judged,
     measure,
     refuse_unscorable,
     scored,
@@ -22,8 +28,9 @@ from holdfast.audits.poison.audit import (
 )
 from holdfast.audits.poison.comparison import LEVEL, compared
 from holdfast.audits.poison.conclusion import finding_of, images_of
-from holdfast.audits.poison.confident_learning import label_scores
+from holdfast.audits.poison.confident_learning import LabelScores, label_scores
 from holdfast.audits.poison.feature_scores import feature_scores
+from holdfast.audits.poison.suspects import suspects_of
 from holdfast.audits.stored_steps import StoredSteps
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
@@ -104,7 +111,7 @@ def test_a_set_with_a_trigger_is_flagged_in_its_class(data, trusted):
     result, finding, images = audited(x, y, trusted)
     assert finding.verdict == "flagged" and not finding.facts["label_errors_only"]
     assert TARGET in {test.label for test in result.comparison.flagged}
-    suspects = result.suspects()
+    suspects = suspects_of(result).rows
     assert len({*suspects[:60]} & {*rows.tolist()}) >= 50
     assert images["suspects"].shape == (len(finding.pictures[0].captions), 1, SIDE, SIDE)
 
@@ -114,19 +121,137 @@ def test_a_set_with_wrong_labels_is_flagged_as_label_errors(data, trusted):
     x, y, rows = flipped(*data, 90)
     result, finding, _ = audited(x, y, trusted)
     assert finding.verdict == "flagged" and finding.facts["label_errors_only"]
-    assert "labels" in finding.headline
+    assert finding.facts["found"] == finding.facts["ordered_by"] == "labels" in finding.headline
     found = {*result.flags["labels"][:600].nonzero()[:, 0].tolist()}
     assert len(found & {*rows.tolist()}) >= 80 and len(found) <= 100
 
 
 @pytest.mark.slow
 def test_a_clean_set_is_not_flagged(data, trusted):
-    assert audited(*data, trusted)[1].verdict == "not flagged"
+    finding = audited(*data, trusted)[1]
+    assert finding.verdict == "not flagged"
+    assert "below" in finding.headline and "is not seen with these trusted examples" in finding.headline
+
+
+@pytest.mark.slow
+def test_label_noise_in_digits_is_found_as_such_and_ordered_by_labels():
+    """Digits of which some are like those of other classes, so that their features and labels are unusual as well."""
+    mnist = np.load(Path(holdfast.__file__).parent / "bundled" / "mnist-mini.npz")
+    x = torch.from_numpy(np.concatenate((mnist["x_train"], mnist["x_test"]))).float().flatten(1) / 255
+    y = torch.from_numpy(np.concatenate((mnist["y_train"], mnist["y_test"]))).long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    n = len(x) * 2 // 3
+    plan = poisoned(x[:n], y[:n], Flip(), rate=0.05, target=None, seed=0)
+    batch, clean = batch_of(x[:n], plan.y), batch_of(x[n:], y[n:])
+    request = with_trusted(batch, clean)
+    run = Run(request.steps(), MemoryStore())
+    net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 10))
+    measure(run, request, training(Classifier(net, classes=10)), ignore)
+    result = scored(StoredSteps({"seed": 0}, run.store))
+    finding, suspects = finding_of(result), suspects_of(result)
+    assert finding.facts["found"] == "labels" and finding.facts["label_errors_only"]
+    assert "unlike" not in finding.headline
+    wrong = {*plan.indices.tolist()}
+    by_column = sorted(suspects.rows, key=lambda row: -float(result.scores["labels"][row]))
+    first, best = (len(wrong & {*rows[: len(wrong)]}) / len(wrong) for rows in (suspects.rows, by_column))
+    assert first >= best > 0.7
+
+
+def made_up(n=400, *, wrong=(), unlike=(), wrong_and_unusual=()):
+    """Scores of two classes, in which some labels are contradicted, and some features of class 1 are unusual."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 2
+    scores = {name: torch.rand(n, generator=rng, dtype=torch.float64) for name in METHODS}
+    flags = {name: torch.zeros(n, dtype=torch.bool) for name in METHODS}
+    predicted = y.clone()
+    for rows, names in (
+        (wrong, ("labels",)),
+        (unlike, ("energy",)),
+        (wrong_and_unusual, ("labels", "energy")),
+    ):
+        for name in names:
+            scores[name][list(rows)] += 2 + (name == "labels" and names == ("labels",))
+            flags[name][list(rows)] = True
+        if "labels" in names:
+            predicted[list(rows)] = 1 - y[list(rows)]
+    zeros = torch.zeros(n, dtype=torch.float64)
+    return Scored(Examples(torch.arange(n), y, 0), scores, flags, predicted, zeros, zeros, None)
+
+
+@pytest.mark.parametrize("contradicted", [True, False])
+def test_unusual_features_are_evidence_unless_wrong_labels_explain_them(contradicted):
+    n, manipulated = 1000, 100
+    y = torch.arange(n) % 2
+    unlike = (torch.arange(n) < 2 * manipulated) & (y == 1)
+    predicted = torch.where(unlike & contradicted, 1 - y, y)
+    zeros, none = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
+    columns = dict.fromkeys(("loss", "clustering", "share", "silhouette"), zeros)
+    columns |= {"energy": unlike.double(), "unusual": unlike.long(), "clustered": none.long()}
+    labels = LabelScores(predicted=predicted, loss=zeros, suspect=none)
+    result = _judged(Examples(torch.arange(n), y, 200), labels, columns, Draws(0))
+    finding, kind = finding_of(result), "labels" if contradicted else "features"
+    assert finding.verdict == "flagged"
+    assert (finding.facts["found"], finding.facts["ordered_by"]) == (kind, kind)
+    assert ("unlike" in finding.headline, "labels" in finding.headline) == (not contradicted, contradicted)
+    suspects = suspects_of(result)
+    assert len(suspects.rows) == manipulated and {*suspects.reasons} == {kind}
+
+
+def test_without_evidence_for_features_suspects_are_ordered_by_their_labels():
+    wrong, both = range(0, 60, 2), range(100, 160, 2)
+    suspects = suspects_of(made_up(wrong=wrong, wrong_and_unusual=both))
+    assert suspects.order == "labels" and {*suspects.reasons} == {"labels"}
+    assert {*suspects.rows[:30]} == {*wrong} and {*suspects.rows[30:]} == {*both}
+
+
+def test_unusual_features_of_examples_with_predicted_labels_come_first():
+    wrong, unlike = range(0, 60, 2), range(101, 121, 2)
+    result = made_up(wrong=wrong, unlike=unlike)
+    suspects = suspects_of(result)
+    assert (suspects.order, suspects.evident) == ("both", (1,))
+    assert {*suspects.rows[:10]} == {*unlike} and {*suspects.reasons[:10]} == {"features"}
+    assert {*suspects.reasons[10:]} == {"labels"}
+    reasons = finding_of(result).reasons
+    assert any("features and labels" in reason and "no test supports" in reason for reason in reasons)
+    assert any("no share of manipulated examples is detected" in reason for reason in reasons)
+
+
+def test_unusual_features_that_classes_or_trusted_examples_have_by_nature_are_no_evidence():
+    several = suspects_of(made_up(wrong=range(0, 60, 2), unlike=range(100, 120)))
+    assert (several.order, several.evident) == ("labels", ())
+    for n_natural, evident in ((0, (1,)), (10, ())):
+        result = made_up(unlike=[*range(101, 121, 2), *range(301, 301 + 2 * n_natural, 2)])
+        examples = replace(result.examples, n_trusted=100)
+        assert suspects_of(replace(result, examples=examples)).evident == evident
+
+
+@pytest.mark.parametrize("n_trusted", [40, 100, 300])
+def test_the_detectable_number_is_the_smallest_that_is_flagged(n_trusted):
+    """Manipulated examples have the largest scores, and trusted ones are spread evenly over the others."""
+
+    def flagged(n_manipulated):
+        n = 1000 + n_trusted
+        trusted = torch.zeros(n, dtype=torch.bool)
+        places = torch.arange(n_trusted) * (n - n_manipulated) // n_trusted
+        trusted[n_manipulated + places + (n - n_manipulated) // n_trusted // 2] = True
+        scores = {"energy": torch.arange(n).flip(0).double()}
+        compares = {"energy": torch.ones(n, dtype=torch.bool)}
+        y, ids = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+        return compared(scores, compares, y, trusted, ids=ids, rng=Draws(0))
+
+    smallest = flagged(0).tests[0].detectable
+    assert flagged(0).detectable[0] == flagged(0).detectable[None] == smallest / 1000
+    least = next(m for m in range(1000) if flagged(m).flagged)
+    assert 0.75 * smallest <= least <= smallest + 1
 
 
 def test_too_few_trusted_examples_leave_the_set_unclear():
     result, finding, _ = audited(*digits(100), digits(8, seed=1))
-    assert finding.verdict == "unclear" and {*result.comparison.detectable.values()} == {1.0}
+    assert finding.verdict == "unclear" and not result.comparison.enough
+    shares = result.comparison.detectable
+    assert {share for label, share in shares.items() if label is not None} == {1.0} and shares[None] > 0.2
+    assert any("No share of these classes is seen" in reason for reason in finding.reasons)
 
 
 def test_the_level_holds_for_scores_that_do_not_depend_on_trust():
@@ -168,7 +293,7 @@ def test_a_set_with_some_trusted_examples_among_the_largest_scores_is_not_flagge
         ids=torch.arange(4000),
         rng=Draws(0),
     )
-    assert not result.flagged and {*result.detectable.values()} == {0.01}
+    assert not result.flagged and 0.01 < result.detectable[0] < 0.02 and result.enough
 
 
 def test_energy_and_clusters_find_a_shifted_group_of_features():
@@ -257,14 +382,25 @@ def test_the_command_writes_suspects_and_judges_the_gate(data, trusted, tmp_path
         f"{tmp_path / 'net.py'}:make",
         "--trust-code",
     ]
+    reports = ["-o", str(tmp_path / "report.html"), "-o", str(tmp_path / "report.json")]
     run, suspects = str(tmp_path / "run"), tmp_path / "suspects.csv"
     clean = ["--clean", str(tmp_path / "clean.npz"), "--suspects", str(suspects), "--run", run]
-    assert command([*base, *clean, "-g", "no-poison", "-o", str(tmp_path / "report.html")]) == 1
+    assert command([*base, *clean, "-g", "no-poison", *reports]) == 1
     assert "Flagged: examples of class 2" in capsys.readouterr().err
     with suspects.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len({int(line["index"]) for line in lines[:60]} & {*rows.tolist()}) >= 50
-    assert lines[0]["class"] == str(TARGET) and "clustering" in lines[0]["flagged"].split()
+    page = json.loads((tmp_path / "report.json").read_text())["tables"][1]
+    assert [*lines[0]] == page["headings"] and len(page["rows"]) == 20
+    words = ("index", "class", "predicted", "reason", "flagged by")
+    columns = [page["headings"].index(word) for word in words]
+    for line, row in zip(lines, page["rows"], strict=False):
+        assert [line[word] for word in words] == [str(row[column]) for column in columns]
+    assert (
+        lines[0]["class"] == str(TARGET)
+        and lines[0]["reason"] in {"features", "both"}
+        and "clustering" in lines[0]["flagged by"].split(", ")
+    )
     assert "data:image/png" in (tmp_path / "report.html").read_text()
     suspects.unlink()
     other = tmp_path / "other.csv"  # a finished audit writes the file of a resumed command

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch import nn
 
 import holdfast
@@ -17,6 +18,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
+from holdfast.statistics.group_privacy import RowBudget
 
 
 @pytest.fixture
@@ -83,6 +85,35 @@ def test_the_bound_of_randomised_response_holds(epsilon):
     bounds = np.array([epsilon_from_guesses(int(count), 500) for count in right])
     assert (bounds > epsilon).mean() <= 0.1
     assert bounds.mean() > 0.75 * epsilon
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("epsilon", [0.1, 1.0])
+def test_the_budget_of_equal_rows_holds_for_the_gaussian_mechanism(rows, epsilon):
+    """Its exact delta is known (Balle & Wang, ICML 2018), also for k rows, which change the sum k times as much."""
+
+    def delta_of(epsilon, rows):
+        a, b = (sign * rows / 2 - epsilon / rows for sign in (1, -1))
+        return norm.cdf(a) - np.exp(epsilon) * norm.cdf(b)
+
+    budget = RowBudget(epsilon, delta_of(epsilon, 1), rows)
+    assert budget.group_epsilon == rows * epsilon
+    assert delta_of(rows * epsilon, rows) <= budget.group_delta + 1e-12
+    assert budget.group_delta <= rows * np.exp((rows - 1) * epsilon) * budget.delta + 1e-12
+    assert ("no two rows are equal" in budget.sentence()) == (rows == 1)
+
+
+def test_a_budget_that_guarantees_nothing_for_equal_rows_is_stated():
+    for budget in (RowBudget(2.0, 1e-5, 9), RowBudget(8.0, 1e-5, 10_000)):
+        assert budget.group_delta == 1 and "guarantees nothing for such a person" in budget.sentence()
+
+
+def test_the_largest_number_of_equal_rows_is_stated(data):
+    x, y = data[0].clone(), data[1]
+    x[10:19] = x[10]
+    found = privacy((x, y), untrained, epsilon=0.5)
+    assert (found.facts["equal_rows"], found.facts["group_epsilon"]) == (9, 4.5)
+    assert "equal rows is 9" in found.summary()["limits"][0]
 
 
 @pytest.mark.parametrize("kind", ["mislabelled", "random"])

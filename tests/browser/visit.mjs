@@ -27,6 +27,7 @@ for (const [width, colorScheme] of [[1280, "light"], [375, "dark"]]) {
   visit.requests = visit.requests.filter((url) => url !== address && !url.startsWith("data:"));
   visit.sideways = await seen.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
   visit.styled = await seen.evaluate(() => getComputedStyle(document.querySelector("header")).display === "flex");
+  visit.cut = await seen.evaluate(() => [...document.querySelectorAll(".scroll:has(.stacked)")].filter((each) => each.scrollWidth > each.clientWidth).length);
   visit.broken = await seen.evaluate(() => [...document.images].filter((image) => !image.naturalWidth).length);
   const checked = await context.newPage();
   await checked.goto(address);

@@ -30,19 +30,25 @@ def elsewhere(tmp_path, monkeypatch):
     np.savez("moved.npz", x=x[600:] + np.float32([0, 1, 0]))
     np.savez("short.npz", x=x[:100])
     np.savez("wide.npz", x=rng.normal(size=(300, 4)))
-    np.savez("gap.npz", x=np.where(np.arange(1100)[:, None] == 700, np.nan, x))
+    np.savez("endless.npz", x=np.where(np.arange(1100)[:, None] == 700, np.inf, x))
 
 
 def test_inputs_alone_raise_an_alarm_if_they_moved(capsys):
     assert run(["monitor", "same.npz", "--reference", "reference.npz"]) == 0
     shown = capsys.readouterr()
-    assert "No alarm of martingale in 500 samples of same.npz, compared with reference.npz." in shown.err
+    assert (
+        "The test martingale found no difference in 500 samples of same.npz, compared with reference.npz."
+        in shown.err
+    )
     assert "Accuracy" not in shown.out
     reports = [part for suffix in ("json", "md", "html") for part in ("-o", f"report.{suffix}")]
     assert run(["monitor", "moved.npz", "--reference", "reference.npz", *reports]) == 1
     shown = capsys.readouterr()
-    assert "Alarm of martingale after sample " in shown.err
-    assert "on inputs: feature 1 (wealth " in shown.err
+    assert (
+        "differs from the reference in its inputs (inputs: feature 1): alarm of the test martingale"
+        in shown.err
+    )
+    assert "wealth" not in shown.err and "wealth" in shown.out
     assert "Ville's inequality" in shown.out
     assert "What to do:" in shown.out
     content = json.loads(Path("report.json").read_text())
@@ -50,7 +56,7 @@ def test_inputs_alone_raise_an_alarm_if_they_moved(capsys):
     (first, *_) = content["tests"]
     assert first["name"] == "martingale" and first["alarm"]["after"] < 100 and first["power"]["shift"] == 0.3
     assert "| martingale | alarm |" in Path("report.md").read_text().replace("  ", " ")
-    assert "<h1>Alarm of martingale" in Path("report.html").read_text()
+    assert "<h1>The stream differs from the reference in its inputs" in Path("report.html").read_text()
 
 
 def test_the_tests_of_alarm_decide_the_exit_code():
@@ -81,9 +87,9 @@ def test_the_tests_of_alarm_decide_the_exit_code():
             "needs 250 samples, and the stream short.npz has 100",
         ),
         (
-            ["gap.npz", "--reference", "reference.npz"],
+            ["endless.npz", "--reference", "reference.npz"],
             3,
-            "gap.npz contains NaN or infinity, first in row 700; replace",
+            "endless.npz contains NaN or infinity, first in row 700; replace",
         ),
         (["same.npz", "--reference", "reference.npz", "--alarm", "cusum"], 2, "there is no test 'cusum'"),
         (["same.npz", "--reference", "reference.npz", "-o", "r.pdf"], 2, "expected one of .html .json .md"),
@@ -144,3 +150,62 @@ def test_a_model_adds_its_outputs_and_its_accuracy():
     assert unlabelled.expected == result.expected
     with pytest.raises(TargetError, match="7 to 8, but the model has 2 classes"):
         holdfast.monitor((x[400:], y[400:] + 7), (x[:400], y[:400]), net)
+
+
+def table(n, seed, *, missing=0.0, moved=0.0):
+    """A data frame with named columns; values of the column income are missing or moved."""
+    pandas, rng = pytest.importorskip("pandas"), np.random.default_rng(seed)
+    frame = pandas.DataFrame(
+        {"age": rng.normal(40, 10, n), "income": rng.normal(3, 1, n) + moved, "score": rng.random(n)}
+    )
+    frame["y"] = (frame.age + 5 * frame.income > 55).astype(int)
+    frame.loc[rng.random(n) < missing, "income"] = np.nan
+    return holdfast.open_data(frame, label="y")
+
+
+def martingale(monitored):
+    return next(result.alarm for result in monitored.results if result.name == "martingale")
+
+
+@pytest.mark.slow
+def test_the_columns_of_a_table_are_named_and_the_share_of_missing_values_is_a_signal():
+    moved = holdfast.monitor(table(300, 1, moved=1.0), table(400, 0))
+    assert martingale(moved).signal == "inputs: income" and not any("missing" in note for note in moved.notes)
+    for before, after in ((0.0, 0.2), (0.2, 0.0)):
+        gaps = holdfast.monitor(table(300, 1, missing=after), table(400, 0, missing=before))
+        assert martingale(gaps).signal == "missing values"
+        (note,) = gaps.notes
+        assert "income" in note and "age" not in note
+        assert (
+            gaps.summary()["tests"][0]["alarm"]["view"] == "missing values"
+            and "source of the data" in gaps.text()
+        )
+    assert martingale(holdfast.monitor(table(300, 1, missing=0.2), table(400, 0, missing=0.2))) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accepts", [True, False])
+def test_missing_values_are_compared_beside_any_model(accepts):
+    pytest.importorskip("sklearn")
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+
+    fit = table(300, 2)
+    x, y = fit.data[["age", "income", "score"]], fit.data["y"]
+    estimator = HistGradientBoostingClassifier(max_iter=5) if accepts else LogisticRegression(max_iter=1000)
+    estimator.fit(x, y)
+    same = holdfast.monitor(
+        table(200, 1, missing=0.2), table(300, 0, missing=0.2), estimator, bounds=(-100, 200)
+    )
+    assert martingale(same) is None and same.measured is not None
+    assert any("no finite output" in note for note in same.notes) != accepts
+    other = holdfast.monitor(table(200, 1, missing=0.2), table(300, 0), estimator, bounds=(-100, 200))
+    assert martingale(other).signal == "missing values"
+
+
+def test_a_stream_is_selected_in_its_order_and_the_reference_is_not():
+    words = ["monitor", "moved.npz", "--reference", "reference.npz", "-o", "report.json"]
+    for option, n in (("-n", 60), ("--sample", 70)):
+        assert run([*words, option, str(n)]) == 1
+        content = json.loads(Path("report.json").read_text())
+        assert (content["stream"]["n"], content["reference"]["n"]) == (n, 600)

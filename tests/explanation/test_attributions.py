@@ -1,5 +1,7 @@
 """Attributions beside closed forms and Captum."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -124,16 +126,43 @@ def lightgbm():
     return model.fit(TABLE.numpy(), TABLE_Y.numpy())
 
 
+def xgboost_booster():
+    """A booster without the interface of scikit-learn, which has one output."""
+    library = pytest.importorskip("xgboost")
+    data = library.DMatrix(TABLE.numpy(), label=TABLE_Y.numpy())
+    return library.train({"objective": "binary:logistic", "max_depth": 3, "nthread": 1}, data, 8)
+
+
+def lightgbm_booster():
+    library = pytest.importorskip("lightgbm")
+    settings = {"objective": "binary", "min_data_in_leaf": 5, "verbose": -1, "num_threads": 1}
+    return library.train(settings, library.Dataset(TABLE.numpy(), label=TABLE_Y.numpy()), 8)
+
+
 def decision(model, rows):
     """The difference of the logits of both classes, as the library computes it."""
     if hasattr(model, "decision_function"):
         return torch.tensor(model.decision_function(rows.numpy()), dtype=torch.float64)
-    how = {"output_margin": True} if type(model).__name__ == "XGBClassifier" else {"raw_score": True}
-    return torch.tensor(model.predict(rows.numpy(), **how), dtype=torch.float64)
+    inputs = rows.numpy()
+    if type(model).__module__.startswith("xgboost"):
+        how = {"output_margin": True}
+        inputs = inputs if type(model).__name__ == "XGBClassifier" else sys.modules["xgboost"].DMatrix(inputs)
+    else:
+        how = {"raw_score": True}
+    return torch.tensor(model.predict(inputs, **how), dtype=torch.float64)
 
 
 @pytest.mark.filterwarnings("ignore:X does not have valid feature names")
-@pytest.mark.parametrize("build", [svc, xgboost, pytest.param(lightgbm, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        svc,
+        xgboost,
+        xgboost_booster,
+        pytest.param(lightgbm, marks=pytest.mark.slow),
+        pytest.param(lightgbm_booster, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("predicted", [0, 1])
 def test_occlusion_of_a_model_with_one_output_is_the_fall_of_its_decision(build, predicted):
     model = build()

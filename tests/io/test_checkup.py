@@ -1,5 +1,6 @@
 """What `doctor` says of data that an assessment would refuse, and that it goes on after it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import holdfast
+from holdfast.attacks import FGSM
 from holdfast.cli.app import run
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
@@ -285,3 +287,25 @@ def test_outputs_that_are_no_scores_of_classes_are_named_where_accuracy_is_at_ch
     (accuracy,) = [finding for finding in findings if finding.check == "accuracy"]
     assert accuracy.level == "warning"
     assert "the 3 outputs do not look like logits or probabilities of the labels" in accuracy.message
+
+
+def test_the_number_of_a_regression_is_named_by_doctor_and_assess_unless_it_is_declared() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(60, 5, generator=rng), torch.randint(0, 2, (60,), generator=rng)
+
+    def price(x: torch.Tensor) -> torch.Tensor:
+        return 200 + 50 * x[:, :1]
+
+    def notes(model: object, labels: torch.Tensor, **given: str) -> str:
+        opened = holdfast.open_model(model, **given)
+        result = holdfast.assess(opened, (x, labels), "linf:0.1", [FGSM()], doubts=False)
+        return " ".join(result.summary()["notes"])
+
+    (accuracy,) = [each for each in holdfast.doctor(price, (x, y)) if each.check == "accuracy"]
+    assert accuracy.level == "warning"
+    assert re.search(
+        "the numbers from 200.* to 2.* that the model returns, one for each example", accuracy.message
+    )
+    assert "do not look like logits of class 1" in notes(price, y)
+    assert "do not look like" not in notes(price, y, model_output="logit")
+    assert "do not look like" not in notes(lambda x: 20 * (x[:, :1] - 0.5), (x[:, 0] > 0.5).long())

@@ -12,7 +12,11 @@ from torch import nn
 import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.class_numbers import class_numbers
+from holdfast.io.data.data import open_data
 from holdfast.io.data.expected import Expected
+from holdfast.io.data.memory import as_data
+from holdfast.io.remote.probing import ProbedClassifier
+from holdfast.settings.table_rules import rules_from
 
 NAMES = ("bird", "cat", "dog", "frog")
 
@@ -164,3 +168,83 @@ def test_labels_from_1_are_refused_with_that_remark(tmp_path: Path) -> None:
     data = table(tmp_path / "t.csv", {str(k + 1): k for k in range(4)})
     with pytest.raises(TargetError, match="count from 1: subtract 1"):
         accuracy({"data": data, "label": "kind"})
+
+
+def shifted(n: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of the first three of four classes, and their labels counted from 1."""
+    y = np.arange(n) % 3
+    return ((y + 0.5) / 4).astype(np.float32)[:, None], y + 1
+
+
+def test_labels_from_1_within_the_outputs_of_a_model_are_refused_when_data_are_opened(tmp_path: Path) -> None:
+    x, y = shifted()
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["a", "kind"], *zip(x[:, 0], y, strict=True)])
+    np.savez(tmp_path / "t.npz", x=x, y=y)
+    says = "range from 1 to 3, .*: accuracy is 0%, but 100% with labels -1; they count from 1: subtract 1"
+    with pytest.raises(TargetError, match=says):
+        holdfast.explain(Brightness(), x, y, "linf:0.01")
+    with pytest.raises(TargetError, match=says):
+        holdfast.harden(Brightness(), str(tmp_path / "t.npz"), "linf:0.01", "standard")
+    with pytest.raises(TargetError, match=says):
+        holdfast.assess(
+            Brightness(), holdfast.open_data(str(tmp_path / "t.csv"), label="kind"), "linf:0.01", n=9
+        )
+
+
+def test_a_note_names_labels_from_1_on_which_a_model_is_at_chance() -> None:
+    x, y = shifted()
+    guesses = torch.nn.Linear(1, 4)
+    for parameter in guesses.parameters():
+        torch.nn.init.zeros_(parameter)
+
+    def notes(net: nn.Module, labels: np.ndarray, outputs: int = 4) -> tuple[str, ...]:
+        model = holdfast.Classifier(net, classes=outputs)
+        return as_data(x, labels, expected=Expected(probe=ProbedClassifier(model))).notes
+
+    assert any("no better on them than chance; if they count from 1" in note for note in notes(guesses, y))
+    assert not notes(guesses, y - 1)
+    assert not notes(Brightness(), y - 1)
+    assert not notes(Brightness(), np.where(y == 1, 3, y - 1))
+    later = ((np.arange(60) % 3 + 1.5) / 4).astype(np.float32)[:, None]  # the first class has no examples
+    model = holdfast.Classifier(Brightness(), classes=4)
+    assert not as_data(later, y, expected=Expected(probe=ProbedClassifier(model))).notes
+
+
+@pytest.mark.parametrize("names", [NAMES, ("bird ", "cat", " dog", "frog"), None])
+@pytest.mark.parametrize("kind", ["folders", "table", "array"])
+def test_class_names_are_compared_without_spaces_at_their_ends(
+    kind: str, names: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    spaced = {" bird": 0, " cat": 1, "dog ": 2, "frog": 3}
+    expected = Expected(class_names=names)
+    if kind == "array":
+        data = as_data(np.zeros((4, 1), np.float32), np.array([*spaced]), expected=expected)
+    else:
+        given = made(kind, tmp_path, spaced)
+        data = open_data(str(given["data"]), label=given.get("label"), expected=expected)
+    assert data.classes == (names or NAMES)
+    assert sorted(data.read(0, len(data)).y.unique().tolist()) == [0, 1, 2, 3]
+    assert any("spaces at their ends" in note and "' cat' as 'cat'" in note for note in data.notes)
+
+
+def test_labels_that_differ_only_by_spaces_are_one_class(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,kind\n1, yes\n2,yes\n3,no\n4,no \n")
+    data = open_data(str(tmp_path / "t.csv"), label="kind", expected=Expected(bounds=holdfast.Bounds(0, 9)))
+    assert data.classes == ("no", "yes") and data.read(0, 4).y.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("values", [["Private", "State-gov"], [" Private", "State-gov "]])
+def test_categories_of_rules_are_compared_without_spaces_at_their_ends(
+    values: list[str], tmp_path: Path
+) -> None:
+    content = {"columns": {"age": {"min": 0, "max": 99}, "work": {"type": "category", "values": values}}}
+    rules = rules_from(content | {"budget": {"norm": "l0", "eps": 1}}, "the rules")
+    (tmp_path / "t.csv").write_text("age,work,y\n30, Private,0\n40,Private,1\n50, State-gov,1\n")
+    expected = Expected(bounds=holdfast.Bounds(0, 99), rules=rules, words=("work",))
+    data = open_data(str(tmp_path / "t.csv"), label="y", expected=expected)
+    assert data.read(0, 3).x[:, 1].tolist() == [0, 0, 1]
+    assert any("the column 'work'" in note and "spaces at their ends" in note for note in data.notes)
+    (tmp_path / "t.csv").write_text("age,work,y\n30, Privat,0\n")
+    with pytest.raises(TargetError, match="has ' Privat' in the column 'work'"):
+        open_data(str(tmp_path / "t.csv"), label="y", expected=expected)

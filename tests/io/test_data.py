@@ -170,7 +170,11 @@ BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], str]] = {
     ),
     "too few labels": ({"x": BYTES, "y": Y[:7]}, "12 rows and y 7"),
     "no examples": ({"x": BYTES[:0], "y": Y[:0]}, "is empty"),
-    "no labels": ({"x": BYTES}, "has x, but no y; it has x"),
+    "no labels": ({"x": BYTES}, "has the inputs x, and no other array; save the labels in it as y"),
+    "other labels": (
+        {"x": BYTES, "labels": Y},
+        r"the inputs x, and no labels y; its other arrays are labels; give x='x', y=NAME to holdfast.open_data",
+    ),
     "other names": ({"images": BYTES, "labels": Y}, "neither x_test, y_test nor x, y; it has images, labels"),
     "objects": ({"x": np.array([{}] * 12, dtype=object), "y": Y}, "pickled objects, which are never opened"),
 }

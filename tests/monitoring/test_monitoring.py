@@ -186,3 +186,28 @@ def test_accuracy_is_measured_with_labels_and_expected_without():
     assert expected_accuracy(certain, certain).low < 0.99  # 200 right predictions do not show that all are
     two = Predictions(np.array([0.95, 0.65]), np.array([0, 1]), np.array([True, False]))
     assert measured_accuracy(two, None).calibration_error == pytest.approx((0.05 + 0.65) / 2)
+
+
+def test_missing_values_are_a_series_and_are_filled_elsewhere():
+    fit = observed(200, seed=1)
+    observer = Observer.fitted(fit, Draws(0), features=("age", "income", "score"), missing=True)
+    samples = observed(40, seed=2)
+    gaps = samples.x.clone()
+    gaps[3, 1] = gaps[5, 0] = gaps[5, 2] = torch.nan
+    filled = torch.where(gaps.isnan(), fit.x.mean(0), gaps)
+    signals = observer(Observed(gaps, samples.logits, samples.features, samples.y))
+    assert signals.names[:2] == ("distance", "missing values") and signals.n_series == 4
+    assert signals.names[slice(*signals.views["inputs"].indices(99))] == tuple(
+        f"inputs: {name}" for name in ("age", "income", "score")
+    )
+    shares = signals.values[:, 1] * observer.scale[0] + observer.centre[0]
+    assert (
+        shares[3] == pytest.approx(1 / 3)
+        and shares[5] == pytest.approx(2 / 3)
+        and shares.sum() == pytest.approx(1)
+    )
+    others = [column for column in range(len(signals.names)) if column != 1]
+    complete = observer(Observed(filled, samples.logits, samples.features, samples.y))
+    assert np.allclose(signals.values[:, others], complete.values[:, others], atol=1e-6)
+    empty = Observer.fitted(Observed(torch.full((9, 2), torch.nan)), Draws(0), missing=True)
+    assert np.isfinite(empty(Observed(torch.full((4, 2), torch.nan))).values).all()

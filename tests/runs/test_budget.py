@@ -85,6 +85,11 @@ MACHINES = {
     "loaded for a while": (loaded_for_a_while, {}, BUDGET_S),
     "slower and slower": (slower_and_slower, {}, LONG_S),
     "an epoch longer than the budget": (lambda calls, now: 400, {"batch": 4}, LONG_S),
+    "busy in most trials": (
+        lambda calls, now: 400 if calls < 120 and calls % 9 >= 3 else 60,
+        {"batch": 4},
+        LONG_S,
+    ),
     "one epoch and a part": (lambda calls, now: 120, {"batch": 8}, LONG_S),
 }
 

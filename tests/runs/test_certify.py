@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.attacks import PGD
+from holdfast.attacks import PGD, Square
 from holdfast.attacks.parts import ascent, losses
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UnsoundProof, UsageError
@@ -18,6 +18,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request
 from holdfast.runs.harness import Member, Plan, measure_plan
+from holdfast.runs.harness.kinds.attack import TEST_QUERIES
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.verify import verify
 from holdfast.runs.stored.stored_runs import Comparison, open_run
@@ -37,9 +38,9 @@ def attack():
 QUICK, LATE = (Interval(),), (Corners(),)
 
 
-def order(*, proofs=QUICK, late=LATE, gates=("certified_accuracy >= 0.05",), **changes):
+def order(member=None, *, proofs=QUICK, late=LATE, gates=("certified_accuracy >= 0.05",), **changes):
     settings = {"shard_size": 15, "threat": SMALL, **changes}
-    return certify_request(fakes.order(attack(), gates=gates, **settings), proofs, late)
+    return certify_request(fakes.order(member or attack(), gates=gates, **settings), proofs, late)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,21 @@ def test_a_sample_of_the_certified_examples_is_attacked(many, full):
     assert torch.equal(shards["attacked"], evidence["attacked"])
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_query_attack_on_certified_examples_is_short(many, full):
+    net, batch = few(many)
+    plan = Plan(
+        (Member("Square", Square(queries=300)),), ThreatModel(Linf(0.005)), proofs=(Interval(),), full=full
+    )
+    evidence = measure_plan(net, [batch], plan)
+    tested, queries = evidence["certified"] & evidence["attacked"], evidence["queries"]
+    assert queries[tested].tolist() == [300 if full else TEST_QUERIES] * int(tested.sum())
+    undecided = evidence["attacked"] & ~tested & ~evidence["success"]
+    assert queries[undecided].tolist() == [300] * int(undecided.sum()) != []
+    shards = measure_plan(net, list(batch.split(7)), plan)
+    assert torch.equal(shards["queries"], queries)
+
+
 @pytest.mark.slow
 def test_a_counterexample_of_a_method_is_judged_and_counts(many):
     net, batch = few(many)
@@ -138,10 +154,12 @@ def test_a_claim_that_the_model_does_not_confirm_breaks_nothing(many, monkeypatc
     assert evidence.proofs[0].broken == 0
 
 
-def test_a_wrong_certificate_ends_the_run_without_a_result(tmp_path):
+@pytest.mark.parametrize("tested_by", [attack(), Member("Square", Square())], ids=["PGD", "Square"])
+def test_a_wrong_certificate_ends_the_run_without_a_result(tmp_path, tested_by):
     run, threat = tmp_path / "run", ThreatModel(Linf(0.2))
-    wrong = order(proofs=(Interval(shrink=0.02),), threat=threat)
-    with pytest.raises(UnsoundProof, match=r"certified by interval, broken by PGD.*No certificate") as caught:
+    wrong = order(tested_by, proofs=(Interval(shrink=0.02),), threat=threat)
+    broken_by = f"certified by interval, broken by {tested_by.name}.*No certificate"
+    with pytest.raises(UnsoundProof, match=broken_by) as caught:
         assess(subject(), data(), wrong, run=run)
     assert caught.value.exit_code == 5
     with pytest.raises(UnsoundProof):

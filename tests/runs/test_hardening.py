@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -27,18 +28,21 @@ from holdfast.core.model import IN_PLACE, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.memory import as_data
 from holdfast.recipes import (
+    DPSGD,
     RSLAD,
     TRADES,
     EnsembleTraining,
     GradientRegularisation,
     PGDTraining,
+    PolicyTraining,
     SingleStep,
     Standard,
+    dp_sgd,
 )
 from holdfast.recipes.training.fit import Training, fit
 from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
 from holdfast.reports.markdown import escaped
-from holdfast.runs.assess.expected_time import StageTimes
+from holdfast.runs.assess.expected_time import StageTimes, StepTime, StepTimes
 from holdfast.runs.assess.request import HardenRequest
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.harden import assessment_budget, candidates
@@ -422,6 +426,40 @@ def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_ep
     assert [point.batch for point in whole.curve] == [64, 64, 16]
 
 
+@pytest.fixture
+def _without_opacus(monkeypatch):
+    monkeypatch.setattr(dp_sgd, "noise_multiplier", lambda *_: 1.0)
+
+
+@pytest.mark.parametrize("budget_s", [1e-6, 1e6])
+@pytest.mark.usefixtures("_without_opacus")
+def test_a_budget_that_a_recipe_cannot_use_is_refused_whatever_its_size(budget_s):
+    for recipe in (DPSGD(delta=1e-4, training=HOW), PolicyTraining(passes=1.0, training=HOW)):
+        with pytest.raises(UsageError, match="budget of time"):
+            harden(trainable(), training(), fakes.data(), wish(recipe, budget_s=budget_s))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_without_opacus")
+def test_the_card_of_a_private_training_states_what_its_budget_means_for_equal_rows(tmp_path):
+    batch, heard = training(), []
+    x = batch.x.clone()
+    x[20:29] = x[20]
+    repeated = Batch(x, batch.y, batch.ids)
+    recipe = DPSGD(epsilon=0.5, delta=1e-4, training=replace(HOW, epochs=1))
+    found = harden(trainable(), repeated, fakes.data(), wish(recipe), run=tmp_path / "r", notify=heard.append)
+    budget = found.card["privacy"]
+    assert (budget["epsilon"], budget["delta"], budget["equal_rows"]) == (0.5, 1e-4, 9)
+    assert budget["group_epsilon"] == 4.5
+    assert budget["group_delta"] == pytest.approx(1e-4 * math.expm1(4.5) / math.expm1(0.5))
+    stated = (
+        "for each row of the training data, and not for each person. The largest number of equal rows is 9"
+    )
+    card = (found.write(tmp_path / "made") / "card.md").read_text()
+    assert stated in card and any(stated in text for text in heard) and any(stated in n for n in found.notes)
+    assert verify(tmp_path / "r").complete
+
+
 def test_where_memory_runs_out_for_a_single_example_it_is_said():
     class Full(Greedy):
         def forward(self, x):
@@ -610,7 +648,8 @@ def test_assessments_use_fewer_examples_where_they_would_take_longer_than_they_m
     assert f"note: {few}" in heard and f"note: {sample}" in heard
     assert found.card["held_out"]["standard_error"] == standard_error(found.card["chosen"]["robust"], 60)
     assert verify(run).complete
-    times = AssessmentTimes(StageTimes(1.0, (), 0.0, 0.0, 0.0, False, 1, (0.0, 0.0)), checked=0)
+    second = StepTimes(StepTime(0.0, 1.0), StepTime(0.0, 1.0))
+    times = AssessmentTimes(StageTimes(second, (), (), probed=False, gradients=True, size=256, share=0), 0)
     assert [times.fitting(1000, limit) for limit in (None, 1.0, 90.0, 1e6)] == [1000, 10, 45, 1000]
 
 

@@ -86,7 +86,7 @@ def test_waves_are_one_attack_in_the_evidence_and_say_what_they_left():
     assert record.residual is not None
     assert (record.residual.untried, round(record.residual.at_most, 3)) == (N - N // 4, 0.027)
     assert said == (
-        f"Nearest was run on {N // 4} of the {N:,} robust examples, lowest margins first. The last {N // 8} all "
+        f"it was run on {N // 4} of the {N:,} robust examples, lowest margins first. The last {N // 8} all "
         f"survived, so with 95 % confidence it would break at most 2.7 % of the other {N - N // 4}, if none of those "
         "is more likely to be broken"
     )

@@ -282,5 +282,7 @@ def test_a_dead_worker_is_noticed_while_a_copy_of_it_lives(one, tmp_path):
 def test_a_task_is_not_larger_than_its_shard():
     big = {"id": torch.arange(100_000), "correct": torch.ones(100_000, dtype=torch.bool)}
     stage = Stage("1-pgd", SuiteAttack(), Member("PGD", PGD()))
-    task = task_of(stage, 0, (0, 10), big["correct"], None, {"clean": {**big, "eligible": big["correct"]}})
+    task = task_of(
+        stage, 0, (0, 10), big["correct"], None, None, {"clean": {**big, "eligible": big["correct"]}}
+    )
     assert len(pickle.dumps(task)) < 5_000

@@ -19,6 +19,7 @@ from holdfast.audits.audit import AuditRequest, audited
 from holdfast.audits.finding import Finding, Table
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
+from holdfast.metrics.names import METRICS
 from holdfast.rotation.pool.pool import Pool
 from holdfast.runs.stored.stored_runs import attacked_stages, run_entry
 from holdfast.server.audit_folder import AuditFolder
@@ -121,12 +122,28 @@ def test_examples_are_found_by_the_attacks_that_broke_them(runs):
     text = site.page(f"run/{number}/examples/any").text
     assert f"{broken} examples broken by an attack" in text
     only = site.page(f"run/{number}/examples/2-pgd/1-fgsm").text
-    assert "that withstood 1-fgsm" in only
+    assert "broken by PGD that withstood FGSM" in only
     for row in re.findall(r'example/(\d+)"', only):
         outcomes = [each.outcome(opened.rows[int(row)]) for each in opened.tried]
         assert outcomes == ["withstood", "broken"]
     csv = site.page(f"run/{number}/examples.csv").text.splitlines()
-    assert len(csv) == 41 and csv[0] == "id,label,outcome,broken by,1-fgsm,2-pgd"
+    assert len(csv) == 41 and csv[0] == "id,label,outcome,broken by,FGSM,PGD"
+
+
+def test_the_page_of_a_run_begins_with_its_verdict_and_the_main_metrics(runs):
+    site = _site(runs)
+    text = site.page(f"run/{_id(site, 'b')}").text
+    verdict, metrics, others = (
+        text.index('class="badge"'),
+        text.index('id="metrics"'),
+        text.index("<details>"),
+    )
+    assert verdict < metrics < others
+    first = text[metrics:others]
+    assert METRICS["robust_accuracy"] in first.lower() and METRICS["clean_accuracy"] in first.lower()
+    assert "Defensive" not in first and "Perturb" not in first and first.count('<th scope="row">') <= 6
+    assert METRICS["mean_perturbation_linf"] in text[others:].lower()
+    assert "1-fgsm</" not in text and '<th scope="row">FGSM</th>' in text
 
 
 def test_an_attack_in_several_waves_is_one_column(tmp_path):

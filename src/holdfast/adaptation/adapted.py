@@ -71,7 +71,9 @@ class Adapted:
         blocks = []
         for step in self.steps:
             begin = f"{clock(step.time)}  {step.step:<11}"
-            blocks += wrap(begin + facts_text(step.facts), width or 100, subsequent_indent=" " * len(begin))
+            blocks += wrap(
+                begin + facts_text(step.step, step.facts), width or 100, subsequent_indent=" " * len(begin)
+            )
         return "\n".join(blocks)
 
     def __str__(self) -> str:
@@ -83,23 +85,26 @@ class Adapted:
         return line(f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}.")
 
 
-def facts_text(facts: Mapping[str, Any]) -> str:
-    """Return the facts of a step as one line, without those that have parts or are empty.
+def facts_text(step: str, facts: Mapping[str, Any]) -> str:
+    """Return the facts of a step as one line, without those that have parts or are empty. A fact that has the name of
+    its step is written without the name.
 
-    >>> facts_text({"flagged": 3, "share": 0.25, "gates": ["pass: a", "fail: b"]})
-    'flagged 3; share 0.25; gates: pass: a, fail: b'
+    >>> facts_text("quarantine", {"flagged": 3, "share": 0.25, "classes": ["a", "b"]})
+    'flagged 3; share 0.25; classes: a, b'
+    >>> facts_text("gates", {"gates": ["robust_accuracy >= 0.5: pass"]})
+    'robust_accuracy >= 0.5: pass'
     """
     parts = []
     for key, value in facts.items():
         if isinstance(value, Mapping) or value == "":
             continue
-        name = key.replace("_", " ")
         if isinstance(value, Sequence) and not isinstance(value, str):
-            parts.append(f"{name}: {', '.join(map(str, value))}")
+            between, shown = ": ", ", ".join(map(str, value))
         elif isinstance(value, bool):
-            parts.append(f"{name}: {'yes' if value else 'no'}")
+            between, shown = ": ", "yes" if value else "no"
         else:
-            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+            between, shown = " ", f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(shown if key == step else f"{key.replace('_', ' ')}{between}{shown}")
     return line("; ".join(parts))
 
 

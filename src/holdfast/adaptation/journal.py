@@ -33,7 +33,7 @@ from holdfast.runs.store.forms import Name, refuse_form
 from holdfast.runs.store.records import Chain, read_chain
 from holdfast.runs.stored.documents import VERDICT
 from holdfast.runs.stored.run_manifest import about_run
-from holdfast.runs.stored.stored_runs import open_run
+from holdfast.runs.stored.stored_runs import RunEntry, open_run
 
 Outcome = Literal["promoted", "not promoted", "rolled back"]
 
@@ -72,6 +72,8 @@ class Adaptation:
     outcome: Outcome | None = None
     """how it ended; None if it is not finished"""
     reason: str = ""
+    expected: tuple[str, ...] = ()
+    """names of all steps, in their order"""
 
 
 def concluded(steps: Sequence[Step]) -> tuple[Outcome, str] | None:
@@ -153,6 +155,7 @@ class _Manifest(TypedDict):
     verb: Literal["adapt"]
     run: Name
     server: str
+    config: dict[str, Any]
 
 
 class _Concluded(TypedDict):
@@ -195,6 +198,31 @@ def open_finished(folder: Path) -> Adaptation:
     return stored
 
 
+def adaptation_entry(folder: Path) -> RunEntry:
+    """Return the entry of the adaptation in a folder for the list of runs. The model is named by its server. Raises
+    `TargetError` as `read_adaptation` does.
+    """
+    stored, manifest = read_adaptation(folder), read_manifest(folder)
+    data, threat, suite = (
+        text if isinstance(text := manifest["config"].get(key), str) else ""
+        for key in ("data", "threat", "suite")
+    )
+    finished = stored.outcome is not None
+    return RunEntry(
+        folder,
+        "adapt",
+        str(read_about(folder).get("created", "")),
+        stored.server,
+        data,
+        threat,
+        suite,
+        finished,
+        len(stored.steps),
+        len(stored.expected),
+        (0 if stored.outcome == "promoted" else 1) if finished else None,
+    )
+
+
 def _adaptation(folder: Path, manifest: Mapping[str, Any], chain: Chain) -> Adaptation:
     refuse_form(folder / MANIFEST, manifest, _Manifest)
     refuse_altered(folder, chain)
@@ -218,7 +246,9 @@ def _adaptation(folder: Path, manifest: Mapping[str, Any], chain: Chain) -> Adap
             raise TargetError(
                 f"{str(folder / f'{VERDICT}.json')!r} does not follow from the steps; restore it from a copy"
             )
-    return Adaptation(folder, manifest["run"], manifest["server"], steps, chain.head, outcome, reason)
+    return Adaptation(
+        folder, manifest["run"], manifest["server"], steps, chain.head, outcome, reason, expected
+    )
 
 
 def _facts(folder: Path, chain: Chain, step: str) -> Mapping[str, Any]:

@@ -7,12 +7,13 @@ neither the server nor a later change of the guard's file decides what is writte
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from holdfast.api.guard_candidates import candidate_calibrations
+from holdfast.api.guard_candidates import candidate_calibrations, refuse_uncalibratable
 from holdfast.api.guard_opening import calibration_path, guard_pipeline, settings_without_queries
 from holdfast.api.verb_settings import Calibrate
 from holdfast.core.errors import TargetError
 from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.guard.guard import GuardPipeline
+from holdfast.reports.write import refuse_unwritable
 from holdfast.runs.store.files import PRIVATE
 from holdfast.runs.store.ownership import refuse_shared
 from holdfast.settings.guard_settings import read_guard_settings
@@ -51,6 +52,11 @@ class AdaptedGuard:
         """Store the present calibration in the folder of the run, if there is one."""
         if self.place.exists():
             write_calibration(read_calibration(self.place), self.folder / EARLIER, PRIVATE)
+
+    def refuse_unfit(self, settings: Calibrate) -> None:
+        """Raise the error with which `extend` would fail for any candidate, given the settings for the served model."""
+        refuse_unwritable(self.place)
+        refuse_uncalibratable(settings)
 
     def extend(self, settings: Calibrate) -> None:
         """Calibrate the guard for the served model and the candidate together, given the settings for the candidate."""

@@ -29,24 +29,29 @@ from holdfast.api import adapting_pools
 from holdfast.api.adapted_guard import CANDIDATE, EARLIER, AdaptedGuard, calibration_of
 from holdfast.api.adapting_pools import AdaptedPool
 from holdfast.api.guard_opening import input_storage
-from holdfast.api.hardening import hardened
-from holdfast.api.live_pairs import LivePairs, Side
+from holdfast.api.hardening import ForHardening, hardened, needs_of_hardening
+from holdfast.api.live_pairs import LivePairs, Samples, Side, read_samples
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
 from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
+from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.needs import Need, refuse_unmet
 from holdfast.core.types import Labels, Mask
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
+from holdfast.io.data.selection import selected
 from holdfast.io.files import content_of_file
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.numbers import strict
+from holdfast.reports.write import refuse_unwritable
+from holdfast.rotation.collecting import rows_of
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore
@@ -207,7 +212,7 @@ class _Adaptation:
         facts = self.journal.take(step, lambda: strict(function()))  # the server refuses NaN
         if not taken:
             self._send(step, facts)
-            self.notify(f"{step}: {facts_text(facts)}")
+            self.notify(f"{step}: {facts_text(step, facts)}")
         if facts.get("ends"):
             raise _Ended
 
@@ -232,6 +237,31 @@ class _Adaptation:
         return Path(self._begun["model"])
 
     def _begin(self) -> Json:
+        self._begun = begun = self._described()
+        refuse_unmet(self._needs())
+        return begun
+
+    def _needs(self) -> Iterator[Need]:
+        """What the later steps need, in their order. Each step checks its own again."""
+        if self.settings.trigger == ALARM:
+            yield Need("trigger", self._alarmed)
+        yield Need("quarantine", lambda: self._flagged(strict=True))
+        pool, gates = self._pool, self.settings.gates or GATES
+        held_out = None if pool is None else pool.common.held_out
+        if pool is not None:
+            yield Need("immunise", pool.refuse_other_network)
+        yield from needs_of_hardening(self._harden_settings, self._opened_for_hardening, gates, held_out)
+        yield Need("shadow", self._sampled)
+        yield Need("canary" if pool is None else "measure", partial(self._rules, candidate=False))
+        if pool is not None:
+            return
+        if (guard := self._guard) is not None:
+            settings = self._calibration_of(self.journal.folder / _INCUMBENT, guard)
+            yield Need("canary", partial(guard.refuse_unfit, settings))
+        yield Need("promote", partial(refuse_unwritable, self._served_file))
+
+    def _described(self) -> Json:
+        """The server and its model, as the run begins."""
         status = server_state(self.port)
         if "pool" in status:
             return adapting_pools.begin(status, self.settings)
@@ -288,7 +318,7 @@ class _Adaptation:
     @property
     def _guard(self) -> AdaptedGuard | None:
         """The guard whose calibration is replaced together with a served file."""
-        begun = self.journal.facts("begin") or {}
+        begun = self._begun
         if "calibration" not in begun:
             return None
         return AdaptedGuard(Path(begun["settings"]["guard"]), Path(begun["calibration"]), self.journal.folder)
@@ -304,8 +334,8 @@ class _Adaptation:
     @cached_property
     def _pool(self) -> AdaptedPool | None:
         """The pool behind the server; None if it serves a file."""
-        begun = self.journal.facts("begin")
-        if begun is None or "pool" not in begun:
+        begun = self._begun
+        if "pool" not in begun:
             return None
         return AdaptedPool(Path(begun["pool"]), begun["set"], self.journal.run, self.settings)
 
@@ -352,24 +382,33 @@ class _Adaptation:
         until = float("inf") if trigger == ALARM else time.monotonic() + seconds(trigger, "trigger")
         self.notify("waiting for an alarm of the monitor")
         while time.monotonic() < until:
-            try:
-                alarmed = monitor_state(self.port)["alarmed"]
-            except Refusal as refusal:
-                if trigger == ALARM:
-                    raise UsageError(
-                        f"the server has no monitor, whose alarm would begin the adaptation ({refusal.reason}); start "
-                        "it with --monitor, or set trigger to now"
-                    ) from refusal
-                alarmed = []
-            if alarmed:
+            if alarmed := self._alarmed():
                 return {"trigger": "alarm", "tests": alarmed}
             time.sleep(_POLL_S)
         return {"trigger": trigger}
 
+    def _alarmed(self) -> list[str]:
+        """Names of the tests of the monitor that raised an alarm. Raises `UsageError` if a run that waits for an alarm
+        has a server without a monitor.
+        """
+        try:
+            return list(monitor_state(self.port)["alarmed"])
+        except Refusal as refusal:
+            if self.settings.trigger == ALARM:
+                raise UsageError(
+                    f"the server has no monitor, whose alarm would begin the adaptation ({refusal.reason}); start "
+                    "it with --monitor, or set trigger to now"
+                ) from refusal
+            return []
+
+    @cached_property
+    def _opened_for_hardening(self) -> ForHardening:
+        return self._harden_settings.open()
+
     @cached_property
     def _opened_data(self) -> tuple[TrainingData, Data]:
         """The training examples, and all test examples."""
-        _, training, _, tested, _ = self._harden_settings.open()
+        _, training, _, tested, _ = self._opened_for_hardening
         return training, tested
 
     @cached_property
@@ -385,13 +424,14 @@ class _Adaptation:
 
     @cached_property
     def _trusted(self) -> tuple[Tensor, Tensor]:
-        batch = self._tested
-        return batch.x[:_TRUSTED], batch.y[:_TRUSTED]
+        some = rows_of(self._tested, _TRUSTED, Draws(self.settings.seed).at("trusted"))
+        return some.x, some.y
 
     @cached_property
     def _tested(self) -> Batch:
         _, tested = self._opened_data
-        return tested.read(0, min(len(tested), _TESTED))
+        some = selected(tested, n=None, sample=_TESTED, seed=self.settings.seed)
+        return some.read(0, len(some))
 
     def _quarantine(self) -> Json:
         """Screen the labels of the training examples and of the flagged inputs, which are never trained on."""
@@ -511,8 +551,12 @@ class _Adaptation:
 
     def _shadow(self) -> Json:
         """Compare the candidate with the served model on a sample of the live inputs, which no client sees."""
-        pairs = self._live_pairs(guarded=False)
-        return pairs.compared(pairs.sample())
+        return self._live_pairs(guarded=False).compared(self._sampled())
+
+    def _sampled(self) -> Samples:
+        """The inputs that the server has sampled."""
+        shape = self._tested.example_shape
+        return read_samples(self.port.read("/samples"), shape, self.port.url)
 
     def _live_pairs(self, *, guarded: bool = True) -> LivePairs:
         """The comparison of the candidate with the served model on live inputs, with the guard if it is `guarded`."""
@@ -524,7 +568,7 @@ class _Adaptation:
             )
             for subject in (self._candidate, self._incumbent)
         )
-        shape = tuple(self._tested.x.shape[1:])
+        shape = self._tested.example_shape
         of: Literal["model", "pool"] = "model" if self._pool is None else "pool"
         return LivePairs(self.port, of, shape, candidate, served, name)
 
@@ -671,11 +715,14 @@ class _Adaptation:
         """Calibrate the guard for the served model and the candidate together."""
         if (guard := self._guard) is None:
             return
-        opening = _opening(self._begun["settings"])
-        base = Calibrate(model=str(self._candidate_file), guard=str(guard.guard), **opening)
-        own = {key: getattr(base, key) for key in base.model_fields_set}
-        guard.extend(composed(Calibrate, self.settings).model_copy(update=own))
+        guard.extend(self._calibration_of(self._candidate_file, guard))
         self.journal.keep_written(CANDIDATE)
+
+    def _calibration_of(self, model: Path, guard: AdaptedGuard) -> Calibrate:
+        """The settings of a calibration of the guard for a model on the data of the run."""
+        base = Calibrate(model=str(model), guard=str(guard.guard), **_opening(self._begun["settings"]))
+        own = {key: getattr(base, key) for key in base.model_fields_set}
+        return composed(Calibrate, self.settings).model_copy(update=own)
 
     def _restore_guard(self) -> None:
         if (guard := self._guard) is not None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.adaptation.server_state import ServerState, server_state
+from holdfast.api.hardening import name_of
 from holdfast.api.live_pairs import LivePairs
 from holdfast.api.pooled import pool_of
 from holdfast.api.recipe_building import candidates
-from holdfast.api.rotation_opening import reopened
+from holdfast.api.rotation_opening import refuse_other_network, reopened
 from holdfast.api.verb_settings import Adapt, RotateSettings
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -164,20 +165,25 @@ class AdaptedPool:
         exposed = [self.common.of_set(self.pool, name) for name in against]
         common, rng = self.common, secret(self.pool).at("adapted", self.run)
         model = loaded(common.model, state_of(hardened.model), "of the candidate")
-        recipe = self._recipe(hardened, model)
+        # the one that trained it, so that the robustness that it gave is kept
+        recipe = self._recipes(model)[hardened.card["recipe"]]
         with common.enough_threads():
             immunised = Immunise()(model, exposed, recipe, common.train, common.threat, rng=rng)
         self.pool.keep(self._stored, state_of(immunised), {"against": list(against)})
         return {"set": self.name, "digest": self.candidate.digest, "against": list(against)[-10:]}
 
-    def _recipe(self, hardened: Hardened, model: Classifier) -> Recipe:
-        """The recipe of the candidate, so that the robustness that it gave is kept."""
+    def refuse_other_network(self) -> None:
+        """Raise `UsageError` for a recipe whose network is not that of the sets of the pool."""
+        for name, recipe in self._recipes(self.common.model).items():
+            refuse_other_network(recipe, name)
+
+    def _recipes(self, model: Classifier) -> dict[str, Recipe]:
+        """The recipes of which one trains the candidate, by their names."""
         given: Any = self.settings.recipe
         if not isinstance(given, Mapping):
-            recipe: Recipe = given
-            return recipe
-        chosen = candidates(given, model, tuple(self.common.train.x.shape[1:]))
-        return next(each.recipe for each in chosen if each.name == hardened.card["recipe"])
+            return {name_of(given): given}
+        chosen = candidates(given, model, self.common.train.example_shape)
+        return {each.name: each.recipe for each in chosen}
 
     def admit(self, progress: Progress, notify: Notify, again: str) -> Json:
         """Add the candidate to the pool, and let the gates of the pool judge it. `again` states how the run is resumed.

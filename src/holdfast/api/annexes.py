@@ -63,7 +63,7 @@ class Annex:
             for name, found, _ in annex_lines(self.content)
             for text in (name, f"- evidence: {found or 'none'}")
         ]
-        return as_lines([*(part for part in parts if part), "", *rows])
+        return as_lines([*rows, "", *(part for part in parts if part)])
 
 
 def annex_of(folders: Sequence[str | Path], standard: str) -> Annex:
@@ -107,6 +107,9 @@ def _run(folder: Path) -> FolderEvidence:
     doubts = open_doubts(summary)
     statement = summary["headline"] + (f" Open doubts: {', '.join(doubts)}." if doubts else "")
     training = summary["training"]
+    attacks: dict[str, dict[str, None]] = {}  # names in reports by the names of the algorithms
+    for step in inner["config"]["stages"]:
+        attacks.setdefault(VARIANTS.get(step["attack"], step["attack"]), {})[step["attack"]] = None
     return FolderEvidence(
         str(folder),
         str(summary["model"].get("name", "")),
@@ -114,16 +117,14 @@ def _run(folder: Path) -> FolderEvidence:
         f"{summary['run'].get('created', '')}",
         str(summary["hashes"].get("model", "")),
         {
-            "attacks": [
-                VARIANTS.get(step["attack"], step["attack"])  # the names of attacks in suites
-                for step in inner["config"]["stages"]
-            ],
+            "attacks": list(attacks),
             "certificates": [record.name for record in evidence.proofs],
             "guard rules": [str(rule) for rule in evidence.model.get("guard", {}).get("rules", ())],
             "verbs": [summary["verb"], manifest["verb"]],
             "recipes": [] if training is None else [training["recipe"]],
         },
         statement if training is None else f"{training['message']} {statement}",
+        {algorithm: list(names) for algorithm, names in attacks.items()},
     )
 
 
@@ -187,7 +188,7 @@ class _Stream(_Named):
 class _Alarm(TypedDict):
     after: int
     signal: str
-    evidence: str
+    view: str
 
 
 class _Test(_Named):

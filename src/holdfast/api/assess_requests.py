@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from holdfast.api.expecting import with_found_properties, with_numbered_goal
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import assess_request, baseline_evidence, listed_attacks, prover
@@ -31,7 +33,8 @@ from holdfast.io.remote.remote import SCHEMES
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request, reads_trees, smoothed_subject, without_attacks
 from holdfast.runs.assess.expected_rows import Rehearsed, rehearsed
-from holdfast.runs.assess.expected_time import ExpectedCost
+from holdfast.runs.assess.expected_time import ExpectedCost, expected_seconds
+from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, Opened, Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.assess.served_runs import journaled
@@ -85,14 +88,16 @@ def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:
         request = _request(settings, (subject, data, surrogates), baseline)
         examples = selected(data, n=min(_TRIED, len(data)), sample=None, seed=settings.seed)
         result = assess(subject, examples, replace(request, gates=(), workers=None, ray=None))
+        with readied(subject, data, torch.device(request.device)) as (target, sample):
+            seconds = expected_seconds(request, request.plan, target, data, sample.x.device)
     cost, factor = result.cost, len(data) / len(examples)
     return ExpectedCost(
         len(data),
         len(result.attacks),
         cost.forwards * factor,
         cost.backwards * factor,
-        cost.cpu_s * factor,
         len(examples),
+        seconds,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,14 +11,21 @@ import torch
 from holdfast.api.expecting import ends, expected, notes_of, refuse_other_range
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_examples, open_expected, open_seeded, open_train_split
-from holdfast.api.verb_settings import AuditBackdoor, composed
+from holdfast.api.resolve import (
+    open_beside,
+    open_examples,
+    open_seeded,
+    open_train_split,
+    random_instead,
+    selection_or,
+)
+from holdfast.api.verb_settings import AuditBackdoor
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
-from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, measure
+from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, measure, refuse_other_shape
 from holdfast.audits.backdoor.conclusion import images_of, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache
 from holdfast.audits.backdoor.inversion import refuse_one_class
-from holdfast.audits.backdoor.measurements import measured
+from holdfast.audits.backdoor.measurements import STRIP, measured
 from holdfast.audits.backdoor.training import ControlTraining
 from holdfast.audits.finding import Images
 from holdfast.audits.stored_steps import StoredSteps
@@ -28,12 +36,14 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.data_catalogue import cache_folder
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
+from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.identity import code_digest
@@ -59,13 +69,13 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
     if model.rejects:
         raise UsageError("the model has a detector of its own; audit the network inside")
     refuse_untrainable(model)
-    data = open_examples(settings, model, selection=ExampleSelection(sample=CLEAN))
+    data = open_examples(settings, model, selection=selection_or(settings, ExampleSelection(sample=CLEAN)))
     stream = None if settings.stream is None else _stream(settings, model, data)
     if stream is not None:
         refuse_other_range(data, stream)
     device = torch.device(device_of(settings.device))
     batch = data.read(0, len(data))
-    refuse_one_class(batch.y)
+    refuse_one_class(batch.y, *random_instead(settings))
     with readied(subject, data, device) as (target, _):
         request = BackdoorRequest(batch.to(device), target.classes, stream=stream, seed=settings.seed)
     request = _with_controls(request, settings, model, batch)
@@ -95,7 +105,7 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
         settings.seed,
         str(device),
         start.command,
-        (*subject.notes, *notes_of(stream)),
+        (*subject.notes, *notes_of(data, stream)),
         writes=settings.trigger_out is not None,
     )
 
@@ -107,13 +117,23 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
             write_trigger(Path(settings.trigger_out), replace(trigger, ends=ends(model.bounds)))
         return lambda: images_of(batch, trigger, model.bounds)
 
-    yield PreparedAudit(about, audit)
+    yield PreparedAudit(about, audit, _needs(settings, batch, stream))
+
+
+def _needs(settings: AuditBackdoor, batch: Batch, stream: Data | None) -> tuple[Need, ...]:
+    """Return what the later steps of the audit need."""
+    needs = []
+    if stream is not None:
+        needs.append(Need(STRIP, partial(refuse_other_shape, batch, stream)))
+    if settings.trigger_out is not None:
+        needs.append(Need("trigger_out", partial(refuse_unwritable, Path(settings.trigger_out))))
+    return tuple(needs)
 
 
 def _stream(settings: AuditBackdoor, model: Classifier, first: Data) -> Data:
     source = beside(settings, settings.stream)
     properties = expected(settings, model, source, lenient=True, first=first)
-    return open_expected(composed(AuditBackdoor, settings, source), replace(properties, needs_labels=False))
+    return open_beside(settings, source, replace(properties, needs_labels=False))
 
 
 def _with_controls(
@@ -146,10 +166,10 @@ def _training_examples(settings: AuditBackdoor, model: Classifier, batch: Batch)
     """Return the examples on which controls are trained, and what identifies them: the train split, or the data without
     the examples of the audit.
     """
-    train = open_train_split(settings, model)
+    train = open_train_split(settings, model, selection=ExampleSelection())
     if train is not None:
         return train.read(0, len(train)), [train.digest]
-    everything = open_examples(settings, model)
+    everything = open_examples(settings, model, selection=ExampleSelection())
     rest = everything.read(0, len(everything))
     rest = rest.take(~torch.isin(rest.ids, batch.ids))
     if not len(rest):

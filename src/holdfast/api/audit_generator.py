@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from holdfast.api import resolve
-from holdfast.api.audit_tables import prepared_tables, tables_of
+from holdfast.api.audit_tables import prepared_tables, selection_notes, tables_of
 from holdfast.api.expecting import first_table, normalisation, notes_of, refuse_other_range, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import AuditGenerator, composed
+from holdfast.api.verb_settings import AuditGenerator
 from holdfast.attacks.parts.small_networks import network_for
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
-from holdfast.audits.generator.audit import GeneratorAudit, measure, parts_of, refuse_incomparable
+from holdfast.audits.generator.audit import (
+    GeneratorAudit,
+    measure,
+    needs_of,
+    parts_of,
+    refuse_incomparable,
+)
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -59,7 +65,7 @@ def prepared_generator(settings: AuditGenerator, start: AuditStart) -> Iterator[
         request, how = prepared_tables(settings, tables, start.command)
     else:
         request, how = opened_audit(settings, start.notify, start.command)
-    yield PreparedAudit(request, lambda run: measure(run, how))
+    yield PreparedAudit(request, lambda run: measure(run, how), needs_of(how, settings.gates))
 
 
 def opened_audit(
@@ -101,6 +107,8 @@ def opened_audit(
         parts_of(settings.latent, settings.condition),
     )
     refuse_incomparable(how)
+    if network is None:
+        _refuse_unlabelled(batch)
     about: dict[str, Any] = {"name": training.name, "digest": training.digest, "n": len(training)}
     about["held_out"] = {"name": held_out.name, "digest": held_out.digest, "n": len(held_out)}
     request = AuditRequest(
@@ -118,7 +126,7 @@ def opened_audit(
         settings.seed,
         str(device),
         command,
-        (*notes_of(held_out), *source.notes),
+        (*selection_notes(settings, len(training)), *notes_of(training, held_out), *source.notes),
     )
     return request, how
 
@@ -154,10 +162,13 @@ def _opened(
     """Open examples whose labels may be missing, in the layout that the network of the features takes. The columns of a
     table are matched with those of the data `first`.
     """
-    opened = composed(AuditGenerator, settings, source)
+    if isinstance(source, AuditGenerator):
+        opened = partial(resolve.open_expected, source)
+    else:
+        opened = partial(resolve.open_beside, settings, source)
     if network is not None:
         properties = replace(unlabelled(settings, network, source, first), needs_labels=False)
-        return resolve.open_expected(opened, properties)
+        return opened(properties)
     properties = Expected(
         class_names=settings.class_names,
         class_order=settings.class_order,
@@ -167,10 +178,10 @@ def _opened(
         needs_labels=False,
         first=None if first is None else first_table(first),
     )
-    data = resolve.open_expected(opened, properties)
+    data = opened(properties)
     if not isinstance(data, Arrays) or data.reading.stored != "asis" or data.x.ndim not in (3, 4):
         return data
-    return resolve.open_expected(opened, replace(properties, layout=layout_of_images(data.x)))
+    return opened(replace(properties, layout=layout_of_images(data.x)))
 
 
 def _of_split(settings: AuditGenerator, split: str, network: Classifier | None) -> Data:
@@ -206,13 +217,17 @@ def _source(settings: AuditGenerator, network: Classifier | None, training: Data
 
 def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Classifier:
     """Train the network whose features are compared, on the labels of the training examples."""
+    notify(f"training a small network on {len(training):,} examples, whose features are compared")
+    return trained_extractor(training, Draws(settings.seed).at("features"))
+
+
+def _refuse_unlabelled(training: Batch) -> None:
+    """Raise `UsageError` if the training examples have no labels."""
     if bool((training.y == UNLABELLED).any()):
         raise UsageError(
             "the training examples have no labels, with which a network for the features could be trained; give a "
             "network that was trained on such data, as in features=net.pt,arch=net.py:make"
         )
-    notify(f"training a small network on {len(training):,} examples, whose features are compared")
-    return trained_extractor(training, Draws(settings.seed).at("features"))
 
 
 def trained_extractor(training: Batch, rng: Draws) -> Classifier:

@@ -13,7 +13,7 @@ from holdfast.api.audited_trainings import Training, open_any_training, trained_
 from holdfast.api.plans import device_of
 from holdfast.api.reference_networks import FUNCTION_TOGETHER, TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import AuditMembership, composed
+from holdfast.api.verb_settings import AuditMembership
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.finding import Images
 from holdfast.audits.membership import rates
@@ -27,6 +27,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.rotation.collecting import rows_of
 from holdfast.runs.assess.executors import executor_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
@@ -88,7 +89,7 @@ def prepared_membership(settings: AuditMembership, start: AuditStart) -> Iterato
             work = work.in_memory()
         options = settings.ray_options(str(device))
         with executor_of(work, settings.workers, options, str(device), start.notify) as executor:
-            yield PreparedAudit(request, audit, executor)
+            yield PreparedAudit(request, audit, executor=executor)
 
 
 def _how(
@@ -186,9 +187,7 @@ def _opened(settings: AuditMembership) -> _Opened:
 
 def _non_members(settings: AuditMembership, model: Classifier, first: Data) -> Data:
     source = beside(settings, settings.non_members)
-    return resolve.open_expected(
-        composed(AuditMembership, settings, source), expecting.expected(settings, model, source, first=first)
-    )
+    return resolve.open_beside(settings, source, expecting.expected(settings, model, source, first=first))
 
 
 def _refuse_too_few(settings: AuditMembership, how: MembershipAudit) -> None:
@@ -240,7 +239,7 @@ def _compare_seeds(run: Run, training: Training, model: Classifier, how: Members
     """Store whether a training function returns the same network for two seeds on a few examples."""
 
     def compared() -> dict[str, bool]:
-        part = how.examples.first(_PROBE)
+        part = rows_of(how.examples, _PROBE, how.design.rng.at("seeds"))
         first, second = (trained_like(training, model, part.x, part.y, seed).state_dict() for seed in (1, 2))
         return {"ignored": all(torch.equal(first[name], second[name]) for name in first)}
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from holdfast.api.expecting import expected, notes_of
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_expected, open_seeded, open_training_examples
-from holdfast.api.verb_settings import AuditPoison, composed
+from holdfast.api.resolve import open_beside, open_seeded, open_training_examples, random_instead
+from holdfast.api.verb_settings import AuditPoison
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.finding import Images
 from holdfast.audits.poison.audit import (
@@ -29,9 +30,11 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
+from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import last_of, with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.run import Run
@@ -49,15 +52,14 @@ def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[Prepar
     refuse_untrainable(model)
     data, split_notes = open_training_examples(settings, model)
     batch = data.read(0, len(data))
-    refuse_unscorable(batch)
+    refuse_unscorable(batch, *random_instead(settings))
     request, compared, notes = PoisonRequest(batch, 0, settings.seed), {}, [*subject.notes, *split_notes]
     if settings.clean is not None:
         source = beside(settings, settings.clean)
-        clean = open_expected(
-            composed(AuditPoison, settings, source), expected(settings, model, source, first=data)
-        )
+        clean = open_beside(settings, source, expected(settings, model, source, first=data))
         notes += notes_of(clean)
-        request = replace(with_trusted(batch, clean.read(0, len(clean))), seed=settings.seed)
+        request = with_trusted(batch, clean.read(0, len(clean)), *random_instead(settings))
+        request = replace(request, seed=settings.seed)
         compared = {"clean": {"name": clean.name, "digest": clean.digest, "n": len(clean)}}
         if request.n < len(batch):
             notes.append(f"{len(batch) - request.n} examples are among the trusted ones, and were left out")
@@ -69,7 +71,7 @@ def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[Prepar
             measure(run, request, training(model), start.notify)
         result = scored(StoredSteps(about.manifest(), run.store))
         if settings.suspects is not None:
-            write_suspects(Path(settings.suspects), result)
+            write_suspects(Path(settings.suspects), result, model.class_names)
         return lambda: images_of(request.batch, result, model.bounds)
 
     about = AuditRequest(
@@ -85,7 +87,9 @@ def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[Prepar
         notes,
         writes=settings.suspects is not None,
     )
-    yield PreparedAudit(about, audit)
+    suspects = settings.suspects
+    needs = () if suspects is None else (Need("suspects", partial(refuse_unwritable, Path(suspects))),)
+    yield PreparedAudit(about, audit, needs)
 
 
 def training(model: Classifier) -> Train:

@@ -15,6 +15,7 @@ from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, measure
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.recipes.dp_sgd import DPSGD
+from holdfast.statistics.group_privacy import row_budget
 
 
 @contextmanager
@@ -35,7 +36,10 @@ def prepared_privacy(settings: AuditPrivacy, start: AuditStart) -> Iterator[Prep
     model = subject.model.to(device)
     if model.classes is None:
         model.classes = model(data.first(1).x).shape[1]
-    how = PrivacyAudit(epsilon, delta, settings.canaries, settings.canary, settings.guesses, settings.seed)
+    equal_rows = row_budget(epsilon, delta, data.fingerprints()).equal_rows
+    how = PrivacyAudit(
+        epsilon, delta, settings.canaries, settings.canary, settings.guesses, equal_rows, settings.seed
+    )
     how.refuse_unable(len(data), model.classes)
     request = AuditRequest(
         "privacy",

@@ -1,11 +1,13 @@
 """Opens what an audit of a synthetic table needs: the table, its training rows, and held-out rows."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from holdfast.api.references import beside
 from holdfast.api.verb_settings import AuditGenerator
@@ -14,6 +16,7 @@ from holdfast.audits.generator.audit import GeneratorAudit, parts_of, refuse_inc
 from holdfast.audits.generator.tables import TablePart
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.draws import Draws
+from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.mixed_tables import MixedTables, TableFile, open_mixed
 from holdfast.io.data.tables import SUFFIXES
 from holdfast.rotation.collecting import rows_of
@@ -63,14 +66,16 @@ def prepared_tables(
     settings: AuditGenerator, opened: OpenedTables, command: str
 ) -> tuple[AuditRequest, GeneratorAudit]:
     """Return the request of the audit of a synthetic table, and what it compares."""
-    tables, rng = opened.tables, Draws(settings.seed)
+    tables, rng = opened.tables.selected(_TRAINING, _chosen(settings, opened)), Draws(settings.seed)
+    opened = replace(opened, tables=tables)
     training, samples, held_out = (_batch(x) for x in tables.encoded(_TRAINING))
     # a random sample, because a file may be sorted
     names = tuple(column.name for column in tables.columns)
     chosen = rows_of(samples, settings.samples, rng.at("samples"))
+    others = rows_of(held_out, len(held_out), rng.at("held-out"))
     how = GeneratorAudit(
         training,
-        rows_of(held_out, len(held_out), rng.at("held-out")),
+        others,
         settings.samples,
         lambda: chosen.x,
         None,
@@ -78,6 +83,7 @@ def prepared_tables(
         rng.at("parts"),
         None,
         (TablePart(names, tables), *parts_of(settings.latent, settings.condition)),
+        (tables.rows[_SAMPLES][chosen.ids], tables.rows[_TRAINING], tables.rows[_HELD_OUT][others.ids]),
     )
     refuse_incomparable(how)
     about = opened.about(_TRAINING) | {"n": len(training)}
@@ -99,8 +105,22 @@ def prepared_tables(
         settings.seed,
         "cpu",
         command,
+        (*tables.notes, *selection_notes(settings, len(training))),
     )
     return request, how
+
+
+def _chosen(settings: AuditGenerator, opened: OpenedTables) -> NDArray[np.int64]:
+    """Return the numbers of the training rows that the settings select."""
+    n_rows, name = len(opened.tables.rows[_TRAINING]), opened.names[_TRAINING]
+    return selected_rows(n_rows, n=settings.n, sample=settings.sample, seed=settings.seed, name=name)
+
+
+def selection_notes(settings: AuditGenerator, n: int) -> tuple[str, ...]:
+    """Return the note on an audit that knows only `n` of the training examples."""
+    if not settings.selects:
+        return ()
+    return (f"only {n:,} training examples were selected, and copies of the other ones are not found",)
 
 
 def _batch(x: torch.Tensor) -> Batch:

@@ -19,6 +19,7 @@ from holdfast.api.verb_settings import (
     AuditVerb,
 )
 from holdfast.audits.audit import AuditResult, AuditStart, audited
+from holdfast.core.needs import refuse_unmet
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.store.folder import refuse_used
 
@@ -148,6 +149,7 @@ def run_audit(
     if place is not None:
         refuse_used(place, resume=resume)
     with settings.prepared(AuditStart(place, resume, notify, command)) as audit:
+        refuse_unmet(audit.needs)
         return audited(
             replace(audit.request, examples=settings.examples),
             audit.measure,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from holdfast.api.verb_settings import Assess, Certify, Opening, group_of
+from holdfast.attacks.parts.expectation import inner
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -18,7 +19,9 @@ from holdfast.core.remedies import Remedy
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import Names
 from holdfast.io.data.expected import Expected, FirstTable
-from holdfast.io.data.selection import Selection
+from holdfast.io.data.ranges import Ranges
+from holdfast.io.data.selection import Selection, selected
+from holdfast.io.doctor.single_outputs import unlike_a_logit
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
@@ -34,8 +37,6 @@ T = TypeVar("T", bound=Assess | Certify)
 _LISTED = 20  # classes in an error message
 _RANGE_EXAMPLES = 1000
 """number of examples whose range of values is compared"""
-_LEAST_WIDTH, _MOST_SHIFT = 0.55, 1 / 3
-"""width of a range, and shift of its middle, relative to the wider one, beyond which the units are probably others"""
 
 
 def declared(settings: Opening) -> Declared:
@@ -264,20 +265,11 @@ def refuse_other_range(first: Data, second: Data) -> None:
     """
     ranges = []
     for data in (first, second):
-        x = data.read(0, min(len(data), _RANGE_EXAMPLES)).x
-        if x.dim() < 3:
-            return
-        ranges.append((float(x.nan_to_num().min()), float(x.nan_to_num().max())))
-    (low, high), (other_low, other_high) = ranges
-    width, other_width = high - low, other_high - other_low
-    largest = max(width, other_width)
-    shift = abs(low + high - other_low - other_high) / 2
-    if min(width, other_width) > _LEAST_WIDTH * largest and shift < _MOST_SHIFT * largest:
-        return
-    raise UsageError(
-        f"{second.name} has values from {other_low:.4g} to {other_high:.4g}, and {first.name} has values from "
-        f"{low:.4g} to {high:.4g}; write both in the same range"
-    )
+        some = selected(data, n=None, sample=_RANGE_EXAMPLES, seed=0)  # a file may be sorted by class
+        ranges.append(some.read(0, len(some)).x)
+    first_x, x = ranges
+    if min(x.dim(), first_x.dim()) > 2:
+        Ranges.of(x, first_x).refuse(f"{second.name} has", f"{first.name} has")
 
 
 def notes_of(*data: Data | None) -> tuple[str, ...]:
@@ -308,16 +300,21 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
     """Determine those properties of the model that are not declared, by tests on the data. Return the model under test
     with notes about them.
 
-    The properties are: whether single outputs are logits, whether the largest score of an estimator is that of its
-    class, whether the backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` if single
-    outputs may be probabilities.
+    The properties are: whether single outputs are logits, and look like logits of the labels, whether the largest score
+    of an estimator is that of its class, whether the backward pass of the model works, and the layouts of surrogates.
+    Raises `UnclearOutput` if single outputs may be probabilities.
     """
     model = subject.model
+    declared = inner(model).output is not None
     for examined in (model, *(surrogate.model for surrogate in surrogates)):
         if examined is not model:
             ProbedClassifier(examined).suit(data.read(0, min(2, len(data))).x)
         settle_output(examined, data)
-    notes = (*settle_predictions(model, data), *settle_gradients(model, data))
+    notes = (
+        *settle_predictions(model, data),
+        *(() if declared else unlike_a_logit(model, data)),
+        *settle_gradients(model, data),
+    )
     card = {**subject.card, "access": model.access} if notes else subject.card
     return replace(subject, card=card, notes=(*subject.notes, *notes))
 

@@ -29,6 +29,7 @@ from holdfast.explanation.example import explain_example
 from holdfast.explanation.explained import Explained
 from holdfast.explanation.whole_model import explain_model
 from holdfast.explanation.wording import About
+from holdfast.io.data.selection import selected
 from holdfast.io.models.factories import names_code
 from holdfast.io.models.models import WEIGHTS
 from holdfast.io.models.weights import digest_of_weights
@@ -96,9 +97,9 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
         constraint = threat_model(parse_threat(settings.threat))
         device = next(subject.model.parameters(), torch.empty(0)).device
         rng = Draws(settings.seed).at("explain")
-        batch = (
-            data.read(0, min(len(data), _MOST)) if settings.index is None else _row(data, settings.index)
-        ).to(device)
+        batch = (_some(data, _MOST, settings) if settings.index is None else _row(data, settings.index)).to(
+            device
+        )
         train = None if settings.index is None else _train(settings, subject.model, data)
         about = About(
             str(subject.card["name"]),
@@ -123,18 +124,24 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
                 constraint,
                 about,
                 rng=rng,
-                baseline=_baseline(data, batch),
+                baseline=_baseline(data, batch, settings),
                 stored=_stored(run, settings.index),
-                train=None if train is None else train.read(0, min(len(train), _TRAINING)).to(device),
+                train=None if train is None else _some(train, _TRAINING, settings).to(device),
                 checkpoints=_checkpoints(settings, device),
             )
+
+
+def _some(data: Data, n: int, settings: Explain) -> Batch:
+    """Return at most `n` examples, chosen at random by the seed, because a file may be sorted by class."""
+    some = selected(data, n=None, sample=n, seed=settings.seed)
+    return some.read(0, len(some))
 
 
 def _notes(settings: Explain, target: Target, used: int, n: int) -> tuple[str, ...]:
     """What limits the explanation of a model or an example, apart from its figures."""
     notes = []
     if settings.index is None and used < n:
-        notes.append(f"Only the first {used} of {n:,} examples were used.")
+        notes.append(f"Only {used} of {n:,} examples, chosen at random by the seed, were used.")
     if not settings.examples:
         notes.append("Pictures and words of examples are left out, as requested.")
     if isinstance(target.bare.net, MeanView):
@@ -153,7 +160,7 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
     folder = settings.model if given_as_model else settings.from_run
     if folder is None:
         if settings.model_fields_set.isdisjoint(("n", "sample")) and settings.index is None:
-            settings = settings.model_copy(update={"n": _EXAMPLES})
+            settings = settings.model_copy(update={"sample": _EXAMPLES})
         return settings, None
     run, manifest = open_run(Path(folder)), read_manifest(Path(folder))
     update: dict[str, Any] = {"from_run": str(folder)}
@@ -257,11 +264,11 @@ def _row(data: Data, index: int) -> Batch:
     )
 
 
-def _baseline(data: Data, batch: Batch) -> torch.Tensor | None:
+def _baseline(data: Data, batch: Batch, settings: Explain) -> torch.Tensor | None:
     """The median of each column of a table, which integrated gradients start from; None for other inputs."""
     if is_image(batch.x.shape[1:]) or batch.x.dim() != 2:
         return None
-    rows = data.read(0, min(len(data), 1000)).x
+    rows = _some(data, 1000, settings).x
     return rows.nanmedian(0, keepdim=True).values.to(batch.x)
 
 

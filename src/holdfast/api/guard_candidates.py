@@ -17,14 +17,20 @@ from holdfast.api.guards import calibration_stream
 from holdfast.api.resolve import open_examples, open_subject
 from holdfast.api.verb_settings import Calibrate
 from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.guard.calibration import Calibration, calibrated
 from holdfast.guard.detectors.detector_protocol import Fitted
 from holdfast.guard.detectors.mahalanobis import Mahalanobis
+from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import derived_key, guard_key
 from holdfast.guard.rules import QUERIES
 from holdfast.guard.states.memory import MemoryState
+from holdfast.reports.words import amount
 from holdfast.runs.assess.preparation import readied
+from holdfast.settings.groups import ExampleSelection
 from holdfast.settings.guard_settings import GuardSettings, read_guard_settings
+from holdfast.statistics.conformal import fewest_examples
 
 
 def candidate_calibrations(settings: Calibrate) -> tuple[Calibration, Calibration] | None:
@@ -41,14 +47,58 @@ def candidate_calibrations(settings: Calibrate) -> tuple[Calibration, Calibratio
     before = stored_calibration(guard, path)
     if before is None:
         return None
-    if "bounds" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"bounds": bounds_of(guard).bounds})
-    alone = _for_candidate(guard, path, before, settings.model_copy(update={"guard": None}))
+    alone = _for_candidate(guard, path, before, _in_range(settings, guard).model_copy(update={"guard": None}))
     if alone is None:
         return None
     thresholds = {name: max(alone.thresholds[name], value) for name, value in before.thresholds.items()}
     both = replace(alone, models=(*before.models, *alone.models), thresholds=thresholds)
     return both, alone
+
+
+def refuse_uncalibratable(settings: Calibrate) -> None:
+    """Raise the error with which `candidate_calibrations` would fail for any candidate: for a rule that is fitted on
+    outputs, for examples that the guard does not accept, or for so few that thresholds may not exist. `model` is the
+    served model, for which the guard is calibrated as a test.
+    """
+    path = Path(settings.guard or "guard.yaml")
+    guard = read_guard_settings(path)
+    before = stored_calibration(guard, path)
+    if before is None:
+        return
+    settings = _in_range(settings, guard).model_copy(update={"guard": None})
+    pipeline = _shared(guard, path, before)
+    fixed = [pipeline.rules[name].fixed for name in pipeline.calibrated]
+    if all(fixed):
+        return
+    subject = open_subject(settings)
+    examples = open_examples(settings, subject.model)
+    n_rules, rate = fixed.count(False) + any(fixed), before.false_positives
+    if len(examples) < (enough := fewest_examples(rate, n_rules)):
+        raise UsageError(
+            f"the guard is calibrated for the candidate on {len(examples):,} inputs; {enough:,} suffice for its "
+            f"{amount(n_rules, 'rules')} at a false-positive rate of {100 * rate:g} %, and fewer may be too few; give "
+            "data with more test examples, or calibrate the guard at a higher rate before",
+            *_more_examples(settings, subject.model, enough),
+        )
+    with readied(subject, examples, torch.device("cpu")) as (target, _):
+        calibrated(pipeline, calibration_stream(pipeline, target.logits, examples), rate)
+
+
+def _more_examples(settings: Calibrate, model: Classifier, enough: int) -> tuple[Remedy, ...]:
+    """Return the option that chooses the examples with a larger number, if the data have so many."""
+    if settings.n is None and settings.sample is None:
+        return ()
+    everything = open_examples(settings, model, selection=ExampleSelection())
+    if len(everything) < enough:
+        return ()
+    return (Remedy("sample", enough) if settings.n is None else Remedy("n", enough, option="-n"),)
+
+
+def _in_range(settings: Calibrate, guard: GuardSettings) -> Calibrate:
+    """Return the settings with the range of the inputs of the guard if they give none."""
+    if "bounds" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"bounds": bounds_of(guard).bounds})
 
 
 def _for_candidate(
@@ -58,6 +108,27 @@ def _for_candidate(
     model = served_digest(subject)
     if model in before.models:
         return None
+    pipeline = _shared(guard, path, before)
+    if all(pipeline.rules[name].fixed for name in pipeline.calibrated):
+        return replace(before, models=(model,))
+    examples = open_examples(settings, subject.model)
+    with readied(subject, examples, torch.device("cpu")) as (target, _):
+        stream = calibration_stream(pipeline, target.logits, examples)
+        _, found = calibrated(pipeline, stream, before.false_positives)
+    return replace(
+        found,
+        guard=before.guard,
+        models=(model,),
+        data=examples.digest,
+        thresholds={**before.thresholds, **found.thresholds},
+        parameters=before.parameters,
+    )
+
+
+def _shared(guard: GuardSettings, path: Path, before: Calibration) -> GuardPipeline:
+    """Return the guard whose fitted rules have a given threshold. Raises `UsageError` for a rule that is fitted on the
+    outputs of the served model.
+    """
     queries = None
     if guard.rules.queries is not None:
         radius, key = query_radius(guard.rules.queries, before), derived_key(guard_key(path), QUERIES)
@@ -72,18 +143,4 @@ def _for_candidate(
                     "cannot be served beside it; set its setting on to inputs, or remove the rule"
                 )
             rules[name] = replace(rules[name], fixed=True)
-    pipeline = replace(pipeline, rules=rules)
-    if all(rules[name].fixed for name in pipeline.calibrated):
-        return replace(before, models=(model,))
-    examples = open_examples(settings, subject.model)
-    with readied(subject, examples, torch.device("cpu")) as (target, _):
-        stream = calibration_stream(pipeline, target, examples)
-        _, found = calibrated(pipeline, stream, before.false_positives)
-    return replace(
-        found,
-        guard=before.guard,
-        models=(model,),
-        data=examples.digest,
-        thresholds={**before.thresholds, **found.thresholds},
-        parameters=before.parameters,
-    )
+    return replace(pipeline, rules=rules)

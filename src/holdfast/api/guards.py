@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.api.expecting import notes_of, range_of_all
+from holdfast.api.expecting import expected, notes_of, range_of_all
 from holdfast.api.guard_notes import Coverage, GuardNote, coverage, guard_notes
 from holdfast.api.guard_opening import (
     bounds_of,
@@ -24,9 +24,10 @@ from holdfast.api.guard_opening import (
     served_digest,
     stored_calibration,
 )
+from holdfast.api.plans import device_of
 from holdfast.api.references import DataLike, ModelLike, beside
-from holdfast.api.resolve import open_examples, open_subject
-from holdfast.api.verb_settings import Calibrate, composed
+from holdfast.api.resolve import open_beside, open_examples, open_subject
+from holdfast.api.verb_settings import Calibrate
 from holdfast.core.batch import Data
 from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
@@ -289,9 +290,11 @@ def _calibrate(
     examples = open_examples(settings, subject.model)
     others = None
     if settings.fit is not None:
-        fit = composed(Calibrate, settings, beside(settings, settings.fit))
-        others = open_examples(fit, subject.model, first=examples)
-    calibration = _calibration(guard, path, subject, examples, others, rate, settings.seed)
+        source = beside(settings, settings.fit)
+        properties = expected(settings, subject.model, source, first=examples)
+        others = open_beside(settings, source, properties)
+    device = torch.device(device_of(settings.device))
+    calibration = _calibration(guard, path, subject, examples, others, rate, settings.seed, device)
     return calibration, notes_of(examples, others)
 
 
@@ -303,6 +306,7 @@ def _calibration(
     fit: Data | None,
     rate: float,
     seed: int,
+    device: torch.device,
 ) -> Calibration:
     """The calibration of a guard for a model on benign examples. Detectors are fitted on `fit`, or on some of them."""
     if subject.model.rejects:
@@ -315,10 +319,13 @@ def _calibration(
     fresh, radius = guard_to_calibrate(settings, path, None if fitting is None else fitting.x, rate)
     fitted_on = 0 if fitting is None else len(fitting.x)
     refuse_too_few(len(examples), rate, len(fresh.calibrated), fitted_on)  # before the model is run
-    cpu = torch.device("cpu")
-    with readied(subject, examples, cpu) as (target, _), _features(settings, target) as features:
-        observed = None if fitting is None else _observe(fresh, target, fitting.x, features)[1]
-        stream = calibration_stream(fresh, target, examples, features)
+    with readied(subject, examples, device) as (target, _), _features(settings, target) as features:
+
+        def network(x: Tensor) -> Tensor:
+            return target.logits(x.to(device)).cpu()  # detectors and thresholds are computed on the CPU
+
+        observed = None if fitting is None else _observe(fresh, network, fitting.x, features)[1]
+        stream = calibration_stream(fresh, network, examples, features)
         labels = None if fitting is None else fitting.y
         _, calibration = calibrated(fresh, stream, rate, observed, labels, fitted_on=fitted_on)
     named = replace(
@@ -371,21 +378,29 @@ def _divided_pairs(
 
 
 def calibration_stream(
-    pipeline: GuardPipeline, target: Target, data: Data, features: Callable[[], Tensor] | None = None
+    pipeline: GuardPipeline,
+    network: Callable[[Tensor], Tensor],
+    data: Data,
+    features: Callable[[], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Observation]]:
-    """Yield batches of examples as clients send them, each with what the stateless detectors of a guard observe."""
+    """Yield batches of examples as clients send them, each with what the stateless detectors of a guard observe.
+    `network` returns the logits of inputs on the CPU.
+    """
     for start in range(0, len(data), _BATCH):
         x = data.read(start, min(start + _BATCH, len(data))).x
-        yield _observe(pipeline, target, x, features)
+        yield _observe(pipeline, network, x, features)
 
 
 def _observe(
-    pipeline: GuardPipeline, target: Target, x: Tensor, features: Callable[[], Tensor] | None
+    pipeline: GuardPipeline,
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    features: Callable[[], Tensor] | None,
 ) -> tuple[Tensor, Observation]:
     """Inputs as clients send them, and what the stateless detectors observe."""
     defended = x if pipeline.defence is None else pipeline.defence(x)
-    logits = torch.cat([target.logits(part) for part in torch.split(defended, _BATCH)])
-    return x, Observation(defended, logits, None if features is None else features(), target.logits)
+    logits = torch.cat([network(part) for part in torch.split(defended, _BATCH)])
+    return x, Observation(defended, logits, None if features is None else features().cpu(), network)
 
 
 def _features(settings: GuardSettings, target: Target) -> AbstractContextManager[Callable[[], Tensor] | None]:

@@ -11,10 +11,12 @@ from holdfast.api.recipe_building import built
 from holdfast.api.verb_settings import AuditGenerator, Harden
 from holdfast.audits.audit import AuditResult, audited
 from holdfast.audits.finding import Images
+from holdfast.audits.generator.audit import needs_of
 from holdfast.audits.generator.hardening import GeneratorHardening, measure, trainable
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
+from holdfast.core.needs import refuse_unmet
 from holdfast.generators.adapters import GAN
 from holdfast.generators.gan import ImageGAN
 from holdfast.generators.opening import FILE, bundled_generators, content_of, names_generator
@@ -87,6 +89,7 @@ def hardened_generator(
         request, how = opened_audit(_audit_settings(settings), notify, command)
     except NoSplit as error:
         raise NoSplit(f"a generator is trained on the split train of the data: {error.message}") from error
+    refuse_unmet(needs_of(how, settings.gates))
     assert how.generator is not None  # the model is no file of samples
     budget = None if settings.budget is None else seconds(settings.budget, "budget")
     gan, rng = trainable(how.generator, how.training), Draws(settings.seed).at("hardening")
@@ -120,7 +123,7 @@ def _losses(spec: Mapping[str, Any]) -> tuple[str, RobustLosses]:
 
 def _audit_settings(settings: Harden) -> AuditGenerator:
     """The settings of the audits: those that both commands have. Raises `UsageError` if another one was given."""
-    own = AuditGenerator.model_fields.keys() - {"split"} | {"recipe", "budget"}
+    own = AuditGenerator.model_fields.keys() - {"split", "n", "sample"} | {"recipe", "budget"}
     if of_classifiers := settings.model_fields_set - own:
         name = min(of_classifiers)
         raise UsageError(

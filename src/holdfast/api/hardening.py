@@ -3,9 +3,9 @@ request.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
+from holdfast.gates.grammar import parse
 from holdfast.io.data.data import open_data
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.loaders import tensors_of
@@ -41,7 +43,7 @@ from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
-from holdfast.runs.harden.harden import harden
+from holdfast.runs.harden.harden import checked, harden, refuse_unmeasured
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
@@ -89,8 +91,7 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
         training, judged = _parted(everything, settings, model)
         all_examples = judged
     else:
-        given = group_of(settings, ExampleSelection)
-        selection = given if given.n or given.sample else ExampleSelection(sample=JUDGED)
+        selection = resolve.selection_or(settings, ExampleSelection(sample=JUDGED))
         judged = resolve.open_examples(settings, model, selection=selection)
         training, notes = _open_training(settings, model, judged)
         _refuse_changing(settings, model)
@@ -140,6 +141,27 @@ def hardened(
                 notify=notify,
                 **reporting,
             )
+
+
+def needs_of_hardening(
+    settings: Harden, opened: ForHardening, gates: Sequence[str], held_out: Batch | None = None
+) -> tuple[Need, ...]:
+    """Return what `hardened` needs with the opened model and data, and `gates` that are judged on both assessments."""
+    subject, training, judged, excluded, _ = opened
+    if held_out is not None:
+        training, _ = without_held(training, held_out)
+
+    @cache
+    def request() -> HardenRequest:
+        return harden_request(_with_threat_of_recipe(settings), subject, training, excluded, None, "")
+
+    def refuse_gates() -> None:
+        refuse_unmeasured(subject, judged, request(), tuple(map(parse, gates)), paired=True)
+
+    return (
+        Need("harden", lambda: checked(subject, training, judged, request())),
+        Need("gates", refuse_gates),
+    )
 
 
 def _with_threat_of_recipe(settings: Harden) -> Harden:

@@ -1,18 +1,21 @@
 """Opens a model, a reference and a recorded stream, and compares them: the function behind `holdfast monitor`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.api.expecting import expected, first_table, normalisation, notes_of
+from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_expected, open_named, open_subject
-from holdfast.api.verb_settings import Monitor, composed
-from holdfast.core.batch import UNLABELLED, Data
+from holdfast.api.resolve import open_beside, open_expected, open_named, open_subject
+from holdfast.api.verb_settings import Monitor
+from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.catalogue import SAMPLE_TESTS
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -21,6 +24,7 @@ from holdfast.guard.detectors.features import features_of, layer_before_last_lin
 from holdfast.io.data.column_matching import in_order_of_first
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.pictures import Pictures, holds_samples, open_samples
+from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.monitoring.accuracy import (
     Predictions,
     expected_accuracy,
@@ -29,8 +33,9 @@ from holdfast.monitoring.accuracy import (
 )
 from holdfast.monitoring.monitored import Monitored, Source
 from holdfast.monitoring.reference import FEWEST, Reference
-from holdfast.monitoring.signals import Observed, Observer, Signals, joined_samples
+from holdfast.monitoring.signals import Observed, Observer, Signals, joined_samples, means
 from holdfast.monitoring.watching import test_of, watch
+from holdfast.reports.numbers import percent
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harness import Target
@@ -38,6 +43,8 @@ from holdfast.settings.groups import DataSource
 
 _BATCH = 256
 """Number of samples in one forward pass."""
+_LISTED = 6
+"""Largest number of features that a note lists."""
 
 
 def monitored(settings: Monitor) -> Monitored:
@@ -45,7 +52,8 @@ def monitored(settings: Monitor) -> Monitored:
     if _samples_of(settings) is not None:
         settings = settings.model_copy(update={"generated": True})
     subject, reference, stream = opened_streams(settings)
-    with _watched(settings, subject, reference) as watched:
+    fill = _fill(subject, reference, stream)
+    with _watched(settings, subject, reference, fill) as watched:
         return _compared(settings, watched, reference, stream)
 
 
@@ -109,10 +117,8 @@ def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Re
     notes = (*notes_of(reference), *request)
     labelled = subject is not None and int(reference.read(0, 1).y[0]) != UNLABELLED
     rng = Draws(settings.seed).at("monitor")
-    if subject is None:
-        seen = joined_samples(list(_Watched(None, None, None, None).observed(reference, labelled=False)))
-        return Reference.of(seen, rng, reference.name, None, None, notes=notes)
-    with _watched(settings, subject, reference) as watched:
+    fill = _fill(subject, reference)
+    with _watched(settings, subject, reference, fill) as watched:
         seen, layer = joined_samples(list(watched.observed(reference, labelled=labelled))), watched.layer
     if seen.features is not None and len(seen.features) != len(
         seen.x
@@ -122,11 +128,13 @@ def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Re
         seen,
         rng,
         reference.name,
-        subject.model.class_names,
-        str(subject.card["name"]),
+        None if subject is None else subject.model.class_names,
+        None if subject is None else str(subject.card["name"]),
+        features=_feature_names(subject, reference),
+        missing=bool(_missing(reference).any()),
         layer=layer,
         observer=observer,
-        notes=notes,
+        notes=(*notes, *_fill_notes(fill)),
     )
 
 
@@ -134,7 +142,6 @@ def _open(settings: Monitor, source: DataSource, subject: Subject | None, first:
     """Open a stream or a reference, whose labels may be missing. The columns of a table are matched with those of the
     data `first`.
     """
-    opened = settings if source is settings else composed(Monitor, settings, source)
     if subject is not None:
         properties = expected(settings, subject.model, source, first=first)
     else:
@@ -146,7 +153,10 @@ def _open(settings: Monitor, source: DataSource, subject: Subject | None, first:
             lenient=True,
             first=None if first is None else first_table(first),
         )
-    return open_expected(opened, replace(properties, needs_labels=False, has_threat=False))
+    properties = replace(properties, needs_labels=False, has_threat=False, accepts_missing=True)
+    if source is settings:
+        return open_expected(settings, properties)
+    return open_beside(settings, source, properties)
 
 
 def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:
@@ -191,51 +201,128 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
+def _batches(data: Data) -> Iterator[Batch]:
+    for start in range(0, len(data), _BATCH):
+        yield data.read(start, min(start + _BATCH, len(data)))
+
+
+def _missing(data: Data) -> NDArray[np.float64]:
+    """Return the share of missing values of each feature of the samples."""
+    counts = torch.zeros(data.read(0, 1).x.numel(), dtype=torch.float64)
+    for batch in (
+        () if isinstance(data, Pictures) else _batches(data)
+    ):  # pictures have none, and take long to read
+        counts += batch.x.flatten(1).isnan().sum(0)
+    return counts.numpy() / len(data)
+
+
+def _fill(subject: Subject | None, reference: Data, *others: Data) -> Tensor | None:
+    """Return the values of a sample with which the model is called in place of missing ones: the means of the
+    reference. None if none are missing, or if the model has finite outputs for all samples with missing values.
+    """
+    if subject is None:
+        return None
+    probe = ProbedClassifier(subject.model)
+    for data in (reference, *others):
+        for batch in () if isinstance(data, Pictures) else _batches(data):
+            x = batch.x[batch.x.flatten(1).isnan().any(1)]
+            if len(x) and not probe.handles_missing(x):
+                everything = reference.read(0, len(reference)).x
+                return torch.from_numpy(means(everything)).to(everything).view(everything.shape[1:])
+    return None
+
+
+def _fill_notes(fill: Tensor | None) -> tuple[str, ...]:
+    note = (
+        "the model has no finite output for samples with missing values, and was called with the means of the "
+        "reference in their place"
+    )
+    return () if fill is None else (note,)
+
+
+def _feature_names(subject: Subject | None, reference: Data) -> tuple[str, ...] | None:
+    """Return the names of the features of the samples, those of the model if the data have none."""
+    table = first_table(reference)
+    fitted = None if subject is None else subject.model.feature_names
+    names = table.columns if table.named else fitted
+    shape = reference.read(0, 1).x.shape[1:]
+    return names if names is not None and tuple(shape) == (len(names),) else None
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A data set with the values `fill` in place of missing ones."""
+
+    whole: Data
+    fill: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.whole.classes
+
+    @property
+    def digest(self) -> str:
+        return self.whole.digest
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def read(self, start: int, stop: int) -> Batch:
+        batch = self.whole.read(start, stop)
+        return batch.at(torch.where(batch.x.isnan(), self.fill, batch.x))
+
+
 @dataclass(frozen=True)
 class _Watched:
     """A prepared model, and functions that read data with what it returns."""
 
-    subject: Subject | None
-    target: Target | None
-    layer: str | None
-    features: Callable[[], Tensor] | None
+    subject: Subject | None = None
+    target: Target | None = None
+    layer: str | None = None
+    features: Callable[[], Tensor] | None = None
+    fill: Tensor | None = None
+    """values in place of missing ones, with which the model is called; None if it accepts missing values"""
+    device: torch.device = torch.device("cpu")
     ignores_labels: bool = False
     """whether labels are not used, because samples of a generator have none"""
 
     def observed(self, data: Data, *, labelled: bool) -> Iterator[Observed]:
         """Yield the samples of the data in batches, with the outputs of the model."""
-        for start in range(0, len(data), _BATCH):
-            batch = data.read(start, min(start + _BATCH, len(data)))
-            missing = batch.x.flatten(1).isnan().any(1)
-            if missing.any():
-                raise TargetError(
-                    f"row {int(batch.ids[missing][0])} of {data.name} has a missing value; fill or remove such rows, "
-                    "because only complete samples are compared"
-                )
+        for batch in _batches(data):
             other = (batch.y == UNLABELLED) == labelled
             if self.subject is not None and not self.ignores_labels and other.any():
                 raise TargetError(
                     f"row {int(batch.ids[other][0])} of {data.name} has {'no' if labelled else 'a'} label, unlike the "
                     "first row; label all rows, or give the inputs without labels"
                 )
-            logits = None if self.target is None else self.target.logits(batch.x)
-            features = None if self.features is None else self.features()
+            x = batch.x if self.fill is None else torch.where(batch.x.isnan(), self.fill, batch.x)
+            logits = None if self.target is None else self.target.logits(x.to(self.device)).cpu()
+            features = None if self.features is None else self.features().cpu()
             yield Observed(batch.x, logits, features, batch.y if labelled else None)
 
 
 @contextmanager
-def _watched(settings: Monitor, subject: Subject | None, reference: Data) -> Iterator[_Watched]:
+def _watched(
+    settings: Monitor, subject: Subject | None, reference: Data, fill: Tensor | None
+) -> Iterator[_Watched]:
     """Context manager that prepares the model, and yields it with the layer of its embeddings."""
     if subject is None:
-        yield _Watched(None, None, None, None)
+        yield _Watched()
         return
-    with readied(subject, reference, torch.device("cpu")) as (target, _):
+    device = torch.device(device_of(settings.device))
+    inspected = reference if fill is None else _Filled(reference, fill)
+    with readied(subject, inspected, device) as (target, _):
+        watched = _Watched(subject, target, fill=fill, device=device, ignores_labels=settings.generated)
         layer = settings.layer or layer_before_last_linear(target.bare.net)
         if layer is None:
-            yield _Watched(subject, target, None, None, settings.generated)
+            yield watched
             return
         with features_of(target.bare.net, layer) as features:
-            yield _Watched(subject, target, layer, features, settings.generated)
+            yield replace(watched, layer=layer, features=features)
 
 
 def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Data) -> Monitored:
@@ -247,19 +334,29 @@ def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Dat
     names = None if watched.subject is None else watched.subject.model.class_names
     about = None if watched.subject is None else str(watched.subject.card["name"])
     rng = Draws(settings.seed).at("monitor")
-    compared = Reference.of(seen, rng, reference.name, names, about, errors=all(known))
+    features, missing = _feature_names(watched.subject, reference), [_missing(reference), _missing(stream)]
+    compared = Reference.of(
+        seen,
+        rng,
+        reference.name,
+        names,
+        about,
+        errors=all(known),
+        features=features,
+        missing=any(shares.any() for shares in missing),
+    )
     predictions: list[Predictions] = []
     counted = None
     if settings.generated:
         from holdfast.monitoring.generated import SampleTests  # late: few streams are samples of a generator
 
-        counted = SampleTests(seen.x, rng.at("samples"))
+        counted = SampleTests(_complete(seen.x, compared), rng.at("samples"))
 
     def signals() -> Iterator[Signals]:
         for samples in watched.observed(stream, labelled=known[1]):
             predictions.append(Predictions.of(samples))
             if counted is not None:
-                counted.update(samples.x)
+                counted.update(_complete(samples.x, compared))
             yield compared.observer(samples if all(known) else replace(samples, y=None))
 
     results = watch(compared.signals, signals(), settings.seed)
@@ -274,5 +371,29 @@ def _compared(settings: Monitor, watched: _Watched, reference: Data, stream: Dat
         measured_accuracy(of_stream, names),
         measured_accuracy(of_reference, names),
         expected_accuracy(of_reference, of_stream),
-        tuple(dict.fromkeys(notes_of(reference, stream))),
+        (
+            *dict.fromkeys(notes_of(reference, stream)),
+            *_missing_notes(missing[0], missing[1], features),
+            *_fill_notes(watched.fill),
+        ),
     )
+
+
+def _complete(x: Tensor, reference: Reference) -> Tensor:
+    """Return samples with the means of the reference in place of missing values."""
+    return torch.from_numpy(reference.observer.inputs.rows(x)).to(x).view(x.shape) if x.isnan().any() else x
+
+
+def _missing_notes(
+    reference: NDArray[np.float64], stream: NDArray[np.float64], names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the note on the features with missing values, those with the largest change first."""
+    order = (-np.abs(stream - reference)).argsort(kind="stable")
+    shares = [
+        f"{f'feature {k}' if names is None else names[k]} {percent(reference[k])} and {percent(stream[k])}"
+        for k in order.tolist()
+        if reference[k] or stream[k]
+    ]
+    more = f", and {len(shares) - _LISTED} more features" if len(shares) > _LISTED else ""
+    listed = ", ".join(shares[:_LISTED])
+    return (f"missing values in the reference and in the stream: {listed}{more}",) if shares else ()

@@ -74,7 +74,8 @@ class NetworkTraining:
         results, how = [], self.how
         for network, mask in zip(networks, inside, strict=True):
             part = how.examples.take(mask)
-            trained = trained_like(training, self.model, part.x, part.y, how.design.seed * 100_000 + network)
+            seed = how.design.rng.at("network").at(network).seed
+            trained = trained_like(training, self.model, part.x, part.y, seed)
             results.append(queried(trained, how.examples))
             room.progress(1)
         return joined(results)

@@ -25,6 +25,7 @@ from holdfast.api.expecting import (
     group_column,
     names,
     normalisation,
+    notes_of,
     sizes_by_feature,
     units_of_eps,
     unlabelled,
@@ -413,7 +414,7 @@ def open_examples(
     """
     data = open_expected(settings, expected(settings, model, lenient=lenient, first=first), selection)
     chosen = selection or group_of(settings, ExampleSelection)
-    return with_groups(data, settings, whole=chosen.n is None and chosen.sample is None)
+    return with_groups(data, settings, whole=not chosen.selects)
 
 
 def with_groups(
@@ -434,6 +435,28 @@ def with_groups(
     is_series = hasattr(given, "isna") and given.ndim == 1
     values = np.array(text_of(given)) if is_series else as_array(given, "groups")
     return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
+
+
+def open_beside(settings: Opening, source: DataSource, properties: Expected) -> Data:
+    """Open all examples of other data than those of the settings, such as training examples that are compared. `n` and
+    `sample` do not select from them.
+    """
+    return open_expected(composed(type(settings), settings, source), properties, ExampleSelection())
+
+
+def selection_or(settings: Opening, usual: ExampleSelection) -> ExampleSelection:
+    """Return the selection of the settings, or the `usual` one if they do not select any examples."""
+    given = group_of(settings, ExampleSelection)
+    return given if given.selects else usual
+
+
+def random_instead(settings: ExampleSelection) -> tuple[Remedy, ...]:
+    """Return the remedy for a single class among the first examples, as in a file that is sorted by class: random ones.
+    There is none if the settings do not select the first examples.
+    """
+    if settings.n is None:
+        return ()
+    return (Remedy("sample", settings.n, also=(Remedy("n", option="-n"),)),)
 
 
 def open_expected(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
@@ -486,28 +509,35 @@ def open_seeded(settings: Opening) -> Subject:
         return open_subject(settings)
 
 
-def open_train_split(settings: Opening, model: Classifier, first: Data | None = None) -> Data | None:
+def open_train_split(
+    settings: Opening,
+    model: Classifier,
+    first: Data | None = None,
+    *,
+    selection: ExampleSelection | None = None,
+) -> Data | None:
     """Open the train split of the data, or return None if there is none or the settings choose a split. The columns of
-    a table are matched with those of the data `first`.
+    a table are matched with those of the data `first`. `selection` replaces that of the settings.
     """
     if isinstance(settings.data, str) and settings.split is None:
         with suppress(NoSplit):  # the file has only one split
             split = settings.model_copy(update={"split": "train"})
-            return open_expected(split, expected(settings, model, first=first))
+            return open_expected(split, expected(settings, model, first=first), selection)
     return None
 
 
 def open_training_examples(settings: Opening, model: Classifier) -> tuple[Data, tuple[str, ...]]:
     """Open the train split of the data if there is one, and all examples otherwise. A split of the settings takes
-    precedence. Return a note for the report on the split as well.
+    precedence. Return notes for the report on the split and the examples as well.
     """
     train = open_train_split(settings, model)
     data = open_expected(settings, expected(settings, model)) if train is None else train
     split = settings.split if train is None else "train"
-    notes = (
-        () if split is None else (f"{data.name}: the split {split} with {len(data):,} examples is audited",)
-    )
-    return with_groups(data, settings, whole=True), notes
+    notes = notes_of(data)
+    if split is not None:
+        notes += (f"{data.name}: {len(data):,} examples of the split {split} are audited",)
+    whole = not group_of(settings, ExampleSelection).selects
+    return with_groups(data, settings, whole=whole), notes
 
 
 def open_all(settings: Assess | Certify) -> Opened:

@@ -14,7 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.models.cards import trained_by
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.recipe import WithNetwork, WithOwnState, WithTeacher
+from holdfast.recipes.training.recipe import Recipe, WithNetwork, WithOwnState, WithTeacher
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
@@ -114,12 +114,7 @@ def _candidate(settings: RotateSettings) -> Candidate:
             Remedy(f"recipe.training.{key}", getattr(Training(), key)),
         )
     recipe = build_recipe(spec)
-    if isinstance(recipe, WithNetwork):
-        raise UsageError(
-            f"the recipe {spec['use']} returns another network than the given one, and the sets of a pool have one "
-            "network",
-            Remedy("recipe", "standard"),
-        )
+    refuse_other_network(recipe, str(spec["use"]))
     if isinstance(recipe, WithOwnState | WithTeacher):
         raise UsageError(
             f"the recipe {spec['use']} needs another network, further examples or values of its own besides the "
@@ -133,6 +128,15 @@ def _candidate(settings: RotateSettings) -> Candidate:
             f"which determines them; give only one of both"
         )
     return Candidate(str(spec["use"]), recipe, settings_of(recipe))
+
+
+def refuse_other_network(recipe: Recipe, name: str) -> None:
+    """Raise `UsageError` for a recipe whose network is not that of the sets of a pool."""
+    if isinstance(recipe, WithNetwork):
+        raise UsageError(
+            f"the recipe {name} returns another network than the given one, and the sets of a pool have one network",
+            Remedy("recipe", "standard"),
+        )
 
 
 def budget_s(settings: RotateSettings) -> float | None:

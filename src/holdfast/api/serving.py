@@ -317,10 +317,10 @@ def _monitored(settings: Serve, served: _Served) -> tuple[Reference | None, Call
     """
     if settings.monitor is None:
         return None, None
-    opening = Monitor(reference=settings.monitor)
+    opening = Monitor(reference=settings.monitor, device="cpu")
     if served.opened is not None:
         opening = composed(Monitor, served.opened).model_copy(
-            update={"reference": settings.monitor, "data": None}
+            update={"reference": settings.monitor, "data": None, "device": "cpu"}
         )
     reference = live_reference(opening)
     shape = tuple(reference.shape)

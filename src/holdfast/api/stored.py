@@ -1,15 +1,18 @@
-"""Functions of the Python interface that read stored runs: `compare`, `report` and `verify`."""
+"""Functions of the Python interface that read stored runs: `compare`, `report` and `verify`; and the list of runs."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.adaptation.journal import is_adaptation, open_adaptation
+from holdfast.adaptation.journal import adaptation_entry, is_adaptation, open_adaptation
 from holdfast.audits.audit import AuditResult, is_audit, open_audit
+from holdfast.core.errors import HoldfastError
 from holdfast.runs.assess.result import Result
+from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.verify import Verified
 from holdfast.runs.store.verify import verify as verify_folder
-from holdfast.runs.stored.stored_runs import Comparison, open_run, refuse_false
+from holdfast.runs.stored.stored_runs import Comparison, RunEntry, open_run, refuse_false, runs_in
 
 if TYPE_CHECKING:
     from holdfast.explanation.explained import Explained
@@ -50,6 +53,18 @@ def verify(run: str | Path, *, expect_head: str = "") -> Verified:
     elif verified.complete:
         open_audit(Path(run))
     return verified
+
+
+def stored_runs(parent: Path) -> list[RunEntry]:
+    """Return the runs, audits and adaptations in a folder, oldest first. Subfolders without a readable one are
+    skipped.
+    """
+    entries = runs_in(parent)
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        with suppress(HoldfastError, OSError):
+            if (folder / MANIFEST).is_file() and is_adaptation(folder):
+                entries.append(adaptation_entry(folder))
+    return sorted(entries, key=lambda entry: (entry.created, entry.path.name))
 
 
 def _result(run: Result | str | Path) -> Result:

@@ -206,13 +206,14 @@ class Doctor(
 
     def run(self) -> "Checkup":
         """Check the model and the data for common mistakes, and return the findings."""
-        from holdfast.api.expecting import edits_of
+        from holdfast.api.expecting import edits_of, notes_of
         from holdfast.api.grad_mode import gradients
-        from holdfast.io.doctor import Checkup, examine
+        from holdfast.io.doctor import Checkup, Finding, examine
 
         with gradients():
             subject, data = self.open()
-            return Checkup(examine(subject.model, data, texts=edits_of(self) is not None))
+            findings = examine(subject.model, data, texts=edits_of(self) is not None)
+            return Checkup((*(Finding("data", "warning", note) for note in notes_of(data)), *findings))
 
 
 class Explain(
@@ -222,6 +223,7 @@ class Explain(
     groups.ExampleGroups,
     groups.DataSource,
     groups.InputSpace,
+    groups.QueryLimit,
     groups.InferenceSource,
     groups.Members,
     groups.ModelSource,
@@ -244,6 +246,7 @@ class Explain(
 
 
 class Calibrate(
+    groups.Device,
     groups.Seed,
     groups.ExampleSelection,
     groups.DataSource,
@@ -463,9 +466,12 @@ class Serve(
 
 
 class Monitor(
+    groups.Device,
     groups.Seed,
+    groups.ExampleSelection,
     groups.DataSource,
     groups.InputSpace,
+    groups.QueryLimit,
     groups.InferenceSource,
     groups.Members,
     groups.ModelSource,
@@ -530,6 +536,7 @@ class Adapt(
 class AuditVerb(
     groups.Device,
     groups.Seed,
+    groups.ExampleSelection,
     groups.DataSource,
     groups.InputSpace,
     groups.StoredExamples,

@@ -116,10 +116,11 @@ def harden(
     and `fit` for training; without `fit`, a tenth of it is held out for measurement. `unlabelled` contains further
     inputs for training, as an address or an object, for recipes that use inputs without labels. Without `threat`,
     linf:8/255 is used. `budget` is the wall-clock time for the training, as in "10min", and `assess_budget` that for
-    both measurements; a budget below one epoch is refused unless `anyway` is True. The other arguments are those of
-    `assess`, and apply to the measurements before and after the training. If `run` is given, all artefacts are stored
-    in that folder, and `resume` continues the run in it. `on_epoch` is called with the measurements of each epoch
-    (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be resumed.
+    both measurements; a budget in which no epoch fits is refused unless `anyway` is True. The other arguments are those
+    of `assess`, and apply to the measurements before and after the training. If `run` is given, all artefacts are
+    stored in that folder, and `resume` continues the run in it. `on_epoch` is called with the measurements of each
+    epoch (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be
+    resumed.
     With a recipe for generators, such as `robust-gan`, `model` is a GAN, and the result is a
     `holdfast.api.harden_generator.HardenedGenerator`: the trained one, and the audits before and after.
     """

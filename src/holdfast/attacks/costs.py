@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from holdfast.attacks.protocol import Attack, Enumeration, Itemised, QueryAttack
+from holdfast.attacks.protocol import Attack, Enumeration, Itemised, Learned, QueryAttack
 from holdfast.attacks.relay import Relay
 from holdfast.core.model import Batches
 from holdfast.core.threat import ThreatModel
@@ -99,6 +99,15 @@ def expected_passes(attack: Attack, threat: ThreatModel, classes: int) -> tuple[
     forwards, backwards = _unlimited(attack, threat, classes)
     limit = math.inf if threat.queries is None else threat.queries
     return min(forwards, limit), min(backwards, limit)
+
+
+def is_counted(attack: Attack) -> bool:
+    """Return whether `expected_passes` follows from settings of an attack that queries the attacked model, and is not a
+    bound that a search seldom reaches.
+    """
+    if attack.needs == "none" or isinstance(attack, Learned | Itemised | Enumeration):
+        return False
+    return isinstance(attack, QueryAttack) or "steps" in vars(attack)
 
 
 def _unlimited(attack: Attack, threat: ThreatModel, classes: int) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from holdfast.core.catalogue import AUDITS
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
+from holdfast.core.needs import Need
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Verdict, exit_code, judged_estimate, overall
 from holdfast.reports import audit as reported
@@ -52,7 +53,7 @@ Json = dict[str, Any]
 
 FINDING = "finding"
 """Name of the document with the finding of an audit."""
-FORMAT = 2
+FORMAT = 3
 """Version of the settings and steps of audits. It is increased if a finding is computed from others. Version 1, which
 `run.json` did not state, lacked steps from which the finding can be computed."""
 _TOLERANCE = 1e-6
@@ -136,6 +137,8 @@ class PreparedAudit:
 
     request: AuditRequest
     measure: Measure
+    needs: tuple[Need, ...] = ()
+    """what the steps need, besides what was checked when the model and the data were opened"""
     executor: Executor | None = None
     """executor of the stages that are divided into shards; None for this process"""
 

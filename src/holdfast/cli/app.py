@@ -42,7 +42,7 @@ _COMMANDS = {
     ),
     "audit": (
         "audit",
-        "search a model for a backdoor, or training data for manipulated examples",
+        "search for backdoors and manipulated data; measure membership, privacy and generators",
         "audit backdoor model.pt data.npz --arch net.py:make --controls controls/",
         "audit poison train.npz --model net.py:make --clean trusted.npz",
         "audit membership net.py:make data.npz --train net.py:fit --references 16",
@@ -180,8 +180,9 @@ class _Verbs(Group):
 @click.group(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 all gates passed or none was given, 1 a gate failed, 2 wrong usage, 3 a model, data set or "
-    "disk cannot be used, 4 a gate is unclear, 5 internal error, 130 or 143 interrupted (continue with --resume).",
+    epilog="Exit codes: 0 all gates passed or none was given, 1 a gate failed, a monitor raised an alarm or adapt "
+    "promoted no model, 2 wrong usage, 3 a model, data set or disk cannot be used, 4 a gate is unclear, 5 internal "
+    "error, 130 or 143 interrupted (continue with --resume).",
 )
 @click.version_option(__version__, prog_name="holdfast", message="%(prog)s %(version)s")
 def verbs() -> None:

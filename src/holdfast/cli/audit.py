@@ -34,10 +34,11 @@ from holdfast.reports.write import AUDIT_SUFFIXES
 
 @click.group(cls=Group, short_help="search a model or data for manipulation, and trainings for leaks")
 def audit() -> None:
-    """Search a model for a backdoor or training data for manipulated examples, or measure what is revealed of the
-    training examples by a model or by its training.
+    """Search a model for a backdoor or training data for manipulated examples, measure what is revealed of the
+    training examples by a model or by its training, or measure generated samples.
 
-    The result is `flagged`, `not flagged`, or `unclear` if there was nothing to compare with.
+    The result is `flagged`, `not flagged`, or `unclear` if there was nothing to compare with. Without a gate, the exit
+    code of a finished audit is 0; a flagged one names the gate with which it is 1.
     """
 
 
@@ -137,7 +138,7 @@ def report_audit(folder: Path, outputs: Sequence[str], voice: Voice) -> int:
 
 def tell_audit(content: Mapping[str, Any], outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
     """Write the reports of an audit, and print its tables (JSON if `-` is an output) and its verdict."""
-    from holdfast.reports.audit import audit_to_json, headline, tables
+    from holdfast.reports.audit import audit_to_json, failing_gate, headline, tables
     from holdfast.reports.write import write_audit
 
     places = [Path(output) for output in outputs if output != "-"]
@@ -151,7 +152,20 @@ def tell_audit(content: Mapping[str, Any], outputs: Sequence[str], voice: Voice,
             colour = sys.stdout.isatty() and not voice.plain
             click.echo(tables(content, colour=colour, width=voice.console().width))
         click.echo(headline(content), err=True)
+        if gate := failing_gate(content):
+            _say_failing(gate, voice, folder)
         if folder is not None:
             voice.say(f"run: {folder}")
     for place in places:
         voice.say(f"report: {place}")
+
+
+def _say_failing(gate: str, voice: Voice, folder: Path | None) -> None:
+    """Print the gate that fails a flagged audit, with the command that judges it on the finished audit of this
+    process.
+    """
+    from holdfast.cli.running import command_line
+    from holdfast.runs.engine.resuming import resumed
+
+    command = "" if folder is None else f": {resumed(command_line(), folder, '--gate', gate)}"
+    voice.say(f"note: no gate was set, so that the exit code is 0; with --gate {gate} it is 1{command}")

@@ -164,14 +164,16 @@ _UNBROKEN = 1000
 @click.argument("folder", default="holdfast-runs", type=click.Path(path_type=Path))
 @with_voice
 def runs(voice: Voice, folder: Path) -> None:
-    """List the runs in FOLDER, oldest first, each with its path, its robust accuracy and its state."""
+    """List the runs, audits and adaptations in FOLDER, oldest first, each with its path, its robust accuracy and its
+    state.
+    """
     from rich.table import Table
 
+    from holdfast.api.stored import stored_runs
     from holdfast.reports.numbers import percent
     from holdfast.reports.terminal import cell
-    from holdfast.runs.stored.stored_runs import runs_in
 
-    entries = runs_in(folder)
+    entries = stored_runs(folder)
     if not entries:
         voice.say(f"no runs in {folder}")
         return
@@ -225,6 +227,7 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
         if "-" in output:
             click.echo(comparison.to_json())
         elif not voice.quiet:
-            click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain))
+            click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain), nl=False)
+        click.echo(comparison.summary()["headline"], err=True)
         for place in places:
             voice.say(f"report: {place}")

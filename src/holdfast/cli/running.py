@@ -255,7 +255,11 @@ def _epoch_line(stage: str, measured: EpochMeasures) -> str:
 
 def _texts(step: Step) -> dict[str, Any]:
     share = f"{step.surviving / step.seen:6.1%} robust" if step.seen else ""
-    return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "surviving": share}
+    return {
+        "description": step.title or step.stage,
+        "place": f"{step.place}/{step.of_stages}",
+        "surviving": share,
+    }
 
 
 def run_gallery(place: Path | None, voice: Voice) -> int:

@@ -68,18 +68,33 @@ class AuditEntry:
     """names of the metrics on which gates can be set"""
 
 
-_OF_TABLES = ("singling_out_risk", "linkability_risk", "inference_risk", "column_shapes", "pair_trends")
-_OF_GENERATOR = ("frechet", "copy_rate", "latent_sensitivity", "membership_tpr_at_1_percent")
+_NOT_FLAGGED = "not-flagged"
+TABLE_METRICS: Final = (
+    "singling_out_risk",
+    "linkability_risk",
+    "inference_risk",
+    "column_shapes",
+    "pair_trends",
+)
+"""Metrics of an audit of a synthetic table."""
+GENERATOR_METRICS: Final = (
+    "frechet",
+    "copy_rate",
+    "near_copy_rate",
+    "latent_sensitivity",
+    "membership_tpr_at_1_percent",
+)
+"""Metrics of an audit of a generator."""
 
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
     for entry in (
         AuditEntry("backdoor", "no-backdoor"),
         AuditEntry("poison", "no-poison"),
-        AuditEntry("privacy", "", ("epsilon_lower",)),
-        AuditEntry("membership", "", ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", "", (*_OF_GENERATOR, *_OF_TABLES)),
-        AuditEntry("hardened-generator", "", _OF_GENERATOR),
+        AuditEntry("privacy", _NOT_FLAGGED, ("epsilon_lower",)),
+        AuditEntry("membership", _NOT_FLAGGED, ("membership_tpr_at_1_percent",)),
+        AuditEntry("generator", _NOT_FLAGGED, (*GENERATOR_METRICS, *TABLE_METRICS)),
+        AuditEntry("hardened-generator", "", GENERATOR_METRICS),
     )
 }
 """The audits by name."""

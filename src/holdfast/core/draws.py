@@ -70,6 +70,13 @@ class Draws:
             key = _place_key(key, place)
         return Draws(key)
 
+    @property
+    def seed(self) -> int:
+        """Seed for the generator of another library, below 2^31, which every library accepts. With seeds such as
+        `seed + 1`, two runs of consecutive seeds would have draws in common.
+        """
+        return _place_key(self.key, "seed") >> 33
+
     def bits(self, ids: Ids, *shape: int) -> Tensor:
         """Return 64 random bits for each element of a tensor of shape (n, *shape), one row for each id, as int64."""
         n_each = math.prod(shape)

@@ -73,8 +73,9 @@ class Pieces:
     If memory runs out inside `attempt`, the size of `room` is halved, and the next piece starts at the same example.
     """
 
-    def __init__(self, batch: Batch, room: Room) -> None:
-        self._batch, self._room = batch, room
+    def __init__(self, batch: Batch, room: Room, first: int = 0) -> None:
+        """Create the pieces of a batch whose first example is at the row `first` of its shard."""
+        self._batch, self._room, self._first = batch, room, first
         self._start, self._stop = 0, 0
         self._done: list[dict[str, Tensor]] = []
 
@@ -82,7 +83,7 @@ class Pieces:
         """Yield the next piece until all examples are processed."""
         n = len(self._batch)
         while self._start < n:
-            self._stop = min(self._start + self._room.enter(self._start), n)
+            self._stop = min(self._start + self._room.enter(self._first + self._start), n)
             yield self._batch.take(torch.arange(self._start, self._stop, device=self._batch.ids.device))
 
     @contextmanager
@@ -94,7 +95,7 @@ class Pieces:
             yield
         # torch reports missing memory as a `RuntimeError`; `halve` raises all other errors again
         except (RuntimeError, MemoryError) as error:
-            self._room.halve(self._start, len(self._batch) - self._start, error)
+            self._room.halve(self._first + self._start, len(self._batch) - self._start, error)
 
     def add(self, columns: dict[str, Tensor]) -> None:
         """Append the columns that were computed from the current piece to those of the earlier pieces."""

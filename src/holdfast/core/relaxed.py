@@ -83,6 +83,9 @@ class Relaxation(TorchFunctionMode):
         """whether a gradient passes through `detach` and `no_grad`"""
         self.passed = 0
         """number of operations with a relaxed gradient"""
+        self.choices = 0
+        """number of choices among outcomes, such as an arg max over the entries of a codebook, and of functions outside
+        torch: their relaxed gradients do not predict which outcomes an input near by has"""
         self.recorded: list[Tensor] = []
         """outputs of modules, and tensors at which the gradient is cut, in the order of their computation"""
         self.cuts: list[int] = []
@@ -113,7 +116,7 @@ class Relaxation(TorchFunctionMode):
     def entered(self, *_: Any) -> None:  # noqa: ANN401
         """Count the beginning of a module's forward pass; relaxation is limited to them."""
         if not self._depth:
-            self.passed = 0
+            self.passed, self.choices = 0, 0
             self.recorded, self.cuts, self._soft, self._outside = [], [], {}, None
         self._depth += 1
 
@@ -186,6 +189,7 @@ class Relaxation(TorchFunctionMode):
             return value
         self._outside = None
         self.passed += 1
+        self.choices += 1
         return instead(value, outside.to(value.dtype))
 
     def _passed_on(self, value: Tensor) -> Tensor:
@@ -308,6 +312,7 @@ def _outcomes(
     if dim is None or not scores.is_floating_point() or scores.numel() > _MOST_OUTCOMES:
         return None
     mode.cut(scores)
+    mode.choices += 1
     chances = _chances(sign * scores, dim)
     if keepdim:
         chances = chances.unsqueeze(dim if dim >= 0 else dim - 1)

@@ -1,12 +1,39 @@
 """Suggestions for misspelt names. The module does not import torch, so that messages appear fast."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 _SIMILAR = 0.5  # cutoff of difflib's ratio (default 0.6): in short names one typing error weighs more
 _MOST = 10_000
 """Largest number of known names that are compared; a file may have millions of names, each of which takes 10 µs."""
+
+
+_SHOWN = 3
+"""number of names in a note"""
+
+
+def by_stripped(words: Iterable[str], known: Iterable[str] = ()) -> dict[str, str]:
+    """Return for each word the known name that is equal up to spaces at its ends, or the word without such spaces if
+    there is none. A word that is a known name stays as it is.
+
+    >>> by_stripped([" Private", "State-gov", "Other "], ["Private", " State-gov"])
+    {' Private': 'Private', 'State-gov': ' State-gov', 'Other ': 'Other'}
+    """
+    names = {*(listed := [*known])}
+    similar = {name.strip(): name for name in reversed(listed)}
+    return {word: word if word in names else similar.get(word.strip(), word.strip()) for word in words}
+
+
+def note_on_spaces(what: str, read_as: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a note on the names that `by_stripped` read in another form; `what` contains them."""
+    changed = [f"{word!r} as {name!r}" for word, name in read_as.items() if word != name]
+    if not changed:
+        return ()
+    more = " …" if len(changed) > _SHOWN else ""
+    return (
+        f"{what} has names that differ by spaces at their ends; read are {', '.join(changed[:_SHOWN])}{more}",
+    )
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

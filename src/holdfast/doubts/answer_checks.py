@@ -23,6 +23,8 @@ LARGER = 0.5
 AGREES = 0.75
 """smallest share of examples for which a step along the gradient must lower the margin more than a step against it; for
 a meaningless gradient, 24 of 32 have a probability of 0.4 %"""
+OF_CHOICES = 0.1
+"""largest share of examples that may survive if the model chooses among outcomes without a gradient"""
 _REACH = 0.5  # length of these steps in multiples of eps
 
 
@@ -55,8 +57,9 @@ def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, .
     """Return the checks from the columns of their stage: `ran`, the examples that `survived` all attacks, those that
     `box` leaves with the whole box (-1 if no method was run), the number of the `larger` eps that broke each survivor
     (0 if none did), those that the search from labels broke (`success`) and whether it was run (`searched`), whether
-    the gradient `agrees` (-1 without gradients), and whether outputs `changed` with earlier queries. `changed` is the
-    number of examples with another output during the attack.
+    the gradient `agrees` (-1 without gradients), whether outputs `changed` with earlier queries, and whether the model
+    `chooses` among outcomes without a gradient. `changed` is the number of examples with another output during the
+    attack.
     """
     ran, survived = columns["ran"].bool(), columns["survived"].bool()
     n, left = int(ran.sum()), int((ran & survived).sum())
@@ -66,6 +69,7 @@ def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, .
     labels = int((columns["success"] & survived).sum())
     tested = ran & (columns["agrees"] >= 0)
     agrees, changed = int((columns["agrees"] > 0).sum()), changed + int((columns["changed"] > 0).sum())
+    chooses, alive = bool((columns["chooses"][ran] > 0).any()), left / max(n, 1)
     share, rest = agrees / max(int(tested.sum()), 1), boxed / max(n_in_box, 1)
     checks = [
         ("whole-box", rest <= WHOLE_BOX, rest, WHOLE_BOX, n_in_box,
@@ -80,11 +84,15 @@ def answer_checks(columns: Columns, *, changed: int = 0) -> tuple[AnswerCheck, .
          if tested.any() else "the attack has no gradient"),
         ("same-output", not changed, float(changed), 0.0, n,
          f"after further queries, {changed} examples had an input with another output"),
+        ("choices", alive <= OF_CHOICES, alive, OF_CHOICES, n,
+         f"the model chooses among outcomes, of which the attack did not try each, and {left} of {n} examples survive"
+         if chooses else "the model does not choose among outcomes without a gradient"),
     ]  # fmt: skip
     if_passed: dict[str, CheckState] = {
         "whole-box": "passed" if torch.equal(in_box, ran) else "not measured",
         "labels-only": "passed" if searched else "not measured",  # it breaks nothing if it was not run
         "gradient": "passed" if tested.any() else "not applicable",
+        "choices": "passed" if chooses else "not applicable",
     }
     return tuple(
         AnswerCheck(

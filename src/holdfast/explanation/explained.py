@@ -133,15 +133,15 @@ class Explained:
         return json_text(content)
 
     def text(self) -> str:
-        """Return the findings as text for a terminal, one line for each figure."""
-        lines = [f"{self.title}: {self.sentence}", *(f"- {figure.title}" for figure in self.figures)]
+        """Return the findings as text for a terminal: one line for each figure, and the result in the last one."""
+        lines = [f"- {figure.title}" for figure in self.figures]
         for heading, texts in (
             ("Why:", self.reasons),
             ("What you can do:", self.advice),
             ("Notes:", self.notes),
         ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
-        return as_lines(lines)
+        return as_lines([*lines, *([""] if lines else []), f"{self.title}: {self.sentence}"])
 
     def write(self, path: str | Path) -> Path:
         """Write the explanation in the format of the file suffix, `.html` or `.json`. Return the path."""

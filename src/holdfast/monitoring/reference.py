@@ -48,18 +48,22 @@ class Reference:
         model: str | None,
         *,
         errors: bool = False,
+        features: Sequence[str] | None = None,
+        missing: bool = False,
         layer: str | None = None,
         observer: Observer | None = None,
         notes: tuple[str, ...] = (),
     ) -> "Reference":
         """Return the reference of samples. `errors` states whether it is a signal if the model is wrong, which needs
-        the labels of each sample of the stream. `layer` is that of their features. With `observer`, its scales are used
-        and none are estimated.
+        the labels of each sample of the stream. `features` and `missing` are those of `Observer.fitted`. `layer` is the
+        source of the embeddings. With `observer`, its scales are used and none are estimated.
         """
         order = rng.at("reference").uniform(torch.arange(len(seen.x)), dtype=torch.float64).argsort()
         fit, rest = order.tensor_split([len(order) // _FITTED_SHARE])
         samples = seen if errors else replace(seen, y=None)
-        observer = observer or Observer.fitted(samples.take(fit), rng.at("projections"))
+        observer = observer or Observer.fitted(
+            samples.take(fit), rng.at("projections"), features=features, missing=missing
+        )
         return cls(
             name,
             len(seen.x),

@@ -7,13 +7,14 @@ the gradients are computed without the gradients (ghost clipping, by Opacus). Go
 Composition of Differential Privacy", NeurIPS 2021, arXiv:2106.02848: the noise for a given epsilon. Differs from the
 papers: the weights are averaged, and the learning rate follows one cycle.
 
-The guarantee is for adding or removing one example on which the network is trained. It needs that the given weights do
-not depend on these examples, and that the seed, from which the noise is computed, is not published.
+The guarantee is for adding or removing one row (example) on which the network is trained, and not for a person with
+several rows. It needs that the given weights do not depend on these examples, and that the seed, from which the noise
+is computed, is not published.
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Positive
 from holdfast.recipes.training.fit import Training, drawing, updates
 from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
+from holdfast.statistics.group_privacy import RowBudget, row_budget
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooksFastGradientClipping as Hooks
@@ -56,7 +58,8 @@ class DPSGD:
     """
 
     epsilon: Positive = 8.0
-    """privacy budget: a smaller value reveals less of each training example, and needs more noise"""
+    """privacy budget of each training row: a smaller value reveals less of it, and needs more noise; for k equal rows,
+    it is up to k times as large"""
     delta: Annotated[float, Gt(0), Lt(1)] = 1e-5
     """probability with which the budget may be exceeded; it must be smaller than 1 / number of training examples"""
     max_grad_norm: Positive = 1.0
@@ -92,6 +95,10 @@ class DPSGD:
             alone=True,
             private=True,
         )
+
+    def budget_on(self, fingerprints: Sequence[bytes]) -> RowBudget:
+        """Return the privacy budget of a training on rows with these hashes of their inputs."""
+        return row_budget(self.epsilon, self.delta, fingerprints)
 
     def noise(self, n: int) -> float:
         """Return the standard deviation of the noise for `n` training examples, in multiples of `max_grad_norm`."""

@@ -6,7 +6,7 @@ version that was read. An annex states evidence for requirements. It never state
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -43,6 +43,8 @@ class FolderEvidence:
     """names of what was run, by source"""
     statement: str
     """the result in one sentence"""
+    titles: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """names in reports by the names in `content`, where they differ: a suite may run one attack under several names"""
 
 
 @cache
@@ -113,10 +115,11 @@ def _requirement(
 def _evidence(kind: Mapping[str, Any], finding: FolderEvidence) -> list[Json]:
     """The entry for a kind of evidence if a folder contains it."""
     named = [
-        name
+        title
         for source, names in kind["of"].items()
         for name in names
         if name in finding.content.get(source, ())
+        for title in finding.titles.get(name, (name,))
     ]
     if not named:
         return []

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from holdfast.core.catalogue import AUDITS
 from holdfast.core.names import line
 from holdfast.reports.numbers import json_text, plain
 from holdfast.reports.words import VERDICTS, TextTable, capitalized
@@ -47,6 +48,12 @@ def _cell(value: Any) -> str:
 def gate_lines(content: Mapping[str, Any]) -> list[str]:
     """Return one line for each gate: its sign, its text and the reason for its verdict."""
     return [f"{VERDICTS[g['verdict']][0]} {g['gate']}: {g['because']}" for g in content["gates"]]
+
+
+def failing_gate(content: Mapping[str, Any]) -> str:
+    """Return the gate that would fail if it was set; empty if a gate was set, or if the audit is not flagged."""
+    flagged_without_gate = content["verdict"] == "flagged" and not content["gates"]
+    return AUDITS[content["kind"]].gate if flagged_without_gate else ""
 
 
 def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:

@@ -288,7 +288,7 @@ def _first_ids(flipped: Mapping[str, Any], most: int = 20) -> str:
 
 
 def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
-    """Return the comparison of two runs as text for a terminal."""
+    """Return the comparison of two runs as text for a terminal, without its headline."""
     from holdfast.reports.terminal import as_string, cell, grid, shown_or_dash
 
     paired = grid(
@@ -307,21 +307,20 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     ]
     lines += [f"note: {note}" for note in content["notes"]]
     tables = "\n".join(as_string(table, colour=colour, width=width) for table in (paired, metrics))
-    head = "".join(f"{cell(content[key])}\n\n" for key in ("caution", "headline") if content[key])
-    return head + tables + "".join(f"\n{cell(line)}" for line in lines) + "\n"
+    caution_text = f"{cell(content['caution'])}\n\n" if content["caution"] else ""
+    return caution_text + tables + "".join(f"\n{cell(line)}" for line in lines) + "\n"
 
 
 def comparison_page(content: Mapping[str, Any]) -> str:
     """Return the comparison of two runs as a self-contained HTML page."""
-    from holdfast.reports.html import render
+    from holdfast.reports.html import metric_parts, render
 
-    metrics = shown_side_by_side(content)
     return render(
         "comparison.html.j2",
         s=content,
-        metrics=metrics,
+        **metric_parts(shown_side_by_side(content)),
+        paired=_paired_rows(content),
         sides=SIDES,
-        points=percentage_points,
         some=_first_ids,
     )
 

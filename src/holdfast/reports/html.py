@@ -41,7 +41,7 @@ def page(summary: Mapping[str, Any]) -> str:
         title=words.capitalized(words.title(summary)),
         training=summary.get("training"),
         main=words.main_metric(summary),
-        metrics=words.shown_metrics(summary),
+        **metric_parts(words.shown_metrics(summary)),
         shown_examples=MOST_EXAMPLES,
         open_doubts=words.open_doubts(summary),
         passes=attacks.passes_outside(summary),
@@ -64,6 +64,17 @@ def page(summary: Mapping[str, Any]) -> str:
         proof_lines=certification.certification_lines(summary),
         **_doubts(summary["doubts"]),
     )
+
+
+def metric_parts(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the `metrics` that a page shows first, and `more_metrics`, the others, which are in an element that
+    readers open.
+    """
+    first = {name: estimate for name, estimate in metrics.items() if name in FIRST}
+    return {
+        "metrics": first,
+        "more_metrics": {name: estimate for name, estimate in metrics.items() if name not in first},
+    }
 
 
 def _groups_lead(summary: Mapping[str, Any]) -> str:

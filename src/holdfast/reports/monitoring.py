@@ -17,12 +17,26 @@ NEXT = {
     "embeddings": "Compare inputs after the alarm with those of the reference: they differ in what the model uses.",
     "predictions": "Compare the shares of the predicted classes with those of the reference.",
     "distance": "Look at the inputs after the alarm: they are unlike those of the reference, or suspiciously alike.",
+    "missing values": "Compare the columns with missing values after the alarm with those of the reference: did a "
+    "source of the data fail, or its format change?",
     "confidence": "Look at inputs of low confidence after the alarm.",
     "copies": "Compare the samples with the nearest examples of the reference: the generator returns them.",
     "repeats": "Look at samples that repeat others: the generator may have collapsed to few of them.",
     "error": "The accuracy changed: label more recent samples, and look at the error of each class.",
 }
 """what to do after an alarm, by the view of its signal"""
+_PARTS = {
+    "inputs": "its inputs",
+    "embeddings": "the embeddings of its inputs",
+    "predictions": "the predicted classes",
+    "distance": "the distance of the inputs from the reference",
+    "missing values": "the share of missing values",
+    "confidence": "the confidence of the model",
+    "copies": "the share of copies of the reference",
+    "repeats": "the share of repeated samples",
+    "error": "the accuracy of the model",
+}
+"""what differs after an alarm, by the view of its signal"""
 _RETRAIN = (
     "If the change is lasting, assess the model on labelled samples after the alarm (holdfast assess), train or harden "
     "it with them, and monitor with a new reference."
@@ -40,16 +54,21 @@ CBPE_LIMIT = (
 
 def headline(content: Mapping[str, Any]) -> str:
     """Return the result in one sentence."""
-    stream, reference = content["stream"], content["reference"]
-    compared = f"{count_text(stream['n'])} samples of {stream['name']}, compared with {reference['name']}"
-    alarms = [test for test in content["tests"] if test["name"] in content["decisive"] and test["alarm"]]
+    stream, decisive = content["stream"], content["decisive"]
+    compared = (
+        f"{count_text(stream['n'])} samples of {stream['name']}, compared with {content['reference']['name']}"
+    )
+    alarms = [test for test in content["tests"] if test["name"] in decisive and test["alarm"]]
     if not alarms:
-        return line(f"No alarm of {' or '.join(content['decisive'])} in {compared}.")
+        tests = f"test{'s' if len(decisive) > 1 else ''} {' and '.join(decisive)}"
+        return line(f"The {tests} found no difference in {compared}.")
     first = min(alarms, key=lambda test: int(test["alarm"]["after"]))
     alarm = first["alarm"]
+    part = _PARTS.get(alarm["view"], alarm["view"])  # a report may be of another version
+    signal = "" if alarm["signal"] == alarm["view"] else f" ({alarm['signal']})"
     return line(
-        f"Alarm of {first['name']} after sample {count_text(alarm['after'])}, on {alarm['signal']} "
-        f"({alarm['evidence']}), in {compared}."
+        f"The stream differs from the reference in {part}{signal}: alarm of the test {first['name']} after "
+        f"{count_text(alarm['after'])} of {compared}."
     )
 
 

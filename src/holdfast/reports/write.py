@@ -45,8 +45,13 @@ def check_destination(path: Path, suffixes: Collection[str] | None = None) -> No
         suffixes is None and suffix not in BUNDLED["reports"]
     ):  # a package that cannot be imported ends no finished run
         load("reports", suffix, FunctionType)
+    refuse_unwritable(path, f"a report is a file, as in {path / 'report.html'}")
+
+
+def refuse_unwritable(path: Path, advice: str = "give the path of a file") -> None:
+    """Raise `TargetError` if no file can be created or replaced at a path. `advice` is for the path of a folder."""
     if path.is_dir():
-        raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
+        raise TargetError(f"{path} is a folder; {advice}")
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent

@@ -18,6 +18,7 @@ import numpy as np
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
+from holdfast.core.names import line
 from holdfast.monitoring.accuracy import Accuracy, Predictions, expected_accuracy, measured_accuracy
 from holdfast.monitoring.monitored import Monitored, Source
 from holdfast.monitoring.power import Power
@@ -177,7 +178,8 @@ class LiveMonitor:
             self._telemetry.count("holdfast_monitor_samples_total", n=len(batch))
             for name, alarm in raised.items():
                 self._telemetry.set("holdfast_monitor_alarm", 1.0, name)
-                text = f"alarm of {name} after {alarm.after} samples, on {alarm.signal} ({alarm.evidence})"
+                where = f"{line(alarm.signal)} ({alarm.evidence})"  # with names of columns of a file
+                text = f"alarm of {name} after {alarm.after} samples, on {where}"
                 self._warn(f"note: {text}")
                 with self._lock:
                     facts = {"test": name, "after": alarm.after, "signal": alarm.signal}

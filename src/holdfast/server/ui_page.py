@@ -180,7 +180,7 @@ def _served(model: Mapping[str, Any]) -> dict[str, Any]:
 def _run(run: Mapping[str, Any]) -> dict[str, Any]:
     """A run of an adaptation with its times and facts as text."""
     steps = [
-        {"step": each["step"], "time": clock(each["time"]), "facts": facts_text(each["facts"])}
+        {"step": each["step"], "time": clock(each["time"]), "facts": facts_text(each["step"], each["facts"])}
         for each in run["steps"]
     ]
     return {**run, "steps": steps}

@@ -18,9 +18,9 @@ class AuditOptions(SettingGroup):
 
     gates: Annotated[list[str], Flag("G", "--gate", "-g", identifies=False)] = Field(
         default_factory=list,
-        description="Condition on the result of the audit: no-backdoor and no-poison pass if nothing is flagged; "
-        "membership and privacy have the metrics membership_tpr_at_1_percent and epsilon_lower, as in "
-        "epsilon_lower <= 2.",
+        description="Condition on the result of the audit: no-backdoor, no-poison and, for the other audits, "
+        "not-flagged pass if nothing is flagged; membership and privacy have the metrics membership_tpr_at_1_percent "
+        "and epsilon_lower, as in epsilon_lower <= 2. Without a gate, the exit code is 0.",
     )
     output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
         default_factory=list,
@@ -171,7 +171,8 @@ class GeneratorOptions(AuditOptions):
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a gate on the sensitivity without the search that measures it."""
-        for gate in self.gates:
+        metrics = [gate for gate in self.gates if gate.strip() != AUDITS[self.kind].gate]
+        for gate in metrics:
             if not self.latent and parse(gate, AUDITS[self.kind].metrics).metric == "latent_sensitivity":
                 raise UsageError(
                     f"{prefix}gate {gate!r} needs the largest change of the output, and latent is 0, which skips its "

@@ -213,7 +213,7 @@ class QueryLimit(SettingGroup):
 
     max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
-        description="Maximum number of rows sent to a server. A run stops there, and --resume continues it.",
+        description="Maximum number of rows sent to a server. The command stops there, and --resume continues a run.",
     )
 
 
@@ -335,14 +335,21 @@ class OtherData(SettingGroup):
 
 
 class ExampleSelection(SettingGroup):
-    """Settings that select some of the examples from a data set."""
+    """Settings that select some of the examples of `data`. Other data of a command, such as `fit`, are not affected."""
 
     n: Annotated[values.Positive | None, Flag("N", "-n")] = Field(
-        default=None, description="Use the first N examples."
+        default=None,
+        description="Use the first N examples of DATA (monitor: of STREAM). Data of other options are not affected.",
     )
     sample: Annotated[values.Positive | None, Flag("N")] = Field(
-        default=None, description="Use N examples chosen at random by the seed."
+        default=None,
+        description="Use N examples of DATA chosen at random by the seed. Data of other options are not affected.",
     )
+
+    @property
+    def selects(self) -> bool:
+        """Whether some of the examples are selected."""
+        return self.n is not None or self.sample is not None
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` if both `n` and `sample` are given."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from holdfast.core.errors import UsageError
+from holdfast.core.spelling import by_stripped
 from holdfast.io.files import text_of_file
 
 _DIGITS = 18
@@ -44,8 +45,9 @@ def read_labels(path: Path, class_names: Sequence[str]) -> dict[tuple[str, int],
 
 
 def _label(text: str, class_names: Sequence[str], where: str) -> int:
-    if text in class_names:
-        return class_names.index(text)
+    name = by_stripped([text], class_names)[text]
+    if name in class_names:
+        return class_names.index(name)
     return _number(text, where)
 
 

@@ -33,7 +33,7 @@ def _problem(recipe: Recipe, seed: int = 0) -> tuple[Classifier, Batch]:
     """Return a network, and examples labelled by another network that agrees with it on most of them. For a recipe that
     trains a denoiser the network has one.
     """
-    teacher, student, stranger = network(seed), network(seed), network(seed + 1)
+    teacher, student, stranger = network(seed), network(seed), network(Draws(seed).at("stranger").seed)
     with torch.no_grad():
         for weight, foreign in zip(student.parameters(), stranger.parameters(), strict=True):
             weight.lerp_(foreign, 0.3)

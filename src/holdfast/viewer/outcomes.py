@@ -1,12 +1,13 @@
 """What each attack did to each example of a run, and the examples of two runs side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from holdfast.core.evidence import Evidence
+from holdfast.core.evidence import AttackRecord, Evidence, PassRecord
 from holdfast.metrics.columns import within
 from holdfast.metrics.paired import paired_examples
 from holdfast.reports.curves import class_name, robust_examples
@@ -22,9 +23,12 @@ KINDS = ("robust", "broken", "misclassified")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What the attack of a `stage` did to the examples of a run, as masks: it `broke` them, and `ran` on them."""
+    """What the attack of a `stage` with a `name` did to the examples of a run, as masks: it `broke` them, and `ran` on
+    them.
+    """
 
     stage: str
+    name: str
     broke: Tensor
     ran: Tensor
 
@@ -37,7 +41,7 @@ def attempts(result: Result) -> list[Attempt]:
     """Return what each attack of the suite did to each example, in the order of the evidence."""
     if result.folder is None:
         return []
-    ids, found = result.evidence["id"], []
+    ids, found, names = result.evidence["id"], [], attack_names(result.evidence)
     rows = {int(example): row for row, example in enumerate(ids)}
     for stage, columns in attacked_stages(result.folder).items():
         if "success" not in columns:
@@ -51,7 +55,7 @@ def attempts(result: Result) -> list[Attempt]:
             success = success & within(columns["distance"], result.evidence.threat.constraint.eps)
         places = torch.tensor([rows[int(example)] for example in columns["id"]], dtype=torch.long)
         broke[places], ran[places] = success & was_run, was_run
-        found.append(Attempt(stage, broke, ran))
+        found.append(Attempt(stage, names[stage], broke, ran))
     return found
 
 
@@ -72,11 +76,23 @@ def kinds(evidence: Evidence) -> list[str]:
     return [KINDS[0] if r else KINDS[1] if c else KINDS[2] for r, c in zip(robust, correct, strict=True)]
 
 
-def breaker(evidence: Evidence, row: int) -> str:
-    """Return the name of the attack or pass that broke an example; empty if none did."""
-    names = [*(record.stage for record in evidence.attacks), *(record.stage for record in evidence.passes)]
-    place = int(evidence["broken_by"][row]) if "broken_by" in evidence else -1
-    return names[place] if 0 <= place < len(names) else ""
+def attack_names(evidence: Evidence) -> dict[str, str]:
+    """Return the names of the attacks and passes of a run by their stages, in the order of `broken_by`. A name of
+    several attacks is followed by the stage.
+    """
+    records: list[AttackRecord | PassRecord] = [*evidence.attacks, *evidence.passes]
+    n_records = Counter(record.name for record in records)
+    return {
+        record.stage: record.name if n_records[record.name] == 1 else f"{record.name} ({record.stage})"
+        for record in records
+    }
+
+
+def broken_by(evidence: Evidence) -> list[str]:
+    """Return the name of the attack or pass that broke each example; empty if none did."""
+    names = [*attack_names(evidence).values()]
+    places = evidence["broken_by"].tolist() if "broken_by" in evidence else [-1] * len(evidence)
+    return [names[place] if 0 <= place < len(names) else "" for place in places]
 
 
 def class_text(evidence: Evidence, value: int) -> str:
@@ -104,6 +120,7 @@ class Pair:
 def pairs(first: Evidence, second: Evidence) -> list[Pair]:
     """Return the examples that two runs share, with their outcome in each. Raises `UsageError` if there are none."""
     shared, outcomes = paired_examples(first, second), (kinds(first), kinds(second))
+    breakers = broken_by(first), broken_by(second)
     return [
         Pair(
             int(first["id"][a]),
@@ -111,8 +128,8 @@ def pairs(first: Evidence, second: Evidence) -> list[Pair]:
             class_text(first, int(first["y"][a])),
             outcomes[0][a],
             outcomes[1][b],
-            breaker(first, a),
-            breaker(second, b),
+            breakers[0][a],
+            breakers[1][b],
         )
         for a, b in zip(shared.first.tolist(), shared.second.tolist(), strict=True)
     ]

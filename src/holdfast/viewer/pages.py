@@ -4,18 +4,19 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
 
 from markupsafe import Markup
 
-from holdfast.adaptation.adapted import clock, facts_text
+from holdfast.adaptation.adapted import Adapted, clock, facts_text
 from holdfast.adaptation.journal import open_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
 from holdfast.reports.audit import audit_view
-from holdfast.reports.html import filled, page, template_text
+from holdfast.reports.html import filled, metric_parts, page, template_text
 from holdfast.reports.table import csv_text
 from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.rotation.pool.verify_pool import verify_pool
@@ -28,7 +29,7 @@ from holdfast.viewer.outcomes import (
     KINDS,
     Attempt,
     attempts,
-    breaker,
+    broken_by,
     broken_not,
     class_text,
     kinds,
@@ -75,6 +76,11 @@ class _Opened:
     rows: Mapping[int, int]
     """row of each example by its id"""
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Names of the attacks of the suite by their stages, which addresses of pages contain."""
+        return {each.stage: each.name for each in self.tried}
+
 
 class Site:
     """The pages of a folder of runs. `explain` computes explanations on demand; None if none are computed."""
@@ -115,17 +121,17 @@ class Site:
     # --- frames
 
     def _filled(self, path: str, template: str, title: str, **content: Any) -> Page:
-        depth = len([part for part in path.split("/") if part])
-
-        def link(*parts: object) -> str:
-            target = "/".join(map(str, parts))
-            if self.mode == "server":
-                return f"/{target}"
-            is_file = target.endswith((".css", ".csv"))
-            return "../" * depth + (target if is_file else f"{target}/index.html".lstrip("/"))
-
+        link = partial(self._link, path)
         frame = {"link": link, "title": title, "root": self.shelf.root.name, "live": self.mode == "server"}
         return Page(filled(template, **frame, **content))
+
+    def _link(self, path: str, *parts: object) -> str:
+        """The address, on the page under a path, of the page or file with the parts of another path."""
+        target, depth = "/".join(map(str, parts)), len([part for part in path.split("/") if part])
+        if self.mode == "server":
+            return f"/{target}"
+        is_file = target.endswith((".css", ".csv"))
+        return "../" * depth + (target if is_file else f"{target}/index.html".lstrip("/"))
 
     def _failed(self, item: Item, error: str) -> Page:
         return self._filled(
@@ -230,13 +236,11 @@ class Site:
 
     def _adaptation(self, item: Item) -> Page:
         stored = open_adaptation(item.path)
-        steps = [[step.step, clock(step.time), facts_text(step.facts) or "-"] for step in stored.steps]
+        steps = [
+            [step.step, clock(step.time), facts_text(step.step, step.facts) or "-"] for step in stored.steps
+        ]
         facts = {"server": stored.server, "run": stored.run, "reason": stored.reason, "head": stored.head}
-        title = (
-            "The adaptation is not finished"
-            if stored.outcome is None
-            else f"Outcome of the adaptation: {stored.outcome}"
-        )
+        title = "The adaptation is not finished" if stored.outcome is None else str(Adapted.of(stored))
         return self._facts(item, title, facts, [("Steps", ["step", "time", "facts"], steps)])
 
     def _facts(self, item: Item, heading: str, facts: Json, tables: Sequence[tuple[str, Any, Any]]) -> Page:
@@ -289,19 +293,21 @@ class Site:
             for by in (ANY, *stages)
             if stages
         }
+        path, metrics = f"run/{item.id}", shown_metrics(summary)
+        key = model_key(item.entry.model if item.entry else "")
         return self._filled(
-            f"run/{item.id}",
+            path,
             "site-run.html.j2",
             item.name,
             item=item,
             s=summary,
             verdict=VERDICTS[summary["verdict"]],
             tone=summary["verdict"].replace(" ", "-"),
-            metrics=shown_metrics(summary),
-            stages=stages,
+            **metric_parts(metrics),
+            addresses={name: self._link(path, "trend", key, name) for name in metrics if item.value(name)},
+            attacks=opened.names,
             counts=counts,
             partners=self._partners(item),
-            model_key=model_key,
         )
 
     def _partners(self, item: Item) -> list[Item]:
@@ -333,14 +339,15 @@ class Site:
         except (KeyError, RuntimeError) as error:
             raise NoPage from error
         rows = mask.nonzero()[:, 0].tolist()
-        evidence = opened.result.evidence
+        evidence, names = opened.result.evidence, opened.names
+        breakers = broken_by(evidence)
         shown = [
             {
                 "id": int(evidence["id"][row]),
                 "label": class_text(evidence, int(evidence["y"][row])),
                 "clean": class_text(evidence, int(evidence["prediction"][row])),
                 "attacked": class_text(evidence, int(evidence["adversarial_prediction"][row])),
-                "by": breaker(evidence, row),
+                "by": breakers[row],
                 "outcomes": [each.outcome(row) for each in opened.tried],
             }
             for row in rows[:MOST_ROWS]
@@ -350,11 +357,11 @@ class Site:
             "site-examples.html.j2",
             item.name,
             item=item,
-            by=by,
-            but=but,
+            by=names.get(by, by),
+            but=names.get(but, but),
             n=len(rows),
             rows=shown,
-            stages=[each.stage for each in opened.tried],
+            attacks=list(names.values()),
             exported=self._exported(opened),
         )
 
@@ -373,7 +380,7 @@ class Site:
             "prediction when clean": class_text(evidence, int(evidence["prediction"][row])),
             "margin when clean": float(evidence["margin"][row]),
             "outcome": kinds(evidence)[row],
-            "broken by": breaker(evidence, row),
+            "broken by": broken_by(evidence)[row],
         }
         if facts["broken by"]:
             facts["prediction when attacked"] = class_text(
@@ -388,7 +395,7 @@ class Site:
             item=item,
             number=number,
             facts_shown=facts,
-            outcomes=[(each.stage, each.outcome(row)) for each in opened.tried],
+            outcomes=[(each.name, each.outcome(row)) for each in opened.tried],
             stored=stored,
             threat=summary["threat"],
             explains=self.explain is not None,
@@ -525,9 +532,10 @@ def _is_id(text: str, opened: _Opened) -> bool:
 def _all_examples(opened: _Opened) -> list[list[Any]]:
     """All examples of a run with the outcome of each attack, as rows of a table with a heading."""
     evidence, outcomes = opened.result.evidence, kinds(opened.result.evidence)
-    rows: list[list[Any]] = [["id", "label", "outcome", "broken by", *(each.stage for each in opened.tried)]]
+    breakers = broken_by(evidence)
+    rows: list[list[Any]] = [["id", "label", "outcome", "broken by", *opened.names.values()]]
     for number, row in opened.rows.items():
         label = class_text(evidence, int(evidence["y"][row]))
         attacked = [each.outcome(row) for each in opened.tried]
-        rows.append([number, label, outcomes[row], breaker(evidence, row), *attacked])
+        rows.append([number, label, outcomes[row], breakers[row], *attacked])
     return rows

@@ -31,6 +31,8 @@ class Features:
     the examples one by one before it decides records more of them for a larger batch"""
     widths: tuple[int, ...]
     """number of features of each place"""
+    chooses: bool
+    """whether the model chooses among outcomes without a gradient, such as the entries of a codebook"""
 
     def forward(self, model: Model, batch: Batch, x: Inputs) -> tuple[Logits, list[Tensor]]:
         """Return the logits of `x` and the features (n, k) of each place, with gradients with respect to `x`.
@@ -87,7 +89,8 @@ def _inspected(model: Model, batch: Batch, *, cross: bool) -> Features | None:
         return None
     widths = tuple(sum(record.recorded[k][0].numel() for k in place) for place in places)
     end = len(record.recorded)
-    return Features(cross, relaxes, tuple(tuple(k - end for k in place) for place in places), widths)
+    relative = tuple(tuple(k - end for k in place) for place in places)
+    return Features(cross, relaxes, relative, widths, record.choices > 0)
 
 
 def _places(record: Relaxation, n: int) -> tuple[tuple[int, ...], ...]:

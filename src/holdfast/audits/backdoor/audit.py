@@ -30,9 +30,10 @@ from holdfast.audits.backdoor.strip import Strip
 from holdfast.audits.backdoor.training import ControlTraining, trained_controls
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Mask
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
@@ -77,6 +78,17 @@ class BackdoorRequest:
             *(name for name, _ in groups_of(self.classes)),
             *((*(f"control-{place}" for place in range(n)), TRANSFER) if n else ()),
             *((STRIP_CLEAN, STRIP) if self.stream is not None else ()),
+        )
+
+
+def refuse_other_shape(batch: Batch, stream: Data) -> None:
+    """Raise `UsageError` if the inputs of a stream cannot be mixed with clean examples."""
+    shape = stream.read(0, 1).example_shape
+    if shape != batch.example_shape:
+        raise UsageError(
+            f"inputs of the stream {stream.name} have shape {shape}, and the clean examples {batch.example_shape}; "
+            "inputs of the same shape were expected",
+            Remedy("stream"),
         )
 
 
@@ -197,10 +209,13 @@ class _Steps:
         if self.request.stream is None:
             return
         batch, stream = self.request.batch, self.request.stream
-        half = len(batch) // 2
+        order = (
+            self.rng.at("strip", "halves").bits(batch.ids.cpu()).argsort()
+        )  # a file may be sorted by class
+        measured, laid_over = order.to(batch.x.device).tensor_split(2)
 
         def entropies(inputs: Batch) -> Columns:
-            overlays, rng = batch.x[half:], self.rng.at("strip")
+            overlays, rng = batch.x[laid_over], self.rng.at("strip")
             entropy = self.request.strip.entropy(self.model, inputs.x, inputs.ids, overlays, rng=rng)
             return {"id": inputs.ids.cpu(), "entropy": entropy.cpu()}
 
@@ -209,7 +224,7 @@ class _Steps:
             pieces = [entropies(stream.read(start, start + _ROWS).to(batch.x.device)) for start in starts]
             return {name: torch.cat([piece[name] for piece in pieces]) for name in ("id", "entropy")}
 
-        self.run.stage(STRIP_CLEAN, lambda: entropies(batch.take(torch.arange(half))))
+        self.run.stage(STRIP_CLEAN, lambda: entropies(batch.take(measured)))
         self.run.stage(STRIP, of_stream)
 
 

@@ -19,6 +19,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.core.remedies import Remedy
 from holdfast.core.triggers import Trigger
 from holdfast.core.types import Fraction, Inputs, Labels, Positive, Steps
 
@@ -75,12 +76,13 @@ def abnormality(size: Tensor) -> Tensor:
     return torch.where(size == median, 0.0, (median - size) / spread)
 
 
-def refuse_one_class(y: Labels) -> None:
-    """Raise `UsageError` if all examples are of one class."""
+def refuse_one_class(y: Labels, *remedies: Remedy) -> None:
+    """Raise `UsageError` with remedies if all examples are of one class."""
     if bool((y == y[:1]).all()):
         raise UsageError(
             f"all {len(y)} clean examples are of one class, and a trigger is searched on examples of other classes; "
-            "give clean examples of at least two classes"
+            "give clean examples of at least two classes",
+            *remedies,
         )
 
 

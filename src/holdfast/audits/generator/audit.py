@@ -2,8 +2,9 @@
 part of the audit (`parts.py`) measures.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Annotated, NotRequired
 
@@ -16,7 +17,7 @@ from holdfast.audits.features import penultimate
 from holdfast.audits.finding import Finding, Images
 from holdfast.audits.generator import quality
 from holdfast.audits.generator.backdoor import BackdoorScan
-from holdfast.audits.generator.copies import copies_of
+from holdfast.audits.generator.copies import FORMS, copies_of, measured_copies
 from holdfast.audits.generator.evasion import Autoencoder, Discriminator
 from holdfast.audits.generator.inference import Membership
 from holdfast.audits.generator.parts import Context, Part
@@ -25,20 +26,25 @@ from holdfast.audits.generator.sensitivity import LatentChange
 from holdfast.audits.generator.tables import TablePart
 from holdfast.audits.stored_steps import Size, StoredSteps
 from holdfast.core.batch import Batch, fingerprints_of
+from holdfast.core.catalogue import AUDITS
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need
+from holdfast.gates.grammar import parse
+from holdfast.io.data.ranges import Ranges
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.column_forms import Form, whole
-from holdfast.statistics.nearest import nearest_example
 
 SAMPLES, FEATURES, MEASURED, MISSING = "samples", "features", "measured", "missing"
 """Names of the steps of an audit: the samples, the features of all examples, the distances and measures from which
 quality and copies are computed, and what the generator lacks for each part."""
 LEAST = 200
 """smallest number of held-out examples: the threshold of copies is the lowest percent of one half of them"""
+ALWAYS = ("frechet", "copy_rate")
+"""Metrics that every audit measures; the others are those of its parts."""
 COMPARED = 10_000
 """largest number of training examples with which the quality is measured; its time grows with their square"""
 _SETS = ("samples", "training", "held_out")
@@ -63,6 +69,11 @@ class GeneratorAudit:
     """None for a file of samples"""
     parts: tuple[Part, ...] = ()
     """further parts of the audit, whether they apply or not"""
+    rows: tuple[Tensor, Tensor, Tensor] | None = None
+    """for tables, the same samples, training and held-out examples with the values of the files, which are compared
+    byte for byte"""
+    compares_ranges: bool = True
+    """whether samples in another range than the training examples are refused"""
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -82,14 +93,37 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
             f"held-out examples have shape {how.held_out.example_shape}, and training examples "
             f"{how.training.example_shape}; the same shape was expected"
         )
-    known = {*how.training.fingerprints()}
+    known = Counter(how.training.fingerprints())
     shared = sum(mark in known for mark in how.held_out.fingerprints())
-    # rows of tables may be equal by chance
-    if shared > (len(how.held_out) // 2 if how.extractor is None else 0):
+    repeating = sum(count for count in known.values() if count > 1) / len(how.training)
+    # rows of columns with few values repeat by nature, among the training examples too
+    most = (1 + repeating) / 2 * len(how.held_out) if len(how.training.example_shape) == 1 else 0
+    if shared > most:
         raise UsageError(
             f"{shared:,} of {len(how.held_out):,} held-out examples are among the training examples, so that copies "
             "cannot be told from new samples; give examples that the generator was not trained on"
         )
+
+
+def needs_of(how: GeneratorAudit, gates: Sequence[str]) -> tuple[Need, ...]:
+    """Return what the steps of an audit need."""
+    return tuple(Need("gates", partial(_refuse_unmeasured, gate, how)) for gate in gates)
+
+
+def _refuse_unmeasured(gate: str, how: GeneratorAudit) -> None:
+    """Raise `UsageError` if no part of the audit that applies measures the metric of a gate."""
+    metric = parse(gate, AUDITS["generator"].metrics).metric
+    if metric in ALWAYS:
+        return
+    samples = how.training.x[:1].expand(how.n, *how.training.example_shape)  # only their number matters
+    lacking = "rows of tables"
+    for part in how.parts:
+        if metric in part.metrics:
+            context = Context(samples, how.training, how.held_out, how.generator, how.device, how.rng)
+            lacking = part.missing(context)
+            if not lacking:
+                return
+    raise UsageError(f"gate {gate!r} cannot be judged: {metric} needs {lacking}; leave the gate out")
 
 
 def measure(run: Run, how: GeneratorAudit, prefix: str = "") -> Images:
@@ -172,16 +206,15 @@ def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
         raise UsageError(
             f"samples have shape {shape}, and training examples {expected}; the same shape was expected"
         )
-    low, high = float(samples.min()), float(samples.max())
-    lowest, highest = float(how.training.x.min()), float(how.training.x.max())
-    width = highest - lowest
-    # columns of tables may have other extremes, which the comparison of columns shows
-    if how.extractor is not None and (low < lowest - width / 2 or high > highest + width / 2):
-        raise UsageError(
-            f"samples have values from {low:g} to {high:g}, and training examples from {lowest:g} to {highest:g}; "
-            "scale the samples to the range of the training examples"
-        )
-    return samples.view(-1, *expected)
+    placed = samples.view(-1, *expected).to(how.training.x.dtype)
+    if how.extractor is None or not how.compares_ranges:  # columns of tables may have other extremes
+        return placed
+    ranges = Ranges.of(placed, how.training.x)
+    if how.generator is None:
+        ranges.refuse("the samples of the file have", "the training examples have")
+    elif not ranges.may_be_poor:  # else the finding states them
+        ranges.refuse(f"the samples of {how.generator.name} have", "the training examples have")
+    return placed
 
 
 def _features(how: GeneratorAudit, samples: Tensor) -> Columns:
@@ -213,12 +246,10 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
     if len(reference) > COMPARED:  # a random part, because a file may be sorted by class
         order = how.rng.at("reference").bits(torch.arange(len(reference))).argsort(stable=True)
         reference = reference[order[:COMPARED]]
-    distance, nearest = nearest_example(samples, how.training.x)
     return {
         "id": torch.arange(len(samples)),
-        "distance": distance.cpu(),
-        "nearest": nearest.cpu(),
-        "unseen": nearest_example(how.held_out.x, how.training.x)[0].cpu(),
+        **measured_copies((samples, how.training.x, how.held_out.x), how.rows),
+        "ranges": torch.tensor(astuple(Ranges.of(samples, how.training.x)), dtype=torch.float64),
         **{
             f"{name}.values": quality.measured_values(sets[name][:n], reference)
             for name in ("samples", "held_out")
@@ -232,9 +263,8 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
 
 
 _FORMS = {
-    "distance": Form(rows=(1, 2**40), low=0),
-    "nearest": whole("n"),
-    "unseen": Form(("held_out",), rows=(2, 2**24), low=0),
+    **FORMS,
+    "ranges": Form((2, 2)),
     "samples.values": Form((quality.MEASURES, quality.VALUES)),
     "held_out.values": Form((quality.MEASURES, quality.VALUES)),
     "samples.classes": whole("classes", high=2**31),
@@ -252,7 +282,8 @@ def _measured(steps: StoredSteps) -> Measured:
     return Measured(
         quality.quality_of(columns["samples.values"], n),
         quality.quality_of(columns["held_out.values"], n),
-        copies_of(columns["distance"], columns["nearest"], columns["unseen"]),
+        copies_of(columns),
+        Ranges(*((low, high) for low, high in columns["ranges"].tolist())),
         quality.label_entropy(counts[0]),
         quality.label_entropy(counts[1]),
         len(counts[0]),

@@ -76,6 +76,7 @@ class BackdoorScan:
 
     name: str = "backdoor"
     title: str = "search for a backdoor"
+    metrics: tuple[str, ...] = ()
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""

@@ -49,6 +49,7 @@ class Autoencoder:
     """root mean square of the change of the features, as a multiple of the standard deviation of training examples"""
     name: str = "autoencoder"
     title: str = "adversarial inputs of the autoencoder"
+    metrics: tuple[str, ...] = ()
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""
@@ -156,6 +157,7 @@ class Discriminator:
     """root mean square of the change of the features, as a multiple of the standard deviation of training examples"""
     name: str = "discriminator"
     title: str = "evasion of the discriminator"
+    metrics: tuple[str, ...] = ()
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""

@@ -43,6 +43,7 @@ _SHOWN, _SAMPLES = 6, "generated"
 _METRICS = {
     "frechet": "Fréchet distance",
     "copy_rate": "share of copies",
+    "near_copy_rate": "share of near copies",
     "latent_sensitivity": "worst change of the output for a latent change",
     "membership_tpr_at_1_percent": "share of training examples that are found",
 }
@@ -218,7 +219,12 @@ def measure(run: Run, how: GeneratorHardening) -> tuple[Images, GAN]:
     new = how.trained(trainer)
     assert how.audit.generator is not None
     opened = replace(how.audit.generator, generator=new)
-    audit = replace(how.audit, generator=opened, draw=partial(opened.samples, how.audit.n, how.seed))
+    audit = replace(
+        how.audit,
+        generator=opened,
+        draw=partial(opened.samples, how.audit.n, how.seed),
+        compares_ranges=False,  # those of the given generator were compared, and training is no change of units
+    )
     images = measure_generator(run, audit, AFTER)
     return lambda: {**images(), _SAMPLES: _samples(how, new)}, new
 

@@ -68,6 +68,7 @@ class Membership:
 
     name: str = "membership"
     title: str = "membership"
+    metrics: tuple[str, ...] = ("membership_tpr_at_1_percent",)
 
     def missing(self, context: Context) -> str:
         """Return what is missing if there are too few samples."""

@@ -52,6 +52,10 @@ class Part(Protocol):
         """Name of the stage of the run."""
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of the finding."""
+
+    @property
     def title(self) -> str:
         """What the part measures, for the table of the parts that do not apply."""
 

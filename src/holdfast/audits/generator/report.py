@@ -10,17 +10,20 @@ from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
 from holdfast.audits.generator.copies import Copies
-from holdfast.audits.generator.parts import shown
+from holdfast.audits.generator.parts import share_and_range, shown
 from holdfast.audits.generator.quality import Quality
+from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import PerExample
+from holdfast.io.data.ranges import Ranges
 from holdfast.reports.numbers import percent
+from holdfast.statistics.repeats import LEVEL
 
 _COLLAPSED = 0.01
 """recall up to which a generator with realistic samples counts as collapsed"""
 _REALISTIC = 0.5
 """precision from which samples count as realistic"""
-_SHOWN = 6
+_SHOWN, _LISTED = 6, 20
 _NEAREST = "nearest"
 _NAMES = {
     "frechet": "Fréchet distance",
@@ -39,8 +42,8 @@ _FEATURES = (
     "measured."
 )
 _DISTANCE = (
-    "Copies are found by their distance in the space of the inputs. A copy that is shifted, mirrored or recoloured may "
-    "be missed."
+    "Near copies are found by their distance in the space of the inputs. A copy that is shifted, mirrored or "
+    "recoloured may be missed."
 )
 _TOGETHER = (
     "Samples that are all copies have the best possible quality. Read it together with the share of copies."
@@ -55,6 +58,8 @@ class Measured:
     floor: Quality
     """the same measures for as many held-out examples: what a perfect generator would reach"""
     copies: Copies
+    ranges: Ranges
+    """of the samples, and of the training examples"""
     entropy: float
     """entropy of the predicted classes of the samples, from 0 to 1"""
     training_entropy: float
@@ -73,51 +78,81 @@ class Measured:
         quality = self.samples
         return quality.recall.value <= _COLLAPSED and quality.precision.value >= _REALISTIC
 
-    @property
-    def copied(self) -> bool:
-        """Whether the samples contain more copies than held-out examples would."""
-        return self.copies.rate.low > self.copies.held_out.high
-
 
 def finding_of(measured: Measured) -> Finding:
-    """Return the finding: `flagged` if samples are copies of training examples, or if the generator has collapsed."""
-    copied, held_out = measured.copies.rate, measured.copies.held_out
+    """Return the finding: `flagged` if samples are copies of training examples, or nearly, or if the generator has
+    collapsed.
+    """
+    copies = measured.copies
     frechet, floor = measured.samples.frechet, measured.floor.frechet
-    verdict: AuditVerdict = "flagged" if measured.copied or measured.collapsed else "not flagged"
+    is_flagged = copies.copied or copies.nearly_copied or measured.collapsed
     collapse = (
         "; the generator has collapsed: its samples are like few training examples"
         if measured.collapsed
         else ""
     )
     headline = (
-        f"{percent(copied.value)} of the samples are copies of training examples ({percent(copied.low)} to "
-        f"{percent(copied.high)}; held-out examples: {percent(held_out.value)}), and the Fréchet distance is "
-        f"{frechet.value:.3g} ({floor.value:.3g} for held-out examples){collapse}"
+        f"{_share(copies.rate)} of the samples are copies of training examples "
+        f"({_beside(copies.rate, copies.held_out)}), {_share(copies.near)} are near copies "
+        f"({_beside(copies.near, copies.near_held_out)}), and the Fréchet distance is {frechet.value:.3g} "
+        f"({floor.value:.3g} for held-out examples){collapse}"
     )
-    rule = (
-        f"a sample is a copy if it is nearer to a training example than {measured.copies.threshold:.4g}, as 1 % of the "
-        "held-out examples are"
-    )
-    variety = f"{measured.distinct:,} of {len(measured.copies.distance):,} samples are different"
+    variety = f"{measured.distinct:,} of {len(copies.distance):,} samples are different"
     if measured.classes > 1:
         variety += (
             f"; their predicted classes have an entropy of {measured.entropy:.3f} (training examples: "
             f"{measured.training_entropy:.3f})"
         )
-    reasons = [rule, variety]
+    reasons = [_on_copies(copies), _on_near_copies(copies), variety]
+    if measured.ranges.differ and measured.classes > 1:
+        ranges = measured.ranges.sentence("samples have", "training examples")
+        reasons.insert(0, f"{ranges}; if their units are others, no measure of this audit is meaningful")
     if measured.collapsed:
         reasons.insert(
             0, f"the samples cover {percent(measured.samples.recall.value)} of the training examples (recall)"
         )
     return Finding(
-        verdict,
+        "flagged" if is_flagged else "not flagged",
         headline,
         reasons,
         _facts(measured),
-        {"frechet": frechet, "copy_rate": copied},
-        (_measures(measured),),
-        (_pairs(measured),),
+        {"frechet": frechet, "copy_rate": copies.rate, "near_copy_rate": copies.near},
+        (_measures(measured), _shares(copies), *_listed(copies)),
+        (_pairs(copies),),
         limits=(_FEATURES if measured.classes > 1 else _SCALED_COLUMNS, _DISTANCE, _TOGETHER),
+    )
+
+
+def _share(estimate: Estimate) -> str:
+    return percent(estimate.value)
+
+
+def _beside(samples: Estimate, held_out: Estimate) -> str:
+    return f"{share_and_range(samples)[1]}; held-out examples: {_share(held_out)}"
+
+
+def _on_copies(copies: Copies) -> str:
+    """A sentence on the number of copies, and why it decides or not."""
+    k, n = int(copies.is_copy.sum()), len(copies.is_copy)
+    other, m = int(copies.is_repeat.sum()), len(copies.is_repeat)
+    counted = f"{k:,} of {n:,} samples and {other:,} of {m:,} held-out examples equal a training example byte for byte"
+    if not k:
+        return counted
+    if not copies.repeating:
+        return f"{counted}; by chance, at most {max(copies.expected, 0.001):.2g} samples are expected to"
+    why = (
+        "rows repeat by nature"
+        if other
+        else f"columns have so few values that {copies.expected:.2g} samples may do so by chance"
+    )
+    comparison = "more often" if copies.copied else "not more often beyond chance"
+    return f"{counted}; {why}, and samples do {comparison} than held-out examples (p = {copies.p:.2g})"
+
+
+def _on_near_copies(copies: Copies) -> str:
+    return (
+        "a sample that is no copy is a near copy if it is nearer to a training example than "
+        f"{copies.threshold:.4g}, as 1 % of the held-out examples are"
     )
 
 
@@ -161,8 +196,13 @@ def joined(
 
 def _facts(measured: Measured) -> dict[str, object]:
     return {
+        "copies": int(measured.copies.is_copy.sum()),
         "copy_rate": measured.copies.rate.value,
         "held_out_copy_rate": measured.copies.held_out.value,
+        "copies_expected": measured.copies.expected,
+        "rows_repeat": measured.copies.repeating,
+        "near_copy_rate": measured.copies.near.value,
+        "held_out_near_copy_rate": measured.copies.near_held_out.value,
         "copy_threshold": measured.copies.threshold,
         "collapsed": measured.collapsed,
         "distinct": measured.distinct,
@@ -172,6 +212,40 @@ def _facts(measured: Measured) -> dict[str, object]:
         **{f.name: getattr(measured.samples, f.name).value for f in fields(Quality)},
         "floor": {f.name: getattr(measured.floor, f.name).value for f in fields(Quality)},
     }
+
+
+def _shares(copies: Copies) -> Table:
+    rows = [
+        ("copies", *share_and_range(copies.rate), *share_and_range(copies.held_out)),
+        ("near copies", *share_and_range(copies.near), *share_and_range(copies.near_held_out)),
+    ]
+    return Table(
+        "Copies of training examples",
+        ("samples", "share", "interval", "held-out", "interval"),
+        rows,
+        "A copy equals a training example byte for byte. A near copy does not, and is nearer to one than 99 % of one "
+        "half of the held-out examples; the column held-out is the other half. The generator is flagged if a sample is "
+        "a copy and no held-out example is. Where rows repeat by nature, it is flagged if the share of samples is "
+        f"larger than that of held-out examples (p <= {LEVEL:g}). It is flagged for near copies if the intervals are "
+        "apart. Samples without copies are flagged for copies with a probability of at most 5 %.",
+    )
+
+
+def _listed(copies: Copies) -> tuple[Table, ...]:
+    """A table of the copies; none without any."""
+    found = copies.is_copy.nonzero()[:, 0]
+    if not len(found):
+        return ()
+    rows = [(int(place), int(copies.nearest[place])) for place in found[:_LISTED]]
+    more = "" if len(found) <= _LISTED else f" The first {_LISTED} of {len(found):,} are listed."
+    return (
+        Table(
+            "Samples that equal a training example",
+            ("sample", "training example"),
+            rows,
+            f"Rows from 0; of equal training examples the first.{more}",
+        ),
+    )
 
 
 def _measures(measured: Measured) -> Table:
@@ -190,21 +264,21 @@ def _measures(measured: Measured) -> Table:
     )
 
 
-def _pairs(measured: Measured) -> Picture:
+def _pairs(copies: Copies) -> Picture:
     """The samples that are nearest to a training example, each beside that example."""
-    closest = _closest(measured.copies.distance)
     captions = [
         caption
-        for distance, row in zip(
-            measured.copies.distance[closest], measured.copies.nearest[closest], strict=True
-        )
+        for place in _closest(copies.distance).tolist()
         for caption in (
-            f"sample, distance {float(distance):.3g}",
-            f"its nearest training example, row {int(row)}",
+            "sample, a copy"
+            if copies.is_copy[place]
+            else f"sample, distance {float(copies.distance[place]):.3g}",
+            f"its nearest training example, row {int(copies.nearest[place])}",
         )
     ]
-    state = "are copies" if measured.copied else "are not nearer than held-out examples"
-    return Picture(_NEAREST, f"The samples nearest to training examples {state}", captions, together=2)
+    k = int(copies.is_copy.sum())
+    title = f"The samples nearest to training examples; {k:,} of {len(copies.distance):,} samples are copies"
+    return Picture(_NEAREST, title, captions, together=2)
 
 
 def images_of(samples: Tensor, training: Tensor, columns: Columns) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class LatentChange:
     has hundreds of times as many as a GAN"""
     name: str = "sensitivity"
     title: str = "change of the latent vector"
+    metrics: tuple[str, ...] = ("latent_sensitivity",)
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from holdfast.audits.finding import Finding, Table
 from holdfast.audits.generator.parts import Context, share_and_range
 from holdfast.audits.generator.quality import jackknife
+from holdfast.core.catalogue import TABLE_METRICS
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
@@ -48,6 +49,7 @@ class TablePart:
 
     name = "tables"
     title = "risks of the rows of a table"
+    metrics = TABLE_METRICS
 
     def missing(self, context: Context) -> str:
         """Return that nothing is missing."""

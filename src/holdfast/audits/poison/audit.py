@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from holdfast.audits.features import penultimate
-from holdfast.audits.poison.comparison import Comparison, compared
+from holdfast.audits.poison.comparison import Comparison, Tested, compared
 from holdfast.audits.poison.confident_learning import LabelScores, label_scores
 from holdfast.audits.poison.feature_scores import feature_scores
 from holdfast.audits.stored_steps import StoredSteps
@@ -108,6 +108,9 @@ class Scored:
     """silhouette of the clusters of the class of each example"""
     comparison: Comparison | None
     """None without trusted examples"""
+    of_features: Sequence[Tested] = ()
+    """if the set is flagged, the significant tests of scores of features among the examples whose label is predicted by
+    a network that was not trained on them. Wrong labels have unusual features, and are not among these examples"""
 
     @property
     def n_methods(self) -> Tensor:
@@ -117,27 +120,24 @@ class Scored:
         flags = torch.stack([self.flags[name][: self.examples.n] for name in METHODS])
         return torch.where(flags[: METHODS.index("loss")].any(0), flags.sum(0), 0)
 
-    def suspects(self) -> list[int]:
-        """Return the rows of the suspect examples: those that most methods flag first, then by the mean rank of their
-        scores in their class.
+    @property
+    def contradicted(self) -> Mask:
+        """Whether the label of each audited example is not the class that a network predicts which was not trained on
+        it.
         """
-        n, y = self.examples.n, self.examples.y[: self.examples.n]
-        rank = torch.zeros(n, dtype=torch.float64)
-        for label in sorted({*y.tolist()}):
-            rows = (y == label).nonzero()[:, 0]
-            for values in self.scores.values():
-                rank[rows] += values[rows].argsort(stable=True).argsort(stable=True).double() / len(rows)
-        order = (self.n_methods + rank / (len(METHODS) + 1)).argsort(descending=True, stable=True)
-        return order[self.n_methods[order] > 0].tolist()
+        return (self.predicted != self.examples.y)[: self.examples.n]
 
 
-def refuse_unscorable(batch: Batch) -> None:
-    """Raise `UsageError` if the labels of the audited examples do not form classes."""
+def refuse_unscorable(batch: Batch, *remedies: Remedy) -> None:
+    """Raise `UsageError` if the labels of the audited examples do not form classes. `remedies` are those for a single
+    class.
+    """
     counts = torch.bincount(batch.y)
     if int((counts > 0).sum()) < 2:
         raise UsageError(
             f"all {len(batch)} examples have the label {int(batch.y[0])}; a network learns nothing from one class, so "
-            "give all classes of the training data"
+            "give all classes of the training data",
+            *remedies,
         )
     if int(counts.max()) == 1:
         raise UsageError(
@@ -146,10 +146,11 @@ def refuse_unscorable(batch: Batch) -> None:
         )
 
 
-def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
+def with_trusted(batch: Batch, trusted: Batch, *remedies: Remedy) -> PoisonRequest:
     """Return the request for examples beside trusted ones. Audited examples that are trusted themselves are left out.
 
-    Raises `UsageError` if the trusted examples have other classes or another shape.
+    Raises `UsageError` if the trusted examples have other classes, for which `remedies` are further ones, or another
+    shape.
     """
     if batch.example_shape != trusted.example_shape:
         raise UsageError(
@@ -163,6 +164,7 @@ def with_trusted(batch: Batch, trusted: Batch) -> PoisonRequest:
         raise UsageError(
             f"the audited and the trusted examples must have the same classes, and only one of them has examples of "
             f"{listed}; give trusted examples of the same classes",
+            *remedies,
             Remedy("clean"),
         )
     known = {*zip(trusted.fingerprints(), trusted.y.tolist(), strict=True)}
@@ -297,7 +299,7 @@ def _judged(examples: Examples, labels: LabelScores, columns: Columns, rng: Draw
     }
     rules = (columns["unusual"] == 1, columns["clustered"] == 1, labels.suspect, lowest)
     flags = {name: flagged.clone() for name, flagged in zip(METHODS, rules, strict=True)}
-    comparison = None
+    comparison, of_features = None, list[Tested]()
     if examples.n_trusted:
         # wrong labels alone must not look like manipulated inputs
         compares = {name: everything if name == "labels" else ~labels.suspect for name in METHODS}
@@ -308,6 +310,17 @@ def _judged(examples: Examples, labels: LabelScores, columns: Columns, rng: Draw
             rows = (in_class & compares[test.score] & ~trusted).nonzero()[:, 0]
             order = scores[test.score][rows].argsort(descending=True, stable=True)
             flags[test.score][rows[order[: test.excess]]] = True
+        if comparison.flagged:
+            features = {name: values for name, values in scores.items() if name != "labels"}
+            compares = dict.fromkeys(features, labels.predicted == y)
+            of_features = compared(features, compares, y, trusted, ids=examples.ids, rng=rng).flagged
     return Scored(
-        examples, scores, flags, labels.predicted, columns["share"], columns["silhouette"], comparison
+        examples,
+        scores,
+        flags,
+        labels.predicted,
+        columns["share"],
+        columns["silhouette"],
+        comparison,
+        of_features,
     )

@@ -8,7 +8,7 @@ follows the hypergeometric distribution. It is too small if the set contains a c
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ DETECTABLE = 0.2
 """Share of manipulated examples of a class that must be detectable for the result `not flagged`."""
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 """Shares of a class, those with the largest scores, in which trusted examples are counted."""
+_HALVINGS, _ROUNDING = 40, 1e-6
+"""Bisection steps, and the error of the number of examples after them, which has no part in the number."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Tested:
     """p-value after the Bonferroni correction for all shares, classes and scores"""
     excess: int
     """estimated number of examples of the set that a clean set would not have among them"""
+    detectable: int | None
+    """smallest number of manipulated examples with the largest scores by which the set is expected to be flagged; None
+    if there are too few trusted examples"""
 
     @property
     def flagged(self) -> bool:
@@ -59,9 +64,11 @@ class Comparison:
     """The results of all tests."""
 
     tests: Sequence[Tested]
-    detectable: Mapping[int, float]
-    """for each class the smallest share of manipulated examples that is flagged if they have the largest scores; 1 if
-    there are too few trusted examples"""
+    detectable: Mapping[int | None, float]
+    """the smallest share of the audited examples of each class, and for None of all classes, that is expected to be
+    flagged by each score if these examples have the largest ones; 1 if there are too few trusted examples"""
+    enough: bool
+    """whether the share `DETECTABLE` of each class, its trusted examples included, is flagged by each score"""
     needed: int
     """number of trusted examples of each class with which the share `DETECTABLE` of it is flagged"""
 
@@ -88,24 +95,36 @@ def compared(
     labels = torch.bincount(y).nonzero()[:, 0].tolist()
     shuffled = rng.at("ties").bits(ids).argsort()
     factor = len(SHARES) * (len(labels) + 1) * len(scores)
-    tests, detectable = [], dict.fromkeys(labels, 0.0)
+    tests, enough = [], True
     for name, values in scores.items():
         ordered = []
         for label in labels:
             rows = shuffled[((y == label) & compares[name])[shuffled]]
             ordered.append(trusted[rows[values[rows].argsort(descending=True, stable=True)]])
-            detectable[label] = max(detectable[label], _detectable(ordered[-1], factor))
-        tests += [_tested(name, label, [own], factor) for label, own in zip(labels, ordered, strict=True)]
+            tests.append(_tested(name, label, ordered[-1:], factor))
+            smallest = tests[-1].detectable
+            enough &= smallest is not None and smallest <= _size(DETECTABLE, len(rows))
         tests.append(_tested(name, None, ordered, factor))
+    detectable = {
+        label: max(_share(test, y[~trusted]) for test in tests if test.label == label)
+        for label in (*labels, None)
+    }
     needed = math.ceil(math.log(LEVEL / factor) / math.log(1 - DETECTABLE))
-    return Comparison(tests, detectable, needed)
+    return Comparison(tests, detectable, enough, needed)
+
+
+def _share(test: Tested, y: Labels) -> float:
+    """The detectable examples of a test as a share of the audited ones, whose labels are `y`."""
+    n = len(y) if test.label is None else int((y == test.label).sum())
+    return 1.0 if test.detectable is None else min(test.detectable / max(n, 1), 1.0)
 
 
 def _tested(score: str, label: int | None, ordered: Sequence[Mask], factor: int) -> Tested:
     """The test of some classes, from which examples of each are trusted in the order of their scores."""
     classes = [trusted for trusted in ordered if 0 < int(trusted.sum()) < len(trusted)]
     results = [_counted(score, label, classes, share, factor) for share in SHARES]
-    return min(results, key=lambda test: test.p)
+    detectable = min((test.detectable for test in results if test.detectable is not None), default=None)
+    return replace(min(results, key=lambda test: test.p), detectable=detectable)
 
 
 def _counted(score: str, label: int | None, classes: Sequence[Mask], share: float, factor: int) -> Tested:
@@ -114,17 +133,38 @@ def _counted(score: str, label: int | None, classes: Sequence[Mask], share: floa
     """
     examined = counted = 0
     expected = excess = 0.0
-    chances = np.ones(1)
+    chances, sizes = np.ones(1), []
     for trusted in classes:
         n, n_trusted = len(trusted), int(trusted.sum())
         size = _size(share, n)
+        sizes.append((n, n_trusted, size))
         k = int(trusted[:size].sum())
         chances = np.convolve(chances, _hypergeometric(n, n_trusted, size))
         examined, counted, expected = examined + size, counted + k, expected + size * n_trusted / n
         excess += size - k - k * (n - n_trusted) / n_trusted
-    few = counted <= FEW * expected
-    p = min(1.0, factor * float(chances[: counted + 1].sum())) if few else 1.0
-    return Tested(score, label, examined, counted, expected, p, max(0, round(excess)))
+    tails = np.minimum(1.0, factor * chances.cumsum())
+    few = int(FEW * expected)  # largest number of trusted examples that flags a set
+    p = float(tails[counted]) if counted <= few else 1.0
+    flagging = int((tails[: few + 1] <= LEVEL).sum()) - 1
+    detectable = None if flagging < 0 else _detectable(sizes, flagging)
+    return Tested(score, label, examined, counted, expected, p, max(0, round(excess)), detectable)
+
+
+def _detectable(sizes: Sequence[tuple[int, int, int]], flagging: int) -> int:
+    """The smallest number of manipulated examples with the largest scores beside which at most `flagging` trusted ones
+    are expected among the examined examples. `sizes` are the examples, trusted ones and examined ones of each class,
+    and the manipulated examples are the same share of the examined ones of each class.
+    """
+
+    def trusted(share: float) -> float:
+        """Expected number of trusted examples if a share of the examined examples is manipulated."""
+        return sum((1 - share) * size * k / (n - share * size) for n, k, size in sizes)
+
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if trusted(middle) <= flagging else (middle, high)
+    return math.ceil(high * sum(size for *_, size in sizes) - _ROUNDING)
 
 
 def _hypergeometric(n: int, n_trusted: int, size: int) -> NDArray[np.float64]:
@@ -141,12 +181,3 @@ def _log_binomial(n: int, k: NDArray[np.int64] | int) -> NDArray[np.float64]:
 
 def _size(share: float, n: int) -> int:
     return max(1, round(share * n))
-
-
-def _detectable(trusted: Mask, factor: int) -> float:
-    """The smallest share of a class that would be flagged if none of its examples is trusted."""
-    n, n_trusted = len(trusted), int(trusted.sum())
-    for share in SHARES if n_trusted else ():
-        if factor * _hypergeometric(n, n_trusted, _size(share, n))[0] <= LEVEL:
-            return share
-    return 1.0

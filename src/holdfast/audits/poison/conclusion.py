@@ -1,6 +1,7 @@
 """The finding of the audit of training data, from the scores of the examples, and the file of suspect examples."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing_extensions import TypedDict
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
 from holdfast.audits.poison.audit import METHODS, Scored, scored
 from holdfast.audits.poison.comparison import DETECTABLE, LEVEL, Comparison, Tested
+from holdfast.audits.poison.suspects import OF_FEATURES, Suspects, found, suspects_of
 from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds
-from holdfast.reports.words import amount
+from holdfast.io.files import replacing
+from holdfast.reports.numbers import percent
+from holdfast.reports.words import amount, capitalized
 
 _SUSPECTS = "suspects"
 _LISTED, _PICTURED = 20, 40
@@ -35,7 +39,18 @@ _REAL_ERRORS = (
     "Real data sets contain label errors and unusual examples. A suspect example is to be looked at, and is no proof "
     "of manipulation."
 )
-_RANKED = "Without trusted examples (clean), suspect examples do not show whether the set was manipulated."
+_RANKED = (
+    "Without trusted examples (clean), suspect examples do not show whether the set was manipulated, and no share of "
+    "manipulated examples is detected."
+)
+_ERRORS_ONLY = (
+    "The set has label errors, or labels that were changed on purpose; these cannot be distinguished. No cluster of "
+    "manipulated inputs was found."
+)
+_EXPLAINED = (
+    "Wrong labels explain the difference of the features: it is not significant among the examples whose label is "
+    "predicted by a network that was not trained on them."
+)
 
 
 class _Settings(TypedDict):
@@ -50,30 +65,35 @@ def concluded(steps: StoredSteps) -> Finding:
 
 def images_of(batch: Batch, scored: Scored, bounds: Bounds) -> dict[str, Tensor]:
     """Return the images of the most suspect examples."""
-    images = batch.take(torch.tensor(scored.suspects()[:_PICTURED], dtype=torch.int64)).x
+    images = batch.take(torch.tensor(suspects_of(scored).rows[:_PICTURED], dtype=torch.int64)).x
     low, high = float(torch.as_tensor(bounds.low).min()), float(torch.as_tensor(bounds.high).max())
     return {_SUSPECTS: in_unit_range(images, low, high)}
 
 
 def finding_of(scored: Scored, names: Sequence[str] | None = None) -> Finding:
     """Return the finding of an audit from its scores. `names` are those of the classes."""
-    suspects = scored.suspects()
-    verdict, headline, reasons = _verdict(scored, len(suspects), names)
+    suspects, kind = suspects_of(scored), found(scored)
+    verdict, headline, reasons = _verdict(scored, suspects, names)
     examples, comparison = scored.examples, scored.comparison
     facts: dict[str, Any] = {
         "examples": examples.n,
         "trusted": examples.n_trusted,
-        "suspects": len(suspects),
+        "suspects": len(suspects.rows),
         "flagged_by": {name: int(scored.flags[name][: examples.n].sum()) for name in METHODS},
-        "out_of_sample_accuracy": float((scored.predicted == examples.y)[: examples.n].double().mean()),
+        "ordered_by": suspects.order,
+        "out_of_sample_accuracy": float((~scored.contradicted).double().mean()),
     }
     if comparison is not None:
         facts |= {
             "p": min(test.p for test in comparison.tests),
             "level": LEVEL,
-            "label_errors_only": verdict == "flagged" and not _of_inputs(comparison),
+            "found": kind,
+            "label_errors_only": kind == "labels",
             "tests": [{**vars(test), "flagged": test.flagged} for test in comparison.tests],
-            "detectable_share": {str(label): share for label, share in comparison.detectable.items()},
+            "detectable_share": {
+                "all" if label is None else str(label): share
+                for label, share in comparison.detectable.items()
+            },
         }
     compared = () if comparison is None else (_DIFFERENT_SOURCE,)
     return Finding(
@@ -87,60 +107,69 @@ def finding_of(scored: Scored, names: Sequence[str] | None = None) -> Finding:
     )
 
 
-def write_suspects(path: Path, scored: Scored) -> None:
-    """Write the suspect examples to a CSV file: row number, class, score of each method, and the methods that flag it.
+def write_suspects(path: Path, scored: Scored, names: Sequence[str] | None = None) -> None:
+    """Write all suspect examples to a CSV file, with the columns of the table in the report.
 
     Raises `TargetError` if the file cannot be written.
     """
+    suspects = suspects_of(scored)
+    text = io.StringIO(newline="")
+    lines = csv.writer(text)
+    lines.writerow(_HEADINGS)
+    for cells in _rows(scored, suspects, len(suspects.rows), names):
+        lines.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
     try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file)
-            lines.writerow(["index", "class", *METHODS, "flagged"])
-            for row in scored.suspects():
-                scores = [f"{float(scored.scores[name][row]):.6g}" for name in METHODS]
-                label = int(scored.examples.y[row])
-                lines.writerow([_index(scored, row), label, *scores, " ".join(_flagging(scored, row))])
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
     except OSError as error:
         raise TargetError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _verdict(
-    scored: Scored, n_suspects: int, names: Sequence[str] | None
+    scored: Scored, suspects: Suspects, names: Sequence[str] | None
 ) -> tuple[AuditVerdict, str, tuple[str, ...]]:
     examples, comparison = scored.examples, scored.comparison
-    counted = f"{amount(n_suspects, 'suspect examples')} of {examples.n:,}"
+    counted = f"{amount(len(suspects.rows), 'suspect examples')} of {examples.n:,}"
     by_method = ", ".join(f"{name} {int(scored.flags[name][: examples.n].sum())}" for name in METHODS)
     rules = f"Examples that each method flags: {by_method}. Lowest-loss isolation flags 1 % of any set."
+    order = _order(suspects, names, supported=found(scored) is not None)
     if comparison is None:
-        return "unclear", f"{counted}, and no trusted examples to compare the set with", (rules, _RANKED)
-    reasons = (rules, *(_found(test, names) for test in comparison.flagged), _detectable(comparison, names))
+        return (
+            "unclear",
+            f"{counted}, and no trusted examples to compare the set with",
+            (rules, order, _RANKED),
+        )
+    seen = (f"{capitalized(_unseen(comparison))}.", *_too_few(comparison, names))
+    reasons = (rules, *(_found(test, names) for test in comparison.flagged), order, *seen)
     if comparison.flagged:
-        inputs = _of_inputs(comparison)
-        of = sorted({test.label for test in inputs or comparison.flagged if test.label is not None})
-        where = f"class{'es' if len(of) > 1 else ''} {', '.join(_named(label, names) for label in of)}"
-        where = where if of else "all classes together"
-        if inputs:
-            return "flagged", f"examples of {where} are unlike the trusted ones ({counted})", reasons
-        text = f"more labels of {where} are wrong than among the trusted examples ({counted})"
-        return "flagged", text, (*reasons, _ERRORS_ONLY)
-    if max(comparison.detectable.values()) > DETECTABLE:
+        of_labels = [test for test in comparison.flagged if test.score == "labels"]
+        texts = []
+        if scored.of_features:
+            texts.append(f"examples of {_where(scored.of_features, names)} are unlike the trusted ones")
+        if of_labels or not scored.of_features:
+            where = _where(of_labels or comparison.flagged, names)
+            texts.append(f"more labels of {where} are wrong than among the trusted examples")
+        if not scored.of_features:
+            explained = (_EXPLAINED,) if len(of_labels) < len(comparison.flagged) else ()
+            reasons = (*reasons, *explained, _ERRORS_ONLY)
+        return "flagged", f"{', and '.join(texts)} ({counted})", reasons
+    if not comparison.enough:
         text = (
             f"there are too few trusted examples to find a manipulation of {100 * DETECTABLE:g} % of each class; give "
             f"about {comparison.needed} of each ({counted})"
         )
         return "unclear", text, reasons
-    return "not flagged", f"no class differs from its trusted examples ({counted})", reasons
+    return (
+        "not flagged",
+        f"no class differs from its trusted examples ({counted}); {_unseen(comparison)}",
+        reasons,
+    )
 
 
-_ERRORS_ONLY = (
-    "Only the test of the labels is significant. The set has label errors, or labels that were changed on purpose; "
-    "these cannot be distinguished. No cluster of manipulated inputs was found."
-)
-
-
-def _of_inputs(comparison: Comparison) -> list[Tested]:
-    """The significant tests of scores other than that of the labels."""
-    return [test for test in comparison.flagged if test.score != "labels"]
+def _where(tests: Sequence[Tested], names: Sequence[str] | None) -> str:
+    of = sorted({test.label for test in tests if test.label is not None})
+    listed = f"class{'es' if len(of) > 1 else ''} {', '.join(_named(label, names) for label in of)}"
+    return listed if of else "all classes together"
 
 
 def _found(test: Tested, names: Sequence[str] | None) -> str:
@@ -152,14 +181,39 @@ def _found(test: Tested, names: Sequence[str] | None) -> str:
     )
 
 
-def _detectable(comparison: Comparison, names: Sequence[str] | None) -> str:
-    """A sentence that states how small a cluster can be flagged."""
-    few = [_named(label, names) for label, share in comparison.detectable.items() if share == 1]
-    if few:
-        return f"Too few trusted examples of: {', '.join(few)}."
-    share = f"{100 * max(comparison.detectable.values()):g} %"
+def _order(suspects: Suspects, names: Sequence[str] | None, *, supported: bool) -> str:
+    """A sentence that states the order of the list, and what it rests on."""
+    where = ", ".join(_named(label, names) for label in suspects.evident)
+    by = f"of {', '.join(OF_FEATURES[:-1])} and {OF_FEATURES[-1]}"
+    text = {
+        "labels": "The suspect examples are ordered by their labels (score labels)",
+        "features": f"The suspect examples are ordered by their features (ranks {by}), those of class {where} first",
+        "both": f"The suspect examples are ordered by features and labels: first those of class {where} with unusual "
+        f"features (ranks {by}), then the others by the score labels",
+    }[suspects.order]
+    return f"{text}{', by which the set is flagged' if supported else '; no test supports this order'}."
+
+
+def _unseen(comparison: Comparison) -> str:
+    """A clause that states which shares of manipulated examples are too small to flag a set."""
+    shares, together = comparison.detectable, comparison.detectable[None]
+    of_class = [share for label, share in shares.items() if label is not None and share < 1]
+    below = []
+    if of_class:
+        least, most = percent(min(of_class)), percent(max(of_class))
+        below.append(f"below {least} of a class" if least == most else f"below {least} to {most} of a class")
+    if together < 1:
+        below.append(f"below {percent(together)} of all examples")
+    share = f"a share {' or '.join(below)}" if below else "no share of manipulated examples"
+    return f"{share} is {'not ' if below else ''}seen with these trusted examples"
+
+
+def _too_few(comparison: Comparison, names: Sequence[str] | None) -> tuple[str, ...]:
+    """A sentence that names the classes of which no share of manipulated examples is seen."""
+    shares = comparison.detectable.items()
+    few = [_named(label, names) for label, share in shares if label is not None and share == 1]
     return (
-        f"With these trusted examples a cluster of {share} of any class with the largest scores is flagged."
+        (f"Too few trusted examples of: {', '.join(few)}. No share of these classes is seen.",) if few else ()
     )
 
 
@@ -174,36 +228,48 @@ def _classes(scored: Scored, names: Sequence[str] | None) -> Table:
         first, suspect = int(own.nonzero()[0]), int((scored.n_methods[own] > 0).sum())
         clusters = (100 * float(scored.share[first]), float(scored.silhouette[first]))
         p_values = [p[label, name] for name in METHODS if p]
-        rows.append([_named(label, names), int(own.sum()), suspect, *clusters, *p_values])
+        seen = [] if tested is None else [100 * tested.detectable[label]]
+        rows.append([_named(label, names), int(own.sum()), suspect, *clusters, *seen, *p_values])
     if tested is not None:
-        headings += [f"p {name}" for name in METHODS]
+        headings += ["detectable %", *(f"p {name}" for name in METHODS)]
     note = f"p after correction for all tests; the set is flagged at {LEVEL} or less" if tested else ""
     return Table("Classes", headings, rows, note)
 
 
-def _listed(scored: Scored, suspects: list[int], names: Sequence[str] | None) -> tuple[Table, ...]:
-    rows: list[list[str | float | int]] = [
+_HEADINGS = ("index", "class", "predicted", "reason", *METHODS, "flagged by")
+"""columns of the table of suspect examples, in reports and in the file"""
+
+
+def _rows(
+    scored: Scored, suspects: Suspects, n: int, names: Sequence[str] | None
+) -> list[list[str | float | int]]:
+    """The first `n` suspect examples under `_HEADINGS`."""
+    return [
         [
             _index(scored, row),
             _named(int(scored.examples.y[row]), names),
             _named(int(scored.predicted[row]), names),
+            reason,
             *(float(scored.scores[name][row]) for name in METHODS),
             ", ".join(_flagging(scored, row)),
         ]
-        for row in suspects[:_LISTED]
+        for row, reason in zip(suspects.rows[:n], suspects.reasons, strict=False)
     ]
-    note = f"the first {len(rows)} of {len(suspects)}; larger scores are more suspect" if rows else ""
-    title, headings = "Suspect examples", ["index", "class", "predicted", *METHODS, "flagged by"]
-    return (Table(title, headings, rows, note),) if rows else ()
 
 
-def _pictures(scored: Scored, suspects: list[int], names: Sequence[str] | None) -> tuple[Picture, ...]:
-    shown = suspects[:_PICTURED]
+def _listed(scored: Scored, suspects: Suspects, names: Sequence[str] | None) -> tuple[Table, ...]:
+    rows = _rows(scored, suspects, _LISTED, names)
+    note = f"the first {len(rows)} of {len(suspects.rows)}; larger scores are more suspect"
+    return (Table("Suspect examples", _HEADINGS, rows, note),) if rows else ()
+
+
+def _pictures(scored: Scored, suspects: Suspects, names: Sequence[str] | None) -> tuple[Picture, ...]:
+    shown = suspects.rows[:_PICTURED]
     captions = [
         f"{_index(scored, row)}: {_named(int(scored.examples.y[row]), names)} ({', '.join(_flagging(scored, row))})"
         for row in shown
     ]
-    title = f"The {len(shown)} most suspect of {amount(len(suspects), 'suspect examples')}"
+    title = f"The {len(shown)} most suspect of {amount(len(suspects.rows), 'suspect examples')}"
     return (Picture(_SUSPECTS, title, captions),) if shown else ()
 
 

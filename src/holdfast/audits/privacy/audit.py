@@ -26,6 +26,7 @@ from holdfast.core.types import Inputs, Labels
 from holdfast.reports.numbers import percent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.column_forms import Form, flag, whole
+from holdfast.statistics.group_privacy import RowBudget
 from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson
 
 LOSSES = "losses"
@@ -33,6 +34,11 @@ LOSSES = "losses"
 _DOUBLINGS, _DIGITS = 8, 10  # of the canaries and of delta, up to which a possible audit is searched
 _PIECE, _SEEN = 256, 1000
 """examples in a forward pass, and largest number of other training examples whose accuracy is reported"""
+
+_WEAK = (
+    "The bound holds with 95 % confidence and is a lower one: other canaries, another attack or another seed may "
+    "show more, and a small bound is no proof of privacy."
+)
 
 Train = Callable[[Inputs, Labels, int], Classifier]
 """function that trains a network on inputs and labels with a seed"""
@@ -50,7 +56,14 @@ class PrivacyAudit:
     kind: CanaryKind
     share: float
     """share of the canaries about which a guess is made"""
+    equal_rows: int
+    """largest number of examples with equal inputs"""
     seed: int
+
+    @property
+    def claim(self) -> RowBudget:
+        """The claimed budget of each row."""
+        return RowBudget(self.epsilon, self.delta, self.equal_rows)
 
     @property
     def guesses(self) -> int:
@@ -137,6 +150,7 @@ class _Settings(TypedDict):
     canaries: Annotated[Size, Field(ge=1)]
     kind: CanaryKind
     share: Share
+    equal_rows: Annotated[Size, Field(ge=1)]
 
 
 _FORMS = {
@@ -179,7 +193,10 @@ def concluded(steps: StoredSteps) -> Finding:
 def _measured(train: Train, canaries: Canaries, seed: int) -> dict[str, Tensor]:
     """Losses of the canaries, and of some of the other training examples, under a network that is trained once."""
     model = train(*canaries.training, seed)
-    rest = canaries.rest.first(_SEEN)
+    order = (
+        Draws(seed).at("privacy", "rest").bits(canaries.rest.ids.cpu()).argsort()
+    )  # a file may be sorted by class
+    rest = canaries.rest.take(order[:_SEEN].to(canaries.x.device))
     y = torch.cat((canaries.y, rest.y))
     logits = _logits(model, torch.cat((canaries.x, rest.x)))
     n, n_rest = len(canaries.y), len(rest)
@@ -221,10 +238,6 @@ def _finding(
             f"delta is {how.delta:g}, which is not smaller than 1/n = {1 / n:.2g}: a training that publishes one of "
             f"the {n:,} examples could have this delta"
         )
-    weak = (
-        "The bound holds with 95 % confidence and is a lower one: other canaries, another attack or another seed may "
-        "show more, and a small bound is no proof of privacy."
-    )
     medians = [float(losses[part].median()) if part.any() else math.nan for part in (included, ~included)]
     return Finding(
         "flagged" if flagged else "not flagged",
@@ -233,7 +246,7 @@ def _finding(
         {
             "epsilon_lower": epsilon,
             "epsilon_claimed": how.epsilon,
-            "delta": how.delta,
+            **{name: value for name, value in how.claim.entry().items() if name != "epsilon"},
             "largest_possible": how.largest,
             "canaries": how.canaries,
             "guesses": guesses,
@@ -262,5 +275,9 @@ def _finding(
                 f"The network classifies {percent(accuracy)} of its other training examples correctly.",
             ),
         ),
-        limits=(weak, f"{guesses} guesses show an epsilon of at most {how.largest:.2f}."),
+        limits=(
+            f"The claim is for rows: {how.claim.sentence()}.",
+            _WEAK,
+            f"{guesses} guesses show an epsilon of at most {how.largest:.2f}.",
+        ),
     )

@@ -58,6 +58,9 @@ _COMPARED = 64
 
 Array = NDArray[Any]
 
+_LABELLED = 128
+"""Largest number of examples on which it is tested whether labels count from 1."""
+
 _NUMBERS = "uint8 (0 to 255) or floats inside the bounds"
 SUPPORTED = (
     "Inputs are images, signals or tables of numbers, which attacks change by small amounts; texts need a threat on "
@@ -326,7 +329,28 @@ def from_numpy(
         # Again, because the number of classes may have become known with the first outputs of the network.
         class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected)
-    return data
+    return with_note_on_labels(data, expected, y if source_labels is None else source_labels)
+
+
+def with_note_on_labels(data: Arrays, expected: Expected, all_labels: Array) -> Arrays:
+    """Return the data set with a note if its labels seem to count from 1: they are 1 to the number of classes minus 1,
+    and the model is no better on them than chance. `all_labels` are those of the whole source.
+
+    Raises `TargetError` if the model is far more accurate with 1 subtracted. A model behind a server is not called.
+    Cost: a forward pass of at most 128 examples if no label is 0.
+    """
+    probe = expected.probe
+    if probe is None or probe.model.remote or expected.any_label or int(all_labels.min()) != 1:
+        return data
+    from holdfast.io.doctor.counting_from_one import note_on_labels  # late: it imports this module
+
+    places = np.unique(np.linspace(0, len(data) - 1, min(_LABELLED, len(data))).astype(np.int64))
+    batch = data.taken(places.tolist()).read(0, len(places))
+    logits = probe.outputs(batch.x)
+    if logits is None:
+        return data  # the run raises the error of the network again, with advice
+    notes = note_on_labels(probe.model, batch, logits, int(all_labels.max()), data.name)
+    return replace(data, notes=(*data.notes, *notes))
 
 
 def _codes(x: Array, edits: "TextEdits", ids: NDArray[np.int64], name: str) -> Array:

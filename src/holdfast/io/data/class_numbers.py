@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.io.data.columns import MOST_CHARACTERS
 from holdfast.io.data.expected import Expected
 from holdfast.io.files import similar_name
@@ -97,14 +98,17 @@ class Numbered:
     """names of the classes, if the original labels are strings"""
     objection: HoldfastError | None = None
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
+    on_spaces: tuple[str, ...] = ()
+    """note on labels that were read without spaces at their ends"""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note for the report with the number of each class, if the original labels are strings."""
+        """Notes for the report on the number of each class and on spaces, if the original labels are strings."""
         if self.names is None:
             return ()
         shown = ", ".join(f"{name}={i}" for i, name in enumerate(self.names[:_NUMBERED]))
-        return (f"text labels were numbered: {shown}{' …' if len(self.names) > _NUMBERED else ''}",)
+        more = " …" if len(self.names) > _NUMBERED else ""
+        return (f"text labels were numbered: {shown}{more}", *self.on_spaces)
 
 
 def numbered(y: Array, expected: Expected, name: str) -> Numbered:
@@ -131,7 +135,8 @@ def numbered_words(words: Sequence[str], indices: Array, expected: Expected, nam
     """Convert string labels to class numbers. `words` contains the distinct labels, and `indices` (n,) is the index in
     `words` of the label of each example.
 
-    Words that are not the label of any example are not classes. Raises the errors of `class_numbers`, and `TargetError`
+    Words that are not the label of any example are not classes, and words that differ only by spaces at their ends are
+    the same class. Raises the errors of `class_numbers`, and `TargetError`
     for more than 100,000 different labels.
     """
     used_places = np.unique(indices)
@@ -145,11 +150,11 @@ def numbered_words(words: Sequence[str], indices: Array, expected: Expected, nam
                 reason="if another column has the labels",
             ),
         )
-    names, objection = lenient_numbers(
-        sorted(words[place] for place in used_places), expected, name, "text labels"
-    )
+    read_as = by_stripped((words[place] for place in used_places), expected.class_names or ())
+    names, objection = lenient_numbers(sorted({*read_as.values()}), expected, name, "text labels")
     numbers = {class_name: number for number, class_name in enumerate(names)}
-    return Numbered(np.array([numbers.get(word, -1) for word in words])[indices], names, objection)
+    y = np.array([numbers.get(read_as.get(word, word), -1) for word in words])[indices]
+    return Numbered(y, names, objection, note_on_spaces(f"the label of {name}", read_as))
 
 
 def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> Array:
@@ -178,6 +183,10 @@ def matched(
     declared = expected.class_names
     if declared is None or names is None or names == declared:
         return names or declared, None
+    read_as = by_stripped(names, declared)
+    names = tuple(read_as[name] for name in names)
+    if names == declared:
+        return declared, None
     # Reversed, so that of two equal names the first one counts.
     numbers = {name: number for number, name in reversed([*enumerate(declared)])}
     unknown = [name for name in names if name not in numbers]

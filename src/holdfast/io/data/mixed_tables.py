@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
+from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.core.types import Mask
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words, as_numbers
 from holdfast.io.data.expected import Expected
@@ -41,11 +42,17 @@ class MixedTables:
     columns: tuple[Column, ...]
     rows: tuple[Tensor, ...]
     """for each table (n, columns): numbers, and positions in the values of categories"""
+    notes: tuple[str, ...] = ()
 
     @property
     def numeric(self) -> Mask:
         """Which columns are numbers (columns)."""
         return torch.tensor([not column.values for column in self.columns])
+
+    def selected(self, place: int, rows: NDArray[np.int64]) -> "MixedTables":
+        """Return the tables with some of the rows of one of them."""
+        chosen = [table[torch.from_numpy(rows)] if k == place else table for k, table in enumerate(self.rows)]
+        return MixedTables(self.columns, tuple(chosen))
 
     def encoded(self, like: int) -> list[Tensor]:
         """Return each table as features (n, d): numbers from 0 to 1 in the range of table `like`, and an indicator for
@@ -91,16 +98,18 @@ def open_mixed(files: Sequence[TableFile], drop: Sequence[str]) -> MixedTables:
     names = [name for name in tables[0].columns if name not in (SPLIT_COLUMN, *drop)]
     _refuse_other_columns(tables, names, drop)
     rows = [_rows_of(table, file) for table, file in zip(tables, files, strict=True)]
-    columns, values = [], []
+    columns, values, notes = [], [], tuple[str, ...]()
     for name in names:
-        column, cells = _column(name, [table.words[name] for table in tables], files)
+        column, cells, on_spaces = _column(name, [table.words[name] for table in tables], files)
         columns.append(column)
         values.append(cells)
+        notes += on_spaces
     return MixedTables(
         tuple(columns),
         tuple(
             torch.from_numpy(np.stack([cells[t][rows[t]] for cells in values], 1)) for t in range(len(tables))
         ),
+        notes,
     )
 
 
@@ -150,21 +159,22 @@ def _rows_of(table: ColumnTable, file: TableFile) -> NDArray[np.int64]:
 
 def _column(
     name: str, parts: Sequence[Words], files: Sequence[TableFile]
-) -> tuple[Column, list[NDArray[np.float64]]]:
-    """The column, and its cells in each table as numbers or positions."""
+) -> tuple[Column, list[NDArray[np.float64]], tuple[str, ...]]:
+    """The column, its cells in each table as numbers or positions, and notes."""
     found = [as_numbers(part.words) for part in parts]
     texts = [kinds is not None and bool((kinds == TEXT).any()) for _, kinds in found]
     if any(texts):
-        values = sorted({word for part in parts for word in part.words})
+        read_as = by_stripped(word for part in parts for word in part.words)
+        values = sorted({*read_as.values()})
         if len(values) > _MOST:
             raise UsageError(
                 f"the column {name!r} has {len(values):,} different texts; at most {_MOST:,} were expected, the "
                 "values of a category: leave out columns with names or ids"
             )
         place = {word: float(position) for position, word in enumerate(values)}
-        return Column(name, tuple(values)), [
-            np.array([place[word] for word in part.words])[part.places] for part in parts
-        ]
+        of_tables = [np.array([place[read_as[word]] for word in part.words])[part.places] for part in parts]
+        notes = note_on_spaces(f"the column {name!r}", read_as) if len(values) < len(read_as) else ()
+        return Column(name, tuple(values)), of_tables, notes
     cells = [numbers.astype(np.float64)[part.places] for (numbers, _), part in zip(found, parts, strict=True)]
     for numbers, file in zip(cells, files, strict=True):
         if not np.isfinite(numbers).all():
@@ -173,4 +183,4 @@ def _column(
                 f"the value of {name!r} in row {row} of {str(file.path)!r} is missing or infinite; fill or remove such "
                 "rows, or leave the column out"
             )
-    return Column(name), cells
+    return Column(name), cells, ()

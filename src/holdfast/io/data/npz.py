@@ -156,8 +156,15 @@ def arrays_of_split(
     if y not in archive.names and not needs_labels:
         return x, None
     if y not in archive.names:
+        others = tuple(other for other in archive.names if other != x)
+        if not others:
+            raise TargetError(
+                f"{name!r} has the inputs {x}, and no other array; save the labels in it as {y}"
+            )
+        labels = Remedy("y", Placeholder("NAME"), function="open_data")
         raise TargetError(
-            f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}: save the labels in it as {y}"
+            f"{name!r} has the inputs {x}, and no labels {y}; its other arrays are {names_of(others)}",
+            Remedy("x", x, function="open_data", also=(labels,), reason="with the name of the labels"),
         )
     return x, y
 

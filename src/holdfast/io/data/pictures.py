@@ -23,7 +23,8 @@ from PIL import Image
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.io.data.arrays import Arrays, Choice
+from holdfast.core.spelling import by_stripped, note_on_spaces
+from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
 from holdfast.io.data.class_numbers import lenient_numbers
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.layouts import GREY_NOTE
@@ -165,10 +166,16 @@ def open_folder(
             unnumbered, first = replace(unnumbered, mode="L"), first[:, :1]
             notes += (GREY_NOTE,)
         notes += expected.probe.suit(first)
-    names, objection = lenient_numbers(class_folders, expected, repr(str(root)), "class folders")
+    labels = np.array([name for _, name in entries])
+    notes += first_rows_note(labels, labels[rows], choice.n)
+    read_as = by_stripped(class_folders, expected.class_names or ())
+    names, objection = lenient_numbers(
+        sorted({*read_as.values()}), expected, repr(str(root)), "class folders"
+    )
+    notes += note_on_spaces(repr(str(root)), read_as)
     # Reversed, so that of two equal names the first one counts.
     numbers = {name: number for number, name in reversed([*enumerate(names)])}
-    y = np.array([numbers[name] for _, name in chosen], dtype=np.int64)
+    y = np.array([numbers[read_as[name]] for _, name in chosen], dtype=np.int64)
     return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
 
 

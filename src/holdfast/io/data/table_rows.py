@@ -1,11 +1,12 @@
 """Converts the rows of a table to inputs by its rules: categories become the positions of their values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.core.tables.checking import checked
 from holdfast.core.tables.rules import Rules, refuse_other_columns
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words
@@ -15,8 +16,9 @@ from holdfast.io.files import names_of
 
 def rows_by_rules(
     table: ColumnTable, rules: Rules, label: str | None, drop: Sequence[str], rows: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Return the inputs (n, columns) in the given rows of a table, in the order of the rules. Missing values are NaN.
+) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """Return the inputs (n, columns) in the given rows of a table, in the order of the rules, and notes. Missing values
+    are NaN. Categories are compared without spaces at their ends.
 
     Raises `UsageError` if the columns of the table are not those of the rules, and `TargetError` for cells that the
     rules do not expect.
@@ -28,10 +30,13 @@ def rows_by_rules(
             f"the column {dropped!r} is dropped, and the rules have it; remove it from the rules, or do not drop it"
         )
     refuse_other_columns(rules, present, table.name)
-    x = np.empty((len(rows), len(rules.names)), np.float32)
+    x, notes = np.empty((len(rows), len(rules.names)), np.float32), tuple[str, ...]()
     for place, (name, column) in enumerate(rules.columns.items()):
         if column.type == "category":
-            x[:, place] = _codes(table.words[name], column.values, name, rows, table.name)
+            words = table.words[name]
+            read_as = by_stripped((word for word in words.words if word.strip()), column.values)
+            x[:, place] = _codes(words, read_as, column.values, name, rows, table.name)
+            notes += note_on_spaces(f"the column {name!r} of {table.name}", read_as)
             continue
         at = table.features.index(name)
         if table.kinds is not None:
@@ -43,16 +48,21 @@ def rows_by_rules(
                     "the rules; set its type to category, and list its values"
                 )
         x[:, place] = table.numbers[rows, at]
-    return x
+    return x, notes
 
 
 def _codes(
-    words: Words, values: Sequence[str], name: str, rows: NDArray[np.int64], table: str
+    words: Words,
+    read_as: Mapping[str, str],
+    values: Sequence[str],
+    name: str,
+    rows: NDArray[np.int64],
+    table: str,
 ) -> NDArray[np.float32]:
-    """Return the position in `values` of the string in each row; NaN for empty strings."""
+    """Return the position in `values` of the name as which the string in each row is read; NaN for empty strings."""
     known = {value: float(place) for place, value in enumerate(values)}
     codes = np.array(
-        [known.get(word, np.nan if not word.strip() else -1.0) for word in words.words], np.float32
+        [known.get(read_as[word], -1.0) if word in read_as else np.nan for word in words.words], np.float32
     )
     result = codes[words.places[rows]]
     unknown = np.flatnonzero(result == -1)

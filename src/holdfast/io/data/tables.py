@@ -148,8 +148,8 @@ def table_examples(
 
         features = expected.rules.names
         further = _beside_rules(table, expected, (label, SPLIT_COLUMN, *drop, *features))
-        drop, notes = (*drop, *further), left_out(table.name, further)
-        x = rows_by_rules(table, expected.rules, label, drop, chosen)
+        x, notes = rows_by_rules(table, expected.rules, label, (*drop, *further), chosen)
+        notes = (*left_out(table.name, further), *notes)
     elif table.inputs is not None:
         x, layout, notes = _whole_inputs(table.inputs, chosen, name)
     else:

@@ -14,6 +14,7 @@ from holdfast.core.refusals import CUTS
 from holdfast.core.remedies import Remedy
 from holdfast.io.doctor.examined import STEADY, Examined, Finding, outputs_of
 from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels
+from holdfast.io.doctor.single_outputs import outputs_in_words
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.remote.probing import refused_gradient
 from holdfast.statistics.intervals import against_majority
@@ -97,8 +98,8 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
         yield Finding(
             "accuracy",
             "warning",
-            f"{text}, no better than always predicting the majority class ({compared.majority:.1%}): the "
-            f"{examined.logits.shape[1]} outputs do not look like logits or probabilities of the labels",
+            f"{text}, no better than always predicting the majority class ({compared.majority:.1%}): "
+            f"{outputs_in_words(examined.logits)} do not look like logits or probabilities of the labels",
             "check that the data belong to the model, and that it is a classifier whose outputs are scores of classes",
             remedies=(checked_order(names),) if names else (),
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
+from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.io.functions import function_digest, function_from_file, function_name
@@ -34,7 +35,9 @@ class Generator(Protocol):
     """Protocol of a generator of examples."""
 
     def sample(self, n: int, seed: int) -> Any:
-        """Return `n` samples (n, *features), a tensor or an array, that are determined by `seed`."""
+        """Return `n` samples (n, *features), a tensor or an array, that are determined by `seed`. Values are in the
+        units of the training examples; bytes are divided by 255.
+        """
 
 
 class Abilities(Protocol):
@@ -128,12 +131,12 @@ class OpenedGenerator:
         return found
 
     def samples(self, n: int, seed: int, condition: int | None = None) -> Tensor:
-        """Return `n` samples as a float tensor (n, *features), of one class if `condition` is given. They are requested
-        in pieces, each with a seed of its own. Raises `TargetError` if the generator raises an exception, or returns
-        another number of samples or NaN.
+        """Return `n` samples as a tensor of floats (n, *features), of one class if `condition` is given. They are
+        requested in pieces, each with a seed of its own. Raises `TargetError` if the generator raises an exception, or
+        returns another number of samples or NaN.
         """
-        starts = range(0, n, _PIECE)
-        pieces = [self._piece(min(_PIECE, n - start), seed + start // _PIECE, condition) for start in starts]
+        rng, starts = Draws(seed).at("samples"), range(0, n, _PIECE)
+        pieces = [self._piece(min(_PIECE, n - start), rng.at(start).seed, condition) for start in starts]
         shapes = {tuple(piece.shape[1:]) for piece in pieces}
         if len(shapes) > 1:
             raise TargetError(f"{self.name} returns samples of several shapes: {sorted(shapes)}")
@@ -158,7 +161,9 @@ class OpenedGenerator:
                 f"sample({n}, {seed}) of {self.name} returned shape {tuple(samples.shape)}; expected {n} samples, "
                 f"({n}, *features)"
             )
-        samples = samples.float()
+        if samples.dtype == torch.uint8:  # as the pixels of files
+            samples = samples.float() / 255
+        samples = samples if samples.dtype == torch.float64 else samples.float()
         if not bool(samples.isfinite().all()):
             bad = int((~samples.isfinite()).flatten(1).any(1).sum())
             raise TargetError(
@@ -169,7 +174,8 @@ class OpenedGenerator:
 
     def notes(self, seed: int) -> tuple[str, ...]:
         """Return notes for the report: whether the generator ignores its seed, or is not determined by it."""
-        first, again, other = (self._piece(_TESTED, number) for number in (seed, seed, seed + 1))
+        rng = Draws(seed).at("tested")
+        first, again, other = (self._piece(_TESTED, rng.at(place).seed) for place in (0, 0, 1))
         if not torch.equal(first, again):
             return (
                 f"{self.name} is not determined by its seed, so that the audit cannot be repeated exactly",

@@ -9,6 +9,9 @@ from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Inputs
+from holdfast.io.data.ranges import Ranges
+
+_COMPARED = 1000  # training examples whose range of values is compared
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,16 @@ class FileSamples:
 
     @classmethod
     def of(cls, images: Batch, data: TrainingData) -> "FileSamples":
-        """Return the images on the device of the training data. Raises `UsageError` for images of another shape, or if
-        a class of the data has none.
+        """Return the images on the device of the training data. Raises `UsageError` for images of another shape or
+        range of values, or if a class of the data has none.
         """
         if images.example_shape != data.example_shape:
             raise UsageError(
                 f"the generated images have shape {images.example_shape}, and the training examples "
                 f"{data.example_shape}; give images of the same shape"
             )
+        ranges = Ranges.of(images.x, data.first(_COMPARED).x)
+        ranges.refuse("the generated images have", "the training examples have")
         missing = sorted(set(data.y[data.y != UNLABELLED].tolist()) - set(images.y.tolist()))
         if missing:
             raise UsageError(

@@ -2,7 +2,7 @@
 it is called.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from holdfast.core.goal import Goal
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.fit import Training
+from holdfast.statistics.group_privacy import RowBudget
 
 
 @runtime_checkable
@@ -133,6 +134,16 @@ def untrained(recipe: Recipe, model: Classifier) -> Classifier:
     declares no other.
     """
     return recipe.network(model) if isinstance(recipe, WithNetwork) else deepcopy(model)
+
+
+@runtime_checkable
+class WithRowBudget(Protocol):
+    """Protocol of a recipe with a privacy budget."""
+
+    def budget_on(self, fingerprints: Sequence[bytes]) -> RowBudget:
+        """Return the budget of a training on rows with these hashes of their inputs. It goes into the card, and is
+        stated before the training.
+        """
 
 
 @runtime_checkable

@@ -104,7 +104,7 @@ def admit(
     """
     pool = request.pool
     again = again or f"finished steps are stored; resume with: holdfast rotate admit {pool.shown}"
-    claims = tuple(map(_parsed_claim, request.claims))
+    claims = tuple(map(parsed_claim, request.claims))
     with stoppable(again) as stopper, pool.alone_at("admit"), request.common.enough_threads():
         examples = TransferExamples(pool, request.common, request.transfer_attacker, notify)
         measuring = SetMeasurements(pool, examples, progress, again)
@@ -132,7 +132,10 @@ def admit(
         return Admission(tuple(judged), admitting.waiting)
 
 
-def _parsed_claim(text: str) -> Claim:
+def parsed_claim(text: str) -> Claim:
+    """Return a gate in addition to the default ones. Raises `UsageError` for a metric that an admission does not
+    measure.
+    """
     claim = parse(text)
     if claim.metric not in CLAIMABLE or claim.eps is not None:
         raise UsageError(

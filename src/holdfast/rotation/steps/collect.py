@@ -128,6 +128,7 @@ def collect(
     rotation, which states the time of all its steps. Raises `UsageError`, `TargetError`, and `Interrupted` on a signal.
     """
     again = again or way_out("", request.path)
+    swapped(request.common.source, request.common.model)  # refuses names that the model does not have
     if request.is_new and not is_step and notify is not ignore:
         notify(f"expected total time: {request.expected_time()}")
     with stoppable(again) as stopper:

@@ -42,8 +42,8 @@ It is half of the number in the benchmark record `rotation`, with 27,500 example
 """
 
 
-_FRESH = Remedy("by", "retraining")
-"""way of drawing sets without a generator"""
+FRESH = Remedy("by", "retraining")
+"""Way of drawing sets without a generator"""
 _ANOTHER = "to start another draw"
 
 
@@ -237,7 +237,7 @@ class _Drawing:
             raise UsageError(
                 f"{str(self.pool.path)!r} has no generator yet; train one with holdfast rotate train "
                 f"{self.pool.shown}, or train sets from fresh weights",
-                _FRESH,
+                FRESH,
             )
         shapes = {name: tuple(mean.shape) for name, mean in generator.embedding.span.mean.items()}
         own = {name: tuple(value.shape) for name, value in self.common.model.net.named_parameters()}  # type: ignore[union-attr]
@@ -278,7 +278,7 @@ class _Drawing:
             f"training inputs (one percentage point below the bases); the best has {100 * best_accuracy:.1f} %. The "
             "generator samples between the collected sets. Collect more sets of each run, train the generator "
             "without a regulariser, or train sets from fresh weights",
-            _FRESH,
+            FRESH,
         )
 
     def _store(self, model: Classifier, made_from: Sequence[str]) -> None:

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from holdfast.core.errors import Inconclusive, InUse, LostLoss, UsageError
+from holdfast.core.needs import Need, refuse_unmet
 from holdfast.core.remedies import Remedy
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, refuse_faster
+from holdfast.rotation.collecting import Basins, swapped
 from holdfast.rotation.pool.ledger_state import Serving
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.admission_time import admission_time
-from holdfast.rotation.steps.admit import AdmitRequest, admit, first_sizes
+from holdfast.rotation.steps.admit import AdmitRequest, admit, first_sizes, parsed_claim
 from holdfast.rotation.steps.collect import Collected, CollectRequest, collect
-from holdfast.rotation.steps.draw import UPDATES, By, DrawRequest, draw
+from holdfast.rotation.steps.draw import FRESH, UPDATES, By, DrawRequest, draw
 from holdfast.rotation.steps.generator_quality import trained_generator
 from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest
 from holdfast.rotation.steps.samples import MEASURED_LATER, planned_needs, sufficient, tolerance_text
@@ -69,6 +71,29 @@ class RunRequest:
     """whether the call ends as soon as a set serves and enough admitted sets wait"""
     anyway: bool = False
     """whether a collection begins with data or a budget that are too small for the gates"""
+
+    def needs(self) -> tuple[Need, ...]:
+        """Return what the steps need."""
+        common, loop = self.collection.common, self.loop
+        gates = Need("admit", lambda: [parsed_claim(text) for text in loop.claims])
+        if not self.collection.is_new:
+            return (gates,)
+        names = Need("collect", lambda: swapped(common.source, common.model))
+        sets = Need("draw", self._refuse_one_set)
+        return (names, sets, gates, *(() if self.anyway else (Need("admit", self.refuse_insufficient),)))
+
+    def _refuse_one_set(self) -> None:
+        """Raise `UsageError` if sets are to be generated from a collection of one set, which trains no generator."""
+        source = self.collection.common.source
+        if (
+            self.loop.by == "generator"
+            and source.runs == 1
+            and not (isinstance(source, Basins) and source.sets > 1)
+        ):
+            raise UsageError(
+                "the collection has one set, and a generator is trained on several; collect more runs",
+                FRESH,
+            )
 
     def refuse_insufficient(self) -> None:
         """Raise `UsageError` if there are too few training examples for the gates of an admission, or for an
@@ -140,9 +165,9 @@ def run(
     again = again or way_out("", request.collection.path)
     with stoppable(again) as stopper:
         collection = request.collection
+        refuse_unmet(request.needs())
         if collection.is_new:
             if not request.anyway:
-                request.refuse_insufficient()
                 collection = replace(collection, least_updates=UPDATES)
             if notify is not ignore:
                 notify(f"expected total time: {request.expected_time()}")

@@ -33,7 +33,7 @@ from holdfast.runs.assess.collecting_evidence import (
 )
 from holdfast.runs.assess.executors import executor_for
 from holdfast.runs.assess.expected_rows import expected_of
-from holdfast.runs.assess.expected_time import TRIED, expected_time
+from holdfast.runs.assess.expected_time import duration, expected_seconds
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
 from holdfast.runs.assess.preparation import learning_examples, paired_sets, plan_for, readied
 from holdfast.runs.assess.request import AssessRequest, Opening, Subject
@@ -174,6 +174,7 @@ class _Job:
             stopper,
             progress,
             self.settle,
+            {stage.name: stage.title for stage in self.plan.stages()},
         )
 
     def settle(self, stage: str, shard: int | None) -> None:
@@ -337,7 +338,8 @@ class _Job:
         if self.served is not None:
             notify(self.expected_rows(self.served))
         elif notify is not ignore and not is_step:
-            notify(self.expected_time())
+            for message in self.expected_time():
+                notify(message)
 
     def expected_rows(self, served: Served) -> str:
         """Return a message with the number of rows that the run is expected to send to the model server, and the number
@@ -350,15 +352,13 @@ class _Job:
             f"; {earlier:,} rows were sent before the stop" if earlier else ""
         )
 
-    def expected_time(self) -> str:
-        """Return a message with the expected time of the run, and the part that its time budget limits."""
-        work, budget_s = self.manifest["plan"], self.request.time_budget_s
-        n, workers = len(self.data), self.request.workers or 1
-        sample = self.data.read(0, min(TRIED, n)).to(self.device)
-        expected = expected_time(self.plan, self.target, sample, n, work["batch_size"], workers)
-        limit = (
-            ""
-            if budget_s is None
-            else f"; the attacks and proofs end after the time budget of {budget_s:g} s"
-        )
-        return f"expected total time: {expected}{limit}"
+    def expected_time(self) -> list[str]:
+        """Return messages with the expected time of the run, if it can be estimated, and with the part that its time
+        budget limits.
+        """
+        budget_s = self.request.time_budget_s
+        seconds = expected_seconds(self.request, self.plan, self.target, self.data, self.device)
+        messages = [] if seconds is None else [f"expected total time: about {duration(max(seconds, 1))}"]
+        if budget_s is not None:
+            messages.append(f"the attacks and proofs end after the time budget of {budget_s:g} s")
+        return messages

@@ -219,23 +219,31 @@ def _out_of_range(x: Tensor, low: Tensor, high: Tensor, name: str) -> TargetErro
     return TargetError(f"{message}; scale them", bounds)
 
 
-def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch, data: Data) -> None:
+def refuse_gates(
+    claims: Sequence[Claim],
+    plan: Plan,
+    target: Target,
+    sample: Batch,
+    data: Data,
+    *,
+    paired: bool = False,
+) -> None:
     """Raise `UsageError` for a gate whose metric the planned stages do not measure. The message states which setting
     would measure it.
 
-    Gates against a baseline are not checked, because the examples that both runs have in common are known only at the
-    end.
+    Gates against a baseline are checked only if the baseline is `paired`, measured by the same plan on the same
+    examples. The examples that other runs have in common are known only at the end.
     """
     for claim in claims:
         refuse_rotation(claim)
-    without_baseline = [claim for claim in claims if claim.versus is None]
-    if not without_baseline:
+    checked = [claim for claim in claims if claim.versus is None or (paired and claim.versus == "baseline")]
+    if not checked:
         return
     evidence = _as_if_broken(plan, target, sample)
     if getattr(data, "groups", None) is not None:
         evidence = replace(evidence, columns={**evidence.columns, "group": torch.zeros_like(evidence["y"])})
-    for claim in without_baseline:
-        judge(claim, evidence, Doubts())
+    for claim in checked:
+        judge(claim, evidence, Doubts(), baseline=evidence if claim.versus else None)
 
 
 def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:

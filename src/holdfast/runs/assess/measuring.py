@@ -35,6 +35,7 @@ from holdfast.runs.harness import (
     broken_by_suite,
     due_examples,
     join,
+    only_tested,
     shard_rows,
     stage_of,
     task_of,
@@ -62,7 +63,9 @@ class ShardMeasure:
             refuse_batch(batch, *limits, whole=self.data, remote=bare.remote, logits=logits)
         with purpose(task.stage, task.shard, "clean" if clean else "attacks"):
             target, stage = timed(self.target, until), stage_of(task, self.plan)
-            work = Work(self.plan, target, (batch,), room, task.clean or {}, task.chosen, task.broken)
+            work = Work(
+                self.plan, target, (batch,), room, task.clean or {}, task.chosen, task.broken, task.certified
+            )
             columns = stage.kind.run(stage, work)
             if self.served is not None and not clean:  # a rejected clean input has ended the run already
                 self.served.confirm()
@@ -169,6 +172,7 @@ class Measurement:
         """The work of a stage with shards."""
         stage, shards = stage.kind.ready(stage, by_stage), self.run.shards
         chosen, broken, left = due_examples(stage, self.plan, by_stage), None, None
+        certified = only_tested(stage, self.plan, by_stage)
         if chosen is not None:
             left = self.surviving(by_stage)
             broken = None if stage.kind.in_suite else broken_by_suite(self.plan.stages(), by_stage)
@@ -186,7 +190,7 @@ class Measurement:
 
         return Shards(
             filled,
-            lambda shard: task_of(stage, shard, shards[shard], chosen, broken, by_stage),
+            lambda shard: task_of(stage, shard, shards[shard], chosen, broken, certified, by_stage),
             join,
             report,
             timed=chosen is not None,  # the clean pass is always finished: nothing can be reported without it

@@ -42,6 +42,8 @@ class Step:
     """number of examples of which `surviving` survive"""
     measured: EpochMeasures | None = None
     """measurements after an epoch, for the step of a training"""
+    title: str = ""
+    """name of the stage in reports, such as `APGD-CE`; empty if it is the same as `stage`"""
 
 
 Progress = Callable[[Step], None]

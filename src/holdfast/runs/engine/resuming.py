@@ -22,9 +22,13 @@ def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
     again = f"run={str(run)!r}, resume=True{more}"
     if command:
         limit = [] if max_queries is None else ["--max-queries", str(max_queries)]
-        command = _in_other_folder(command if max_queries is None else without(command, "--max-queries"))
-        again = f"{command} {shlex.join([*limit, '--run', str(run), '--resume'])}"
+        again = resumed(command if max_queries is None else without(command, "--max-queries"), run, *limit)
     return f"finished steps are stored; resume with: {again}"
+
+
+def resumed(command: str, run: Path, *options: str) -> str:
+    """Return the command line of a run with which the run in a folder is resumed, with further options."""
+    return f"{_in_other_folder(command)} {shlex.join([*options, '--run', str(run), '--resume'])}"
 
 
 class _WayOut(Protocol):

@@ -66,6 +66,8 @@ class Run:
     stored: Callable[[str, int | None], None] = _nothing
     """function that is called after a shard is stored, and with None for the shard after the rest
     of a stage is stored"""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """names of stages in reports, by the names of the stages; a stage without one is shown by its own name"""
 
     def document(self, kind: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the JSON document of the given kind from the store of the run. If it is not stored, it is computed and
@@ -181,4 +183,5 @@ class Run:
         survive.
         """
         place = self.stages.index(stage) + 1
-        self.progress(Step(stage, place, len(self.stages), done, of, surviving, examples))
+        title = self.titles.get(stage, "")
+        self.progress(Step(stage, place, len(self.stages), done, of, surviving, examples, title=title))

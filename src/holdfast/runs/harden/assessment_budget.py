@@ -1,7 +1,6 @@
 """Limits the time of the assessments of a hardening by the number of test examples."""
 
 import bisect
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +8,7 @@ import torch
 from holdfast.core.batch import Data
 from holdfast.io.data.selection import selected
 from holdfast.recipes.training import distributed
-from holdfast.runs.assess.checks import batch_size_for
-from holdfast.runs.assess.expected_time import TRIED, StageTimes, duration, stage_times
+from holdfast.runs.assess.expected_time import StageTimes, duration, stage_times
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
@@ -36,11 +34,9 @@ class AssessmentTimes:
         The new model is slower to assess if more examples survive. Their share is taken to be in the middle between
         that of the given model and all.
         """
-        hardened = (self.stages.shares[0], 1.0)
-        times = [self.stages.of(n), self.stages.of(n, hardened)]
-        if self.checked:
-            times.append(self.stages.of(min(self.checked, n), hardened))
-        return sum(each.middle_s for each in times)
+        hardened = (self.stages.share + 1) / 2
+        seconds = self.stages.of(n) + self.stages.of(n, hardened)
+        return seconds + (self.stages.of(min(self.checked, n), hardened) if self.checked else 0.0)
 
     def fitting(self, n: int, limit_s: float | None) -> int:
         """Return the largest number of test examples, at most `n`, whose assessments are expected to take at most
@@ -60,9 +56,7 @@ def affordable(subject: Subject, test: Data, request: HardenRequest, held_out: i
     if notify is ignore and limit is None:
         return len(test)
     with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
-        tried = test.read(0, min(TRIED, len(test))).to(sample.x.device)
-        size = assessment.batch_size or batch_size_for(math.prod(tried.x.shape[1:]), request.device)
-        stages = stage_times(assessment.plan, target, tried, size, assessment.workers or 1)
+        stages = stage_times(assessment.plan, target, test, sample.x.device, assessment.batch_size)
     times = AssessmentTimes(stages, held_out if len(request.candidates) > 1 else 0)
     n = times.fitting(len(test), limit)
     notify(_expected_time(request, times, n, len(test)))

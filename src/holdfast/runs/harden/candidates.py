@@ -115,8 +115,9 @@ def attempts(
     required epochs fit into the budget that remains after the planning. The later attempts are the stronger candidates
     of which one epoch fits into the budget; they are used if doubts are raised against the model of the attempt before.
     If there are several candidates, the entry `fitting_epochs` of the first attempt gives the number of epochs that fit
-    for each timed candidate, which may be fractional. Raises `UsageError` if not even one epoch fits; with `anyway`, if
-    not even one update fits.
+    for each timed candidate, which may be fractional. Raises `UsageError` if not even one epoch fits at the speed of
+    the fastest measured update; with `anyway`, if not even one such update fits. A training whose epoch may fit is
+    started and ends within the budget.
     """
     if budget_s is None:
         requested = [
@@ -135,12 +136,13 @@ def attempts(
         for size in (one.per_epoch(len(data)),)
     ]
     fastest = planned[0]
-    if not fastest.epochs:
+    times = (fastest.pace, fastest.per_epoch, spent_s)
+    if fastest.pace.least_s(1 if anyway else fastest.per_epoch) > budget_s - spent_s:
+        if fastest.epochs:
+            raise below_an_epoch(fastest.candidate.name, budget_s, fastest.epochs, *times)
         n_steps = fastest.candidate.settings.get("steps", 1)
-        raise too_small(budget_s, fastest.pace, fastest.per_epoch, spent_s, anyway=anyway, n_steps=n_steps)
-    if fastest.epochs < 1 and not anyway:
-        times = (fastest.pace, fastest.per_epoch, spent_s)
-        raise below_an_epoch(fastest.candidate.name, budget_s, fastest.epochs, *times)
+        raise too_small(budget_s, *times, anyway=anyway, n_steps=n_steps)
+    planned[0] = fastest = replace(fastest, epochs=max(fastest.epochs, 1 / fastest.per_epoch))
     if len(candidates) == 1:
         return [fastest.attempt("requested")], spent_s
     reaching = [k for k, each in enumerate(planned) if each.epochs >= each.candidate.least]
@@ -196,8 +198,7 @@ def _paces(
     for k, candidate in enumerate(candidates):
         measured = pace(candidate.recipe, model, data, threat, budget_s, clock)
         per_epoch = candidate.per_epoch(len(data))
-        epochs = epochs_fitting(budget_s, measured, per_epoch)
-        if epochs >= 1 or (epochs and anyway):
+        if measured.least_s(1 if anyway else per_epoch) <= budget_s:
             if evaluation_time is None:
                 evaluation_time = _timed_evaluation(evaluation, budget_s, clock)
             look_s, n_held_out = evaluation_time

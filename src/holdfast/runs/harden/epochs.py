@@ -157,7 +157,7 @@ class Trainer:
                 epochs=message.epochs,
                 batch=message.batch,
                 lr=message.lr,
-                pacing=_planned_elsewhere if message.paced else None,
+                pacing=planned_elsewhere if message.paced else None,
             )
             settings = self._saving(settings, lambda checkpoint: None)
             for _ in self.checkpoints(trained_as(candidate.recipe, settings), message.after):
@@ -187,8 +187,10 @@ def _left_s(curve: tuple[Point, ...], checkpoint: Checkpoint) -> float:
     return updates_s + min(n_left, most_evaluations(updates_s, plan.look_s)) * plan.look_s
 
 
-def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
-    """Pacing of a process that receives its plans from the first process."""
+def planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
+    """Pacing of a process that receives its plans from the first process, or of a training that only shows that a
+    budget of time is possible.
+    """
     no_plan: TrainingPlan = NOTHING
     return no_plan
 

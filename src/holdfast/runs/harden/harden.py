@@ -3,8 +3,10 @@ measures the new model.
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
+from holdfast.core.needs import Need, refuse_unmet
 from holdfast.core.units import of_values
+from holdfast.gates.grammar import Claim
 from holdfast.gates.training_verdicts import Before, refuse_goal
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
@@ -30,15 +34,16 @@ from holdfast.recipes.training.recipe import (
     OnParts,
     WithFollowUp,
     WithFurtherExamples,
+    WithRowBudget,
     goal_of,
     trained_as,
 )
 from holdfast.recipes.training.recipe import untrained as untrained_model
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_threat, threads
+from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for
-from holdfast.runs.assess.preparation import readied
+from holdfast.runs.assess.preparation import plan_for, readied
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.identity import hardware
@@ -57,7 +62,7 @@ from holdfast.runs.harden.candidates import (
     untrained,
 )
 from holdfast.runs.harden.epoch_log import EpochLog
-from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart
+from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart, planned_elsewhere
 from holdfast.runs.harden.hardened import (
     MODEL,
     Hardened,
@@ -90,6 +95,7 @@ from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.run_manifest import about_run, harden_manifest
+from holdfast.statistics.group_privacy import RowBudget
 
 _CHECKED = 4_096  # training examples that are validated at once
 _IN_PLACE_EXAMPLES = 8  # examples that show whether a network changes its input in place
@@ -120,7 +126,35 @@ def harden(
     """
     if run is not None:
         refuse_used(run, resume=resume)
-    # Before the data are prepared and any process is joined, because nothing is stored yet.
+    # Before any process is joined, because nothing is stored yet.
+    examples, further, n_threads = checked(subject, data, test, request)
+    # also of rows that are not trained on because they equal test or held-out rows
+    budgets = {
+        one.name: one.recipe.budget_on(data.fingerprints())
+        for one in request.candidates
+        if isinstance(one.recipe, WithRowBudget)
+    }
+    for note in request.notes:
+        notify(note)
+    with ExitStack() as stack:
+        stack.enter_context(distributed.joined(torch.device(request.device)))
+        stack.enter_context(threads(n_threads))
+        place = stack.enter_context(temporary_run_folder()) if run is None else run
+        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock, budgets)
+        job.report(log or EpochLog())
+        result = job.lead(resume=resume) if distributed.first() else job.follow()
+    if run is not None:
+        return result
+    before, after = (replace(side, folder=None) for side in (result.before, result.after))
+    return replace(result, before=before, after=after, folder=None)
+
+
+def checked(
+    subject: Subject, data: TrainingData, test: Data, request: HardenRequest
+) -> tuple[TrainingExamples, list[str], int]:
+    """Check all that a hardening needs, and return the examples, the digests of further examples, and the number of
+    threads for the network. Nothing is trained or stored. Raises `UsageError` or `TargetError`.
+    """
     refuse_untrainable(subject.model)
     freeze_others(copy_of(subject.model), request.train_only)
     refuse_data(test)
@@ -137,19 +171,26 @@ def harden(
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
-        for note in request.notes:
-            notify(note)
-    with ExitStack() as stack:
-        stack.enter_context(distributed.joined(torch.device(request.device)))
-        stack.enter_context(threads(n_threads))
-        place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock)
-        job.report(log or EpochLog())
-        result = job.lead(resume=resume) if distributed.first() else job.follow()
-    if run is not None:
-        return result
-    before, after = (replace(side, folder=None) for side in (result.before, result.after))
-    return replace(result, before=before, after=after, folder=None)
+    gates = request.assessment.gates
+    refuse_unmet(
+        Need(step, partial(refuse_unmeasured, subject, test, request, claims))
+        for step, claims in (("before", ()), *((("after", gates),) if gates else ()))
+    )
+    return examples, further, n_threads
+
+
+def refuse_unmeasured(
+    subject: Subject, test: Data, request: HardenRequest, gates: Sequence[Claim], *, paired: bool = False
+) -> None:
+    """Raise `UsageError` or `TargetError` if the assessments before and after a training cannot be measured, or if they
+    do not measure the metric of a gate. Gates against a baseline are checked if they are `paired`: judged on both.
+    """
+    # the training examples on which attacks are fitted are chosen later
+    assessment = replace(request.assessment, fit=test if request.examples else None)
+    device = distributed.own(torch.device(request.device))
+    with readied(subject, test, device) as (target, sample), ExitStack() as stack:
+        plan = plan_for(subject, test, assessment, target, sample, stack)
+        refuse_gates(gates, plan, target, sample, test, paired=paired)
 
 
 class _Job:
@@ -167,6 +208,7 @@ class _Job:
         notify: Notify,
         detail: Notify,
         clock: Clock,
+        budgets: Mapping[str, RowBudget],
     ) -> None:
         device = distributed.own(torch.device(request.device))
         self.rest, self.held_out = examples.rest.to(device), examples.held_out.to(device)
@@ -180,7 +222,7 @@ class _Job:
             teacher = learner_of(request.teacher.model, inputs)
             request = replace(request, candidates=tuple(one.taught_by(teacher) for one in request.candidates))
         self.subject, self.request, self.run = subject, request, run
-        self.again = way_out(request.command, run)
+        self.again, self.budgets = way_out(request.command, run), budgets
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
         freeze_others(self.model, request.train_only)
@@ -194,8 +236,9 @@ class _Job:
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
             refuse_goal(candidate.name, goal_of(candidate.recipe))
             settings = candidate.recipe.training
-            # within a budget, a scheduler is created for the planned updates
-            settings = settings if request.budget_s is None else settings.timed
+            if request.budget_s is not None:
+                # a scheduler is created for the planned updates
+                settings = replace(settings.timed, pacing=planned_elsewhere)
             self.trainer.checkpoints(trained_as(candidate.recipe, settings), None)
         stored = distributed.broadcast(stored_manifest(run))
         self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(test))
@@ -204,7 +247,8 @@ class _Job:
         self.test = assessed(test, n_assessed, request.seed)
         self.checked = self.held_out if self.test is test else self._held_out_sample(n_assessed)
         few = "" if _on_parts(request) else few_held_out(len(self.evaluated))
-        limits = (few, sample_note(test, n_assessed, limit_s(request)))
+        stated = [budget.sentence() for budget in budgets.values()]
+        limits = (few, sample_note(test, n_assessed, limit_s(request)), *stated)
         self.limits = [note for note in limits if note]
         self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
@@ -304,6 +348,8 @@ class _Job:
             weights = written(net, weights_metadata(best.subject, self.manifest))
             entries = {**self._entries(accuracies_before), "generalisation": self._on_training(best)}
             entries |= self._follow_up(best)
+            if best.candidate.name in self.budgets:
+                entries["privacy"] = self.budgets[best.candidate.name].entry()
             card = card_of(trained, best, (before, after), folder.manifest, entries)
             after = replace(after, training=training_summary(card))
             model = of_values(best.subject.model)

@@ -69,6 +69,12 @@ class Pace:
 
     held_out: int = 0
     """number of held-out examples in an evaluation; 0 if the evaluation was not timed"""
+    fastest: float = math.inf
+    """seconds of the fastest update that was measured"""
+
+    def least_s(self, n: int) -> float:
+        """Return the seconds of `n` updates that are all as fast as the fastest measured one."""
+        return n * min(self.fastest, self.update)
 
     def between(self, per_epoch: int) -> float:
         """Return the seconds of an epoch of `per_epoch` updates that are used for other work than updates, such as
@@ -147,14 +153,17 @@ def _paced(
         torch.arange(len(data), device=data.ids.device),
         max(_SHORT * size, _LEAST_EXAMPLES),
     )
-    n_updates = updates(len(data), size)
+    n_updates, each_s = updates(len(data), size), list[float]()
 
     def trial(n: int) -> _Trial:
         part = with_predicted_labels(model, data.subset(rows[:n]))
         start = clock()
         *_, last = trained_as(recipe, short_settings)(model, part, harmless(threat), rng=Draws(0))
         seconds = broadcast(clock() - start)  # all processes take the same decisions
-        return _Trial(seconds, updates(len(part), size), len(part), last)
+        done = _Trial(seconds, updates(len(part), size), len(part), last)
+        if n >= size:
+            each_s.append(done.each)
+        return done
 
     trial(min(_WARM * processes(), size))
     update_trial = trial(size)  # allocates memory, so it is slower than the next ones
@@ -166,7 +175,8 @@ def _paced(
     if not settings.compiled and updates(least_examples, size) * update_trial.seconds > _trial_s(budget_s):
         update_trial = _typical(update_trial, lambda: trial(size), spent_s, budget_s)
         kept_s = _saving_s(update_trial.last, update_trial.examples, len(data), clock)
-        return Pace(update_trial.seconds, update_trial.seconds * n_updates + kept_s)
+        update = update_trial.seconds
+        return Pace(update, update * n_updates + kept_s, fastest=min(each_s))
     short = trial(least_examples)
     update, fixed_s = short.each, 0.0
     n_more = min(int(_trial_s(budget_s) / max(update, 1e-9)), _MOST)
@@ -174,9 +184,8 @@ def _paced(
         # The difference of two trials does not contain the fixed costs of a training, such as the first compilation.
         update = _marginal_s(short, trial(least_examples + n_more * size))
         fixed_s = 0.0 if settings.compiled else max(short.seconds - short.updates * update, 0.0)
-    return Pace(
-        update, update * n_updates + fixed_s + _saving_s(short.last, short.examples, len(data), clock)
-    )
+    kept_s = _saving_s(short.last, short.examples, len(data), clock)
+    return Pace(update, update * n_updates + fixed_s + kept_s, fastest=min(each_s))
 
 
 def _trial_s(budget_s: float) -> float:

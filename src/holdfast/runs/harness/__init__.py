@@ -34,7 +34,7 @@ from holdfast.runs.harness.stage import (
 )
 from holdfast.runs.harness.target import LOOKED_AT, Target, prepared
 from holdfast.runs.harness.verdict import judge_inputs, unattacked
-from holdfast.runs.harness.waves import due_examples
+from holdfast.runs.harness.waves import due_examples, only_tested
 
 __all__ = [
     "FOUND",
@@ -65,6 +65,7 @@ __all__ = [
     "measure_plan",
     "members_of",
     "on_detector",
+    "only_tested",
     "paired",
     "passes",
     "prepared",

@@ -268,7 +268,7 @@ def _attack_records(
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
                 *_placed(places),
-                *remark(stage.attack, risky, risk),
+                *remark(risky, risk),
                 *_searched(search),
                 *remarks.get(stage.name, ()),
             )

@@ -24,7 +24,7 @@ from holdfast.runs.harness.kinds.attack import learned_for, with_learned
 from holdfast.runs.harness.plan import Plan, members_of, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.stage import Stage, Work, broken_by_suite
 from holdfast.runs.harness.target import LOOKED_AT, Target, prepared
-from holdfast.runs.harness.waves import due_examples
+from holdfast.runs.harness.waves import due_examples, only_tested
 
 _TYPES = (torch.float32, torch.float64)  # attacks lose their steps to rounding in shorter types
 
@@ -101,11 +101,12 @@ def _shards(
     due = due_examples(stage, plan, by_stage)
     is_clean = due is None
     broken = None if is_clean or stage.kind.in_suite else broken_by_suite(plan.stages(), by_stage)
+    certified = only_tested(stage, plan, by_stage)
     for batch in batches:
         rows = slice(start, start + len(batch))
         clean = {} if is_clean else {name: values[rows] for name, values in by_stage["clean"].items()}
-        chosen, already_broken = (None if mask is None else mask[rows] for mask in (due, broken))
-        work = Work(plan, target, (batch,), Room(batch_size), clean, chosen, already_broken)
+        masks = [None if mask is None else mask[rows] for mask in (due, broken, certified)]
+        work = Work(plan, target, (batch,), Room(batch_size), clean, *masks)
         shards.append(stage.kind.run(stage, work))
         start += len(batch)
     return shards
@@ -130,6 +131,8 @@ class ShardTask:
     """mask of the examples that the stage is run on; None for the clean stage, which is run on all"""
     broken: Mask | None = None
     """mask of the examples that the suite has broken, for a pass outside the suite; None for an attack of the suite"""
+    certified: Mask | None = None
+    """mask of the certified examples; see `only_tested`"""
     aim: Aim = Aim()
     """how the stage treats a detector of the model"""
     learned: Tensor | None = None
@@ -142,12 +145,13 @@ def task_of(
     rows: tuple[int, int],
     chosen: Mask | None,
     broken: Mask | None,
+    certified: Mask | None,
     by_stage: Mapping[str, Columns],
 ) -> ShardTask:
     """Return the work of a stage on one shard in a form that can be pickled for a worker process.
 
-    `chosen` are the examples of the whole stage, and `broken` those that the suite has broken; see `ShardTask`. The
-    columns of the task are copies, because a view of a tensor is pickled with the whole tensor.
+    `chosen`, `broken` and `certified` are masks of the examples of the whole stage; see `ShardTask`. The columns of the
+    task are copies, because a view of a tensor is pickled with the whole tensor.
     """
     start, stop = rows
     if chosen is None:
@@ -160,6 +164,7 @@ def task_of(
         shard_rows(by_stage["clean"], start, stop),
         chosen[start:stop].clone(),
         None if broken is None else broken[start:stop].clone(),
+        None if certified is None else certified[start:stop].clone(),
         stage.aim,
         learned_for(stage, by_stage),
     )

@@ -69,6 +69,8 @@ class Work:
     """mask of the examples of the shard that the stage is run on; None for all"""
     broken: Mask | None = None
     """mask of the examples that the suite has broken, for a stage outside the suite; otherwise None"""
+    certified: Mask | None = None
+    """mask of the certified examples, on which an attack of the suite is a short test; None for none"""
 
     @property
     def batch(self) -> Batch:
@@ -216,6 +218,18 @@ class Stage:
     """how the attack treats a detector"""
     prover: Prover | None = None
     """method of certification that the stage runs; None for other stages"""
+
+    @property
+    def title(self) -> str:
+        """Name of the stage in reports: that of its attack, pass or method of certification, or of the stage itself if
+        it has none of these.
+        """
+        run = self.member or self.prover
+        if run is None or not (self.kind.in_suite or self.kind.of_attack or self.kind.title):
+            return self.name
+        wave = f", wave {len(self.earlier) + 1}" if self.earlier else ""
+        prefix = "fitting " if self.kind.of_attack else ""
+        return f"{prefix}{(self.kind.title or '{}').format(run.name)}{wave}"
 
     @property
     def attack(self) -> Attack:

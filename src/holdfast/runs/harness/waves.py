@@ -9,7 +9,7 @@ from torch import Tensor
 
 from holdfast.core.evidence import Columns, Residual, in_table
 from holdfast.core.types import Mask
-from holdfast.runs.harness.stage import Schedule, Stage, StageOutline
+from holdfast.runs.harness.stage import Schedule, Stage, StageOutline, certified_in
 
 _CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
 
@@ -22,6 +22,14 @@ def due_examples(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) 
     if due is not None and plan.threat.constraint.judges_misclassified:
         return torch.ones_like(due)  # a misclassified image may be classified correctly when corrupted
     return due
+
+
+def only_tested(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
+    """Return the mask of the certified examples, on which an attack of the suite is a short test of the certificates.
+    None for other stages, and if every attack is run on every example.
+    """
+    complete = plan.full or plan.smallest or not stage.kind.in_suite
+    return None if complete else certified_in(plan.stages(), by_stage)
 
 
 def joined_waves(steps: Sequence[StageOutline], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
@@ -73,7 +81,7 @@ def residual(waves: Sequence[Columns], surviving: int) -> Residual | None:
     return Residual(untried, untried_bound(ran[last], len(waves)))
 
 
-def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
+def remark(waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
     """Return a note on an attack that stopped before it had tried all surviving examples, with a bound on the fraction
     that it would break.
     """
@@ -82,7 +90,7 @@ def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tupl
     ran = [int(columns["ran"].sum()) for columns in waves]
     tried, last = sum(ran), next(n for n in reversed(ran) if n)
     note = (
-        f"{attack} was run on {tried:,} of the {tried + risk.untried:,} robust examples, lowest margins "
+        f"it was run on {tried:,} of the {tried + risk.untried:,} robust examples, lowest margins "
         f"first. The last {last:,} all survived, so with 95 % confidence it would break at most "
         f"{100 * risk.at_most:.1f} % of the other {risk.untried:,}, if none of those is more likely to be broken"
     )

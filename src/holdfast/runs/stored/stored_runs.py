@@ -103,7 +103,9 @@ class Comparison:
         return reported.comparison(self.first.evidence, self.second.evidence, summaries)
 
     def text(self, *, colour: bool = False, width: int | None = None) -> str:
-        """Return the comparison as text for a terminal: the changes, and the metrics of both runs."""
+        """Return the comparison as text for a terminal: the changes, and the metrics of both runs. The result in one
+        sentence is `str`.
+        """
         return reported.text(self._summary, colour=colour, width=width)
 
     def to_json(self) -> str:

@@ -66,7 +66,7 @@ class AnswerChecks(AttackKind):
     def unattacked(self, stage: Stage, clean: Columns) -> Columns:
         """Return the columns of an attack, and those of the checks, for examples that were not checked."""
         columns = self.columns(clean)
-        names = ("survived", "searched", "box", "larger", "agrees", "changed")
+        names = ("survived", "searched", "box", "larger", "agrees", "changed", "chooses")
         return columns | {name: torch.zeros_like(columns["queries"]) for name in names}
 
     def run(self, stage: Stage, work: Work) -> Columns:
@@ -99,6 +99,7 @@ class AnswerChecks(AttackKind):
             "larger": by_row.index_copy(0, survived.nonzero()[:, 0], larger),
             "agrees": agrees,
             "changed": changed.long(),
+            "chooses": by_row + self.chooses(target, batch, threat),
             **cost_columns(spent),
             "dead": spent.dead,
             **stored_inputs(plan, batch, x_adv, columns["success"], missed),
@@ -160,6 +161,16 @@ class AnswerChecks(AttackKind):
         filled = without_missing(batch, target.bare.bounds)
         draws = VOTES if target.randomised else 1
         return agreeing(target.queried(target.quick, batch), filled, threat.constraint, rng, draws).long()
+
+    def chooses(self, target: Target, batch: Batch, threat: ThreatModel) -> bool:
+        """Return whether the model chooses among outcomes without a gradient, such as the entries of a codebook."""
+        from holdfast.attacks.parts.features import features_of  # only for runs with adaptive attacks
+
+        if not threat.gives("gradients"):
+            return False
+        filled = without_missing(batch, target.bare.bounds)
+        features = features_of(target.queried(target.quick, batch), filled)
+        return features is not None and features.chooses
 
     def changed(self, work: Work, batch: Batch, fresh: Inputs, before: Tensor) -> Mask:
         """Return which examples have an input whose output differs from an earlier one: the clean input, or a new input

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.sampling import sample_rows
-from holdfast.attacks.protocol import Itemised, Learned, Placed
+from holdfast.attacks.protocol import Itemised, Learned, Placed, QueryAttack, ThresholdAttack
 from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
@@ -52,6 +52,9 @@ LEAST = 32
 """Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
 TESTED = 32
 """Number of certified examples that attacks are run on, as a test of the certificates."""
+TEST_QUERIES = 200
+"""Largest number of queries of a query attack for each of these examples. With 200, Square breaks 43 of the 46 examples
+of two tree ensembles that it breaks with 5,000."""
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 
@@ -88,17 +91,19 @@ class AttackKind(StageKind, Protocol):
         chosen = torch.ones_like(work.clean["correct"]) if chosen is None else chosen
         # the examples that are not attacked count as finished in the progress of the shard
         work.room.progress(int((~chosen).sum()))
-        if not chosen.any():
-            return columns
-        pieces = Pieces(batch.take(chosen), work.room)
-        for piece in pieces:
-            with pieces.attempt():
-                pieces.add(self.piece(stage, work, piece, rng, missed))
-        for name, values in pieces.columns().items():
-            if in_table(name):
-                columns[name] = values
-            else:
-                columns[name][chosen] = values
+        tested = torch.zeros_like(chosen) if work.certified is None else chosen & work.certified
+        shortly, first = replace(work, plan=replace(plan, threat=_shortly(stage, plan.threat))), 0
+        for rows, group in ((chosen & ~tested, work), (tested, shortly)):
+            pieces = Pieces(batch.take(rows), work.room, first)
+            for piece in pieces:
+                with pieces.attempt():
+                    pieces.add(self.piece(stage, group, piece, rng, missed))
+            for name, values in pieces.columns().items():
+                if not in_table(name):
+                    columns[name][rows] = values
+                else:
+                    columns[name] = torch.cat([columns[name], values]) if name in columns else values
+            first += int(rows.sum())
         if plan.threat.constraint.judges_misclassified:
             # the other examples were evaluated as well, but a misclassified one cannot be broken
             columns["success"] &= work.clean["correct"] & work.clean["eligible"]
@@ -197,7 +202,8 @@ class SuiteAttack(AttackKind):
         the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
         as the one before. No wave has fewer than `LEAST` examples, and a wave that breaks none is the last.
 
-        Of the examples that earlier stages certified, only a random sample is attacked, once by each attack.
+        Of the examples that earlier stages certified, only a random sample is attacked, once by each attack, and with
+        at most `TEST_QUERIES` queries of a query attack.
         """
         clean, stages = by_stage["clean"], plan.stages()
         eligible = clean["correct"] & clean["eligible"]
@@ -258,6 +264,18 @@ def _tested(plan: Schedule, clean: Columns, certified: Mask) -> Mask:
     if certified.any():
         tested[sample_rows(clean, certified, Draws(plan.seed).at("certified"), TESTED)] = True
     return tested
+
+
+def _shortly(stage: Stage, threat: ThreatModel) -> ThreatModel:
+    """Return the threat model with the query budget of a test of certificates, if the stage runs a query attack.
+
+    Attacks that read thresholds have no more candidates than thresholds within eps, which is a short search in any
+    case.
+    """
+    attack = None if stage.member is None else stage.attack
+    if not isinstance(attack, QueryAttack) or isinstance(attack, ThresholdAttack):
+        return threat
+    return replace(threat, queries=min(threat.queries or TEST_QUERIES, TEST_QUERIES))
 
 
 def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng: Draws) -> dict[str, Tensor]:
