@@ -121,6 +121,7 @@ ROWS = {
     "masked-unknown": "masked_unknown",
     "guided-denoiser": "guided_denoiser",
     "purifier": "purifier",
+    "audit-controls": "audit_controls",
     "audit-backdoor": "audit_backdoor",
 }
 """Name of a row and its module, in the order they run: cheap ones first."""

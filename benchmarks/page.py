@@ -192,9 +192,13 @@ SUBJECTS = {
     "adaptive attacks, and the doubts raised.",
     "masked-unknown": "Masked models that the adaptive attacks were not developed on, beside their twins; honest "
     "networks; and models without any gradient beside Square and HopSkipJump at equal queries.",
+    "audit-controls": "`holdfast audit backdoor --train-controls` on clean networks of three architectures and on "
+    "planted backdoors, MNIST and Fashion-MNIST. *Limit* is the prediction limit of the ratio: a network is flagged "
+    "below it, if its trigger succeeds on at most 10 % of the inputs of the controls.",
     "audit-backdoor": "`holdfast audit backdoor` on MNIST networks with planted backdoors, on ten clean ones and on a "
     "published network with a backdoor, each against 20 control networks; and STRIP. *Index* is that of Neural "
-    "Cleanse.",
+    "Cleanse. The verdicts are those of the rank alone, before [decision 40](decisions/0040-margins-of-backdoors.md): "
+    "by the recorded numbers, the clean network of seed 107 is now `unclear`, and the others have the same verdict.",
 }
 """What each row measures, in the order of the page."""
 

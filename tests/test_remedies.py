@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import json
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
@@ -54,7 +53,7 @@ from holdfast.api.verb_settings import (
 )
 from holdfast.attacks import PGD
 from holdfast.audits.audit import AuditStart
-from holdfast.audits.backdoor.audit import ControlTraining, epochs_within
+from holdfast.audits.backdoor.training import refuse_short
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
 from holdfast.certifiers.bounds.region import region_of
@@ -964,7 +963,7 @@ def explained(index=None, **settings):
 
 
 def short_control_training(train_controls="1s"):
-    epochs_within(ControlTraining(lambda place, epochs: time.sleep(0.2), seconds(train_controls, ""), Path()))
+    refuse_short(seconds(train_controls, ""), epoch_s=0.2, n=20)
 
 
 def served_membership(train=None, **arguments):
@@ -1602,6 +1601,12 @@ situation(
     {"train_controls": None},
     controls=".",
     train_controls="1min",
+)
+situation(
+    "a time of controls without a unit", backdoor_audited, train_controls="60", data=member_examples(2100, 0)
+)
+situation(
+    "a time of controls that is a number", backdoor_audited, train_controls=2.5, data=member_examples(2100, 0)
 )
 situation(
     "a stream of another shape",

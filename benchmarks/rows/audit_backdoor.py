@@ -15,13 +15,14 @@ from torch.nn.functional import cross_entropy
 from benchmarks.networks import images, network, two_conv_two_fc
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.backdoor.audit import BackdoorRequest, accuracy, predicted
-from holdfast.audits.backdoor.audit import measured as audited
-from holdfast.audits.backdoor.conclusion import concluded, suspect
-from holdfast.audits.backdoor.controls import Controls, SizeCache
+from holdfast.audits.backdoor.audit import BackdoorRequest, measure
+from holdfast.audits.backdoor.conclusion import finding_of, suspect
+from holdfast.audits.backdoor.controls import Controls, SizeCache, predicted
 from holdfast.audits.backdoor.inversion import Inversion, Inverted
+from holdfast.audits.backdoor.measurements import measured as audited
 from holdfast.audits.backdoor.strip import Strip
 from holdfast.audits.planting import POISONINGS, poisoned
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
@@ -155,13 +156,14 @@ def _audit(name: str, net: nn.Module, folder: Path) -> tuple[Cells, Trigger]:
     model, batch = Classifier(net), _clean_images().take(torch.arange(CLEAN))
     cache, timed = SizeCache(folder.with_suffix(".json")), Timed()
     request = BackdoorRequest(batch, 10, Controls.of_folder(folder), sizes=cache, inversion=timed)
-    found = audited(Run(request.steps()), model, request, ignore)
-    facts = concluded(found, model.bounds).facts
-    cells = {
-        "network": name,
-        "clean": accuracy(model, _clean_images()),
-        "verdict": concluded(found, model.bounds).verdict,
-    }
+    measure(run := Run(request.steps()), model, request, ignore)
+    settings = {"classes": 10, "controls": request.n_controls, "stream": False, "class_names": None}
+    settings["train_controls"] = None
+    manifest = {"config": {"settings": settings}, "data": {"n": CLEAN}, "seed": 0}
+    found = audited(StoredSteps(manifest, run.store))
+    facts, all_images = (finding := finding_of(found)).facts, _clean_images()
+    clean = float((predicted(model, all_images.x) == all_images.y).double().mean())
+    cells = {"network": name, "clean": clean, "verdict": finding.verdict}
     cells |= {column: facts[column] for column in ("p", "class", "size", "ratio", "index", "sizes")}
     cells |= {"success on controls": facts["success_on_controls"]}
     together = [seconds for classes, seconds in timed.seconds if classes == 10]

@@ -1,6 +1,9 @@
 """The audit of a model: inversion, ranks among controls, STRIP, and what is refused."""
 
 import json
+from copy import deepcopy
+from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -11,27 +14,24 @@ from torch.nn.functional import cross_entropy
 
 import holdfast
 from benchmarks.forging import accepted_fields
-from holdfast.audits.backdoor import audit
-from holdfast.audits.backdoor.audit import (
-    BackdoorRequest,
-    ControlTraining,
-    epochs_within,
-    groups_of,
-    measure,
-    measured,
-)
+from holdfast.audits.backdoor import audit, measurements
+from holdfast.audits.backdoor.audit import BackdoorRequest, measure
 from holdfast.audits.backdoor.conclusion import finding_of
-from holdfast.audits.backdoor.controls import Controls, SizeCache, ranked, refuse_other_accuracy
+from holdfast.audits.backdoor.controls import OUTSIDE, Controls, SizeCache, is_comparable, ranked
 from holdfast.audits.backdoor.inversion import Inversion, abnormality, joined
+from holdfast.audits.backdoor.measurements import groups_of, measured
 from holdfast.audits.backdoor.strip import Strip
+from holdfast.audits.backdoor.training import ControlTraining, trained_controls
 from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.triggers import Trigger
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
+from holdfast.statistics.intervals import difference_of_counts
 
 TARGET, SIDE, CLASSES = 2, 8, 4
 QUICK = Inversion(steps=60, examples=16, step_size=0.3, patience=3, window=5)
@@ -76,12 +76,29 @@ def trained(seed, *, poisoned=False):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the weights of 20 clean networks."""
+def networks():
+    """20 clean networks."""
+    return [trained(seed) for seed in range(20)]
+
+
+@pytest.fixture(scope="module")
+def folder(networks, tmp_path_factory):
+    """A folder with their weights."""
     path = tmp_path_factory.mktemp("controls")
-    for seed in range(20):
-        save_file(trained(seed).state_dict(), path / f"{seed:02}.safetensors")
+    for seed, net in enumerate(networks):
+        save_file(net.state_dict(), path / f"{seed:02}.safetensors")
     return path
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """The trigger sizes of these networks, once they are measured."""
+    return SizeCache(tmp_path_factory.mktemp("sizes") / "sizes.json")
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    return trained(100, poisoned=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,29 +112,40 @@ def request(batch, folder=None, **more):
     return BackdoorRequest(batch, CLASSES, controls, inversion=QUICK, **more)
 
 
-def finding(net, asked):
+def measured_of(net, asked):
     run = Run(asked.steps())
     measure(run, Classifier(net), asked, ignore)
     settings = {"classes": CLASSES, "controls": asked.n_controls, "stream": False, "class_names": None}
+    settings["train_controls"] = None if asked.training is None else "1h"
     manifest = {"config": {"settings": settings}, "data": {"n": len(asked.batch)}, "seed": 0}
-    return finding_of(measured(StoredSteps(manifest, run.store)))
+    return measured(StoredSteps(manifest, run.store))
+
+
+def finding(net, asked):
+    return finding_of(measured_of(net, asked))
 
 
 @pytest.fixture(scope="module")
-def poisoned_finding(batch, folder):
-    return finding(trained(100, poisoned=True), request(batch, folder))
+def poisoned_measured(batch, folder, sizes, poisoned):
+    return measured_of(poisoned, request(batch, folder, sizes=sizes))
+
+
+@pytest.fixture(scope="module")
+def poisoned_finding(poisoned_measured):
+    return finding_of(poisoned_measured)
 
 
 def test_a_backdoor_is_flagged_with_its_class_and_place(poisoned_finding):
     facts = poisoned_finding.facts
     assert poisoned_finding.verdict == "flagged" and facts["class"] == TARGET
     assert facts["p"] == pytest.approx(1 / 21) and facts["ratio"] < min(facts["ratios_of_controls"])
-    assert facts["success"] > 0.9 and facts["success_on_controls"] < 0.5
+    assert facts["success"] > 0.9 and facts["success_on_controls"] <= 0.1
+    assert facts["ratio"] < facts["prediction_limit"] < min(facts["ratios_of_controls"])
     assert len(poisoned_finding.pictures[0].captions) == 4
 
 
-def test_a_clean_network_is_not_flagged(batch, folder):
-    clean = finding(trained(101), request(batch, folder))
+def test_a_clean_network_is_not_flagged(batch, folder, sizes):
+    clean = finding(trained(101), request(batch, folder, sizes=sizes))
     assert clean.verdict == "not flagged" and clean.facts["p"] > 0.05
 
 
@@ -127,14 +155,42 @@ def test_without_controls_the_result_is_unclear_and_warns_of_the_index(batch):
     assert any("exceeds 2 on clean networks" in reason for reason in found.reasons)
 
 
-def test_a_natural_feature_is_shown_as_such(batch, folder):
+def test_a_natural_feature_is_shown_as_such(batch, folder, sizes):
     net = trained(101)
     # a larger weight of one class makes its natural trigger smaller than those of all controls
     with torch.no_grad():
         net[3].weight[1] *= 1.6
-    found = finding(net, request(batch, folder))
-    assert found.facts["p"] < 0.05 and found.facts["success_on_controls"] > 0.5
+    found = finding(net, request(batch, folder, sizes=sizes))
+    assert found.facts["p"] < 0.05 and found.facts["success_on_controls"] > 0.1
     assert found.verdict == "unclear" and "natural feature" in found.headline
+
+
+def test_a_trigger_that_works_on_a_fifth_of_the_inputs_of_controls_is_not_flagged(poisoned_measured):
+    compared = replace(poisoned_measured.compared, transfer=(0.2,) * 20)
+    found = finding_of(replace(poisoned_measured, compared=compared))
+    assert found.verdict == "unclear" and "natural feature" in found.headline
+
+
+def test_the_lowest_ratio_is_not_flagged_within_the_spread_of_the_controls(poisoned_measured):
+    sizes = 1 + 0.2 * torch.rand(21, 6, generator=torch.Generator().manual_seed(0))
+    least = min(range(21), key=lambda row: ranked(sizes[row], sizes[torch.arange(21) != row]).p)
+    rank = ranked(sizes[least, [0, 1, 2, 3]], sizes[torch.arange(21) != least][:, :4])
+    rank = replace(rank, ratios=(1.0, 1.0, 0.99 * min(rank.of_controls), 1.0), label=TARGET, p=1 / 21)
+    assert rank.limit < rank.ratio
+    compared = replace(poisoned_measured.compared, rank=rank)
+    found = finding_of(replace(poisoned_measured, compared=compared))
+    assert found.verdict == "unclear" and "not by more than clean networks may differ" in found.headline
+
+
+@pytest.mark.slow
+def test_a_further_clean_network_is_below_the_limit_as_often_as_stated(monkeypatch):
+    monkeypatch.setattr("holdfast.audits.backdoor.controls.OUTSIDE", 0.05)
+    rng, below = torch.Generator().manual_seed(0), 0
+    for _ in range(4000):
+        logs = torch.randn(21, generator=rng) / 10
+        rank = replace(ranked(torch.ones(4), torch.ones(20, 4)), of_controls=tuple(logs[:20].exp().tolist()))
+        below += bool(logs[20].exp() < rank.limit)
+    assert below / 4000 == pytest.approx(0.05, abs=0.012) and OUTSIDE < 0.05
 
 
 def test_classes_are_searched_alike_alone_and_together(batch):
@@ -216,14 +272,36 @@ def test_controls_that_cannot_be_compared_are_refused(batch, folder, tmp_path):
     save_file(nn.Linear(3, 2).state_dict(), few / "copy.safetensors")
     with pytest.raises(TargetError, match="'copy.safetensors' has another architecture than the model"):
         Controls.of_folder(few).opened(19, model)
-    save_file(make().state_dict(), few / "copy.safetensors")
-    with pytest.raises(UsageError, match=r"'copy.safetensors' has an accuracy of .* and the model 100.0 %"):
-        finding(trained(100), request(batch, few))
-    refuse_other_accuracy(0.9, {"a": 0.93, "b": 0.87}, 100, trained=False)
+
+
+def test_a_control_is_left_out_if_the_whole_interval_is_beyond_three_points():
+    # 3.4 points on 300 examples are within the noise, and on 10,000 they are not
+    assert is_comparable(difference_of_counts(10, 20, 300)) and is_comparable(
+        difference_of_counts(20, 10, 300)
+    )
+    assert is_comparable(difference_of_counts(0, 10, 300))
+    assert not is_comparable(difference_of_counts(0, 400, 10_000))
+    assert not is_comparable(difference_of_counts(400, 0, 10_000))
+
+
+def test_an_untrained_control_is_left_out_and_named(batch, folder, sizes, poisoned, tmp_path):
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    save_file(make().state_dict(), tmp_path / "untrained.safetensors")
+    found = finding(poisoned, request(batch, tmp_path, sizes=sizes))
+    assert found.verdict == "flagged" and "(left out: 'untrained.safetensors')" in found.headline
+    assert list(found.facts["left_out"]) == ["untrained.safetensors"] and found.facts["controls"] == 20
+    assert len(found.facts["ratios_of_controls"]) == 20
+    (tmp_path / names[0]).unlink()
+    fewer = finding(poisoned, request(batch, tmp_path, sizes=sizes))
+    assert fewer.verdict == "unclear" and "only 19 control networks" in fewer.headline
+    assert "20 are needed: 1 missing" in fewer.headline and "untrained.safetensors" in fewer.headline
+    assert "p" not in fewer.facts and any("Give 1 more network that" in reason for reason in fewer.reasons)
 
 
 def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch):
-    monkeypatch.setattr(audit, "GROUP", 2)
+    monkeypatch.setattr(measurements, "GROUP", 2)
     asked, model = request(batch, folder), Classifier(trained(100, poisoned=True))
     run = Run(asked.steps())
     searched = []
@@ -263,20 +341,77 @@ def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, 
         cache.read()
 
 
-def test_controls_are_trained_within_the_time(batch, tmp_path):
-    calls = []
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that advances by a second whenever it is read."""
+    ticks = count()
+    monkeypatch.setattr("holdfast.audits.backdoor.training.perf_counter", lambda: float(next(ticks)))
+    return ticks
 
-    def train(place, epochs):
-        calls.append((place, epochs))
-        return Classifier(trained(place))
 
-    found = finding(
-        trained(100, poisoned=True), request(batch, training=ControlTraining(train, 3600.0, tmp_path))
+def state_of(net, epoch):
+    tensors = {WEIGHTS + name: value for name, value in Classifier(net).state_dict().items()}
+    return Checkpoint(epoch, 1000, tensors, {})
+
+
+def training_of(networks, folder, calls, *, needed=1, constant=(), time_s=3600.0):
+    """The training of controls that are accurate after some epochs, except that some numbers remain constant."""
+
+    def epochs(number, after):
+        begun = 0 if after is None else after.epoch
+        calls.append((number, begun))
+        for epoch in range(begun + 1, 10):
+            net = deepcopy(networks[number % 20])
+            with torch.no_grad():
+                if number in constant:
+                    net[3].weight.zero_()
+                elif epoch < needed:
+                    net[3].weight[[0, 1]] = net[3].weight[[1, 0]]
+            yield state_of(net, epoch)
+
+    return ControlTraining(epochs, time_s, folder)
+
+
+def test_controls_are_trained_until_they_are_as_accurate_as_the_model(batch, networks, tmp_path):
+    model, calls = Classifier(networks[0]), []
+    controls = trained_controls(training_of(networks, tmp_path, calls, needed=3), model, batch, ignore)
+    assert [control.epochs for control in controls] == [3] * 20 and not any(
+        each.is_below for each in controls
     )
-    assert found.verdict == "flagged" and calls == [(0, 1), *((place, 10) for place in range(20))]
-    assert len(list((tmp_path / "10-epochs").iterdir())) == 20
-    with pytest.raises(UsageError, match="do not fit into the 0 s"):
-        epochs_within(ControlTraining(train, 1e-3, tmp_path))
+    # a later audit uses them again
+    again = trained_controls(training_of(networks, tmp_path, calls, needed=3), model, batch, ignore)
+    assert again == controls and calls == [(number, 0) for number in range(20)]
+
+
+def test_the_whole_time_is_used_and_a_later_audit_continues(batch, networks, clock, tmp_path):
+    model, calls = Classifier(networks[0]), []
+    short = training_of(networks, tmp_path, calls, needed=4, time_s=70.0)
+    controls = trained_controls(short, model, batch, ignore)
+    assert {control.epochs for control in controls} <= {1, 2, 3} and all(each.is_below for each in controls)
+    assert next(clock) >= 70
+    calls.clear()
+    longer = trained_controls(training_of(networks, tmp_path, calls, needed=4), model, batch, ignore)
+    assert [control.epochs for control in longer] == [4] * 20
+    assert calls == [(control.number, control.epochs) for control in controls]
+
+
+def test_a_constant_control_is_replaced(batch, networks, clock, tmp_path):
+    training = training_of(networks, tmp_path, [], constant=(7,), time_s=200.0)
+    numbers = [
+        control.number for control in trained_controls(training, Classifier(networks[0]), batch, ignore)
+    ]
+    assert numbers == [*range(7), 20, *range(8, 20)]
+
+
+def test_too_little_training_of_controls_makes_the_result_unclear(batch, networks, poisoned, clock, tmp_path):
+    asked = request(batch, training=training_of(networks, tmp_path, [], needed=9, time_s=50.0))
+    found = finding(poisoned, asked)
+    assert found.verdict == "unclear" and "20 missing" in found.headline
+    assert any("The time of train_controls ended before" in reason for reason in found.reasons)
+    with pytest.raises(UsageError, match="do not fit into the 9 s"):
+        trained_controls(
+            training_of(networks, tmp_path / "other", [], time_s=10.0), Classifier(networks[0]), batch, ignore
+        )
 
 
 @pytest.fixture
@@ -332,7 +467,8 @@ def test_trained_controls_are_used_again(tmp_path, monkeypatch):
     x, y = digits(8000)
     first = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
     assert first.facts["controls"] == 20 and first.facts["class"] == TARGET
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 20
+    assert len(first.facts["epochs_of_controls"]) == 20
+    assert len(list(tmp_path.rglob("control-*.safetensors"))) == 20
     changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     again = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
     assert again.facts == first.facts

@@ -21,22 +21,17 @@ from holdfast.api.resolve import (
 )
 from holdfast.api.verb_settings import AuditBackdoor
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
-from holdfast.audits.backdoor.audit import (
-    CLEAN,
-    STRIP,
-    BackdoorRequest,
-    ControlTraining,
-    measure,
-    measured,
-    refuse_other_shape,
-)
+from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, measure, refuse_other_shape
 from holdfast.audits.backdoor.conclusion import images_of, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache
 from holdfast.audits.backdoor.inversion import refuse_one_class
+from holdfast.audits.backdoor.measurements import STRIP, measured
+from holdfast.audits.backdoor.training import ControlTraining
 from holdfast.audits.finding import Images
 from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
+from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -49,7 +44,7 @@ from holdfast.io.data_catalogue import cache_folder
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.reports.write import refuse_unwritable
-from holdfast.rotation.collecting import last_of, with_fresh_weights
+from holdfast.rotation.collecting import with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.engine.run import Run
@@ -57,8 +52,11 @@ from holdfast.runs.harden.trainable import refuse_untrainable
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import ExampleSelection
 
-_CONTROL = Standard(training=Training(lr=1e-3, weight_decay=0.0, averaging="none"))
-"""Training of a control: Adam on the cross-entropy, as most networks are trained."""
+_CONTROL = Standard(
+    training=Training(epochs=100_000, lr=1e-3, weight_decay=0.0, schedule="flat", averaging="none")
+)
+"""Training of a control: Adam on the cross-entropy with a constant learning rate, which does not depend on the number
+of epochs. The audit ends it."""
 
 
 @contextmanager
@@ -153,16 +151,15 @@ def _with_controls(
         return request
     examples, extent = _training_examples(settings, model, batch)
 
-    def train(place: int, epochs: int) -> Classifier:
-        rng = Draws(settings.seed).at("control", place)
-        recipe = replace(_CONTROL, training=replace(_CONTROL.training, epochs=epochs))
+    def epochs(number: int, after: Checkpoint | None) -> Iterator[Checkpoint]:
+        rng = Draws(settings.seed).at("control", number)
         initial = with_fresh_weights(model, rng.at("begin"), "own")
-        return last_of(recipe, initial, examples, ThreatModel(Linf(0.0)), rng.at("training"))
+        yield from _CONTROL(initial, examples, ThreatModel(Linf(0.0)), rng=rng.at("training"), after=after)
 
     identity = [code_digest(), architecture(model), extent, settings.seed]
     folder = cache_folder() / "controls" / digest(canonical(identity))[:16]
     time_s = seconds(settings.train_controls, "train_controls")
-    return replace(request, training=ControlTraining(train, time_s, folder))
+    return replace(request, training=ControlTraining(epochs, time_s, folder))
 
 
 def _training_examples(settings: AuditBackdoor, model: Classifier, batch: Batch) -> tuple[Batch, list[str]]:

@@ -61,9 +61,10 @@ class BackdoorOptions(AuditOptions):
         description="Folder with the weights of at least 20 networks of the same architecture that were trained on "
         "clean data, with which the model is compared.",
     )
-    train_controls: Annotated[values.Budget | None, Flag("TIME")] = Field(
+    train_controls: Annotated[values.Duration | None, Flag("TIME")] = Field(
         default=None,
-        description="Train control networks on the train split of the data within this time, as in 20min.",
+        description="Train control networks on the train split of the data, each until it is as accurate as the model, "
+        "at most for this time together, as in 20min.",
     )
     stream: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,

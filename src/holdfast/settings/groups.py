@@ -522,7 +522,7 @@ class Execution(SettingGroup):
     the time limit.
     """
 
-    time_budget: Annotated[values.TimeBudget | None, Flag("T")] = Field(
+    time_budget: Annotated[values.Duration | None, Flag("T")] = Field(
         default=None, description="Stop attacking after this time, as in 10min."
     )
     batch_size: Annotated[values.Positive | None, Flag("N")] = Field(
@@ -578,10 +578,10 @@ class HardenOptions(SettingGroup):
         f"{' and '.join(GENERATOR_RECIPES)}. Settings: --set "
         "recipe.NAME=VALUE, or `use: NAME` with its settings.",
     )
-    budget: Annotated[values.Budget | None, Flag("T")] = Field(
+    budget: Annotated[values.Duration | None, Flag("T")] = Field(
         default=None, description=f"{_BUDGET} The assessments take additional time."
     )
-    assess_budget: Annotated[values.AssessBudget | None, Flag("T")] = Field(
+    assess_budget: Annotated[values.Duration | None, Flag("T")] = Field(
         default=None,
         description="Time for the assessments before and after, which use fewer test examples if necessary (default: "
         "the budget of the training).",
@@ -618,7 +618,7 @@ class RotateOptions(SettingGroup):
         description=f"Training method of the sets: card (the default: as the model was trained, else standard), "
         f"{', '.join(RECIPES)}.",
     )
-    budget: Annotated[values.Budget | None, Flag("T")] = Field(
+    budget: Annotated[values.Duration | None, Flag("T")] = Field(
         default=None,
         description="Time for all trainings of the collection, as in 20min (default: the epochs of the recipe).",
     )

@@ -319,21 +319,23 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _duration(argument: str, function: str = "") -> BeforeValidator:
-    """Return a validator for the duration in an argument, which keeps the text. A number without a unit is refused with
-    the unit of seconds.
+def _duration(function: str = "") -> BeforeValidator:
+    """Return a validator for a duration, which keeps the text. A number without a unit is refused with the unit of
+    seconds. The error contains the name of the setting, which is an argument of `function` if it is given.
     """
 
-    def parse(text: str) -> None:
+    def checked(value: object, field: ValidationInfo) -> object:
+        argument = field.field_name or "time"
         try:
-            seconds(text, argument)
+            return _waiting_time(value, field)
         except UsageError as error:
+            text = str(value).strip()
             with suppress(UsageError):
                 seconds(f"{text}s", argument)
-                error = UsageError(error.message, Remedy(argument, f"{text.strip()}s", function=function))
+                error = UsageError(error.message, Remedy(argument, f"{text}s", function=function))
             raise error from None
 
-    return _read_by(parse)
+    return BeforeValidator(checked)
 
 
 def _different_files(logs: list[str]) -> list[str]:
@@ -482,10 +484,8 @@ Gates = Annotated[
     list[Annotated[str, _read_by(partial(parse_gate, metrics=GATED | {*GENERATOR_METRICS}))]],
     BeforeValidator(_gates),
 ]
-TimeBudget = Annotated[str, _duration("time_budget")]
-Budget = Annotated[str, _duration("budget")]
-AssessBudget = Annotated[str, _duration("assess_budget")]
-Timeout = Annotated[str, _duration("http_timeout", "open_model")]
+Duration = Annotated[str, _duration()]
+Timeout = Annotated[str, _duration("open_model")]
 WaitingTime = Annotated[str, BeforeValidator(_waiting_time)]
 Delay = Annotated[str, BeforeValidator(_delay)]
 Place = Annotated[str, BeforeValidator(_place)]

@@ -265,11 +265,18 @@ def paired_difference(first: Mask, second: Mask, confidence: float = CONFIDENCE)
     """Return the share of true entries of `first` minus that of `second`, measured on the same examples, with the
     confidence interval of Bonett and Price.
     """
-    test, n = mcnemar(first, second), len(first)
-    ahead, behind = (test.only_first + 1) / (n + 2), (test.only_second + 1) / (n + 2)
+    test = mcnemar(first, second)
+    return difference_of_counts(test.only_first, test.only_second, len(first), confidence)
+
+
+def difference_of_counts(
+    only_first: int, only_second: int, n: int, confidence: float = CONFIDENCE
+) -> Estimate:
+    """Return `paired_difference` from the numbers of examples, of `n`, that are true in one of both series only."""
+    ahead, behind = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
     centre = ahead - behind
     reach = normal_quantile((1 + confidence) / 2) * math.sqrt((ahead + behind - centre**2) / (n + 2))
-    value = (test.only_first - test.only_second) / n
+    value = (only_first - only_second) / n
     return Estimate(value, max(-1.0, min(centre - reach, value)), min(1.0, max(centre + reach, value)), n)
 
 
