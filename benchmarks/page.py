@@ -40,9 +40,9 @@ SUBJECTS = {
     "new rows, and independent columns.",
     "generator-inference": "`holdfast audit generator`: membership inference of a GAN and a diffusion model that "
     "memorise 200 digits of MNIST, each of which is a class of its own, and of the bundled ones of 60,000 digits. "
-    "*Copies* is the share of the samples that are copies of training digits, and *own samples* the share of the "
-    "generator's own samples above the same threshold. With the ten classes of MNIST, as in the record of 2026-11-28, "
-    "less is memorised, and 35 % are found.",
+    "*Copies* is the share of the samples that are copies or near copies of training digits, and *own samples* the "
+    "share of the generator's own samples above the same threshold. With the ten classes of MNIST, as in the record of "
+    "2026-11-28, less is memorised, and 35 % are found.",
     "generator-backdoor": "The search of `holdfast audit generator` for a backdoor in the bundled diffusion model "
     "after 200 updates with and without a planted backdoor.",
     "gan-backdoor": "The search of `holdfast audit generator` for a backdoor in GANs of MNIST and Fashion-MNIST, and "

@@ -23,7 +23,6 @@ from holdfast.runs.harden import harden as hardening
 
 CODE = """
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 def make():
@@ -174,7 +173,6 @@ def test_needs_of_audits(folder, model, tmp_path, monkeypatch):
             holdfast.audit.backdoor(model, data, trigger_out=str(place), run=run)
         with pytest.raises(TargetError, match="the later step suspects would fail"):
             holdfast.audit.poison(data, model, suspects=str(place), run=run)
-    samples = {"model": examples(500, 2)[0], "data": data, "held_out": (examples(300, 3)), "run": run}
     np.savez(tmp_path / "samples.npz", x=examples(500, 2)[0])
     np.savez(tmp_path / "held.npz", x=examples(300, 3)[0])
     np.savez(tmp_path / "unlabelled.npz", x=examples(300, 4)[0])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import holdfast
 from holdfast.audits.generator.copies import copies, measured_copies
+from holdfast.statistics.repeats import expected_repeats
 
 Kind = Callable[[int, torch.Generator], Tensor]
 
@@ -37,6 +38,12 @@ def categories(n: int, rng: torch.Generator, columns: int = 10, values: int = 4)
 
 def few_categories(n: int, rng: torch.Generator) -> Tensor:
     return categories(n, rng, 6, 3)
+
+
+def prices(n: int, rng: torch.Generator) -> Tensor:
+    """A price, the price with a tax, and a wave of the price, as cents of which each has many possible values."""
+    price = (30_000 * torch.randn(n, generator=rng)).round().double()
+    return torch.stack((price, 2 * price + 1, (price / 5000).sin()), 1)
 
 
 def sets(kind: Kind, seed: int, samples: int = 300) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +95,16 @@ def test_a_float32_copy_of_training_examples_with_more_digits_is_a_copy():
     assert copies(samples, precise, held_out).is_copy.nonzero().tolist() == [[0]]
 
 
+def test_columns_that_are_functions_of_each_other_count_as_one():
+    _, training, held_out = sets(prices, 0)
+    assert expected_repeats(300, training, held_out) > 0.02
+    rng = torch.Generator().manual_seed(0)
+    others = [torch.cat((each, torch.randn(len(each), 1, generator=rng)), 1) for each in (training, held_out)]
+    assert expected_repeats(300, *others) < 0.02
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [images, numbers, mixed, categories, few_categories])
+@pytest.mark.parametrize("kind", [images, numbers, mixed, categories, few_categories, prices])
 def test_generators_without_copies_are_flagged_with_at_most_the_stated_level(kind):
     flagged = 0
     for seed in range(200):

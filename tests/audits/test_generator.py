@@ -107,6 +107,14 @@ def test_copies_are_counted_and_named():
     assert found.near_held_out.value < 0.05
 
 
+@pytest.mark.parametrize(
+    "gate", ["not-flagged", "frechet <= 50", "copy_rate <= 0.01", "near_copy_rate <= 0.05"]
+)
+def test_a_gate_on_the_verdict_or_on_copies_and_quality_is_judged_for_every_generator(gate):
+    result = audited(Points("new"), gates=[gate], latent=0)
+    assert result.verdict == "not flagged" and result.exit_code == 0
+
+
 def test_few_copies_are_listed_and_flag_a_generator_although_it_has_no_more_near_copies(tmp_path):
     result = audited(Points("four"), gates=["copy_rate <= 0.001"], run=tmp_path / "run")
     copied, facts = result.metrics["copy_rate"], result.facts

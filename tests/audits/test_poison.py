@@ -130,6 +130,7 @@ def test_a_set_with_wrong_labels_is_flagged_as_label_errors(data, trusted):
 def test_a_clean_set_is_not_flagged(data, trusted):
     finding = audited(*data, trusted)[1]
     assert finding.verdict == "not flagged"
+    assert any("ordered" in reason for reason in finding.reasons) == (finding.facts["suspects"] > 0)
     assert "below" in finding.headline and "is not seen with these trusted examples" in finding.headline
 
 
@@ -203,6 +204,10 @@ def test_without_evidence_for_features_suspects_are_ordered_by_their_labels():
     suspects = suspects_of(made_up(wrong=wrong, wrong_and_unusual=both))
     assert suspects.order == "labels" and {*suspects.reasons} == {"labels"}
     assert {*suspects.rows[:30]} == {*wrong} and {*suspects.rows[30:]} == {*both}
+
+
+def test_no_order_is_stated_without_suspects():
+    assert not any("ordered" in reason for reason in finding_of(made_up()).reasons)
 
 
 def test_unusual_features_of_examples_with_predicted_labels_come_first():

@@ -81,7 +81,7 @@ def test_a_folder_of_samples_is_compared_in_the_order_of_numbers(tmp_path, capsy
     save(tmp_path / "new", images[200:])
     save(tmp_path / "copies", np.concatenate((images[200:230], images[:30])))
     assert run(["monitor", "new", "--reference", "train.npz"]) == 0
-    assert "The tests martingale and copies and repeats found no difference" in capsys.readouterr().err
+    assert "The tests martingale, copies and repeats found no difference" in capsys.readouterr().err
     assert run(["monitor", "copies", "--reference", "train.npz", "-o", "r.json", "-o", "r.md"]) == 1
     shown = capsys.readouterr().err
     assert "in the share of copies of the reference: alarm of the test copies after 37 of 60 samples" in shown

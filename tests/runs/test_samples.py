@@ -11,7 +11,7 @@ from holdfast.rotation.steps.samples import (
     CONFIDENCE,
     MEASURED_LATER,
     POWER,
-    Need,
+    NeededExamples,
     changed,
     measured_needs,
     planned_needs,
@@ -36,16 +36,16 @@ def passing(need, loss, n, turns=300):
 @pytest.mark.parametrize("share", [0.03, 0.1])
 @pytest.mark.parametrize("held", [300, 1_000, 3_000])
 def test_an_equal_set_passes_as_often_as_it_should_and_a_worse_one_seldom(share, held):
-    need = Need("clean accuracy", share, held, 2)
+    need = NeededExamples("clean accuracy", share, held, 2)
     assert passing(need, 0.0, held) > POWER - 0.08
     assert passing(need, need.tolerance, held) < 0.05
 
 
 def test_as_many_as_are_needed_are_not_widened_and_one_less_is():
-    one = Need("robust accuracy", 0.1, 10**6, 3)
+    one = NeededExamples("robust accuracy", 0.1, 10**6, 3)
     assert not one.widened and one.tolerance == 0.02
-    assert not Need("robust accuracy", 0.1, one.needed, 3).widened
-    less = Need("robust accuracy", 0.1, one.needed // 4, 3)
+    assert not NeededExamples("robust accuracy", 0.1, one.needed, 3).widened
+    less = NeededExamples("robust accuracy", 0.1, one.needed // 4, 3)
     assert less.widened and less.tolerance == pytest.approx(0.04, rel=0.01)
 
 
@@ -75,7 +75,7 @@ def test_the_advised_number_of_examples_widens_nothing(judged):
 
 def test_a_widened_tolerance_decides_and_is_said():
     found = seen(white=108, before=100)
-    need = Need("robust accuracy", 0.1, N, 3)
+    need = NeededExamples("robust accuracy", 0.1, N, 3)
     wide = replace(found, needs={"robust accuracy": need})
     assert verdicts(found)["robust accuracy"] == "unclear" and verdicts(wide)["robust accuracy"] == "pass"
     (gate,) = [one for one in gate_results(wide, NO_DOUBTS, ()) if one.name == "robust accuracy"]

@@ -152,7 +152,7 @@ class Observer:
     scale: Array
     distance: tuple[float, float]
     """mean and standard deviation of the distance"""
-    inputs: "InputColumns"
+    inputs: InputColumns
 
     @classmethod
     def fitted(

@@ -60,7 +60,8 @@ def headline(content: Mapping[str, Any]) -> str:
     )
     alarms = [test for test in content["tests"] if test["name"] in decisive and test["alarm"]]
     if not alarms:
-        tests = f"test{'s' if len(decisive) > 1 else ''} {' and '.join(decisive)}"
+        several = f"s {', '.join(decisive[:-1])} and" if len(decisive) > 1 else ""
+        tests = f"test{several} {decisive[-1]}"
         return line(f"The {tests} found no difference in {compared}.")
     first = min(alarms, key=lambda test: int(test["alarm"]["after"]))
     alarm = first["alarm"]

@@ -64,7 +64,10 @@ def _trained(measured: Measured) -> str:
 def _missing(measured: Measured, less: int) -> str:
     """What the user can do if controls are missing, or are less accurate because the time ended."""
     if measured.trained and less:
-        return "The time of train_controls ended before; with a longer time their training continues."
+        return (
+            "The time of train_controls ended before they were as accurate; with a longer time, their training "
+            "continues."
+        )
     missing = MIN_CONTROLS - len(measured.used)
     if missing <= 0:
         return ""

@@ -20,7 +20,7 @@ from holdfast.core.triggers import Trigger
 
 OWN = 0.1
 """Largest median success on the controls of a trigger of the model's own. Planted triggers reached 0.1 to 6 %, and the
-smallest triggers of clean networks 22 to 86 %, which are natural features of their class."""
+smallest triggers of clean networks 22 to 90 %, which are natural features of their class."""
 _TRIGGER = "trigger"
 _LISTED = 20
 """Number of inputs of a stream that the report lists."""

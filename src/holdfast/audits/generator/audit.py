@@ -43,7 +43,7 @@ SAMPLES, FEATURES, MEASURED, MISSING = "samples", "features", "measured", "missi
 quality and copies are computed, and what the generator lacks for each part."""
 LEAST = 200
 """smallest number of held-out examples: the threshold of copies is the lowest percent of one half of them"""
-ALWAYS = ("frechet", "copy_rate")
+ALWAYS = ("frechet", "copy_rate", "near_copy_rate")
 """Metrics that every audit measures; the others are those of its parts."""
 COMPARED = 10_000
 """largest number of training examples with which the quality is measured; its time grows with their square"""
@@ -107,7 +107,8 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
 
 def needs_of(how: GeneratorAudit, gates: Sequence[str]) -> tuple[Need, ...]:
     """Return what the steps of an audit need."""
-    return tuple(Need("gates", partial(_refuse_unmeasured, gate, how)) for gate in gates)
+    of_metrics = [gate for gate in gates if gate.strip() != AUDITS["generator"].gate]
+    return tuple(Need("gates", partial(_refuse_unmeasured, gate, how)) for gate in of_metrics)
 
 
 def _refuse_unmeasured(gate: str, how: GeneratorAudit) -> None:

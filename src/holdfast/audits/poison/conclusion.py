@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
 from holdfast.audits.poison.audit import METHODS, Scored, scored
 from holdfast.audits.poison.comparison import DETECTABLE, LEVEL, Comparison, Tested
-from holdfast.audits.poison.suspects import OF_FEATURES, Suspects, found, suspects_of
+from holdfast.audits.poison.suspects import OF_FEATURES, Suspects, kind_of, suspects_of
 from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
@@ -72,7 +72,7 @@ def images_of(batch: Batch, scored: Scored, bounds: Bounds) -> dict[str, Tensor]
 
 def finding_of(scored: Scored, names: Sequence[str] | None = None) -> Finding:
     """Return the finding of an audit from its scores. `names` are those of the classes."""
-    suspects, kind = suspects_of(scored), found(scored)
+    suspects, kind = suspects_of(scored), kind_of(scored)
     verdict, headline, reasons = _verdict(scored, suspects, names)
     examples, comparison = scored.examples, scored.comparison
     facts: dict[str, Any] = {
@@ -132,15 +132,15 @@ def _verdict(
     counted = f"{amount(len(suspects.rows), 'suspect examples')} of {examples.n:,}"
     by_method = ", ".join(f"{name} {int(scored.flags[name][: examples.n].sum())}" for name in METHODS)
     rules = f"Examples that each method flags: {by_method}. Lowest-loss isolation flags 1 % of any set."
-    order = _order(suspects, names, supported=found(scored) is not None)
+    order = (_order(suspects, names, supported=kind_of(scored) is not None),) if suspects.rows else ()
     if comparison is None:
         return (
             "unclear",
             f"{counted}, and no trusted examples to compare the set with",
-            (rules, order, _RANKED),
+            (rules, *order, _RANKED),
         )
     seen = (f"{capitalized(_unseen(comparison))}.", *_too_few(comparison, names))
-    reasons = (rules, *(_found(test, names) for test in comparison.flagged), order, *seen)
+    reasons = (rules, *(_found(test, names) for test in comparison.flagged), *order, *seen)
     if comparison.flagged:
         of_labels = [test for test in comparison.flagged if test.score == "labels"]
         texts = []

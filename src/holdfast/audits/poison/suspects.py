@@ -39,7 +39,7 @@ class Suspects:
     """classes in which features are evidence"""
 
 
-def found(scored: Scored) -> Kind | None:
+def kind_of(scored: Scored) -> Kind | None:
     """Return the kind of manipulation by which a set is flagged; None if it is not flagged."""
     if scored.comparison is None or not scored.comparison.flagged:
         return None
@@ -54,7 +54,7 @@ def suspects_of(scored: Scored) -> Suspects:
     In the order of features, the examples that most methods flag are first, then those with the largest mean rank of
     their scores in their class.
     """
-    n, kind = scored.examples.n, found(scored)
+    n, kind = scored.examples.n, kind_of(scored)
     y, by_label = scored.examples.y[:n], scored.scores["labels"][:n]
     flags = {name: scored.flags[name][:n] for name in METHODS}
     unusual = flags["energy"] | flags["clustering"]
@@ -89,9 +89,9 @@ def suspects_of(scored: Scored) -> Suspects:
 def _significant_classes(scored: Scored) -> tuple[int, ...]:
     """The classes with a significant test of features; all classes for a test of all classes together."""
     of_class = {test.label for test in scored.of_features}
-    found_classes = sorted(label for label in of_class if label is not None)
+    significant = sorted(label for label in of_class if label is not None)
     everything = torch.bincount(scored.examples.y).nonzero()[:, 0].tolist() if of_class else []
-    return tuple(found_classes or everything)
+    return tuple(significant or everything)
 
 
 def _unusual_classes(scored: Scored) -> tuple[int, ...]:

@@ -281,7 +281,7 @@ def rebatched(net: nn.Module, size: int, shape: Sizes, dtype: torch.dtype = torc
 
 
 def _alike(net: nn.Module, slices: FixedBatch, inputs: Sequence[Tensor]) -> bool:
-    """Return whether a network accepts the inputs and returns the rows that it returns for slices."""
+    """Return whether a network accepts the inputs, and has the same outputs as for the slices one after another."""
     try:
         # a graph prints its code if an operation fails
         with torch.no_grad(), redirect_stderr(io.StringIO()):

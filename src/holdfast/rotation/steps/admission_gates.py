@@ -28,7 +28,7 @@ from holdfast.rotation.steps.comparing import (
     share_text,
     worst,
 )
-from holdfast.rotation.steps.samples import CONFIDENCE, LEAST, Gate, Need, slack
+from holdfast.rotation.steps.samples import CONFIDENCE, LEAST, Gate, NeededExamples, slack
 from holdfast.rotation.steps.samples import tolerance_text as tolerated
 from holdfast.rotation.steps.set_measuring import TransferResult
 from holdfast.rotation.steps.transfer_examples import Attacker, Attackers
@@ -96,7 +96,7 @@ class Measurements:
     looks: Mapping[Family, int] = field(default_factory=dict)
     """for each measurement, the largest number of times that its gates are judged, with more examples each time; by
     default 1"""
-    needs: Mapping[Gate, Need] = field(default_factory=dict)
+    needs: Mapping[Gate, NeededExamples] = field(default_factory=dict)
     """number of examples that each gate needs; if there are fewer, its tolerance is widened"""
 
     def confidence(self, family: Family) -> float:

@@ -36,7 +36,7 @@ from holdfast.rotation.steps.comparing import robust_mask
 from holdfast.rotation.steps.contents import bases_left
 from holdfast.rotation.steps.pool_store import PoolStore
 from holdfast.rotation.steps.rotation_request import FIRST, RotateRequest, state_of
-from holdfast.rotation.steps.samples import Gate, Need, measured_needs, statement, widened
+from holdfast.rotation.steps.samples import Gate, NeededExamples, measured_needs, statement, widened
 from holdfast.rotation.steps.sanity import distance, duplicate_gate, nonfinite_tensors, tensor_gate
 from holdfast.rotation.steps.set_measuring import SetMeasurements, judged_ranges, set_subject
 from holdfast.rotation.steps.transfer_examples import (
@@ -353,7 +353,7 @@ class _Admitting:
         }
 
     @cached_property
-    def _needs(self) -> dict[Gate, Need]:
+    def _needs(self) -> dict[Gate, NeededExamples]:
         """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
         n = len(self.request.held_out)
         first_sizes = {family: min(size, n) for family, size in self._first.items()}

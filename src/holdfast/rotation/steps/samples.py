@@ -42,7 +42,7 @@ _PART: Mapping[Gate, int] = {
 
 
 @dataclass(frozen=True)
-class Need:
+class NeededExamples:
     """Number of examples that one gate of an admission needs, and its tolerance with the available examples."""
 
     gate: Gate
@@ -107,16 +107,17 @@ def _reach(looks: int) -> float:
     return normal_quantile((1 + bonferroni(CONFIDENCE, looks)) / 2) + normal_quantile(POWER)
 
 
-def planned_needs(n_held_out: int, judged: int = FIRST) -> tuple[Need, ...]:
+def planned_needs(n_held_out: int, judged: int = FIRST) -> tuple[NeededExamples, ...]:
     """Estimate before any training how many held-out examples each accuracy gate of an admission needs."""
     return tuple(
-        Need(gate, share, n_held_out, looks(n_held_out, judged, gate)) for gate, share in PLANNED.items()
+        NeededExamples(gate, share, n_held_out, looks(n_held_out, judged, gate))
+        for gate, share in PLANNED.items()
     )
 
 
 def measured_needs(
     clean: Sequence[Mask], white: Sequence[Mask], n_held_out: int, judged: int
-) -> tuple[Need, ...]:
+) -> tuple[NeededExamples, ...]:
     """Compute how many held-out examples each accuracy gate of an admission needs, from the examples that similar sets
     classify correctly.
 
@@ -124,7 +125,8 @@ def measured_needs(
     """
     shares: Mapping[Gate, float] = {"clean accuracy": changed(clean), "robust accuracy": changed(white)}
     return tuple(
-        Need(gate, share, n_held_out, looks(n_held_out, judged, gate)) for gate, share in shares.items()
+        NeededExamples(gate, share, n_held_out, looks(n_held_out, judged, gate))
+        for gate, share in shares.items()
     )
 
 
@@ -139,7 +141,7 @@ def changed(right: Sequence[Mask]) -> float:
     return sum(pairs) / len(pairs) if pairs else 0.0
 
 
-def sufficient(needs: Sequence[Need], judged: int) -> int:
+def sufficient(needs: Sequence[NeededExamples], judged: int) -> int:
     """Return the smallest number of held-out examples with which no gate is widened.
 
     With more examples a gate may be judged more often, and then needs more of them.
@@ -150,7 +152,7 @@ def sufficient(needs: Sequence[Need], judged: int) -> int:
     return n
 
 
-def statement(needs: Sequence[Need], judged: int, *, planned: bool) -> str:
+def statement(needs: Sequence[NeededExamples], judged: int, *, planned: bool) -> str:
     """Return a message with the number of held-out examples that the gates need, the available number, and by how much
     a shortage widens the tolerances of the gates.
     """
@@ -168,7 +170,7 @@ def statement(needs: Sequence[Need], judged: int, *, planned: bool) -> str:
     return f"{text}. Tolerances are widened; {remedy if need <= MOST else f'at most {MOST:,} are held out'}"
 
 
-def widened(needs: Iterable[Need]) -> list[str]:
+def widened(needs: Iterable[NeededExamples]) -> list[str]:
     """Return a list with a note on widened tolerances of the gates. It is empty if enough examples are held out."""
     texts = [f"{need.gate} to {tolerance_text(need.tolerance)}" for need in needs if need.widened]
     return [f"tolerances were widened: {', '.join(texts)}"] if texts else []

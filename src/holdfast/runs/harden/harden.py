@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.core.needs import Need, refuse_unmet
 from holdfast.core.units import of_values
 from holdfast.gates.grammar import Claim
 from holdfast.gates.training_verdicts import Before, refuse_goal
@@ -171,11 +169,7 @@ def checked(
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
             refuse_threat(threat, bounds, sample.x, target.classes)
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
-    gates = request.assessment.gates
-    refuse_unmet(
-        Need(step, partial(refuse_unmeasured, subject, test, request, claims))
-        for step, claims in (("before", ()), *((("after", gates),) if gates else ()))
-    )
+    refuse_unmeasured(subject, test, request, request.assessment.gates)
     return examples, further, n_threads
 
 
