@@ -213,7 +213,7 @@ class Doctor(
         with gradients():
             subject, data = self.open()
             findings = examine(subject.model, data, texts=edits_of(self) is not None)
-            return Checkup((*(Finding("data", "warning", note) for note in notes_of(data)), *findings))
+            return Checkup((*(Finding("data", "note", note) for note in notes_of(data)), *findings))
 
 
 class Explain(

@@ -10,7 +10,7 @@ from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
 from holdfast.core.names import line
 
-_COLOURS = {"problem": "red", "warning": "yellow", "good": "green"}
+_COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan", "good": "green"}
 
 
 @click.command(short_help="find common mistakes before a long run")

@@ -40,8 +40,10 @@ class HoldfastError(Exception):
         return with_remedies(self.message, remedies) + self.ending
 
     def reworded(self, message: str) -> Self:
-        """Return an error of the same type with the same remedies and another message."""
-        return type(self)(message, *self.remedies).with_code(*self.code)
+        """Return an error of the same type with the same remedies, code and ending, and another message."""
+        error = type(self)(message, *self.remedies).with_code(*self.code)
+        error.ending = self.ending
+        return error
 
     def with_code(self, *lines: str) -> Self:
         """Return the error itself with lines of Python after its text."""

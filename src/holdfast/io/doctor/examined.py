@@ -13,7 +13,7 @@ from holdfast.core.errors import TargetError, TargetLost
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Install, Remedy, with_remedies
 
-Level = Literal["problem", "warning", "good"]
+Level = Literal["problem", "warning", "note", "good"]
 
 BETTER = 0.15
 """Smallest increase of accuracy for which an alternative interpretation of the data is reported."""
@@ -49,8 +49,10 @@ class Finding:
 
     @property
     def sign(self) -> str:
-        """Sign of the level: `x` for a problem, `!` for a warning, `+` for the statement that nothing is wrong."""
-        return {"problem": "x", "warning": "!", "good": "+"}[self.level]
+        """Sign of the level: `x` for a problem, `!` for a warning, `i` for how the data are read, `+` for the statement
+        that nothing is wrong.
+        """
+        return {"problem": "x", "warning": "!", "note": "i", "good": "+"}[self.level]
 
     def __str__(self) -> str:
         """Return the finding as the command line prints it, with arguments of Python."""
