@@ -126,10 +126,13 @@ def test_few_copies_are_listed_and_flag_a_generator_although_it_has_no_more_near
     [("new", "not flagged", False), ("copies", "flagged", False), ("few", "flagged", True)],
 )
 def test_copies_and_a_collapse_are_flagged(kind, verdict, collapsed):
-    result = audited(Points(kind), gates=["copy_rate <= 0.05"])
+    result = audited(Points(kind), gates=["copy_rate <= 0.05", "not-flagged"])
     assert result.verdict == verdict
     assert result.facts["collapsed"] is collapsed
-    assert result.exit_code == (1 if kind == "copies" else 0)
+    rate, not_flagged = (gate["verdict"] for gate in result.content["gates"])
+    assert rate == ("fail" if kind == "copies" else "pass")
+    assert not_flagged == ("fail" if verdict == "flagged" else "pass")
+    assert result.exit_code == (1 if verdict == "flagged" else 0)
     if kind == "copies":
         assert result.metrics["copy_rate"].value >= 0.99
 
