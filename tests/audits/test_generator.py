@@ -117,6 +117,8 @@ def test_few_copies_are_listed_and_flag_a_generator_although_it_has_no_more_near
     tables = {table["title"]: table for table in result.content["tables"]}
     assert tables["Samples that equal a training example"]["rows"] == [[0, 7], [1, 3], [2, 3], [3, 9]]
     assert "4 of 400 samples and 0 of 400 held-out examples equal" in result.content["reasons"][0]
+    page = result.write(tmp_path / "audit.html").read_text()
+    assert 'data-heading="held-out"' in page  # a narrow page has a line for each cell of the row
     assert open_audit(tmp_path / "run").verdict == "flagged"
     assert not accepted_fields(tmp_path / "run", 8, tmp_path / "copy")
 
