@@ -78,6 +78,13 @@ def test_the_gate_that_is_named_for_a_flagged_audit_fails(kind):
     assert failing_gate({**finding, "kind": kind, "gates": [result]}) == ""
 
 
+def test_the_gate_of_another_audit_is_refused_with_the_name_of_the_own_one():
+    with pytest.raises(
+        UsageError, match="'no-backdoor' is not one of audit generator, whose gate is not-flagged"
+    ):
+        AuditGenerator(gates=["no-backdoor"])
+
+
 def test_an_audit_without_examples_stores_no_picture(tmp_path):
     run = tmp_path / "one"
     result = audited(replace(REQUEST, examples=False), measure, run)

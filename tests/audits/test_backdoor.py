@@ -373,8 +373,9 @@ def training_of(networks, folder, calls, *, needed=1, constant=(), time_s=3600.0
 
 
 def test_controls_are_trained_until_they_are_as_accurate_as_the_model(batch, networks, tmp_path):
-    model, calls = Classifier(networks[0]), []
-    controls = trained_controls(training_of(networks, tmp_path, calls, needed=3), model, batch, ignore)
+    model, calls, lines = Classifier(networks[0]), [], []
+    controls = trained_controls(training_of(networks, tmp_path, calls, needed=3), model, batch, lines.append)
+    assert lines[0].startswith("control 1: 3 epochs, ")
     assert [control.epochs for control in controls] == [3] * 20 and not any(
         each.is_below for each in controls
     )
@@ -384,9 +385,12 @@ def test_controls_are_trained_until_they_are_as_accurate_as_the_model(batch, net
 
 
 def test_the_whole_time_is_used_and_a_later_audit_continues(batch, networks, clock, tmp_path):
-    model, calls = Classifier(networks[0]), []
+    model, calls, lines = Classifier(networks[0]), [], []
     short = training_of(networks, tmp_path, calls, needed=4, time_s=70.0)
-    controls = trained_controls(short, model, batch, ignore)
+    controls = trained_controls(short, model, batch, lines.append)
+    assert all(
+        (" 1 epoch, " in line) == (each.epochs == 1) for line, each in zip(lines, controls, strict=False)
+    )
     assert {control.epochs for control in controls} <= {1, 2, 3} and all(each.is_below for each in controls)
     assert next(clock) >= 70
     calls.clear()

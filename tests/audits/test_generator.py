@@ -125,6 +125,8 @@ def test_few_copies_are_listed_and_flag_a_generator_although_it_has_no_more_near
     tables = {table["title"]: table for table in result.content["tables"]}
     assert tables["Samples that equal a training example"]["rows"] == [[0, 7], [1, 3], [2, 3], [3, 9]]
     assert "4 of 400 samples and 0 of 400 held-out examples equal" in result.content["reasons"][0]
+    page = result.write(tmp_path / "audit.html").read_text()
+    assert 'data-heading="held-out"' in page  # a narrow page has a line for each cell of the row
     assert open_audit(tmp_path / "run").verdict == "flagged"
     assert not accepted_fields(tmp_path / "run", 8, tmp_path / "copy")
 
@@ -134,10 +136,13 @@ def test_few_copies_are_listed_and_flag_a_generator_although_it_has_no_more_near
     [("new", "not flagged", False), ("copies", "flagged", False), ("few", "flagged", True)],
 )
 def test_copies_and_a_collapse_are_flagged(kind, verdict, collapsed):
-    result = audited(Points(kind), gates=["copy_rate <= 0.05"])
+    result = audited(Points(kind), gates=["copy_rate <= 0.05", "not-flagged"])
     assert result.verdict == verdict
     assert result.facts["collapsed"] is collapsed
-    assert result.exit_code == (1 if kind == "copies" else 0)
+    rate, not_flagged = (gate["verdict"] for gate in result.content["gates"])
+    assert rate == ("fail" if kind == "copies" else "pass")
+    assert not_flagged == ("fail" if verdict == "flagged" else "pass")
+    assert result.exit_code == (1 if verdict == "flagged" else 0)
     if kind == "copies":
         assert result.metrics["copy_rate"].value >= 0.99
 

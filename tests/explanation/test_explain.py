@@ -61,6 +61,11 @@ def test_a_model_is_explained(stored):
     assert {"margins", "classes", "confusion", "frequencies", "regions", "surface", "layers"} <= {
         *explained.names
     }
+    weakest = re.match(r"The class (\S+) is the weakest", explained["classes"].title)
+    lowest = min(row[3] for row in explained["classes"].rows)
+    tied = {row[0]: row[1] for row in explained["classes"].rows if row[3] == lowest}
+    assert len(tied) > 2 and tied[weakest[1]] == max(tied.values())
+    assert f"{len(tied) - 1} others have the same share" in explained["classes"].title
     survivors = int((result.evidence["broken_by"] < 0).sum())
     missed = survivors - int(explained.sentence.split()[0])
     assert missed == 0 or f"{missed} that survived the run" in explained.sentence

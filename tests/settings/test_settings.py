@@ -125,6 +125,7 @@ REFUSED = [
     ("serve: {drain: 5 weeks}", "drain is '5 weeks'; expected a duration"),
     ("serve: {drain_delay: 5}", "drain_delay is 5; expected a duration such as 5s, or 0s"),
     ("serve: {log_format: xml}", "log_format is 'xml'"),
+    ("adapt: {trigger: soon}", "trigger is .soon.; expected a duration .*, or one of alarm, now"),
     ("threat: linf:-1", "eps is -1"),
     ("threat: l0:1.5", "must be whole"),
     ("threat: l0:infpx", "must be whole"),

@@ -207,10 +207,16 @@ def _shares(case: Attacked, of: Labels, names: Mapping[int, str], name: str, nou
         chosen = of == value
         clean = float((case.predicted == case.batch.y)[chosen].float().mean())
         rows.append((names[value], int(chosen.sum()), clean, float(case.surviving[chosen].float().mean())))
-    worst, mean = min(rows, key=lambda row: row[3]), float(case.surviving.float().mean())
+    # of several values with the lowest share, the one with the most examples
+    worst = min(rows, key=lambda row: (row[3], -row[1]))
+    mean = float(case.surviving.float().mean())
+    ties = [label for label, _, _, robust in rows if robust == worst[3] and label != worst[0]]
     left = round(worst[3] * worst[1])
     survive = "survives" if 1 in (left, worst[1]) else "survive"
     title = f"The {noun} {worst[0]} is the weakest: {left} of its {amount(worst[1], 'examples')} {survive}"
+    if ties:
+        others = f"{ties[0]} has" if len(ties) == 1 else f"{len(ties)} others have"
+        title += f"; {others} the same share"
     weak = worst[1] >= _LEAST and worst[3] < mean - 0.1 and len(rows) > 2
     reason = f"{title}; of all examples, {percent(mean)} survive." if weak else ""
     if mean in (0, 1):

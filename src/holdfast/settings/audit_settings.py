@@ -35,7 +35,7 @@ class AuditOptions(SettingGroup):
         for gate in self.gates:
             if gate.strip() == entry.gate:
                 continue
-            if not entry.metrics:
+            if not entry.metrics or gate.strip() in {other.gate for other in AUDITS.values()}:
                 raise UsageError(
                     f"{prefix}gate {gate!r} is not one of audit {self.kind}, whose gate is {entry.gate}"
                 )

@@ -254,7 +254,10 @@ class RequestLimits(SettingGroup):
 
 def _trigger(value: object, field: ValidationInfo) -> object:
     if isinstance(value, str) and value not in (ALARM, NOW):
-        seconds(value, field.field_name or "trigger")
+        try:
+            seconds(value, field.field_name or "trigger")
+        except UsageError as error:
+            raise error.reworded(f"{error.message}, or one of {ALARM}, {NOW}") from error
     return value
 
 

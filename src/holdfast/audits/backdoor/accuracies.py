@@ -58,6 +58,8 @@ def _first(items: Sequence[str]) -> str:
 
 def _trained(measured: Measured) -> str:
     fewest, most = min(measured.trained), max(measured.trained)
+    if fewest == most:
+        return f"The audit trained each control for {most} epoch{'s' * (most != 1)}."
     return f"The audit trained the controls for {fewest} to {most} epochs."
 
 

@@ -140,8 +140,9 @@ class _Trainer:
         save(training.folder, _state(number), checkpoint, ())
         difference = control.difference
         assert difference is not None
+        epochs = f"{control.epochs} epoch{'s' * (control.epochs != 1)}"
         self._notify(
-            f"control {number + 1}: {control.epochs} epochs, {100 * difference.value:+.1f} points of accuracy relative "
+            f"control {number + 1}: {epochs}, {100 * difference.value:+.1f} points of accuracy relative "
             f"to the model ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
         )
         return control

@@ -106,9 +106,9 @@ def refuse_incomparable(how: GeneratorAudit) -> None:
 
 
 def needs_of(how: GeneratorAudit, gates: Sequence[str]) -> tuple[Need, ...]:
-    """Return what the steps of an audit need."""
-    of_metrics = [gate for gate in gates if gate.strip() != AUDITS["generator"].gate]
-    return tuple(Need("gates", partial(_refuse_unmeasured, gate, how)) for gate in of_metrics)
+    """Return what the steps of an audit need. The gate on its verdict needs no metric."""
+    metrics = [gate for gate in gates if gate.strip() != AUDITS["generator"].gate]
+    return tuple(Need("gates", partial(_refuse_unmeasured, gate, how)) for gate in metrics)
 
 
 def _refuse_unmeasured(gate: str, how: GeneratorAudit) -> None:
