@@ -362,7 +362,8 @@ def _input(
 
 def _own_function(proto: Any, inputs: Sequence[Any], path: Path) -> tuple[str, ...]:
     """Return lines of a file that calls a model in onnxruntime and returns scores: the first output of real numbers. Of
-    more than two axes, the largest value of each class on the last axis is taken, as over the boxes of a detector.
+    three axes, the largest value of each class on the last one is taken, as over the boxes of a detector; of more axes,
+    that of each class on the second one, as over the pixels of an image. No lines are returned for rows of texts.
     """
     tensor = onnx_module().TensorProto
     floats = [value for value in inputs if value.type.tensor_type.elem_type in _FLOATS]
@@ -377,6 +378,8 @@ def _own_function(proto: Any, inputs: Sequence[Any], path: Path) -> tuple[str, .
         if value is not attacked:
             sizes = [str(dim.dim_value) if dim.dim_value > 0 else "len(x)" for dim in kind.shape.dim]
             given = f"numpy.zeros(({''.join(f'{size}, ' for size in sizes)}), {dtype!r})"
+        elif is_text and len(kind.shape.dim) > 1 and kind.shape.dim[1].dim_value > 1:
+            return ()
         elif is_text:
             given = f"numpy.array(x, object){'[:, None]' if len(kind.shape.dim) == 2 else ''}"
         elif kind.elem_type in _FLOATS:
@@ -385,7 +388,7 @@ def _own_function(proto: Any, inputs: Sequence[Any], path: Path) -> tuple[str, .
             given = f"({'255 * ' if dtype == 'uint8' else ''}x.numpy()).round().astype({dtype!r})"
         feeds.append(f"{value.name!r}: {given}")
     rank = len(output.type.tensor_type.shape.dim)
-    largest = f".max({tuple(range(1, rank - 1))})" if rank > 2 else ""
+    largest = {1: "", 2: "", 3: ".max(1)"}.get(rank, f".max({tuple(range(2, rank))})")
     return (
         "import numpy, onnxruntime",
         f"session = onnxruntime.InferenceSession({str(path)!r})",
