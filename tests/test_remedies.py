@@ -1260,6 +1260,13 @@ situation(
     open_data={"label": "label", "drop": ["name,a"]},
 )
 situation(
+    "a column that the rules do not list",
+    opened,
+    data=Later(lambda: file("table.csv")),
+    open_data={"label": "label"},
+    threat=Later(lambda: f"table:{file('rules.json')}"),
+)
+situation(
     "label dropped",
     opened,
     data=Later(lambda: file("numbers.csv")),

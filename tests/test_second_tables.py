@@ -205,3 +205,38 @@ def test_a_file_without_names_is_read_in_the_order_of_the_first_with_a_note(
 def test_the_monitor_of_a_server_states_the_order_in_which_requests_are_read(folder: Path) -> None:
     reference = live_reference(verbs.Monitor(**options(folder, data=None, reference=read(folder, "first"))))
     assert any("request" in note and "amount, share" in note for note in reference.notes), reference.notes
+
+
+@pytest.mark.parametrize("verb", ["doctor", "monitor"])
+def test_doctor_and_monitor_match_the_first_table_with_the_model(folder: Path, verb: str) -> None:
+    """Both accept data that do not fit the model, and read them in the order of the model's inputs nevertheless."""
+    linear = pytest.importorskip("sklearn.linear_model")
+    rows = pandas.read_csv(folder / "first.csv")
+    kinds = rows.pop("kind")
+    model = linear.LogisticRegression().fit(rows, kinds)
+    given = {"model": model, "bounds": (0.0, 100.0)}
+
+    def outcome(name: str) -> Any:
+        table = read(folder, name)
+        if verb == "doctor":
+            found = {finding.check: finding for finding in holdfast.doctor(model, table, bounds=(0, 100))}
+            return found["accuracy"].message
+        _, reference, *_ = opened_streams(verbs.Monitor(**given, data=read(folder, "first"), reference=table))
+        return reference.read(0, ROWS).x.sum(0).tolist()
+
+    assert outcome("permuted") == outcome("same")
+    with pytest.raises(
+        TargetError, match="fitted on 2 named columns, and the data frame lacks 'share' and has 'Share'"
+    ):
+        outcome("renamed")
+    with pytest.raises(TargetError, match="has 'city' beside them"):
+        outcome("further")
+
+
+def test_bounds_that_a_second_table_calls_for_contain_the_first(folder: Path) -> None:
+    """Bounds of the second table alone would exclude the first, whose message would lead back to the second."""
+    beyond = pandas.read_csv(folder / "same.csv").assign(amount=-1.0)
+    with pytest.raises(TargetError) as caught:
+        membership(folder, holdfast.open_data(beyond, label="kind"))
+    (remedy,) = caught.value.remedies
+    assert remedy.value == (-1, 100)

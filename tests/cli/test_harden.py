@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.rows.resume import killed
 from cli.few import FEW, write_few
+from holdfast.api.hardening import _open_options
+from holdfast.api.verb_settings import Harden
 from holdfast.cli.app import run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -190,6 +193,19 @@ def test_the_command_names_the_columns_of_a_table(capsys):
     card = json.loads(Path("hardened/card.json").read_text())
     assert card["opened_by"].endswith("--label y --drop id")
     assert_its_command_opens(card)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "flags"),
+    [({"a": (0, 1), "b": (0, 2)}, ["--bounds", "@FILE"]), ((0, 2), []), (None, [])],
+    ids=["of each feature", "of all", "none"],
+)
+def test_the_command_asks_for_bounds_that_the_file_of_the_model_lacks(bounds, flags):
+    settings = Harden(
+        model="net.py:make", data="t.csv", threat="linf:0.1", **({} if bounds is None else {"bounds": bounds})
+    )
+    words = _open_options(settings, SimpleNamespace(card={"architecture": "linear"})).split()
+    assert words == ["--threat", "linf:0.1", *flags]
 
 
 def test_labels_that_are_no_classes_are_refused_before_anything_is_timed(capsys):

@@ -16,6 +16,7 @@ from holdfast.cli.app import run
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.explanation import attacked
 from holdfast.explanation.explained import Explained, Figure, bars
 from holdfast.explanation.neighbours import tracin
 from store.test_foreign import rewritten
@@ -269,3 +270,17 @@ def test_the_folder_of_a_run_states_how_its_model_and_data_are_opened(tmp_path):
     from_folder = holdfast.Explain(model=str(folder), index=2, arch=how["arch"]).run()
     given = holdfast.Explain(**opened, threat="linf:0.05", index=2, n=9, from_run=str(folder)).run()
     assert from_folder.figures == given.figures
+
+
+def test_an_example_that_the_run_broke_breaks_inside_its_threat(tmp_path, monkeypatch):
+    """The run stored no inputs, and the search of the explanation finds larger changes only."""
+    given = {"model": "mnist-cnn", "data": "mnist-mini", "n": 10}
+    run = holdfast.assess(**given, threat="linf:0.3", suite=FGSM(), doubts=False, run=tmp_path / "run")
+    assert run.metrics["robust_accuracy"].value < 0.4
+    monkeypatch.setattr(
+        attacked, "_smallest", lambda target, batch, *rest: (1 - batch.x, torch.full((len(batch),), 0.9))
+    )
+    margins = holdfast.Explain(**given, from_run=str(tmp_path / "run")).run()["margins"]
+    assert margins.title.startswith("Half of the correctly classified examples break within 0.3;"), (
+        margins.title
+    )

@@ -339,3 +339,21 @@ def test_the_number_of_a_regression_is_named_by_doctor_and_assess_unless_it_is_d
     assert "do not look like logits of class 1" in notes(price, y)
     assert "do not look like" not in notes(price, y, model_output="logit")
     assert "do not look like" not in notes(lambda x: 20 * (x[:, :1] - 0.5), (x[:, 0] > 0.5).long())
+
+
+def test_labels_outside_the_labels_of_an_estimator_are_named_as_in_the_data() -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    x = np.random.default_rng(0).random((60, 4))
+    model = linear.LogisticRegression().fit(x, np.arange(60) % 3 + 1)
+    (finding,) = (f for f in holdfast.doctor(model, (x, np.arange(60) % 4 + 1)) if f.check == "labels")
+    assert finding.level == "problem" and "1, 2, 3" in finding.message
+
+
+def test_warnings_are_counted_beside_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = open_data("mnist-mini").read(0, 60)
+    order = digits.y.argsort()
+    np.savez(tmp_path / "sorted.npz", x=digits.x[order].numpy(), y=digits.y[order].numpy())
+    assert run(["doctor", "mnist-cnn", str(tmp_path / "sorted.npz"), "-n", "3"]) == 0
+    out = capsys.readouterr()
+    warnings = sum(line.startswith("! ") for line in out.out.splitlines())
+    assert warnings > 1 and f"no problem found, {warnings} warnings" in out.err + out.out

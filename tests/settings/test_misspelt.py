@@ -76,6 +76,10 @@ def test_eps_is_a_part_of_the_threat(threat, eps, text):
             ["certify", "--no-doubts"],
             "no such option '--no-doubts'; it is an option of assess, harden, adapt; see",
         ),
+        (
+            ["--non-members", "others.npz"],
+            "no such option '--non-members'; it is an option of audit membership; see",
+        ),
     ],
 )
 def test_options_of_other_programs_are_refused_with_their_spelling(words, spelling, capsys):

@@ -273,8 +273,8 @@ def refuse_other_range(first: Data, second: Data) -> None:
 
 
 def notes_of(*data: Data | None) -> tuple[str, ...]:
-    """Return the notes on data sets for the report."""
-    return tuple(note for each in data for note in getattr(each, "notes", ()))
+    """Return the notes on data sets for the report. A note on several of them is stated once."""
+    return tuple(dict.fromkeys(note for each in data for note in getattr(each, "notes", ())))
 
 
 def group_column(settings: Opening) -> str | None:

@@ -501,6 +501,8 @@ def _open_options(settings: Harden, subject: Subject) -> str:
         flags += [flag, text] if text else []
     for column in settings.drop:
         flags += ["--drop", column]
+    if "bounds" in settings.model_fields_set and expecting.bounds_of_all(settings) is None:
+        flags += ["--bounds", "@FILE"]  # the file of the model has no bounds of each feature
     return shlex.join(flags)
 
 

@@ -297,7 +297,8 @@ def _verbs_with(error: click.ClickException) -> str:
     name = error.option_name
     names = {name, f"--{name.removeprefix('--no-')}"}
     verbs = [verb for verb, kind in VERBS.items() if names & set(flag_names(kind).values())]
-    return f"no such option {name!r}; it is an option of {', '.join(verbs)}" if verbs else ""
+    commands = [verb.replace("audit-", "audit ") for verb in verbs]
+    return f"no such option {name!r}; it is an option of {', '.join(commands)}" if verbs else ""
 
 
 def _second_bound(error: click.ClickException, arguments: Sequence[str]) -> str:

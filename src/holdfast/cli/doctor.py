@@ -34,5 +34,7 @@ def doctor(voice: Voice, **flags: Any) -> int:
         if way_out := finding.on_command_line():
             console.print(Text.assemble(" " * 16, ("-> ", "bold"), line(way_out)))
     problems = sum(finding.level == "problem" for finding in findings)
-    voice.say(f"{problems} problem{'' if problems == 1 else 's'} found" if problems else "no problem found")
+    warnings = sum(finding.level == "warning" for finding in findings)
+    found = f"{problems or 'no'} problem{'' if problems <= 1 else 's'} found"
+    voice.say(found + (f", {warnings} warning{'' if warnings == 1 else 's'}" if warnings else ""))
     return 3 if problems else 0

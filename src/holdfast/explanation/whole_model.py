@@ -170,7 +170,12 @@ def _pairs(case: Attacked) -> Counter[tuple[int, int]]:
 def _margins(case: Attacked) -> Figure:
     """Histogram of the smallest distances."""
     constraint, correct = case.threat.constraint, case.predicted == case.batch.y
-    eps, sizes = constraint.eps, case.distance[correct & case.found].double()
+    eps = constraint.eps
+    # an example that the run broke breaks inside the constraint, also if this search found only a larger change
+    broken = correct & ~case.surviving
+    distance = torch.where(broken, case.distance.clamp(max=eps), case.distance).double()
+    found = distance.isfinite()
+    sizes = distance[correct & found]
     if not len(sizes):
         return Figure("margins", "No change was found that breaks an example", "No bars.", ("distance",), ())
     top = max(float(sizes.quantile(0.95)), min(eps, float(sizes.max())) if math.isfinite(eps) else 0.0) or 1.0
@@ -180,9 +185,9 @@ def _margins(case: Attacked) -> Figure:
     counts.append(int((sizes > top).sum()))
     text = [distance_text(constraint, float(edge), case.target.bare) for edge in edges]
     labels = [f"up to {edge}" for edge in text[1:]] + ["above"]
-    none = int((correct & ~case.found).sum())
+    none = int((correct & ~found).sum())
     rows = tuple((float(a), float(b), c) for a, b, c in zip(edges[:-1], edges[1:], counts[:-1], strict=True))
-    median = float(case.distance[correct].double().sort().values[(int(correct.sum()) - 1) // 2])
+    median = float(distance[correct].sort().values[(int(correct.sum()) - 1) // 2])
     allowed = "" if isinstance(constraint, Table) else allowed_text(case.about, constraint, case.target.bare)
     size = distance_text(constraint, median, case.target.bare)
     title = f"Half of the correctly classified examples break within {size}"

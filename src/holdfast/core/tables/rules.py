@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Gt
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
 from holdfast.core.tables.relations import Relation, comparisons_in, parse_relation
 
@@ -341,5 +342,6 @@ def refuse_other_columns(rules: Rules, columns: Sequence[str], table: str) -> No
     if without:
         raise UsageError(
             f"{table} has the column {without[0]!r}, which the rules do not list; add it, with change: none if it "
-            f"cannot be attacked, or leave it out with drop={without[0]}"
+            "cannot be attacked",
+            Remedy("drop", (without[0],), function="open_data", repeated=True, reason="to leave it out"),
         )

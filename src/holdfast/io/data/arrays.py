@@ -563,7 +563,12 @@ def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -
         return TargetError(f"{subject}; {advice}", *remedies)
     message = f"the inputs of {data.name} {message}"
     if not _is_unit(bounds):
-        return TargetError(f"{message}; scale them", range_of_training(lowest, highest))
+        # other data of the run are inside the declared bounds
+        low, high = float(bounds.low), float(bounds.high)
+        both = range_of_training(
+            min(lowest, low), max(highest, high), "the bounds and the range of these inputs"
+        )
+        return TargetError(f"{message}; scale them", both)
     bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
     advice = (
         "divide them by 255 (or save them as uint8)"

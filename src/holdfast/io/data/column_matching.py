@@ -27,7 +27,7 @@ def matched_columns(
     is missing, and in the first table also for others.
     """
     first, wanted = expected.first, expected.column_names
-    if wanted is None or (expected.lenient and first is None):
+    if wanted is None:
         notes = _in_order(table.name, features, first)
         return table, tuple(features), table.has_header, notes
     if not table.has_header:
@@ -41,8 +41,9 @@ def matched_columns(
     further = [name for name in features if name not in wanted]
     missing = [name for name in wanted if name not in features]
     if missing and first is not None:
+        columns = "column" if len(missing) == 1 else "columns"
         raise TargetError(
-            f"{table.name} lacks the columns {names_of(missing)}. Its columns are {names_of(features)}, and "
+            f"{table.name} lacks the {columns} {names_of(missing)}. Its columns are {names_of(features)}, and "
             f"{expected.column_source} {names_of(wanted)}; give the same columns, in any order"
         )
     if missing or (further and first is None):

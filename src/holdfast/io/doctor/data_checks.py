@@ -13,6 +13,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Labels, Rows
 from holdfast.io.data.arrays import Arrays, ranges_of_features
+from holdfast.io.data.class_numbers import listed
 from holdfast.io.data.pictures import Pictures
 from holdfast.io.doctor.examined import Finding
 from holdfast.io.remote.value_ranges import BYTES, extremes, pixel_divisor, scaling
@@ -158,9 +159,16 @@ def without_estimates(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     )
 
 
-def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:
-    """Yield a finding if the lowest or the highest label is not a class number of the model."""
-    if lowest < 0 or highest >= classes:
+def labels_outside(
+    lowest: int, highest: int, classes: int, *, remote: bool, class_labels: tuple[int, ...] | None = None
+) -> Iterator[Finding]:
+    """Yield a finding if the lowest or the highest label is not a class number of the model. `class_labels` are the
+    labels in the data for which the numbers stand, if they are others.
+    """
+    if (lowest < 0 or highest >= classes) and class_labels is not None:
+        text = f"there are labels outside the classes of the model, which are {listed(list(map(str, class_labels)))}"
+        yield Finding("labels", "problem", text, "give the labels that the model was fitted on")
+    elif lowest < 0 or highest >= classes:
         text = f"labels range from {lowest} to {highest}, but the model has classes 0 to {classes - 1}"
         from_one = (lowest, highest) == (1, classes)
         way_out = "they seem to start at 1: subtract 1" if from_one else advice(lowest, highest, classes)

@@ -138,7 +138,7 @@ def _findings(
     ends = range_of_labels(data, batch)
     if not texts:
         yield from range_of_values(model, batch.x, data)
-    yield from labels_outside(*ends, classes, remote=model.remote)
+    yield from labels_outside(*ends, classes, remote=model.remote, class_labels=model.class_labels)
     y, rows = known_labels(batch.y, classes, ends)
     batch = Batch(moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
     logits, names = outputs_in_batches(model, batch.x, batch_size), names_of_labels(data)
