@@ -79,6 +79,7 @@ from holdfast.io.data.class_numbers import MOST_NAMES, class_numbers, matched, n
 from holdfast.io.data.data import open_data as open_table_file
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
+from holdfast.io.data.mixed_tables import TableFile, open_mixed
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.doctor import misfit
 from holdfast.io.limited.calling import HERE
@@ -517,6 +518,7 @@ def file(name: str) -> str:
         tables = {
             "table.csv": "a,b,c,d,name,label\n0.1,0.2,0.3,0.4,u,0\n0.5,0.6,0.7,0.8,v,1\n",
             "numbers.csv": "a,b,c,d,label\n0.1,0.2,0.3,0.4,0\n0.5,0.6,0.7,0.8,1\n",
+            "unlabelled.csv": "a,b,c,d\n0.1,0.2,0.3,0.4\n0.5,0.6,0.7,0.8\n",
             "identifiers.csv": "id,a,label\nu,1,0\nv,2,1\nw,3,1\n",
             "texts.csv": "name,other,label\nu,x,0\nv,y,1\n",
             "unscaled.csv": "a,b,c,d,label\n0.1,20,3,40,0\n0.5,60,7,80,1\n",
@@ -1250,6 +1252,13 @@ situation("partitions certify no norm", certified, method="partitions")
 situation(
     "a column of identifiers",
     lambda drop: drafted(Path(file("identifiers.csv")), "label", tuple(drop), None),
+    drop=(),
+)
+situation(
+    "a synthetic table without the column of labels",
+    lambda drop: open_mixed(
+        [TableFile(Path(file(name))) for name in ("numbers.csv", "unlabelled.csv")], drop
+    ),
     drop=(),
 )
 situation("text columns", opened, data=Later(lambda: file("table.csv")), open_data={"label": "label"})

@@ -134,6 +134,20 @@ def test_weights_begin_anew_by_the_rules_of_the_layers():
         with_fresh_weights(Classifier(Own()), Draws(1), "own")
 
 
+def test_a_layer_with_constants_alone_needs_no_new_weights():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 4)
+            self.register_buffer("mean", torch.full((64,), 0.5))
+
+        def forward(self, x):
+            return self.layer(x.flatten(1) - self.mean)
+
+    new = with_fresh_weights(Classifier(Shifted()), Draws(1), "own").net
+    assert torch.equal(new.mean, torch.full((64,), 0.5)) and new.layer.weight.any()
+
+
 def test_weights_begin_as_large_as_he_has_them():
     model = network()
     large, own = with_fresh_weights(model, Draws(1), "he").net, with_fresh_weights(model, Draws(1), "own").net

@@ -335,6 +335,22 @@ def test_the_command_of_a_hardening_has_the_settings_of_its_recipe():
     assert "--set recipe.training.batch=7" in command and "warmup" not in command
 
 
+def test_the_command_of_a_run_opens_its_data_and_has_the_exact_threat():
+    manifest = json.loads((stored.hardening() / "run.json").read_text())
+    opening = {
+        "label": "-kind",
+        "drop": ["id", "a b"],
+        "bounds": [-2.0, 1e6],
+        "arch": "evil.py:make",
+        "split": "\x1b",
+    }
+    manifest["opening"] = opening | {"data_normalised": [[0.1], [0.2]]}
+    manifest["config"]["threat"] |= {"norm": "Linf", "eps": 1234.5678}
+    command = command_of(manifest)
+    assert "--label=-kind --drop=id '--drop=a b' --bounds=-2,1000000 --threat linf:1234.5678" in command
+    assert "evil" not in command and "--split" not in command
+
+
 def test_a_verdict_without_the_record_of_its_doubts_is_refused_on_resume(run):
     lines, previous = b"", GENESIS
     for line in (run / "chain.jsonl").read_text().splitlines():

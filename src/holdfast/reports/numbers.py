@@ -117,6 +117,11 @@ def size(eps: float | str) -> str:
     return f"{round(amount * 255)}/255" if in_255ths(amount) else plain(amount)
 
 
+def exact_size(eps: float) -> str:
+    """Return a perturbation radius as text that is read as the same number, such as `0.0123456`, `1000` or `8/255`."""
+    return size(eps) if in_255ths(eps) else repr(float(eps)).removesuffix(".0")
+
+
 def in_255ths(eps: float) -> bool:
     """Return whether a radius between 0 and 1 is a multiple of 1/255 without a short decimal form."""
     if not 0 < eps < 1 or math.isclose(eps, round(eps, 3), rel_tol=1e-9):

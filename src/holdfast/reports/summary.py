@@ -32,7 +32,7 @@ from holdfast.reports.curves import (
 )
 from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.geometry import geometry_results
-from holdfast.reports.numbers import json_text, size, strict
+from holdfast.reports.numbers import exact_size, json_text, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
 from holdfast.reports.stateful import table as stateful_table
@@ -343,7 +343,9 @@ def threat_to_json(threat: ThreatModel) -> Json:
     unit = "px" if per == "pixel" else ""
     limits = dict(constraint.limits) if isinstance(constraint, Limited) else {}
     limits.pop("content", None)  # of a file, which is stored with the run
-    sized = constraint.name + (f":{size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else "")
+    sized = constraint.name + (
+        f":{exact_size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else ""
+    )
     sized += f",unit={threat.unit}" if threat.unit else ""
     return {
         "constraint": limits_text(constraint.name, limits) if limits else sized,

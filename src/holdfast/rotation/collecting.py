@@ -251,6 +251,8 @@ def with_fresh_weights(model: Classifier, rng: Draws, begins: Beginning) -> Clas
             if not [*layer.parameters(recurse=False), *layer.buffers(recurse=False)] or layer is new:
                 continue
             begin = getattr(layer, "reset_parameters", None)
+            if not callable(begin) and not [*layer.parameters(recurse=False)]:
+                continue  # its buffers are constants, such as the mean of the inputs
             if not callable(begin):
                 raise TargetError(
                     f"{name} is {type(layer).__name__}, whose weights cannot be initialised again; give it a "

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
+from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.core.types import Mask
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words, as_numbers
@@ -18,6 +19,7 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.tables import read_table
 from holdfast.io.files import names_of, similar_name
 
+_LISTED = 20  # most columns that advice names
 _CATEGORY = 0.5
 """Weight of a category in the encoded columns: two different values have an L1 distance of 1, as the ends of the range
 of a number have."""
@@ -139,8 +141,10 @@ def _refuse_other_columns(tables: Sequence[ColumnTable], names: Sequence[str], d
                 for verb, some in (("lacks", missing), ("has other columns:", extra))
                 if some
             ]
+            differing = (*missing, *extra)
             raise UsageError(
-                f"{table.name} {' and '.join(shown)}; the columns of {tables[0].name} were expected: {names_of(names)}"
+                f"{table.name} {' and '.join(shown)}; the columns of {tables[0].name} were expected: {names_of(names)}",
+                *([Remedy("drop", differing, repeated=True)] if len(differing) <= _LISTED else []),
             )
 
 

@@ -16,7 +16,7 @@ from holdfast.core.catalogue import RECIPES, load, names
 from holdfast.core.names import threat_kind, threat_text
 from holdfast.gates.judging import Judgement
 from holdfast.io.models.factories import names_code
-from holdfast.reports.numbers import size
+from holdfast.reports.numbers import exact_size
 from holdfast.reports.summary import threat_to_json
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.stored.documents import outline_from_json
@@ -28,6 +28,20 @@ _SUITE = re.compile(r"([\w-]+)@\d+")
 _SWITCHES = {"full": "--full", "keep_adversarial": "--save-adversarial"}
 _OPTIONS_OF_KINDS = {"curve": "--curve", "quick-proof": "--certify"}
 """options of `assess` that add a stage, by the kind of the stage"""
+_OPENED_WITH = (
+    "label",
+    "drop",
+    "split",
+    "x",
+    "y",
+    "separator",
+    "layout",
+    "bounds",
+    "mean",
+    "std",
+    "model_output",
+)
+"""settings with which model and data are opened again and that run no code, which the command states"""
 _NORMS = ("Linf", "L2", "L1", "TrainingSet")
 """Norms of which eps is the only parameter."""
 
@@ -37,7 +51,7 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
 
     `manifest` is the content of `run.json`, and `gates` are the judged gates. A placeholder, such as MODEL, stands for
     what `run.json` does not state in one word, and for a model that runs code when it is opened. Options that it does
-    not contain, such as the label column of a table, are missing.
+    not contain, such as a guard, are missing.
     """
     verb = manifest.get("verb")
     if verb not in ("assess", "certify", "harden"):
@@ -46,6 +60,7 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     words = ["holdfast", verb, _address(manifest["model"], "MODEL"), _address(manifest["data"], "DATA")]
     members = manifest["model"].get("members", ())
     words += [word for card in members for word in ("--member", _address(card, "MODEL"))]
+    words += _opening(manifest.get("opening", {}))
     words += ["--threat", written_threat(config) or "THREAT"]
     if config.get("recipe") in names("recipes"):
         words += ["--recipe", config["recipe"], *_recipe_settings(config)]
@@ -69,6 +84,26 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     for gate in gates:
         words += ["--gate", gate.claim.text]
     return shlex.join(words)
+
+
+def _opening(settings: Mapping[str, Any]) -> list[str]:
+    """Return the options with which model and data are opened. Values that are not text or numbers are left out."""
+    words = []
+    for name in _OPENED_WITH:
+        given = settings.get(name)
+        numbers = isinstance(given, list) and all(isinstance(value, int | float) for value in given)
+        texts = (
+            [",".join(repr(float(value)).removesuffix(".0") for value in given)]
+            if given and numbers
+            else given
+        )
+        # as one word, because a value may begin with a hyphen
+        words += [
+            f"--{name.replace('_', '-')}={text}"
+            for text in (texts if isinstance(texts, list) else [texts])
+            if isinstance(text, str) and text.isprintable()
+        ]
+    return words
 
 
 def _recipe_settings(config: Mapping[str, Any]) -> list[str]:
@@ -124,7 +159,7 @@ def written_threat(config: Mapping[str, Any]) -> str | None:
         return threat_syntax(threat_to_json(outline_from_json(config).threat))
     if threat["norm"] not in _NORMS:
         return None
-    change = f"{threat_kind(threat['norm'])}:{size(threat['eps'])}"
+    change = f"{threat_kind(threat['norm'])}:{exact_size(threat['eps'])}"
     return threat_text(change, None, "gradients", None, threat.get("unit", ""))
 
 
