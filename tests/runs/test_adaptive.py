@@ -167,7 +167,7 @@ def test_the_report_has_what_each_method_did_and_the_checks(tmp_path):
     passes = sum(method.forwards for method in record.search.methods)
     assert 0 < passes <= record.cost.queries
     assert [check["name"] for check in summary["answer_checks"]] == [
-        "whole-box", "larger-eps", "labels-only", "gradient", "same-output"
+        "whole-box", "larger-eps", "labels-only", "gradient", "same-output", "choices"
     ]  # fmt: skip
     result.to_html(tmp_path / "r.html")
     assert "methods that share the budget" in (tmp_path / "r.html").read_text().lower()
