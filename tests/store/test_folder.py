@@ -55,6 +55,22 @@ def test_equal_runs_have_equal_heads(whole, tmp_path):
     assert verify(finished(tmp_path / "other")).head == verify(whole).head
 
 
+def test_a_run_that_is_refused_before_a_measurement_leaves_no_folder(tmp_path):
+    def refused(run, *, after):
+        with open_run_folder(run, MANIFEST, {"created": "now"}, resume=run.exists()) as folder:
+            if after:
+                folder.keep_shard("clean", 0, SHARDS[0])
+            raise UsageError("the time is too short")
+
+    for after in (False, True):
+        with pytest.raises(UsageError):
+            refused(tmp_path / "run", after=after)
+        assert (tmp_path / "run").exists() == after
+    with pytest.raises(UsageError):  # of a resumed run, everything is kept
+        refused(tmp_path / "run", after=False)
+    assert (tmp_path / "run" / "clean" / "00000.safetensors").exists()
+
+
 PROTECTED = [
     "run.json",
     "clean.safetensors",

@@ -37,7 +37,7 @@ from holdfast.runs.store.forms import Count, Name, refuse_form, validated
 from holdfast.runs.store.journal import NAME as JOURNAL
 from holdfast.runs.store.leases import NAME as STATE
 from holdfast.runs.store.leases import Leases
-from holdfast.runs.store.records import Chain, document, parsed, read_chain, read_document
+from holdfast.runs.store.records import CHAIN, Chain, document, parsed, read_chain, read_document
 
 SCHEMA_VERSION = 2
 ABOUT = "about.json"
@@ -264,6 +264,9 @@ def open_run_folder(
     contains what may differ between equal runs, such as the time and the command. Raises
     `UsageError` if the folder contains other files, is in use, or contains another run, and `TargetError` if it cannot
     be written.
+
+    A new run that ends with `UsageError` before anything is measured leaves no folder, so that the corrected command
+    can use the same one.
     """
     refuse_used(path, resume=resume)
     # Through JSON, so that it has the types of the stored manifest with which it is compared, such as lists for
@@ -272,15 +275,30 @@ def open_run_folder(
     with usable(path):
         make_private(path)
     leases = Leases(path)
-    has_lease = False
+    has_lease, refused, is_new = False, False, not (path / MANIFEST).exists()
     try:
         leases.take_lease()
         has_lease = True
         with usable(path):
             clear_parts(path)  # with the lease, because unfinished files may belong to a running process
         yield RunFolder(path, _stored_or_new_manifest(path, requested, about), _started_chain(path), leases)
+    except UsageError:
+        refused = has_lease and is_new
+        raise
     finally:
         leases.close(release=has_lease)
+        if refused:
+            _remove_unused(path)
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove the files of a run in which nothing is measured, and the folder if nothing else is in it."""
+    files = [*path.iterdir()]
+    of_run = [file for file in files if file.name in (ABOUT, MANIFEST, CHAIN) or file.name.startswith(STATE)]
+    if len(of_run) == len(files) and len(read_chain(path, repair=False).links) <= 1:
+        for file in of_run:
+            file.unlink()
+        path.rmdir()
 
 
 def stored_manifest(path: Path) -> dict[str, Any] | None:
