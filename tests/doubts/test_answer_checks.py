@@ -54,7 +54,11 @@ def states(**changes):
     ],
 )
 def test_each_check_fails_by_itself(failing, changes):
-    assert set(states().values()) == {"passed", "not applicable"}
+    assert {name for name, state in states().items() if state != "passed"} == {"choices"}
+    assert (
+        states()["choices"] == "not applicable"
+        and states(chooses=(1, N), survived=(0, N))["choices"] == "passed"
+    )
     assert [name for name, state in states(**changes).items() if state == "failed"] == [failing]
 
 

@@ -349,6 +349,10 @@ def test_the_command_of_a_run_opens_its_data_and_has_the_exact_threat():
     command = command_of(manifest)
     assert "--label=-kind --drop=id '--drop=a b' --bounds=-2,1000000 --threat linf:1234.5678" in command
     assert "evil" not in command and "--split" not in command
+    manifest["opening"] = {
+        "bounds": [0.0, 10**400]
+    }  # an integer that no float represents, in a folder of a stranger
+    assert "--bounds" not in command_of(manifest)
 
 
 def test_a_verdict_without_the_record_of_its_doubts_is_refused_on_resume(run):

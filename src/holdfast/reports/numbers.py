@@ -117,9 +117,15 @@ def size(eps: float | str) -> str:
     return f"{round(amount * 255)}/255" if in_255ths(amount) else plain(amount)
 
 
-def exact_size(eps: float) -> str:
+def exact(value: float) -> str:
+    """Return a number as text that is read as the same number, such as `0.0123456` or `1000`."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def exact_size(eps: float | str) -> str:
     """Return a perturbation radius as text that is read as the same number, such as `0.0123456`, `1000` or `8/255`."""
-    return size(eps) if in_255ths(eps) else repr(float(eps)).removesuffix(".0")
+    amount = number(eps)
+    return size(amount) if in_255ths(amount) else exact(amount)
 
 
 def in_255ths(eps: float) -> bool:

@@ -98,6 +98,7 @@ class _Manifest(TypedDict):
     digests: _Digests
     config: NotRequired[_Config]
     plan: NotRequired[_Plan]
+    opening: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from holdfast.core.catalogue import RECIPES, load, names
 from holdfast.core.names import threat_kind, threat_text
 from holdfast.gates.judging import Judgement
 from holdfast.io.models.factories import names_code
-from holdfast.reports.numbers import exact_size
+from holdfast.reports.numbers import exact, exact_size
 from holdfast.reports.summary import threat_to_json
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.stored.documents import outline_from_json
@@ -91,12 +91,8 @@ def _opening(settings: Mapping[str, Any]) -> list[str]:
     words = []
     for name in _OPENED_WITH:
         given = settings.get(name)
-        numbers = isinstance(given, list) and all(isinstance(value, int | float) for value in given)
-        texts = (
-            [",".join(repr(float(value)).removesuffix(".0") for value in given)]
-            if given and numbers
-            else given
-        )
+        numbers = isinstance(given, list) and all(isinstance(value, float) for value in given)
+        texts = [",".join(map(exact, given))] if given and numbers else given
         # as one word, because a value may begin with a hyphen
         words += [
             f"--{name.replace('_', '-')}={text}"
