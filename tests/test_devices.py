@@ -15,12 +15,9 @@ from holdfast.attacks import AdversarialPatch, Corruption, Universal, UniversalD
 from holdfast.certifiers.bounds import tracing
 from holdfast.core.catalogue import PROVERS, RECIPES, load
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
-from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.corruptions import EXTRA, STANDARD
 from holdfast.doubts.probing import probes_for
 from holdfast.io.models.denoiser import with_denoiser
@@ -31,6 +28,9 @@ from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.recipes import SHORT
 from holdfast.testing.relu import relu_problem
 from holdfast.testing.shapes import unchecked
+from holdfast.threats.corruptions import Corruptions
+from holdfast.threats.patches import Patch
+from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 from pretended_device import CPU, DEVICE, Pretended, pretended
 
 N, STEPS, QUERIES = 4, 2, 12

@@ -27,14 +27,10 @@ from holdfast.core.catalogue import ATTACKS as NAMES
 from holdfast.core.catalogue import DOUBTS as CATALOGUED_DOUBTS
 from holdfast.core.catalogue import RECIPES as CLASSES
 from holdfast.core.constraints import L0, L1, L2, Linf
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Spatial
-from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.data import open_data
 from holdfast.io.models.denoiser import with_denoiser
 from holdfast.io.models.models import bundled_models, open_model
@@ -46,6 +42,10 @@ from holdfast.settings.spellings import SPELLINGS, SUITE_SPELLINGS, attack_calle
 from holdfast.settings.values import written_fields
 from holdfast.testing import fakes
 from holdfast.testing.recipes import threat_for
+from holdfast.threats.corruptions import Corruptions
+from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Spatial
+from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

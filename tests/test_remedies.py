@@ -71,8 +71,6 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.needs import refuse_unmet
 from holdfast.core.refusals import refuse_lost
 from holdfast.core.remedies import Install, Placeholder, Remedy
-from holdfast.core.triggers import Trigger
-from holdfast.corruptions import refuse_no_images
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.class_numbers import MOST_NAMES, class_numbers, matched, numbered_words
@@ -103,10 +101,12 @@ from holdfast.runs.harden.pace import Pace, below_an_epoch, too_small
 from holdfast.runs.harness import Plan
 from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.target import prepared
-from holdfast.settings.grammar import parse_threat, seconds
+from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InferenceSource
 from holdfast.settings.table_rules import drafted
-from holdfast.settings.threats_and_attacks import threat_model
+from holdfast.threats.corruptions import refuse_no_images
+from holdfast.threats.parsing import parse_threat
+from holdfast.threats.triggers import Trigger
 from servers import CLASSES as SERVED_CLASSES
 from servers import Server
 from servers import examples as served_examples
@@ -350,7 +350,7 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
     if verb == "assess" and not certify:
         return
     settings = check_settings({"threat": threat, "method": method, **options}, "", kind=Certify)
-    at, sample = threat_model(parse_threat(settings.threat)), Batch(X, Y, torch.arange(len(X)))
+    at, sample = settings.threat.opened(), Batch(X, Y, torch.arange(len(X)))
     with prepared(model if isinstance(model, Classifier) else Classifier(model), sample) as target:
         if method == "smoothing":
             own = {f.name for f in dataclasses.fields(Smoothing)}
@@ -408,9 +408,7 @@ def trained(model=None, data=None, recipe="pgd", threat="linf:0.01", surrogates=
     model = model or Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
     model = model if isinstance(model, Classifier) else Classifier(model)
     batch = data or Batch(X, Y, torch.arange(len(X)))
-    at = dataclasses.replace(
-        threat_model(parse_threat(threat)), surrogates=tuple(map(Classifier, surrogates))
-    )
+    at = dataclasses.replace(parse_threat(threat).opened(), surrogates=tuple(map(Classifier, surrogates)))
     return list(build_recipe(spec)(model, batch, at, rng=Draws(0)))
 
 
@@ -421,7 +419,7 @@ def taught(recipe):
     model, teacher = (Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3))) for _ in range(2))
     if getattr(named, "teacher", ""):
         named = named.taught_by(teacher)
-    next(iter(named(model, batch, threat_model(parse_threat("linf:0.01")), rng=Draws(0))))
+    next(iter(named(model, batch, parse_threat("linf:0.01").opened(), rng=Draws(0))))
 
 
 def of_images(recipe):
@@ -628,7 +626,7 @@ def trigger_file() -> str:
 
 def settled(threat, recipe):
     """The settings of a hardening, which are refused for threats of no recipe."""
-    refuse_unheld(threat_model(parse_threat(threat)), recipe)
+    refuse_unheld(parse_threat(threat).opened(), recipe)
     return build_recipe({"use": "pgd" if recipe == "auto" else recipe})
 
 
@@ -649,7 +647,7 @@ def built_part(part):
 
 def gained(threat, recipe):
     """The norm of the gains of a recipe, of which some need one."""
-    return recipe != "lipschitz" or order_of(threat_model(parse_threat(threat)).constraint)
+    return recipe != "lipschitz" or order_of(parse_threat(threat).opened().constraint)
 
 
 def recipe_of(recipe):
@@ -751,9 +749,7 @@ def guarded(open_model=()):
 
 def bounded(threat, geometry=None):
     if geometry:
-        boundary_geometry(
-            Classifier(LINEAR), Batch(X[:1], Y[:1], Y[:1]), threat_model(parse_threat(threat)), 0
-        )
+        boundary_geometry(Classifier(LINEAR), Batch(X[:1], Y[:1], Y[:1]), parse_threat(threat).opened(), 0)
 
 
 def fitting(network=()):
@@ -1426,7 +1422,7 @@ situation("lipschitz under linf", certified, method="lipschitz")
 situation("no gain", certified, method="lipschitz", threat="l2:0.02", model=Later(of_erfc))
 situation(
     "bounds of patches",
-    lambda threat: region_of(X, threat_model(parse_threat(threat)).constraint, Bounds()),
+    lambda threat: region_of(X, parse_threat(threat).opened().constraint, Bounds()),
     threat="l0:1",
 )
 
@@ -1661,9 +1657,7 @@ situation(
     lambda threat="corruptions:3", suite="pgd": (
         None
         if suite == "corruptions"
-        else PGD(steps=1)(
-            Classifier(LINEAR), Batch(X, Y, Y), threat_model(parse_threat(threat)), rng=Draws(0)
-        )
+        else PGD(steps=1)(Classifier(LINEAR), Batch(X, Y, Y), parse_threat(threat).opened(), rng=Draws(0))
     ),
 )
 situation("corruptions and a detector", plan_of_detector, threat="corruptions:3")

@@ -26,10 +26,10 @@ from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.triggers import Trigger
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
 from holdfast.statistics.detection_rates import auroc
+from holdfast.threats.triggers import Trigger
 
 ROW, WHAT = "audit-backdoor", "planted backdoors and clean networks against 20 control networks, and STRIP"
 EPOCHS, BATCH, TARGET, CLEAN = 2, 64, 1, 2000

@@ -17,7 +17,7 @@ from benchmarks.paired import contest
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import Flow
-from holdfast.core.transformations import Spatial
+from holdfast.threats.transformations import Spatial
 
 WHAT = "bent images, Flow and advertorch's stAdv within the same length of flow: broken on the same images"
 SETTINGS = (("mnist-cnn", 0.35), ("mnist_cnn_a_adv", 0.5), ("cifar_cnn_a_adv", 0.2))

@@ -17,8 +17,7 @@ from holdfast.certifiers.provers import IBP, Crown
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.io.models.models import open_model
-from holdfast.settings.grammar import parse_threat
-from holdfast.settings.threats_and_attacks import threat_model
+from holdfast.threats.parsing import parse_threat
 
 WHAT = "certified training of the bundled network, MNIST linf:0.1: proved by bounds and branch and bound, all images"
 ROW, SEED, THREADS, THREAT, MODEL = "certified-training", 0, 1, "linf:0.1", "mnist-cnn"
@@ -101,7 +100,7 @@ def cascade(model: Classifier, examples: Batch, provers: Sequence[Prover], *, th
             break
         batch = examples.take(left)
         proofs = prover.ready(
-            model, batch.take(torch.arange(min(8, len(left)))), threat_model(parse_threat(threat))
+            model, batch.take(torch.arange(min(8, len(left)))), parse_threat(threat).opened()
         )(batch)
         certified[left], broken[left] = proofs.certified, proofs.broken
         shares[f"{prover.name}, %"] = _percent(certified)

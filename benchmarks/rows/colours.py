@@ -19,7 +19,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import GridSearch, TransformPGD
 from holdfast.attacks.parts.image_transforms import reached
 from holdfast.core.model import Bounds
-from holdfast.core.transformations import Colour
+from holdfast.threats.colour import Colour
 
 WHAT = "colours turned and faded, beside 1,000 random trials: broken on the same images"
 FREE, NARROW = Colour(hue=180, saturation=1), Colour(hue=18, saturation=0.3, brightness=0.2, contrast=0.3)

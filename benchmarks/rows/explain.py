@@ -17,7 +17,6 @@ from holdfast.core.constraints import L2, Constraint, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.explanation.attributions import (
     gradient,
@@ -32,6 +31,7 @@ from holdfast.io.data.data import open_data
 from holdfast.io.data.expected import Expected
 from holdfast.io.models.models import Declared, open_model
 from holdfast.runs.harness import Target, prepared
+from holdfast.threats.tables.table import Table
 
 WHAT = "explanations: attributions beside Captum, closed forms, completeness, counterfactuals and cost"
 N, COMPARED, COMPLETE = 30, 8, 50

@@ -17,8 +17,8 @@ from holdfast.attacks import AdversarialPatch
 from holdfast.attacks.parts.patch_places import pasted
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
-from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
+from holdfast.threats.patches import Patch
 
 WHAT = "a patch of 8x8 pixels learned on the train split of traffic signs, and ART's at equal steps"
 SIDE, BATCH, EPOCHS, JITTER, SEED = 8, 64, 3, 3, 0

@@ -12,8 +12,8 @@ from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.planting import BATCH, EPOCHS, LR, SEED, trained
 from holdfast.audits.planting import BadNets, Blended, Poisoning, poisoned
-from holdfast.core.triggers import Trigger
 from holdfast.io.data.trigger_files import write_trigger
+from holdfast.threats.triggers import Trigger
 
 WHAT = "repair of backdoors in MNIST networks with 3,000 clean digits"
 TRAINED, TESTED, CLEAN, TARGET = 57_000, 2_000, 3_000, 1

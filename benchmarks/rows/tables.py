@@ -19,14 +19,14 @@ from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.tables.rules import Rules
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.arrays import Choice
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.tables import open_table
 from holdfast.io.models.models import Declared
 from holdfast.settings.table_rules import drafted, rules_from
+from holdfast.threats.tables.rules import Rules
+from holdfast.threats.tables.table import Table
 
 WHAT = "adversarial rows of six tables, judged again by rules, and the recall of a network on phishing pages"
 TABLES: Mapping[str, tuple[str, tuple[str, ...]]] = {

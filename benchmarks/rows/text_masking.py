@@ -16,13 +16,13 @@ from holdfast.certifiers.texts.masking import Masking
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.text_models import TextFunction
 from holdfast.recipes import MaskedWords, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe
+from holdfast.threats.text_edits import TextEdits
 
 WHAT = (
     "Random masks on SST-2: certified accuracy with and without the recipe `masked-words`, and attacks inside"

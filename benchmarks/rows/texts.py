@@ -17,7 +17,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import TextSearch
-from holdfast.core.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS
+from holdfast.threats.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS
 
 WHAT = "`TextSearch` on linear models: recall of spam after inserted words and accuracy after edited words"
 ATTACK = TextSearch(queries=50_000)

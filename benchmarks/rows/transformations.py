@@ -20,8 +20,8 @@ from holdfast.attacks import GridSearch, TransformPGD, Universal, UniversalDeepF
 from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Spatial
 from holdfast.runs.harness import measure
+from holdfast.threats.transformations import Spatial
 
 WHAT = "turns and shifts, and universal changes: accuracy left, beside Foolbox's and ART's"
 NETS = ("mnist-cnn", "hardened-by-hand")

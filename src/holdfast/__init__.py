@@ -44,20 +44,20 @@ if TYPE_CHECKING:
     from holdfast.core.constraints import L1 as L1
     from holdfast.core.constraints import L2 as L2
     from holdfast.core.constraints import Linf as Linf
-    from holdfast.core.corruptions import Corruptions as Corruptions
     from holdfast.core.draws import Draws as Draws
     from holdfast.core.evidence import Evidence as Evidence
     from holdfast.core.guard import with_detector as with_detector
     from holdfast.core.model import Bounds as Bounds
     from holdfast.core.model import Classifier as Classifier
-    from holdfast.core.patches import Patch as Patch
     from holdfast.core.skipped import skipped as skipped
-    from holdfast.core.text_edits import TextEdits as TextEdits
     from holdfast.core.threat import ThreatModel as ThreatModel
     from holdfast.core.through import through as through
-    from holdfast.core.transformations import Colour as Colour
-    from holdfast.core.transformations import Spatial as Spatial
     from holdfast.server.middleware import GuardMiddleware as GuardMiddleware
+    from holdfast.threats.colour import Colour as Colour
+    from holdfast.threats.corruptions import Corruptions as Corruptions
+    from holdfast.threats.patches import Patch as Patch
+    from holdfast.threats.text_edits import TextEdits as TextEdits
+    from holdfast.threats.transformations import Spatial as Spatial
 
 __version__ = "0.2.0"
 
@@ -82,8 +82,8 @@ _HOMES = {
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
-    "Colour": "holdfast.core.transformations",
-    "Corruptions": "holdfast.core.corruptions",
+    "Colour": "holdfast.threats.colour",
+    "Corruptions": "holdfast.threats.corruptions",
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
     "Guard": "holdfast.api.guards",
@@ -92,11 +92,11 @@ _HOMES = {
     "L1": "holdfast.core.constraints",
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
-    "Patch": "holdfast.core.patches",
+    "Patch": "holdfast.threats.patches",
     "Ray": "holdfast.api.placing",
     "Smoothed": "holdfast.certifiers.smoothing.smoothed",
-    "Spatial": "holdfast.core.transformations",
-    "TextEdits": "holdfast.core.text_edits",
+    "Spatial": "holdfast.threats.transformations",
+    "TextEdits": "holdfast.threats.text_edits",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api.verbs",
     "attack": "holdfast.api.attack",

@@ -7,7 +7,6 @@ import torch
 
 from holdfast.attacks import PGD, Corruption, Square
 from holdfast.core.constraints import Linf
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
@@ -17,6 +16,7 @@ from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
 from holdfast.metrics.catalogue import estimate, estimates
 from holdfast.runs.harness import measure
+from holdfast.threats.corruptions import Corruptions
 
 NAMES = ("gaussian_noise", "fog")
 

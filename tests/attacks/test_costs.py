@@ -13,8 +13,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Batches, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Spatial
 from holdfast.testing.fakes import examples, labelled, network
+from holdfast.threats.transformations import Spatial
 
 KINDS = [
     kind

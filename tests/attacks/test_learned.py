@@ -13,12 +13,12 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
 from holdfast.core.model import Classifier
-from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
 from holdfast.runs.harness import measure
 from holdfast.runs.harness.kinds.fit import best_fit
+from holdfast.threats.patches import Patch
 
 CASES = [
     (Universal(fits=2, examples=200, steps=40, batch=50, step_size=0.15), Linf(0.2)),

@@ -14,10 +14,10 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Classifier
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.models import Declared
 from holdfast.settings.table_rules import rules_from
+from holdfast.threats.tables.table import Table
 
 WEIGHTS = torch.tensor([1.0, -0.5, 2.0, 0.0, 1.5, 0.7])
 COLUMNS = {

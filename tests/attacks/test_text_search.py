@@ -15,12 +15,11 @@ from holdfast.core.constraints import allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS
 from holdfast.core.texts import LARGEST, decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.text_lists import text_edits
-from holdfast.settings.grammar import parse_threat
-from holdfast.settings.threats_and_attacks import threat_model
+from holdfast.threats.parsing import parse_threat
+from holdfast.threats.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS
 
 WEIGHTS = {
     "win": 1.5,
@@ -95,7 +94,7 @@ def worst_after_edits(text, words, protected=()):
 
 @pytest.mark.parametrize("words", [1, 2])
 def test_edits_reach_the_exact_worst_case_of_a_linear_model(words):
-    constraint = threat_model(parse_threat(f"text:edits=1,words={words}")).constraint
+    constraint = parse_threat(f"text:edits=1,words={words}").opened().constraint
     texts, margins, _, batch, model = attacked(constraint)
     for row in (0, 2, 4):  # the texts of single spaces without a URL
         exact = lowest(list(worst_after_edits(TEXTS[row], words)), batch, row, model)
@@ -134,13 +133,13 @@ def test_synonyms_are_combined_and_protected_words_stay(tmp_path):
 
 @pytest.mark.parametrize("queries", [1, 7, 40])
 def test_queries_are_limited(queries):
-    constraint = threat_model(parse_threat("text:edits=2,words=3")).constraint
+    constraint = parse_threat("text:edits=2,words=3").opened().constraint
     assert int(attacked(constraint, queries=queries)[2].queries.max()) <= queries
     assert int(attacked(constraint, attack=TextSearch(queries=queries))[2].queries.max()) <= queries
 
 
 def test_several_edits_of_a_word_are_allowed_ones():
-    constraint = threat_model(parse_threat("text:edits=3,words=2")).constraint
+    constraint = parse_threat("text:edits=3,words=2").opened().constraint
     texts, margins, *_ = attacked(constraint, attack=TextSearch(beam=2))  # `attacked` calls the judge
     assert texts != TEXTS and margins[0] <= 0
 
@@ -182,7 +181,7 @@ class Hashed(nn.Module):
     )
 )
 def test_changes_of_words_that_look_like_urls_are_allowed_ones(texts):
-    constraint = threat_model(parse_threat("text:edits=2,words=3")).constraint
+    constraint = parse_threat("text:edits=2,words=3").opened().constraint
     batch = Batch(encoded(texts, 60), torch.ones(len(texts), dtype=torch.int64), torch.arange(len(texts)))
     model = Classifier(Hashed(), bounds=Bounds(0.0, float(LARGEST)), classes=2, access="scores")
     x_adv = TextSearch(queries=400, beam=2)(model, batch, ThreatModel(constraint), rng=Draws(0))

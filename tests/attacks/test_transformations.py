@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from holdfast.attacks.parts.expectation import seen_through
-from holdfast.attacks.parts.image_transforms import flowed, reached, refuse_unfit, transformed
+from holdfast.attacks.parts.image_transforms import flowed, reached, transformed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.transformations import Colour, Spatial
 from holdfast.testing.fakes import examples, network
+from holdfast.threats.colour import Colour
+from holdfast.threats.transformations import Spatial
 
 BOX = Bounds()
 X = examples(0, n=3, shape=(3, 8, 8)).x
@@ -111,9 +112,9 @@ def test_a_flow_has_a_gradient_where_nothing_moves_yet():
 
 def test_is_refused_where_there_is_no_image_or_no_colour():
     with pytest.raises(UsageError, match="needs images"):
-        refuse_unfit(torch.zeros(2, 5), {"rotate": 3.0})
+        Spatial(rotate=3).refuse_unfit(torch.zeros(2, 5))
     with pytest.raises(UsageError, match="three channels"):
-        refuse_unfit(torch.zeros(2, 1, 5, 5), {"hue": 3.0})
+        Colour(hue=3).refuse_unfit(torch.zeros(2, 1, 5, 5))
 
 
 def test_no_threat_bends_and_moves_at_once():

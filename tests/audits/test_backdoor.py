@@ -28,10 +28,10 @@ from holdfast.core.checkpoint import WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.triggers import Trigger
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
 from holdfast.statistics.intervals import difference_of_counts
+from holdfast.threats.triggers import Trigger
 
 TARGET, SIDE, CLASSES = 2, 8, 4
 QUICK = Inversion(steps=60, examples=16, step_size=0.3, patience=3, window=5)

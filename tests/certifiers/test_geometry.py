@@ -19,11 +19,11 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
 from holdfast.testing.relu import relu_problem
+from holdfast.threats.patches import Patch
 
 NORMS = (Linf, L2, L1)
 DUAL = {Linf: 1, L2: 2, L1: math.inf}

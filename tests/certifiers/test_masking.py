@@ -15,10 +15,10 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.text_models import TextFunction
+from holdfast.threats.text_edits import TextEdits
 
 WORDS = 8
 

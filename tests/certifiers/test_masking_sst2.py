@@ -17,12 +17,12 @@ from holdfast.certifiers.texts.masking import Masking
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.text_models import TextFunction
 from holdfast.recipes import MaskedWords
 from holdfast.recipes.training.fit import Training
+from holdfast.threats.text_edits import TextEdits
 
 KEEP, EPOCHS, BUCKETS, N = 0.3, 10, 1 << 14, 500
 

@@ -15,15 +15,14 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoBounds, TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.training_set import TrainingSet
 from holdfast.io.models.ensembles import Ensemble
 from holdfast.recipes import Partitions
 from holdfast.recipes.partitions import parts_of, restarted
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.runs.harden.held_out import split_by_content
 from holdfast.runs.stored.stored_runs import runs_in
-from holdfast.settings.grammar import parse_threat
-from holdfast.settings.threats_and_attacks import threat_model
+from holdfast.threats.parsing import parse_threat
+from holdfast.threats.training_set import TrainingSet
 
 TINY = Training(epochs=4, batch=4, lr=1.0, optimizer="sgd", averaging="none")
 THREAT = ThreatModel(TrainingSet(1))
@@ -188,7 +187,7 @@ def test_nothing_is_certified_about_another_model():
 
 
 def test_the_threat_is_written_and_read_and_needs_a_number():
-    constraint = threat_model(parse_threat("training-set:20")).constraint
+    constraint = parse_threat("training-set:20").opened().constraint
     assert constraint == TrainingSet(20) and str(constraint) == "training-set:20" and constraint.eps == 20
     for text in ("training-set", "training-set:0", "training-set:x"):
         with pytest.raises(UsageError, match="training-set:20"):

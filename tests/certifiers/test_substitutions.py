@@ -15,10 +15,10 @@ from holdfast.certifiers.texts.substitutions import Substitutions
 from holdfast.core.batch import Batch
 from holdfast.core.errors import NoBounds
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.text_models import TextFunction, adapted_text_model
+from holdfast.threats.text_edits import TextEdits
 
 VOCABULARY = [a + b for a in "abcd" for b in "xyz"]
 SYNONYMS = {"ax": ["bx", "cx"], "ay": ["by"], "az": ["bz", "bx", "dz"], "cy": ["ay"]}

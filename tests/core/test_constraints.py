@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowed
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.patches import Patch
-from holdfast.core.transformations import Colour, Spatial
 from holdfast.testing import geometry
+from holdfast.threats.colour import Colour
+from holdfast.threats.corruptions import Corruptions
+from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Spatial
 
 SEEDS = st.integers(0, 2**31)
 KINDS = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0, "l0-pixel": partial(L0, per="pixel")}

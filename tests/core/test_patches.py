@@ -8,9 +8,9 @@ from holdfast.core.constraints import allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.patches import Patch
 from holdfast.testing import geometry
 from holdfast.testing.fakes import examples
+from holdfast.threats.patches import Patch
 
 BATCH = examples(0, n=6, shape=(3, 7, 9))
 ANYWHERE, CENTRE, CORNER, NEAR, CONFINED, INNER = (

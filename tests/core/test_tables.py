@@ -13,11 +13,11 @@ from holdfast.core.constraints import allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.tables.checking import checked, distances
-from holdfast.core.tables.relations import parse_relation
-from holdfast.core.tables.rules import rules_of
-from holdfast.core.tables.table import Table
 from holdfast.settings.table_rules import rules_from
+from holdfast.threats.tables.checking import checked, distances
+from holdfast.threats.tables.relations import parse_relation
+from holdfast.threats.tables.rules import rules_of
+from holdfast.threats.tables.table import Table
 
 CONTENT = {
     "columns": {

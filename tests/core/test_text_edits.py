@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.core.errors import UsageError
-from holdfast.core.text_edits import (
+from holdfast.core.texts import LARGEST, decoded, encoded
+from holdfast.io.text_lists import text_edits
+from holdfast.threats.text_edits import (
     HOMOGLYPHS,
     INVISIBLE,
     NEIGHBOURS,
@@ -16,8 +18,6 @@ from holdfast.core.text_edits import (
     registered_domains,
     within_edits,
 )
-from holdfast.core.texts import LARGEST, decoded, encoded
-from holdfast.io.text_lists import text_edits
 
 INSIDE = 1.0
 

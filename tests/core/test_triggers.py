@@ -8,15 +8,14 @@ import torch
 import holdfast
 from holdfast.attacks import PGD, TriggerStamp
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import Constraint, Limited, Linf, allowed
+from holdfast.core.constraints import Constraint, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
-from holdfast.core.triggers import Stamped, Trigger, trigger_of, trigger_text
 from holdfast.io.data.trigger_files import read_trigger, trigger_threat, write_trigger
-from holdfast.settings.grammar import parse_threat
-from holdfast.settings.threats_and_attacks import threat_model, threat_written
+from holdfast.threats.parsing import parse_threat
+from holdfast.threats.triggers import Stamped, Trigger, trigger_of, trigger_text
 
 BOX = Bounds()
 
@@ -59,7 +58,7 @@ def test_a_trigger_survives_its_text(trigger):
 def test_only_the_input_with_the_trigger_is_allowed(trigger):
     constraint, (x, _) = Stamped("t.npz", trigger_text(trigger)), images()
     stamped = trigger.stamped(x, BOX)
-    assert isinstance(constraint, Constraint) and isinstance(constraint, Limited)
+    assert isinstance(constraint, Constraint)
     assert constraint.distance(stamped, x).eq(1).all() and constraint.distance(x, x).eq(0).all()
     assert allowed(constraint, stamped, x, BOX).all()
     other = stamped.clone()
@@ -152,10 +151,10 @@ def test_a_run_with_a_trigger_is_stored_and_another_trigger_refused(tmp_path):
 
 def test_a_stored_threat_is_read_again(tmp_path):
     write_trigger(tmp_path / "t.npz", patch(1))
-    threat = threat_model(parse_threat(f"trigger:{tmp_path}/t.npz,access=scores"))
+    threat = parse_threat(f"trigger:{tmp_path}/t.npz,access=scores").opened()
     assert threat.goal == 1
-    assert threat_written(threat) == f"trigger:{tmp_path}/t.npz,goal=targeted:1,access=scores"
-    assert threat_model(parse_threat(threat_written(threat))) == threat
+    assert threat.text == f"trigger:{tmp_path}/t.npz,goal=targeted:1,access=scores"
+    assert parse_threat(threat.text).opened() == threat
 
 
 def test_other_goals_shapes_attacks_and_threats_are_refused(tmp_path):
@@ -173,9 +172,9 @@ def test_other_goals_shapes_attacks_and_threats_are_refused(tmp_path):
         holdfast.assess(Corner(), images(), f"trigger:{file}", suite=[PGD()])
     x, y = images()
     batch = Batch(x, y, torch.arange(len(y)))
-    with pytest.raises(UsageError, match="and the threat is Linf"):
+    with pytest.raises(UsageError, match="and the threat is linf"):
         holdfast.assess(Corner(), images(), "linf:0.1", suite=[TriggerStamp()])
-    with pytest.raises(UsageError, match="and the threat is Linf"):
+    with pytest.raises(UsageError, match="and the threat is linf"):
         TriggerStamp()(None, batch, ThreatModel(Linf(0.1)), rng=Draws(0))
     with pytest.raises(UsageError, match="the threat 'trigger:' has no file"):
         parse_threat("trigger:")
@@ -191,7 +190,7 @@ def test_a_trigger_is_stamped_in_the_units_of_the_model(tmp_path, ends):
         x = low + unit * (high - low)
         stamped = trigger.stamped(x, Bounds(low, high))
         assert torch.allclose((stamped - low) / (high - low), made.stamped(unit, Bounds()), atol=1e-5)
-        constraint = trigger_threat(file=str(tmp_path / "t.npz")).within(Bounds(low, high))
+        constraint = trigger_threat(file=str(tmp_path / "t.npz")).in_bounds(Bounds(low, high))
         assert constraint.distance(stamped, x).tolist() == [1, 1, 1]
 
 

@@ -10,14 +10,14 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.tables.table import Table
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.explanation.counterfactual import counterfactual
 from holdfast.io.models.models import open_model
 from holdfast.runs.harness import prepared
 from holdfast.settings.table_rules import rules_from
+from holdfast.threats.tables.table import Table
+from holdfast.threats.text_edits import TextEdits
 
 
 def one(model, x, threat, **others):

@@ -12,7 +12,6 @@ from holdfast.attacks import APGD, FGSM, FMN, PGD, HopSkipJump, Square
 from holdfast.attacks.parts.expectation import seen_through
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.guard import rejected_as_correct, with_detector
 from holdfast.core.model import Classifier
@@ -23,6 +22,7 @@ from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.harness import Member, measure, members_of
+from holdfast.threats.corruptions import Corruptions
 from runs.fakes import data, network, order, settled, subject
 
 N, FEATURES, LIMIT = 40, 2, 0.3

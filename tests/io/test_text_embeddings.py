@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.text_edits import TextEdits
 from holdfast.io.text_lists import text_edits
-from holdfast.settings.grammar import parse_threat
-from holdfast.settings.threats_and_attacks import threat_model
+from holdfast.threats.parsing import parse_threat
+from holdfast.threats.text_edits import TextEdits
 
 ANGLES = {
     "[CLS]": 0.0,
@@ -59,7 +58,7 @@ def test_words_begin_with_the_mark_of_the_tokenizer(tmp_path, mark):
 
 def test_the_synonyms_are_stored_with_the_threat_and_allow_its_texts(words, tmp_path):
     text = f"text:synonyms=1,similarity=0.9,file={words}"
-    constraint = threat_model(parse_threat(text)).constraint
+    constraint = parse_threat(text).opened().constraint
     assert constraint.similarity == 0.9 and constraint.lists["synonyms"]["good"] == ["great"]
     (words / "model.safetensors").unlink()
     assert TextEdits(**json.loads(json.dumps(dict(constraint.limits)))) == constraint

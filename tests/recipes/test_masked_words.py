@@ -9,7 +9,6 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import LARGEST, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.expected import Expected
@@ -20,6 +19,7 @@ from holdfast.recipes import MaskedWords
 from holdfast.recipes.training.fit import Training
 from holdfast.runs.harden.held_out import without_judged
 from holdfast.runs.harden.trainable import refuse_untrainable, with_trainable_texts
+from holdfast.threats.text_edits import TextEdits
 
 THREAT = ThreatModel(TextEdits(edits=1, words=1))
 TEXTS = [f"{'win cash prize' if k % 2 else 'see you home'} w{k % 7} w{k % 5} w{k % 3} now" for k in range(64)]

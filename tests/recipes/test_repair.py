@@ -16,13 +16,13 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.recipes import FTSAM, Repair, Standard
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.follow_up import STEPS, after_repair, outcome
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.recipe import Finished, goal_of
+from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
 MASK = torch.zeros(1, 6, 6)
 MASK[:, -1, -2:] = 1

@@ -14,7 +14,6 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Spatial
 from holdfast.recipes import (
     ATTA,
     HAT,
@@ -38,6 +37,7 @@ from holdfast.recipes.training.frozen import twin
 from holdfast.recipes.training.learner import Learner
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
+from holdfast.threats.transformations import Spatial
 
 STILL = Training(
     epochs=1, batch=4, lr=1e-9, schedule="flat", averaging="none", momentum=0.0, weight_decay=0.0

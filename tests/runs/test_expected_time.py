@@ -9,7 +9,6 @@ from holdfast.attacks import APGD, FAB, PGD, DeepFool, Relay, Square
 from holdfast.attacks.costs import expected_passes
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Spatial
 from holdfast.rotation.steps.admission_time import ExpectedTime
 from holdfast.runs.assess import expected_time
 from holdfast.runs.assess.assess import assess
@@ -24,6 +23,7 @@ from holdfast.runs.assess.expected_time import (
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import AssessRequest
 from holdfast.runs.harness import Member, Plan
+from holdfast.threats.transformations import Spatial
 from runs.fakes import data, order, subject
 from runs.provers import Interval
 

@@ -15,7 +15,6 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Batches, Classifier
-from holdfast.core.patches import Patch
 from holdfast.core.pieces import Room, in_pieces
 from holdfast.core.threat import ThreatModel
 from holdfast.metrics.catalogue import estimate
@@ -35,6 +34,7 @@ from holdfast.runs.harness import (
 )
 from holdfast.testing import fakes
 from holdfast.testing.linear import linear_problem
+from holdfast.threats.patches import Patch
 
 MODEL = fakes.network()
 BATCH = fakes.labelled(MODEL, fakes.examples(n=30))

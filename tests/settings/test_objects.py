@@ -13,8 +13,9 @@ import holdfast
 from holdfast.api.reading_settings import read_settings
 from holdfast.cli.app import run as command
 from holdfast.core.errors import UsageError
-from holdfast.settings.grammar import FORMS, Form, file_argument, parse_threat, path_text
-from holdfast.settings.threats_and_attacks import threat_model, threat_written
+from holdfast.core.threat import ThreatModel
+from holdfast.threats.corruptions import Corruptions
+from holdfast.threats.parsing import FORMS, Form, file_argument, limits_text, parse_threat, path_text
 
 ASSESSED = {"model": "mnist-cnn", "data": "mnist-mini", "threat": "linf:0.1", "suite": "quick", "n": 16}
 
@@ -106,25 +107,32 @@ def test_an_object_is_checked_when_it_is_created(kind, settings, message):
 
 
 @dataclass(frozen=True)
-class Listed(holdfast.Linf):
+class Listed(Corruptions):
     """A constraint that a file describes."""
 
     name = "table"
-    eps: float = 1.0
-    path: str = ""
+    file: str = ""
+
+    @property
+    def limits(self):
+        return {"file": self.file}
+
+    def __str__(self):
+        return limits_text(self.name, self.limits)
 
 
 def test_a_form_of_threats_is_one_entry_and_may_name_a_file(monkeypatch):
-    form = Form(f"{__name__}:Listed", file_argument("path"), written=lambda listed: path_text(listed.path))
-    monkeypatch.setitem(FORMS, "table", form)
+    monkeypatch.setitem(FORMS, "table", Form(f"{__name__}:Listed", file_argument("file")))
     for path in ("changes.json", "my changes, new.json"):
         text = f"table:{path_text(path)},access=scores,queries=9"
-        spec = parse_threat(text)
-        assert (spec.arguments, spec.access, spec.queries) == ({"path": path}, "scores", 9)
-        threat = threat_model(spec)
-        assert threat.constraint == Listed(path=path)
-        assert threat_written(threat) == text
-        assert holdfast.Assess(threat=threat).threat == text
+        threat = parse_threat(text)
+        assert (threat.change.limits, threat.access, threat.queries) == ({"file": path}, "scores", 9)
+        assert threat.constraint == Listed(file=path)
+        assert threat.text == text
+        assert (
+            str(holdfast.Assess(threat=ThreatModel(Listed(file=path), access="scores", queries=9)).threat)
+            == text
+        )
     with pytest.raises(UsageError, match="the threat 'table:' has no file"):
         parse_threat("table:")
     with pytest.raises(UsageError, match="did you mean 'table'"):

@@ -24,13 +24,12 @@ from holdfast.attacks.suites import LABELS_ONLY, SUITES, VARIANTS, curve, suite,
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.chain import canonical
 from holdfast.core.constraints import L0, L1, L2, Linf
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
-from holdfast.core.patches import Patch
-from holdfast.core.transformations import Colour, Spatial
+from holdfast.core.names import parse_number
+from holdfast.core.threat import ThreatModel
 from holdfast.doubts.answering import arms
 from holdfast.settings.default_suite import names_in_suite, usual_suite
-from holdfast.settings.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
+from holdfast.settings.grammar import parse_pairs, parse_surrogate, seconds
 from holdfast.settings.spellings import (
     ADAPTIVE,
     SPELLINGS,
@@ -41,7 +40,12 @@ from holdfast.settings.spellings import (
     norms_of_suite,
     suite_or_attacks,
 )
-from holdfast.settings.threats_and_attacks import build_attack, threat_model, threat_written
+from holdfast.settings.threats_and_attacks import build_attack
+from holdfast.threats.colour import Colour
+from holdfast.threats.corruptions import Corruptions
+from holdfast.threats.parsing import parse_threat
+from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Spatial
 
 REFUSED = [
     ("? [a]\n: b", "is not a valid key"),
@@ -197,7 +201,7 @@ def test_flags_beat_set_and_set_beats_the_file(tmp_path):
     path = Path(tmp_path / "holdfast.yaml")
     path.write_text("n: 1\nseed: 1\nsuite: quick\nattacks: null\n")
     settings = read(path, {"n": 3, "seed": None}, ["n=2", "seed=2", "threat=l2:1/2"])
-    assert (settings.n, settings.seed, settings.suite, settings.threat) == (3, 2, "quick", "l2:1/2")
+    assert (settings.n, settings.seed, settings.suite, str(settings.threat)) == (3, 2, "quick", "l2:1/2")
 
 
 def test_numbers_may_be_fractions_at_every_depth():
@@ -301,7 +305,7 @@ def test_a_name_that_suites_give_has_its_settings_wherever_it_stands():
     ids=str,
 )
 def test_a_constraint_in_hand_is_the_threat_that_it_is_written_as(constraint):
-    assert threat_model(parse_threat(threat_written(constraint))).constraint == constraint
+    assert parse_threat(ThreatModel(constraint).text).opened().constraint == constraint
 
 
 def test_all_attacks_of_fast_but_the_first_go_in_waves():
@@ -384,7 +388,7 @@ def test_use_takes_the_name_of_an_attack_with_settings(name, said):
 
 def test_the_grammar_reads_what_it_writes():
     for text in ("linf:0.25", "l2", "l0:10px", "l1:12,goal=targeted:3,access=scores,queries=50"):
-        assert threat_written(threat_model(parse_threat(text))) == text
+        assert parse_threat(text).opened().text == text
     assert parse_threat("linf:8/255").eps == 8 / 255
     assert parse_threat("l0:inf") == parse_threat("l0")
     assert (seconds("2min", "it"), parse_number("8/255", "it"), parse_pairs(["a=b=c"], "--x")) == (

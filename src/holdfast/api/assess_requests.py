@@ -39,7 +39,7 @@ from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, 
 from holdfast.runs.assess.result import Result
 from holdfast.runs.assess.served_runs import journaled
 from holdfast.runs.engine.progress import Progress
-from holdfast.settings.grammar import parse_threat, seconds
+from holdfast.settings.grammar import seconds
 from holdfast.settings.naming import AUTO
 from holdfast.settings.values import address_of
 
@@ -150,7 +150,7 @@ def _request(
         target=subject.model.access,
         trees=reads_trees(subject.model),
     )
-    if parse_threat(settings.threat).norm == "training-set":
+    if settings.threat.name == "training-set":
         from holdfast.certifiers.partitions import refuse_unpartitioned  # late, as few threats need it
 
         refuse_unpartitioned(subject.model)
@@ -219,7 +219,7 @@ def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> Assess
 
 def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    norm = parse_threat(settings.threat).norm
+    norm = settings.threat.name
     own = {"text": (SUBSTITUTIONS,), "training-set": (PARTITIONS,)}
     automatic = own[norm] if norm in own else (TREES,) if reads_trees(subject.model) else CASCADE
     names = automatic if settings.method == AUTO else (settings.method,)

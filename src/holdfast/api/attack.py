@@ -30,14 +30,12 @@ from holdfast.core.types import Inputs
 from holdfast.io.data.arrays import Arrays, in_original_form
 from holdfast.io.data.memory import as_array
 from holdfast.io.data.selection import Selection
-from holdfast.reports.summary import threat_to_json
-from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess import assess as assessing
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Progress, silent
-from holdfast.settings.grammar import parse_threat
 from holdfast.settings.spellings import is_suite_only
-from holdfast.settings.threats_and_attacks import ThreatLike, threat_model, threat_written
+from holdfast.settings.threats_and_attacks import ThreatLike
+from holdfast.threats.parsing import threat_of
 
 Array = Tensor | NDArray[Any]
 """Type of the results: a tensor if the inputs were a tensor, a loader or an address, else a numpy array."""
@@ -78,7 +76,7 @@ class Attacked:
         n, wrong, succeeded = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
         more = "".join(f"; {note}" for note in self.notes)
         clean = f"{wrong:,} of them misclassified when clean"
-        threat = threat_syntax(threat_to_json(self.result.evidence.threat))
+        threat = self.result.evidence.threat.text
         return f"<Attacked: {attacks} under {threat}; {succeeded:,} of {n:,} succeed, {clean}{more}>"
 
 
@@ -122,7 +120,7 @@ def attack(
     """
     settings_of_run = {key: others.pop(key) for key in _OF_RUN if key in others}
     if attack is None:
-        of_norm = bool(others) or parse_threat(threat_written(threat, "attack(): threat")).norm in _NORMS
+        of_norm = bool(others) or threat_of(threat, "attack(): threat").name in _NORMS
         attack = "pgd" if of_norm else "fast"
     attack = _with_settings(attack, others)
     class_name = goal if isinstance(goal, str) and not _WRITTEN_GOAL.fullmatch(goal) else None
@@ -138,7 +136,7 @@ def attack(
         )
     )
     if settings.suite is None:
-        constraint = threat_model(parse_threat(settings.threat)).constraint
+        constraint = settings.threat.opened().constraint
         settings = settings.model_copy(update={"suite": members_given(attack, constraint, "attack")})
     subject, examples, opened = settings.open()
     settings = with_numbered_goal(settings, subject.model, examples, class_name)
@@ -203,8 +201,8 @@ def inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
 
 def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> str:
     """Return the threat as a string, with the goal and the number of queries from the other arguments."""
-    text = threat_written(threat, "attack(): threat")
-    spec = parse_threat(text)
+    spec = threat_of(threat, "attack(): threat")
+    text = str(spec)
     if goal is not None:
         if spec.goal is not None or spec.goal_name:
             raise UsageError(f"the goal is {goal!r}, and the threat {text} has one; leave one of them out")

@@ -22,8 +22,7 @@ from holdfast.io.models.training_function import TrainingFunction, open_training
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation.collecting import with_fresh_weights
 from holdfast.runs.harden.trainable import refuse_untrainable
-from holdfast.settings.grammar import parse_threat
-from holdfast.settings.threats_and_attacks import threat_model
+from holdfast.threats.parsing import parse_threat
 
 
 @dataclass(frozen=True)
@@ -93,4 +92,4 @@ def open_card_training(folder: str) -> CardTraining:
             f"{str(path)!r} states no threat of the training, but {threat!r:.80}; restore the card"
         )
     identity = digest(canonical({**spec, "threat": threat}))
-    return CardTraining(str(path), identity, build_recipe(spec), threat_model(parse_threat(threat)))
+    return CardTraining(str(path), identity, build_recipe(spec), parse_threat(threat).opened())

@@ -16,6 +16,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Remedy
+from holdfast.core.spelling import did_you_mean
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import Names
 from holdfast.io.data.expected import Expected, FirstTable
@@ -25,13 +26,12 @@ from holdfast.io.doctor.single_outputs import unlike_a_logit
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject
-from holdfast.settings.grammar import FORMS, did_you_mean, parse_threat
 from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
 from holdfast.settings.values import numbers_by_feature
 
 if TYPE_CHECKING:
-    from holdfast.core.tables.table import Table
-    from holdfast.core.text_edits import TextEdits
+    from holdfast.threats.tables.table import Table
+    from holdfast.threats.text_edits import TextEdits
 
 T = TypeVar("T", bound=Assess | Certify)
 _LISTED = 20  # classes in an error message
@@ -75,8 +75,8 @@ def table_of(settings: Opening) -> "Table | None":
 
 def _constraint_called(name: str, settings: Opening) -> Any:
     """Return the constraint of the threat model if its form has this name, else None."""
-    spec = parse_threat(settings.threat) if isinstance(settings, ThreatSource) else None
-    return None if spec is None or spec.norm != name else FORMS[name].cls(**spec.arguments)
+    threat = settings.threat if isinstance(settings, ThreatSource) else None
+    return None if threat is None or threat.name != name else threat.constraint
 
 
 def _refuse_numeric(settings: Opening, inputs: str) -> None:
@@ -324,7 +324,7 @@ def with_numbered_goal(settings: T, model: Classifier, data: Data, name: str | N
 
     Raises `UsageError` if there is no class with this name; its message lists classes with their numbers.
     """
-    name = name or parse_threat(settings.threat).goal_name
+    name = name or settings.threat.goal_name
     if not name:
         return settings
     names = settings.class_names or model.class_names or data.classes or ()
@@ -335,7 +335,7 @@ def with_numbered_goal(settings: T, model: Classifier, data: Data, name: str | N
         raise UsageError(
             f"goal is {name!r}, which is not the name of a class; {listed}; give the number of a class, as in goal=3"
         )
-    threat = f"{settings.threat},goal=targeted:{list(names).index(name)}"
+    threat = replace(settings.threat, goal=list(names).index(name), goal_name="")
     return cast("T", settings.model_copy(update={"threat": threat}))
 
 

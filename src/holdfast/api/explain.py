@@ -34,8 +34,7 @@ from holdfast.io.models.factories import names_code
 from holdfast.io.models.models import WEIGHTS
 from holdfast.io.models.weights import digest_of_weights
 from holdfast.reports.gallery import is_image
-from holdfast.reports.summary import threat_to_json
-from holdfast.reports.words import sentences, threat_syntax
+from holdfast.reports.words import sentences
 from holdfast.runs.assess.preparation import model_digest, readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
@@ -44,8 +43,7 @@ from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import read_manifest
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import open_run
-from holdfast.settings.grammar import parse_threat
-from holdfast.settings.threats_and_attacks import ThreatLike, threat_model, threat_written
+from holdfast.settings.threats_and_attacks import ThreatLike
 
 _EXAMPLES = 100
 """examples by which a model is explained, unless the settings state another number"""
@@ -72,9 +70,8 @@ def explain(
     the model has changed since the run in `from_run`.
     """
     data = None if x is None else inputs_and_data(x, y)[1]
-    text = threat_written(threat, "explain(): threat")
     of_run = _is_run(model) or settings.get("from_run") is not None
-    own = {} if of_run and threat == "linf:8/255" else {"threat": text}
+    own = {} if of_run and threat == "linf:8/255" else {"threat": threat}
     return explained(Explain(**given(model=model, data=data, **own, **settings)))
 
 
@@ -94,7 +91,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
     """Explain the example or the model of the settings. `result` is the run that they belong to."""
     settings, run = _with_run(settings) if result is None else (settings, result)
     with _opened(settings, run) as (subject, data, target):
-        constraint = threat_model(parse_threat(settings.threat))
+        limits = settings.threat.opened()
         device = next(subject.model.parameters(), torch.empty(0)).device
         rng = Draws(settings.seed).at("explain")
         batch = (_some(data, _MOST, settings) if settings.index is None else _row(data, settings.index)).to(
@@ -104,7 +101,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
         about = About(
             str(subject.card["name"]),
             data.name,
-            threat_syntax(threat_to_json(constraint)),
+            limits.text,
             tuple(data.classes or subject.model.class_names or ()),
             tuple(subject.model.feature_names or getattr(data, "features", None) or ()),
             settings.seed,
@@ -117,11 +114,11 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
         )
         with target.repeatable(rng):
             if settings.index is None:
-                return explain_model(target, batch, constraint, about, rng=rng, measured=_measured(run, data))
+                return explain_model(target, batch, limits, about, rng=rng, measured=_measured(run, data))
             return explain_example(
                 target,
                 batch,
-                constraint,
+                limits,
                 about,
                 rng=rng,
                 baseline=_baseline(data, batch, settings),
@@ -166,7 +163,7 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
     update: dict[str, Any] = {"from_run": str(folder)}
     with consistent(Path(folder)):
         if "threat" not in settings.model_fields_set:
-            update["threat"] = threat_syntax(threat_to_json(run.evidence.threat))
+            update["threat"] = run.evidence.threat
         if settings.model_fields_set.isdisjoint(("n", "sample")):
             key = "sample" if manifest["data"].get("sampled") else "n"
             update |= {key: manifest["data"]["n"], "seed": settings.seed or manifest["seed"]}

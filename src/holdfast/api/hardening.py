@@ -47,11 +47,12 @@ from holdfast.runs.harden.harden import checked, harden, refuse_unmeasured
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
-from holdfast.settings.grammar import parse_log, parse_threat, seconds
+from holdfast.settings.grammar import parse_log, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO
-from holdfast.settings.threats_and_attacks import refuse_settings, threat_model
+from holdfast.settings.threats_and_attacks import refuse_settings
 from holdfast.settings.values import address_of
+from holdfast.threats.parsing import parse_threat
 
 _SECRET = 10**18  # smallest seed that is not found by trying
 JUDGED = 1_000
@@ -181,7 +182,11 @@ def _with_threat_of_recipe(settings: Harden) -> Harden:
             Remedy("budget"),
         )
     usual = type(settings).model_fields["threat"].default
-    return settings.model_copy(update={"threat": recipe.threat}) if settings.threat == usual else settings
+    return (
+        settings.model_copy(update={"threat": parse_threat(recipe.threat)})
+        if str(settings.threat) == usual
+        else settings
+    )
 
 
 def _seed_notes(request: HardenRequest) -> tuple[str, ...]:
@@ -372,7 +377,7 @@ def harden_request(
     )
     surrogates = resolve.open_surrogates(settings, subject.model)
     assessment = replace(assessment, surrogates=surrogates, sampled=settings.n is None)
-    threat = threat_model(parse_threat(settings.threat))
+    threat = settings.threat.opened()
     threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
     recipe: Any = settings.recipe  # or an object
     name = str(recipe["use"]) if isinstance(recipe, Mapping) else name_of(recipe)
@@ -480,7 +485,7 @@ def _usual_epochs(recipe: Any) -> int | None:
 
 def _open_options(settings: Harden, subject: Subject) -> str:
     """Flags with which the new model is opened and assessed, as far as its file does not contain them."""
-    flags = ["--threat", settings.threat]
+    flags = ["--threat", str(settings.threat)]
     if "architecture" not in subject.card:
         addresses = (settings.arch, address_of(settings.model))
         code = next((address for address in addresses if address and ".py:" in address), None)

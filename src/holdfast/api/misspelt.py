@@ -13,8 +13,8 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.names import is_size, size_text
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import did_you_mean
 from holdfast.gates.grammar import with_equality
-from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.naming import AUTO
 from holdfast.settings.spellings import folded
 

@@ -12,8 +12,9 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.engine.ray_cluster import RayOptions, refuse_address, refuse_missing_ray
 from holdfast.settings import values
-from holdfast.settings.grammar import parse_threat, seconds
+from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import Flag, SettingGroup
+from holdfast.threats.domains import TEXT
 
 ROTATING = "rotating:"
 """Beginning of the address of a pool of parameter sets."""
@@ -222,7 +223,7 @@ class CertifyOptions(SettingGroup):
         """Raise `UsageError` for smoothing without a noise level, for a method that does not fit the threat, and for
         settings of another method.
         """
-        of_texts = parse_threat(self.threat).norm == "text"
+        of_texts = self.threat.change.domain is TEXT
         if of_texts and self.method in PROVERS and self.method not in _OF_TEXTS:
             raise UsageError(
                 f"{prefix}method is {self.method}, and the threat is {self.threat}, for which the methods are "

@@ -15,7 +15,6 @@ from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, SUBSTITUTIONS, TREES, load
 from holdfast.core.constraints import Constraint
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.names import kind_of, slug
@@ -30,10 +29,12 @@ from holdfast.runs.harness import Member, Plan, members_of
 from holdfast.runs.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.runs.stored.stored_runs import open_run
 from holdfast.settings.default_suite import DEFAULT_SUITE, usual_suite
-from holdfast.settings.grammar import parse_threat, seconds
+from holdfast.settings.grammar import seconds
 from holdfast.settings.naming import chosen
 from holdfast.settings.spellings import attack_listed, norms_of_suite
-from holdfast.settings.threats_and_attacks import attack_class, build_attack, checked_attack, threat_model
+from holdfast.settings.threats_and_attacks import attack_class, build_attack, checked_attack
+from holdfast.threats.corruptions import Corruptions
+from holdfast.threats.domains import TEXT
 
 Measuring = Assess | Certify | Harden
 """Settings of those verbs that measure a model with a suite."""
@@ -117,7 +118,7 @@ def listed_attacks(settings: Measuring) -> tuple[Member, ...] | None:
         return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
     if settings.suite is None or isinstance(settings.suite, str):
         return None
-    return members_given(settings.suite, threat_model(parse_threat(settings.threat)).constraint)
+    return members_given(settings.suite, settings.threat.opened().constraint)
 
 
 def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
@@ -179,9 +180,8 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
 
     The default suite depends on the access that the threat model and the model allow.
     """
-    spec = parse_threat(settings.threat)
-    threat = threat_model(spec)
-    if spec.norm == "training-set":
+    threat = settings.threat.opened()
+    if threat.constraint.name == "training-set":
         return _without_attacks(settings, threat)
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = listed_attacks(settings)
@@ -189,12 +189,12 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         name, smallest = "", threat.constraint.eps == float("inf")
     else:
         suite_name = str(settings.suite or "") or usual_suite(
-            replace(spec, access=access), trees=trees and spec.access == "gradients"
+            replace(threat, access=access), trees=trees and threat.access == "gradients"
         )
         composed = suite(suite_name, threat.constraint, access)
         members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
         name, smallest = str(composed), composed.smallest
-    if spec.access != "gradients":
+    if threat.access != "gradients":
         members = tuple(_without_reading(member) for member in members)
     _refuse_endless(replace(threat, access=access), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
@@ -230,7 +230,7 @@ def _without_attacks(settings: Measuring, threat: ThreatModel) -> Plan:
     """Return the plan of a measurement under a threat that changes no input. Raises `UsageError` if the settings
     contain attacks.
     """
-    from holdfast.core.training_set import TrainingSet  # late: few threats are on training sets
+    from holdfast.threats.training_set import TrainingSet  # late: few threats are on training sets
 
     given = [name for name in ("suite", "attacks", "surrogates", "only", "skip") if getattr(settings, name)]
     given += [name for name in ("curve", "full", "adaptive", "save_adversarial") if getattr(settings, name)]
@@ -261,7 +261,7 @@ def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover
             Remedy("certify"),
             Remedy("suite", DEFAULT_SUITE),
         )
-    of_texts = parse_threat(settings.threat).norm == "text"
+    of_texts = settings.threat.change.domain is TEXT
     names = (SUBSTITUTIONS,) if of_texts else (TREES,) if trees else CASCADE
     return tuple(prover(name) for name in names if name not in LATE)
 
@@ -342,7 +342,7 @@ def _refuse_other_triggers(members: Sequence[Member], constraint: Constraint) ->
         TriggerStamp,
         refuse_no_trigger,
     )  # late: few runs have a trigger
-    from holdfast.core.triggers import Stamped
+    from holdfast.threats.triggers import Stamped
 
     for member in members:
         if isinstance(member.attack, TriggerStamp):

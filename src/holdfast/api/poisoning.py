@@ -16,7 +16,8 @@ from torch import Tensor
 from holdfast.audits.planting import POISONINGS, Planted, Poisoning, planted
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.triggers import Trigger
+from holdfast.core.names import parse_number
+from holdfast.core.spelling import did_you_mean
 from holdfast.io.data.arrays import Arrays, from_numpy
 from holdfast.io.data.data import open_data
 from holdfast.io.data.expected import Expected
@@ -25,8 +26,9 @@ from holdfast.io.data.memory import as_array
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.files import replacing
 from holdfast.reports.write import explained
-from holdfast.settings.grammar import did_you_mean, parse_number, parse_pairs
+from holdfast.settings.grammar import parse_pairs
 from holdfast.settings.threats_and_attacks import setting
+from holdfast.threats.triggers import Trigger
 
 Array = Tensor | NDArray[Any]
 _ASKED = ("target", "rate")

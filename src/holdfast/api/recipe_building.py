@@ -12,6 +12,7 @@ from holdfast.core.catalogue import PARTITIONS, RECIPES, load, names
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import did_you_mean
 from holdfast.core.threat import ThreatModel
 from holdfast.io.functions import function_from_file, function_name
 from holdfast.io.models.factories import names_code
@@ -19,7 +20,6 @@ from holdfast.recipes.training.distributed import started
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.naming import AUTO, CARD
 from holdfast.settings.threats_and_attacks import is_function_or_name, named_alternatives, setting
 from holdfast.settings.values import written_fields

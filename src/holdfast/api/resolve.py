@@ -43,6 +43,7 @@ from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.skipped import DECAY, skipped
+from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.core.units import Units
 from holdfast.io.data.arrays import Arrays, Choice
@@ -60,7 +61,7 @@ from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
 from holdfast.runs.assess.request import Opened, Subject
 from holdfast.runs.harness import MATRIX_ROWS, Plan
-from holdfast.settings.grammar import parse_surrogate, parse_threat, parse_transform, per_second, seconds
+from holdfast.settings.grammar import parse_surrogate, parse_transform, per_second, seconds
 from holdfast.settings.groups import (
     DataSource,
     ExampleGroups,
@@ -110,7 +111,7 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
 
 def unit_of(settings: Opening) -> str:
     """Return the unit of the eps of the threat model, or an empty string."""
-    return parse_threat(settings.threat).unit if isinstance(settings, ThreatSource) else ""
+    return settings.threat.unit if isinstance(settings, ThreatSource) else ""
 
 
 def open_subject(settings: Opening, *, transform: str | None = None, adaptive: bool = False) -> Subject:
@@ -562,10 +563,9 @@ def open_all(settings: Assess | Certify) -> Opened:
     return subject, data, surrogates
 
 
-def _attacks_members(threat: str) -> bool:
+def _attacks_members(threat: ThreatModel) -> bool:
     """Return whether examples are computed on single members under a threat model: within a ball, with gradients."""
-    spec = parse_threat(threat)
-    return spec.access == "gradients" and spec.norm in ("linf", "l2", "l1", "l0")
+    return threat.access == "gradients" and threat.constraint.is_ball
 
 
 def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) -> Data | None:

@@ -20,9 +20,8 @@ from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
 from holdfast.rotation.triggers import Trigger
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.settings.grammar import parse_every, parse_threat, seconds
+from holdfast.settings.grammar import parse_every, seconds
 from holdfast.settings.naming import AUTO, CARD, SOURCES
-from holdfast.settings.threats_and_attacks import threat_model
 
 _OPENING = (
     "model", "data", *OPENED_WITH, "fit", "threat", "recipe", "source", "initialisation", "seed",
@@ -44,7 +43,7 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     subject, read_training, _, test, _ = hardening.open_for_hardening(settings)
     training = read_training.first(len(read_training))
     model = subject.model
-    threat = threat_model(parse_threat(settings.threat))
+    threat = settings.threat.opened()
     refuse_unheld(threat)
     if getattr(threat.constraint, "eps", None) == 0:
         raise UsageError(
@@ -58,7 +57,7 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     return RotateRequest(
         subject=trainable_subject(subject, device, examples),
         threat=threat,
-        threat_text=settings.threat,
+        threat_text=str(settings.threat),
         candidate=_candidate(settings),
         source=source(settings),
         examples=examples,

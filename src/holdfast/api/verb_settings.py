@@ -20,10 +20,10 @@ from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Remedy
+from holdfast.core.spelling import did_you_mean
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings import audit_settings, groups, guard_settings, serve_settings, values
 from holdfast.settings.default_suite import refuse_uncertifiable
-from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.groups import Flag, SettingGroup
 from holdfast.settings.wording import complaint, place
 

@@ -15,12 +15,12 @@ from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.starting import DEMO, DEMO_COMMAND, DIGITS
 from holdfast.api.verb_settings import Adapt, Assess, Certify, Doctor, Harden, Monitor
 from holdfast.core.errors import UsageError
+from holdfast.core.spelling import did_you_mean
 from holdfast.io.data import data as data_sources
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.settings.grammar import did_you_mean
 from holdfast.settings.threats_and_attacks import ThreatLike
 
 if TYPE_CHECKING:

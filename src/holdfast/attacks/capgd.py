@@ -19,9 +19,9 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import levelled
 from holdfast.core.model import Model
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, NonNegative, Positive, Restarts, Steps
+from holdfast.threats.tables.table import Table
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from holdfast.attacks.parts.table_rows import decisions, evaluated, expect_table
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
+from holdfast.threats.tables.table import Table
 
 _FRACTIONS = (1.0, 0.5, 0.2, 0.05)
 """Tried changes of a number in each direction, as fractions of the largest change that the budget allows."""

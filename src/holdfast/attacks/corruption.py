@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.core.batch import Batch
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
@@ -16,6 +15,7 @@ from holdfast.core.names import CorruptionName
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
 from holdfast.corruptions import corrupted
+from holdfast.threats.corruptions import Corruptions
 
 
 @dataclass(frozen=True)

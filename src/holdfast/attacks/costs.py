@@ -8,7 +8,7 @@ from holdfast.attacks.protocol import Attack, Enumeration, Itemised, Learned, Qu
 from holdfast.attacks.relay import Relay
 from holdfast.core.model import Batches
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Transformations
+from holdfast.threats.transformations import Transformation
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
         setting = attack.queries
     elif isinstance(attack, Itemised):
         setting = attack.passes
-    elif isinstance(attack, Enumeration) and isinstance(threat.constraint, Transformations):
+    elif isinstance(attack, Enumeration) and isinstance(threat.constraint, Transformation):
         setting = len(attack.grid_points(threat.constraint))
     return min((n for n in (setting, threat.queries) if n is not None), default=None)
 

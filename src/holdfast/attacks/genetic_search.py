@@ -16,9 +16,9 @@ from holdfast.attacks.parts.table_rows import decisions, evaluated, expect_table
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Steps
+from holdfast.threats.tables.table import Table
 
 
 @dataclass(frozen=True)

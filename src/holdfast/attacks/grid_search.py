@@ -19,8 +19,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Transformations
 from holdfast.core.types import Access, Inputs, Steps
+from holdfast.threats.transformations import Transformation
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GridSearch:
                 best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
         return best.x
 
-    def grid_points(self, constraint: Transformations) -> list[tuple[float, ...]]:
+    def grid_points(self, constraint: Transformation) -> list[tuple[float, ...]]:
         """Return the points of the grid that the attack tries, the largest changes first. A point has one number for
         each parameter, such as rotation or horizontal shift, as a fraction of its limit.
         """

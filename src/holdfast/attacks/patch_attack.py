@@ -20,9 +20,9 @@ from holdfast.attacks.parts.patch_places import expect_patch
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.patches import Corners, Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
+from holdfast.threats.patches import Corners, Patch
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Transformations
 from holdfast.core.types import Access, Inputs
+from holdfast.threats.transformations import Transformation
 
 
 @runtime_checkable
@@ -140,7 +140,7 @@ class Enumeration(Attack, Protocol):
     on all examples that are not yet broken.
     """
 
-    def grid_points(self, constraint: Transformations) -> Sequence[tuple[float, ...]]:
+    def grid_points(self, constraint: Transformation) -> Sequence[tuple[float, ...]]:
         """Return the points of the grid that the attack tries. A point has one number for each parameter, such as
         rotation or horizontal shift, as a fraction of its limit.
         """

@@ -18,7 +18,7 @@ Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen o
 The tables name the attacks and their settings, and do not import torch: names are checked before it is imported.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -30,6 +30,7 @@ from holdfast.metrics.names import CORRUPTIONS
 if TYPE_CHECKING:
     from holdfast.attacks.protocol import Attack
     from holdfast.core.constraints import Constraint
+    from holdfast.core.threat import Change
     from holdfast.core.types import Access
 
 SuiteName = Literal[
@@ -279,7 +280,7 @@ def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -
     """
     if name not in SUITES:
         raise UsageError(f"there is no suite {name!r}; expected one of {', '.join(SUITES)}")
-    known, kind = cast("SuiteName", name), _kind(constraint)
+    known, kind = cast("SuiteName", name), kind_of_change(constraint)
     found = attacks_of(known, kind, access)
     if not found:
         raise _no_suite(known, kind, constraint)
@@ -287,13 +288,9 @@ def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -
     return Suite("corruptions" if kind == "corruptions" else known, 1, found, known == "minimum-norm")
 
 
-def kind_of_change(norm: str, limits: Container[str]) -> Kind:
-    """Return what the attacker may change under a constraint with the name `norm` and the limits of transformations."""
-    return "flow" if "flow" in limits else cast("Kind", norm)
-
-
-def _kind(constraint: "Constraint") -> Kind:
-    return kind_of_change(constraint.name, getattr(constraint, "limits", ()))
+def kind_of_change(change: "Constraint | Change") -> Kind:
+    """Return what the attacker may change under a constraint."""
+    return "flow" if "flow" in change.limits else cast("Kind", change.name)
 
 
 def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageError:
@@ -332,7 +329,7 @@ def variant(name: str, constraint: "Constraint") -> "Attack | None":
     If several suites use the name for attacks with different settings, the first of `standard`, `quick`, `fast`,
     `rand`, `minimum-norm`, `corruptions`, `transfer`, `black-box` and `trees` decides.
     """
-    kind = _kind(constraint)
+    kind = kind_of_change(constraint)
     found = (spec for suite_name in _FIRST for spec in SUITES[suite_name].get(kind, ()) if spec.name == name)
     first = next(found, None)
     return None if first is None else first.build()

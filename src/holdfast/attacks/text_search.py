@@ -21,10 +21,10 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
+from holdfast.threats.text_edits import TextEdits
 
 _FIRST, _ROWS = 16, 512  # texts of the first call of the model, which is doubled up to the largest number
 _VALUES = 1 << 22  # characters of one call, for long texts

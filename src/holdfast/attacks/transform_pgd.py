@@ -20,8 +20,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.gradients import input_gradient
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Transformations
 from holdfast.core.types import Access, Inputs, Positive, Restarts, Steps
+from holdfast.threats.transformations import Transformation
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TransformPGD:
         return best.x
 
     def _descend(
-        self, model: Model, remaining: Batch, amounts: torch.Tensor, constraint: Transformations, best: Best
+        self, model: Model, remaining: Batch, amounts: torch.Tensor, constraint: Transformation, best: Best
     ) -> None:
         """One path; all points are offered to `best`, and broken examples are dropped."""
         for step in range(self.steps + 1):

@@ -12,8 +12,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.triggers import Stamped
 from holdfast.core.types import Access, Inputs
+from holdfast.threats.triggers import Stamped
 
 
 @dataclass(frozen=True)

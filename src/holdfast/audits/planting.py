@@ -20,8 +20,8 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.triggers import Trigger
 from holdfast.core.types import Count, Fraction, Inputs, Labels, Mask, Positive, Rows, Steps
+from holdfast.threats.triggers import Trigger
 
 _MOST_CLASSES = 10**6
 """Largest number of classes, as of a trigger."""

@@ -162,7 +162,7 @@ class _Verbs(Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            from holdfast.settings.grammar import did_you_mean
+            from holdfast.core.spelling import did_you_mean
 
             raise UsageError(f"there is no command {cmd_name!r}{did_you_mean(cmd_name, _COMMANDS)}")
         module = importlib.import_module(f"holdfast.cli.{_COMMANDS[cmd_name][0]}")

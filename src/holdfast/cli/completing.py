@@ -9,9 +9,9 @@ from click.shell_completion import CompletionItem
 from holdfast.attacks.suites import VARIANTS
 from holdfast.cli.early import bundled
 from holdfast.core.catalogue import DRIFT_TESTS, names
-from holdfast.settings.grammar import FORMS
 from holdfast.settings.naming import AUTO, CARD, SOURCES
 from holdfast.settings.spellings import every_name
+from holdfast.threats.parsing import FORMS
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only

@@ -10,7 +10,7 @@ import click
 from holdfast.cli import completing
 from holdfast.cli.options import Group, Voice, with_voice
 from holdfast.core.names import line
-from holdfast.settings.grammar import path_text
+from holdfast.threats.parsing import path_text
 
 
 @click.group(

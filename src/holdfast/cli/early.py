@@ -10,8 +10,10 @@ import holdfast
 from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import did_you_mean
+from holdfast.core.threat import ThreatModel
 from holdfast.io.files import existing
-from holdfast.settings.grammar import did_you_mean, parse_threat
+from holdfast.threats.domains import TEXT
 
 _MODELS = (
     ".pt", ".pth", ".th", ".ts", ".jit", ".pt2", ".onnx", ".safetensors", ".skops", ".json", ".ubj", ".txt", ".py",
@@ -87,13 +89,11 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
         allowed_address(address, hosts)
 
 
-def refuse_server_to_certify(address: str, threat: str) -> None:
+def refuse_server_to_certify(address: str, threat: ThreatModel) -> None:
     """Raise `UsageError` if the model to certify is given as the URL of a server, whose operations are not known."""
     from holdfast.io.remote.remote import SCHEMES
 
-    of_texts = (
-        parse_threat(threat).norm == "text"
-    )  # then the error about a model of numbers has another way out
+    of_texts = threat.change.domain is TEXT  # then the error about a model of numbers has another way out
     if address.partition(":")[0] in SCHEMES and not of_texts:
         raise UsageError(
             f"{address!r} is a server, and bounds are computed from the operations of a network; give the network "
@@ -102,7 +102,7 @@ def refuse_server_to_certify(address: str, threat: str) -> None:
                 "method",
                 SMOOTHING,
                 also=(
-                    *(() if threat.startswith("l2:") else (Remedy("threat", Placeholder("l2:EPS")),)),
+                    *(() if threat.name == "l2" else (Remedy("threat", Placeholder("l2:EPS")),)),
                     Remedy("sigma", Placeholder("SIGMA")),
                 ),
                 reason="to certify the smoothed classifier, for which predictions suffice",

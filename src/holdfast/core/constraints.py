@@ -13,7 +13,8 @@ counts as no change.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,8 +22,12 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
+from holdfast.core.names import exact_size
 from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
+
+if TYPE_CHECKING:
+    from holdfast.threats.domains import Domain
 
 _TINY = 1e-12  # prevents divisions by zero
 _ROUNDING = 16  # units in the last place: tolerance of a squared length
@@ -42,14 +47,44 @@ class Constraint(Protocol):
     is_ball: ClassVar[bool]
     """whether the set is the ball of radius eps in a norm"""
     in_input_units: ClassVar[bool]
-    """whether eps is the size of a change of values, in units of the inputs"""
+    """whether eps is the size of a change of values, in units of the inputs: a ball of Linf, L2 or L1"""
     judges_misclassified: ClassVar[bool]
     """whether examples that are misclassified when clean are evaluated as well, because they may be correct when
     changed"""
+    measures_robustness: ClassVar[bool]
+    """whether an attacker changes inputs, so that runs have a robust accuracy"""
+    domain: "ClassVar[Domain | None]"
+    """kind of the inputs that can be changed like this; None if any inputs of numbers can"""
 
     @property
     def eps(self) -> float:
         """Radius of the allowed set, in units of the inputs. Under L0 it is a number of values or pixels."""
+
+    @property
+    def limits(self) -> Mapping[str, float | str]:
+        """Limits of a constraint that is no ball, by their names in the threat string, without those that allow no
+        change; an `eps` of 1 allows all of it. A ball has none.
+        """
+
+    @property
+    def counts_pixels(self) -> bool:
+        """Whether the distance is a number of pixels, where all channels of a pixel count once, instead of values."""
+
+    @property
+    def goal(self) -> int | None:
+        """Target class that the constraint states itself, as a trigger does."""
+
+    def without_surrogates(self) -> str:
+        """Return why surrogates are not used under the constraint; empty if they are."""
+
+    def notes(self, bounds: Bounds) -> tuple[str, ...]:
+        """Return what a reader needs to know about the constraint for a model whose inputs are within `bounds`."""
+
+    def refuse_unfit(self, x: Inputs) -> None:
+        """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this."""
+
+    def in_bounds(self, bounds: Bounds) -> "Constraint":
+        """Return the constraint in the units of a model whose inputs are within `bounds`."""
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the distance of each `x_adv` (n, *features) from its clean input `x`, in the unit of the
@@ -81,15 +116,6 @@ class Norm(Constraint, Protocol):
         """Return for each `x_adv` the nearest valid input in the ball around `x` whose radius for the example is
         `radius`.
         """
-
-
-@runtime_checkable
-class Limited(Constraint, Protocol):
-    """Protocol of a constraint that is not a ball, such as a rotation up to a limit; an `eps` of 1 allows all of it."""
-
-    @property
-    def limits(self) -> Mapping[str, float | str]:
-        """Limits of the constraint by their names in the threat string, without those that allow no change."""
 
 
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
@@ -137,14 +163,66 @@ def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
     return torch.where(delta > 0, high - x, x - low).clamp_min(0).masked_fill(x.isnan(), 0)
 
 
+class ConstraintFacts:
+    """Base class of constraints: what holds for a change of any inputs of numbers by an attacker. A family of
+    constraints states only what differs.
+    """
+
+    name: ClassVar[str]
+    is_ball: ClassVar[bool] = False
+    in_input_units: ClassVar[bool] = False
+    judges_misclassified: ClassVar[bool] = False
+    measures_robustness: ClassVar[bool] = True
+    domain: "ClassVar[Domain | None]" = None
+
+    @property
+    def limits(self) -> Mapping[str, float | str]:
+        """Limits by their names in the threat string; none for a constraint whose only limit is `eps`."""
+        return MappingProxyType({})
+
+    @property
+    def counts_pixels(self) -> bool:
+        """Whether the distance is a number of pixels, where all channels of a pixel count once, instead of values."""
+        return False
+
+    @property
+    def goal(self) -> int | None:
+        """Target class that the constraint states itself; None for most constraints."""
+        return None
+
+    def without_surrogates(self) -> str:
+        """Return why surrogates are not used under the constraint; empty if they are."""
+        return ""
+
+    def notes(self, bounds: Bounds) -> tuple[str, ...]:
+        """Return what a reader needs to know about the constraint for a model whose inputs are within `bounds`."""
+        return ()
+
+    def refuse_unfit(self, x: Inputs) -> None:
+        """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this. Inputs of numbers can."""
+
+    def in_bounds(self, bounds: Bounds) -> Self:
+        """Return the constraint itself, which is in the units of the inputs or has none."""
+        return self
+
+
+class _Ball(ConstraintFacts):
+    """Base class of the balls of norms."""
+
+    is_ball: ClassVar[bool] = True
+    in_input_units: ClassVar[bool] = True
+
+    eps: float
+
+    def __str__(self) -> str:
+        return self.name if math.isinf(self.eps) else f"{self.name}:{exact_size(self.eps)}"
+
+
 @dataclass(frozen=True)
-class Linf:
+class Linf(_Ball):
     """Constraint that no input value changes by more than `eps`."""
 
     name: ClassVar[str] = "linf"
-    is_ball: ClassVar[bool] = True
-    in_input_units: ClassVar[bool] = True
-    judges_misclassified: ClassVar[bool] = False
 
     eps: NonNegative = math.inf
 
@@ -180,13 +258,10 @@ class Linf:
 
 
 @dataclass(frozen=True)
-class L2:
+class L2(_Ball):
     """Constraint that the Euclidean length of the change of an input is at most `eps`."""
 
     name: ClassVar[str] = "l2"
-    is_ball: ClassVar[bool] = True
-    in_input_units: ClassVar[bool] = True
-    judges_misclassified: ClassVar[bool] = False
 
     eps: NonNegative = math.inf
 
@@ -278,13 +353,10 @@ def _l2_share(delta: Tensor, clipped: Tensor, eps: PerExample) -> PerExample:
 
 
 @dataclass(frozen=True)
-class L1:
+class L1(_Ball):
     """Constraint that the sum of the absolute changes of an input is at most `eps`."""
 
     name: ClassVar[str] = "l1"
-    is_ball: ClassVar[bool] = True
-    in_input_units: ClassVar[bool] = True
-    judges_misclassified: ClassVar[bool] = False
 
     eps: NonNegative = math.inf
 
@@ -369,18 +441,21 @@ def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
 
 
 @dataclass(frozen=True)
-class L0:
+class L0(_Ball):
     """Constraint that at most `eps` values of an input change, or with `per="pixel"` at most `eps` pixels of an
     image.
     """
 
     name: ClassVar[str] = "l0"
-    is_ball: ClassVar[bool] = True
     in_input_units: ClassVar[bool] = False
-    judges_misclassified: ClassVar[bool] = False
 
     eps: NonNegative = math.inf
     per: Literal["value", "pixel"] = "value"
+
+    @property
+    def counts_pixels(self) -> bool:
+        """Whether pixels are counted, where all channels of a pixel count once."""
+        return self.per == "pixel"
 
     def grouped(self, values: Tensor) -> Tensor:
         """Return input values grouped by the unit that L0 counts, a value or a pixel: (n, units, values of a unit)."""
@@ -454,6 +529,9 @@ class L0:
     def resized(self, eps: float) -> "L0":
         """Return the L0 constraint with radius `eps` that counts the same unit, values or pixels."""
         return L0(eps, self.per)
+
+    def __str__(self) -> str:
+        return super().__str__() + ("px" if self.counts_pixels and math.isfinite(self.eps) else "")
 
 
 def _expand(mask: Mask, like: Tensor) -> Tensor:

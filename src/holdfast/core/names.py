@@ -2,14 +2,11 @@
 appear fast.
 """
 
+import math
 import re
-from collections.abc import Mapping
 from typing import Literal, TypeGuard
 
 from holdfast.core.errors import UsageError
-
-MOST_SCALED = 0.9
-"""largest fraction by which an image may grow or shrink; with 1 it could shrink to nothing"""
 
 _CI_COMMAND = re.compile(r"::(?=[A-Za-z][A-Za-z-]*(\s.*?)?::)")
 _CI_MARK = re.compile(r"##(?=[A-Za-z]*\[)")
@@ -94,76 +91,38 @@ def size_text(eps: float, digits: int | None = None) -> str:
     return repr(eps) if digits is None else f"{eps:.{digits}g}"
 
 
-def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
-    """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
-    `patch:8x8,at=centre,jitter=3`. The limit `content`, which is the content of a file, is left out.
-    """
-    parts = [
-        f"{name}={_quoted(limit) if isinstance(limit, str) else f'{limit:.6g}'}"
-        for name, limit in limits.items()
-        if name != "content"
-    ]
-    if kind in ("table", "trigger"):
-        parts[0] = _quoted(str(limits["file"]))
-    if kind == "patch":
-        parts[:2] = [f"{limits['height']}x{limits['width']}"]
-        parts = [part for part in parts if part not in ("at=anywhere", "jitter=0")]
-    return f"{kind}:{','.join(parts)}"
-
-
-def _quoted(text: str) -> str:
-    """Return a value of a threat string, quoted if it has commas or spaces."""
-    return f'"{text}"' if re.search(r"[,\s]", text) else text
-
-
-def refuse_mixed(limits: Mapping[str, float | str]) -> None:
-    """Raise `UsageError` if a spatial threat combines `flow` (displacements of single pixels) with other
-    transformations, because no attack supports that.
-    """
-    if "flow" in limits and len(limits) > 1:
+def parse_number(text: str, what: str) -> float:
+    """Return the number in a text, which is a decimal number or a fraction. `what` is its name in error messages."""
+    matched = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+))?\s*", text)
+    try:
+        if matched is None:
+            raise ValueError
+        value = float(matched[1]) / (float(matched[2]) if matched[2] else 1.0)
+    except (ValueError, ZeroDivisionError):
         raise UsageError(
-            f"{limits_text('spatial', limits)} combines a flow with other transformations, which no attack "
-            f"supports; use each alone, as in {limits_text('spatial', {'flow': limits['flow']})}"
-        )
+            f"{what} is {text!r}; expected a number or a fraction, such as 0.3 or 8/255"
+        ) from None
+    if math.isnan(value):  # `float` accepts the text "nan"
+        raise UsageError(f"{what} is {text!r}; expected a number or a fraction, such as 0.3 or 8/255")
+    return value
 
 
-def threat_kind(norm: str) -> str:
-    """Return the name in threat strings of the class of a constraint, such as `linf` for Linf, `text` for TextEdits,
-    `training-set` for TrainingSet or `trigger` for Stamped.
-    """
-    if norm == "Stamped":
-        return "trigger"
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", norm.removesuffix("Edits")).lower()
+def exact(value: float) -> str:
+    """Return a number as text that is read as the same number, such as `0.0123456` or `1000`."""
+    return repr(float(value)).removesuffix(".0")
 
 
-def refuse_text_limits(limits: Mapping[str, float | str]) -> None:
-    """Raise `UsageError` unless a threat on texts has one kind of change, with the limits and the file it needs."""
-    kinds = [name for name in ("edits", "synonyms", "inserts") if limits.get(name)]
-    if len(kinds) != 1:
-        given = limits_text("text", limits)
-        raise UsageError(
-            f"{given} {'combines ' + ' and '.join(kinds) if kinds else 'allows no change'}; give one of "
-            "text:edits=2,words=3, text:synonyms=2,file=FILE.json and text:inserts=5,file=FILE.json"
-        )
-    if bool(limits.get("words")) != (kinds[0] == "edits"):
-        missing = kinds[0] == "edits"
-        raise UsageError(
-            f"{limits_text('text', limits)} {'has no number of words that change' if missing else 'has words'}; words "
-            "is the largest number of words with edits, as in text:edits=2,words=3"
-        )
-    if kinds[0] != "edits" and not limits.get("file"):
-        raise UsageError(
-            f"{limits_text('text', limits)} has no file; give file=FILE.json with a JSON object such as "
-            f"{_TEXT_FILES[kinds[0]]}{_OR_FOLDER if kinds[0] == 'synonyms' else ''}"
-        )
+def in_255ths(eps: float) -> bool:
+    """Return whether a radius between 0 and 1 is a multiple of 1/255 without a short decimal form."""
+    if not 0 < eps < 1 or math.isclose(eps, round(eps, 3), rel_tol=1e-9):
+        return False
+    return math.isclose(eps * 255, round(eps * 255), rel_tol=1e-6)
 
 
-_OR_FOLDER = ", or file=FOLDER with a model of transformers, whose embeddings give the synonyms"
-_TEXT_FILES = {
-    "synonyms": '{"synonyms": {"good": ["great", "fine"]}}',
-    "inserts": '{"insert": ["hello", "thanks"]}',
-}
-"""Examples of the file of a threat on texts."""
+def exact_size(eps: float) -> str:
+    """Return a perturbation radius as text that is read as the same number, such as `0.0123456`, `1000` or `8/255`."""
+    levels = round(eps * 255) if in_255ths(eps) else 0
+    return f"{levels}/255" if levels and levels / 255 == eps else exact(eps)
 
 
 def line(text: str) -> str:

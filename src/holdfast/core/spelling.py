@@ -55,6 +55,14 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return "" if name is None else f"did you mean {name!r}?"
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message for an unknown word: the most similar known word, or all known words if none
+    is similar.
+    """
+    names = sorted(known)
+    return f"; {suggestion(name, names) or 'expected one of ' + ', '.join(names)}"
+
+
 def most_similar(word: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to a misspelt word, or None if no name is similar."""
     listed, typed = [*islice(known, _MOST)], _folded(word)

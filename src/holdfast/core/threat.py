@@ -1,12 +1,63 @@
-"""The threat model: what an attacker may change, must achieve, can access and may spend."""
+"""The threat model: what an attacker may change, must achieve, can access and may spend.
 
-from dataclasses import dataclass, field
+The module does not import torch: the constraint of a threat model that is read from text is created when it is first
+used.
+"""
 
-from holdfast.core.constraints import Constraint, Linf
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Model
 from holdfast.core.names import threat_text
-from holdfast.core.types import ACCESS_ORDER, Access
+
+if TYPE_CHECKING:
+    from holdfast.core.constraints import Constraint
+    from holdfast.core.model import Model
+    from holdfast.core.types import Access
+    from holdfast.threats.domains import Domain
+
+
+@dataclass(frozen=True)
+class Change:
+    """A constraint in text form, such as that of `linf:8/255`: its name, and its size and limits, which are the
+    arguments of the function that creates it. Files that it names are read when the constraint is created.
+    """
+
+    name: str = "linf"
+    limits: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({"eps": 8 / 255}))
+    creator: str = "holdfast.core.constraints:Linf"
+    """module and name of the function or class that creates the constraint"""
+    domain: "Domain | None" = None
+    """kind of the inputs that can be changed like this; None if any inputs of numbers can"""
+
+    @property
+    def eps(self) -> float:
+        """Size of the change. It is infinite if the attacks search for the smallest change that breaks an example."""
+        return float(self.limits.get("eps", self.limits.get("changes", 1.0)))
+
+    @cached_property
+    def constraint(self) -> "Constraint":
+        """The constraint, which is created once."""
+        module, _, name = self.creator.partition(":")
+        created: Constraint = getattr(import_module(module), name)(**self.limits)
+        return created
+
+
+class _Created:
+    """The field `constraint` of a threat model, to which a constraint or its text form can be assigned."""
+
+    def __get__(self, threat: "ThreatModel | None", owner: type["ThreatModel"]) -> "Constraint":
+        if threat is None:  # the default of the field
+            return Change()  # type: ignore[return-value]  # it is assigned to the field, and then read as a constraint
+        given: Constraint | Change = vars(threat)["constraint"]
+        return given.constraint if isinstance(given, Change) else given
+
+    def __set__(self, threat: "ThreatModel", given: "Constraint | Change") -> None:
+        vars(threat)["constraint"] = given
 
 
 @dataclass(frozen=True)
@@ -14,30 +65,74 @@ class ThreatModel:
     """Threat model: all assumptions about the attacker, independent of any attack algorithm.
 
     `goal` is None for any wrong class, or the target class. `queries` is the largest number of queries that one attack
-    may make for one example; None is no limit. `surrogates` are models of the attacker, which have no limits.
+    may make for one example; None is no limit. `surrogates` are models of the attacker, which have no limits. As text
+    it is what was read, and otherwise its form on the command line.
     """
 
-    constraint: Constraint = field(default_factory=lambda: Linf(8 / 255))
+    constraint: _Created = _Created()
     goal: int | None = None
-    access: Access = "gradients"
+    access: "Access" = "gradients"
     queries: int | None = None
-    surrogates: tuple[Model, ...] = ()
+    surrogates: "tuple[Model, ...]" = ()
     unit: str = ""
     """unit of eps: `range`, `std` or `@FILE`; empty for the unit of the inputs"""
+    goal_name: str = field(default="", repr=False)
+    """name of the target class, if its number is known from the data only"""
+    given: str = field(default="", init=False, repr=False, compare=False)
+    """the text from which the threat model was parsed; empty for another one"""
 
     def __post_init__(self) -> None:
-        eps = self.constraint.eps
-        if not eps >= 0:
-            raise UsageError(f"eps is {eps}; it must be 0 (clean accuracy) or more, as in linf:8/255")
+        if not self.eps >= 0:
+            raise UsageError(f"eps is {self.eps}; it must be 0 (clean accuracy) or more, as in linf:8/255")
         if self.queries is not None and self.queries < 1:
             raise UsageError(f"queries is {self.queries}; it must be at least 1, or left out for no limit")
 
-    def gives(self, needed: Access) -> bool:
+    @property
+    def change(self) -> "Constraint | Change":
+        """The constraint, in its text form if it was not created yet."""
+        given: Constraint | Change = vars(self)["constraint"]
+        return given
+
+    @property
+    def name(self) -> str:
+        """Name of the constraint on the command line, such as `linf`."""
+        return self.change.name
+
+    @property
+    def eps(self) -> float:
+        """Size of the change, as the constraint states it."""
+        return self.change.eps
+
+    def opened(self) -> "ThreatModel":
+        """Return the threat model after its files are read, with the target class that its constraint states, as a
+        trigger does. Raises `UsageError` if the threat model has another target class.
+        """
+        goal = self.constraint.goal
+        if goal is None:
+            return self
+        if self.goal not in (None, goal):
+            raise UsageError(
+                f"the goal is targeted:{self.goal}, and {self.constraint} has the target class {goal}; leave the goal "
+                "out"
+            )
+        return replace(self, goal=goal)
+
+    def gives(self, needed: "Access") -> bool:
         """Return whether the threat model gives the attacker enough access for an attack that needs the access
         `needed`.
         """
+        from holdfast.core.types import ACCESS_ORDER  # late: it imports torch
+
         return ACCESS_ORDER.index(needed) <= ACCESS_ORDER.index(self.access)
 
     def with_change(self, change: str) -> str:
         """Return the text of this threat model with another change, such as `l2:0.5`, in the unit of the inputs."""
         return threat_text(change, self.goal, self.access, self.queries)
+
+    @property
+    def text(self) -> str:
+        """The threat model as an argument on the command line, without the values that are defaults."""
+        return threat_text(str(self.constraint), self.goal, self.access, self.queries, self.unit)
+
+    def __str__(self) -> str:
+        return self.given or self.text

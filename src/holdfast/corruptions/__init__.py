@@ -12,9 +12,7 @@ from typing import Final
 import torch
 
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.remedies import Remedy
 from holdfast.core.types import Ids, Inputs
 from holdfast.corruptions.blur import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
 from holdfast.corruptions.colour import brightness, contrast, saturate
@@ -23,6 +21,7 @@ from holdfast.corruptions.digital import elastic_transform, pixelate
 from holdfast.corruptions.jpeg import jpeg_compression
 from holdfast.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
 from holdfast.corruptions.weather import fog, frost, snow, spatter
+from holdfast.threats.corruptions import refuse_no_images
 
 Operator = Callable[[Inputs, Constants, Ids, Draws], Inputs]
 """function that returns corrupted images in [0, 1] from images in [0, 1], the constants of a severity, ids and random
@@ -74,14 +73,3 @@ def corrupted(
     operator = (STANDARD if name in STANDARD else EXTRA)[name]
     changed = operator(((x - low) / width).clamp(0, 1), constants, ids, rng.at("corruption", name))
     return (low + width * changed).clamp(low, high)
-
-
-def refuse_no_images(x: Inputs) -> None:
-    """Raise `UsageError` if inputs are not images, such as rows of a table, because corruptions need images."""
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
-        shape = "x".join(map(str, x.shape[1:]))
-        raise UsageError(
-            f"common corruptions need images of 1 or 3 channels (channels x height x width), "
-            f"and these inputs are {shape}",
-            Remedy("threat", "linf:8/255"),
-        )

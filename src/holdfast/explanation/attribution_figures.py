@@ -6,7 +6,6 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.types import Inputs
 from holdfast.explanation.attributions import (
@@ -26,6 +25,7 @@ from holdfast.explanation.explained import Cell, Figure, bars
 from holdfast.explanation.wording import listed, plane, signed_picture
 from holdfast.reports.numbers import plain
 from holdfast.reports.words import amount
+from holdfast.threats.tables.table import Table
 
 _DRAWS = 16
 """noises of SmoothGrad"""

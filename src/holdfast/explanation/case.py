@@ -10,7 +10,6 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.explanation.counterfactual import BALLS, Counterfactual
@@ -18,6 +17,7 @@ from holdfast.explanation.explained import Cell
 from holdfast.explanation.wording import About, plane
 from holdfast.reports.gallery import is_image
 from holdfast.runs.harness import Target
+from holdfast.threats.tables.table import Table
 
 _GRID = 28
 """longest side of the attributions whose values are written as CSV"""

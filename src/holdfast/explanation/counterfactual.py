@@ -24,12 +24,12 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask
 from holdfast.explanation.attributions import has_gradients
 from holdfast.runs.harness import Target
+from holdfast.threats.tables.table import Table
 
 BALLS = Linf | L2 | L1 | L0
 """constraints that are balls of a norm"""

@@ -13,7 +13,6 @@ from holdfast.certifiers.slices import beside, boundary_slices
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
@@ -40,6 +39,7 @@ from holdfast.reports.geometry import PALETTE
 from holdfast.reports.numbers import feature_value
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
+from holdfast.threats.tables.table import Table
 
 _SIDE = 33
 """points along each side of the slice"""

@@ -18,7 +18,6 @@ from holdfast.audits.features import penultimate
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.per_example import spread
-from holdfast.core.tables.table import Table
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Labels
 from holdfast.explanation.attacked import Attacked, Measured, attacked
@@ -43,6 +42,7 @@ from holdfast.io.data.example_groups import Groups
 from holdfast.reports.gallery import is_image
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
+from holdfast.threats.tables.table import Table
 
 _CLUSTERS = 4
 _ROUNDS = 20  # of k-means

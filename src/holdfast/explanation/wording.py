@@ -10,14 +10,15 @@ from torch import Tensor
 
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.model import Classifier
-from holdfast.core.tables.table import Table
+from holdfast.core.names import in_255ths
 from holdfast.core.texts import decoded
 from holdfast.core.types import Access
 from holdfast.explanation.explained import Picture
 from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import png, shrunk
-from holdfast.reports.numbers import in_255ths, plain
+from holdfast.reports.numbers import plain
 from holdfast.reports.words import amount
+from holdfast.threats.tables.table import Table
 
 _BLUE, _RED = (0.13, 0.40, 0.67), (0.70, 0.09, 0.17)
 

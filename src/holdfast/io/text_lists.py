@@ -7,8 +7,8 @@ from typing import Any
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.core.text_edits import TextEdits
 from holdfast.io.files import content_of_file, refuse_address
+from holdfast.threats.text_edits import TextEdits
 
 MOST_BYTES = 4_000_000
 """Largest size of the file; its content is stored with each run."""

@@ -19,7 +19,7 @@ from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.numbers import strict
 
 if TYPE_CHECKING:
-    from holdfast.core.tables.rules import Rules
+    from holdfast.threats.tables.rules import Rules
 
 Json = dict[str, Any]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.core.names import in_255ths
+
 _UNSAFE = re.compile(
     r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]|#(?=#[A-Za-z]*\[)"
 )
@@ -115,21 +117,3 @@ def size(eps: float | str) -> str:
     """
     amount = number(eps)
     return f"{round(amount * 255)}/255" if in_255ths(amount) else plain(amount)
-
-
-def exact(value: float) -> str:
-    """Return a number as text that is read as the same number, such as `0.0123456` or `1000`."""
-    return repr(float(value)).removesuffix(".0")
-
-
-def exact_size(eps: float | str) -> str:
-    """Return a perturbation radius as text that is read as the same number, such as `0.0123456`, `1000` or `8/255`."""
-    amount = number(eps)
-    return size(amount) if in_255ths(amount) else exact(amount)
-
-
-def in_255ths(eps: float) -> bool:
-    """Return whether a radius between 0 and 1 is a multiple of 1/255 without a short decimal form."""
-    if not 0 < eps < 1 or math.isclose(eps, round(eps, 3), rel_tol=1e-9):
-        return False
-    return math.isclose(eps * 255, round(eps * 255), rel_tol=1e-6)

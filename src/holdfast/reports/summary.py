@@ -9,11 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from holdfast.core.constraints import L0, Limited
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, PassRecord, Places, Residual
-from holdfast.core.names import limits_text
-from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.doubts.probing import doubt_test
@@ -32,7 +29,7 @@ from holdfast.reports.curves import (
 )
 from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.geometry import geometry_results
-from holdfast.reports.numbers import exact_size, json_text, strict
+from holdfast.reports.numbers import json_text, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
 from holdfast.reports.stateful import table as stateful_table
@@ -40,6 +37,7 @@ from holdfast.reports.transfer import table as transfer_table
 from holdfast.reports.transfer import transfer
 from holdfast.reports.words import TextTable, headline, open_doubts, threat_in_words, why
 from holdfast.statistics.intervals import CONFIDENCE, median, proportion
+from holdfast.threats.stored import threat_for_report
 
 Json = dict[str, Any]
 
@@ -100,7 +98,7 @@ def _measured(evidence: Evidence) -> Json:
     """The parts of the summary that come from the evidence."""
     classes = tuple(str(name) for name in evidence.data.get("classes") or ())
     names = [*(record.name for record in evidence.attacks), *(record.name for record in evidence.passes)]
-    threat = threat_to_json(evidence.threat)
+    threat = threat_for_report(evidence.threat)
     return {
         "suite": evidence.suite,
         "attacks": _attacks(evidence),
@@ -333,30 +331,6 @@ def _doubt(doubt: Doubt, output: str | None) -> Json:
         "meaning": test.meaning,
         "message": doubt.message,
         "advice": saturated or test.advice,
-    }
-
-
-def threat_to_json(threat: ThreatModel) -> Json:
-    """Return a threat model as strict JSON. Its entry `constraint` is text such as `linf:8/255`."""
-    constraint = threat.constraint
-    norm, per = type(constraint).__name__, constraint.per if isinstance(constraint, L0) else None
-    unit = "px" if per == "pixel" else ""
-    limits = dict(constraint.limits) if isinstance(constraint, Limited) else {}
-    limits.pop("content", None)  # of a file, which is stored with the run
-    sized = constraint.name + (
-        f":{exact_size(constraint.eps)}{unit}" if math.isfinite(constraint.eps) else ""
-    )
-    sized += f",unit={threat.unit}" if threat.unit else ""
-    return {
-        "constraint": limits_text(constraint.name, limits) if limits else sized,
-        "norm": norm,
-        "eps": strict(constraint.eps),
-        "per": per,
-        "l0_unit": "pixels" if counts_pixels(constraint) else "values",
-        "limits": limits,
-        "goal": threat.goal,
-        "access": threat.access,
-        "queries": threat.queries,
     }
 
 

@@ -20,8 +20,8 @@ from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
-from holdfast.settings.grammar import parse_threat
 from holdfast.settings.naming import CARD, COMBINATIONS, ENSEMBLE, MIXED, SOURCES
+from holdfast.threats.domains import TEXT
 
 
 @dataclass(frozen=True)
@@ -372,6 +372,7 @@ class ThreatSource(SettingGroup):
 
     threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT")] = Field(
         default="linf:8/255",
+        validate_default=True,
         description="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000 (default: "
         "linf:8/255).",
     )
@@ -380,13 +381,12 @@ class ThreatSource(SettingGroup):
         """Raise `UsageError` for a threat on texts in an adaptation or a rotation, and for the name of a target class
         outside of an assessment.
         """
-        spec = parse_threat(self.threat)
-        if spec.goal_name and self.verb not in ("assess", "certify"):
+        if self.threat.goal_name and self.verb not in ("assess", "certify"):
             raise UsageError(
                 f"{prefix}the threat is {self.threat}, and names of classes are looked up by assess only; give the "
                 "number of the class, as in goal=targeted:0"
             )
-        if self.verb in ("adapt", "rotate") and spec.norm == "text":
+        if self.verb in ("adapt", "rotate") and self.threat.change.domain is TEXT:
             raise UsageError(
                 f"{prefix}the threat is {self.threat}, and {self.verb} is not available for texts; assess measures a "
                 "model of texts"

@@ -10,7 +10,9 @@ from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError,
 
 from holdfast.core import catalogue
 from holdfast.core.errors import UsageError
-from holdfast.settings.grammar import did_you_mean, parse_number, seconds
+from holdfast.core.names import parse_number
+from holdfast.core.spelling import did_you_mean
+from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import Flag, SettingGroup
 from holdfast.settings.values import Given, Numbers, Positive, Probability, Whole, whole, written_fields
 from holdfast.settings.wording import complaint, place

@@ -9,7 +9,7 @@ from holdfast.attacks.suites import VARIANTS
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
-from holdfast.settings.grammar import did_you_mean
+from holdfast.core.spelling import did_you_mean
 
 AUTO: Final = "auto"
 """Value of `--recipe` that selects a recipe automatically."""

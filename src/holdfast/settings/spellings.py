@@ -12,8 +12,7 @@ from holdfast.attacks.suites import SUITES, VARIANTS, Kind, Specs, SuiteName
 from holdfast.core.catalogue import ATTACKS, names
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.core.spelling import suggestion
-from holdfast.settings.grammar import did_you_mean
+from holdfast.core.spelling import did_you_mean, suggestion
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.core.tables.rules import (
+from holdfast.io.data.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable
+from holdfast.io.files import refuse_address, text_of_file
+from holdfast.settings.wording import complaint, place
+from holdfast.settings.yaml_text import MAX_CHARACTERS, parse_yaml
+from holdfast.threats.tables.rules import (
     MOST_VALUES,
     Budget,
     Column,
@@ -21,13 +25,9 @@ from holdfast.core.tables.rules import (
     refuse_budget,
     refuse_rules,
 )
-from holdfast.io.data.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable
-from holdfast.io.files import refuse_address, text_of_file
-from holdfast.settings.wording import complaint, place
-from holdfast.settings.yaml_text import MAX_CHARACTERS, parse_yaml
 
 if TYPE_CHECKING:
-    from holdfast.core.tables.table import Table
+    from holdfast.threats.tables.table import Table
 
 _HEADER = """\
 # Rules of the table {name}, drafted from {rows:,} rows. Edit them: the draft knows no meaning of a column.
@@ -86,7 +86,7 @@ def table_threat(*, file: str, eps: float | None = None) -> "Table":
 
     Raises `UsageError` or `TargetError` for a file that contains no rules.
     """
-    from holdfast.core.tables.table import Table  # late, because it imports torch
+    from holdfast.threats.tables.table import Table  # late, because it imports torch
 
     refuse_address(file, "the rules are", "table:rules.yaml")
     text = text_of_file(Path(file), "file of rules", most=4 * MAX_CHARACTERS)

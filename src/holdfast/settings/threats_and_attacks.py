@@ -21,14 +21,14 @@ from holdfast.attacks.parts.losses import (
 )
 from holdfast.attacks.protocol import Attack
 from holdfast.core.catalogue import load, names
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
-from holdfast.core.names import is_size, size_text, threat_text
-from holdfast.core.remedies import Remedy
+from holdfast.core.names import parse_number
+from holdfast.core.spelling import did_you_mean
 from holdfast.core.threat import ThreatModel
-from holdfast.settings.grammar import FORMS, ThreatSpec, did_you_mean, parse_number, parse_threat
 from holdfast.settings.spellings import attack_class_called
 from holdfast.settings.wording import complaint, place
+from holdfast.threats.parsing import parse_threat
 
 _FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
     Loss: (cross_entropy, dlr, margin_loss, probability_margin, scaled_cross_entropy),
@@ -36,51 +36,8 @@ _FUNCTIONS: dict[Any, tuple[Callable[..., Any], ...]] = {
 }
 
 
-def threat_model(spec: ThreatSpec) -> ThreatModel:
-    """Return the threat model for the parsed form of a text such as `linf:8/255`. Its goal is that of the constraint if
-    this has one, as a trigger with a target class has; another target raises `UsageError`.
-    """
-    form = FORMS[spec.norm]
-    constraint: Constraint = form.cls(**spec.arguments)
-    goal = form.goal(constraint)
-    if None not in (goal, spec.goal) and goal != spec.goal:
-        raise UsageError(
-            f"the goal is targeted:{spec.goal}, and {constraint} has the target class {goal}; leave the goal out"
-        )
-    return ThreatModel(
-        constraint, spec.goal if goal is None else goal, spec.access, spec.queries, unit=spec.unit
-    )
-
-
 ThreatLike = str | Constraint | ThreatModel
 """A threat model as text, a constraint such as `holdfast.Linf(8/255)`, or a threat model without surrogates."""
-
-
-def threat_written(threat: ThreatLike, where: str = "threat") -> str:
-    """Return a threat model in its text form, such as `linf:8/255`. It may be given as text, as a constraint such as
-    `Linf(8/255)`, or as a `ThreatModel`.
-
-    Raises `UsageError` for anything else, and for a threat model with surrogates, which are a separate argument.
-    """
-    if isinstance(threat, str):
-        return threat
-    model = threat if isinstance(threat, ThreatModel) else None
-    constraint = threat if model is None else model.constraint
-    form = FORMS.get(constraint.name) if isinstance(constraint, Constraint) else None
-    if form is None or not isinstance(constraint, Constraint):
-        raise UsageError(
-            f"{where} is {threat!r}; expected text as in linf:8/255, or a constraint as in holdfast.Linf(8/255)",
-            *([Remedy("threat", f"linf:{size_text(threat)}")] if is_size(threat) else []),
-        )
-    if model is None:
-        model = ThreatModel(constraint)
-    if model.surrogates:
-        raise UsageError(
-            f"{where} contains surrogates; give them as a separate argument, as in surrogates=[net]"
-        )
-    value = form.written(constraint)
-    change = f"{constraint.name}:{value}" if value else constraint.name
-    return threat_text(change, model.goal, model.access, model.queries, model.unit)
 
 
 def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
@@ -95,10 +52,10 @@ def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
 
 def _ball(text: str, where: str) -> Constraint:
     try:
-        constraint = threat_model(parse_threat(text)).constraint
+        constraint = parse_threat(text).constraint
     except UsageError as error:  # its remedy is for the argument `threat`
         raise UsageError(error.message) from None
-    if not isinstance(constraint, (Linf, L2, L1, L0)) or math.isinf(constraint.eps):
+    if not constraint.is_ball or math.isinf(constraint.eps):
         raise UsageError(f"{where} has {text.strip()!r}; expected a norm and a size, as in l2:1.5")
     return constraint
 

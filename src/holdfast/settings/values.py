@@ -17,37 +17,39 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetPydanticSchema,
     StrictInt,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic_core.core_schema import no_info_plain_validator_function, to_string_ser_schema
 
 from holdfast.core.catalogue import AUDITS, DRIFT_TESTS, GENERATOR_RECIPES, names
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.names import kind_of
+from holdfast.core.names import kind_of, parse_number
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import did_you_mean
+from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import GATED, with_equality
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.files import text_of_file
 from holdfast.io.remote.remote import header_variable
 from holdfast.settings.grammar import (
-    did_you_mean,
     numbers,
     parse_every,
     parse_log,
-    parse_number,
     parse_scores,
     parse_surrogate,
-    parse_threat,
     parse_transform,
     per_second,
     seconds,
 )
 from holdfast.settings.naming import AUTO, CARD, SOURCES
 from holdfast.settings.spellings import suite_or_attacks
+from holdfast.threats.parsing import threat_of
 
 POOL_STAYS = (
     "a pool of parameter sets is not sent to a Ray cluster: its keys and its sets would lie unencrypted in the object "
@@ -112,20 +114,11 @@ def _models(name: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-def _threat(value: object) -> object:
-    """Check a threat model, and return it as text."""
-    if isinstance(value, str) or _is_number(value):
-        parse_threat(str(value))
-        return value
-    if _is_plain(value):
-        return value
-    from holdfast.settings.threats_and_attacks import (
-        threat_written,  # for objects only, whose classes import torch
-    )
-
-    text = threat_written(cast(Any, value))
-    parse_threat(text)
-    return text
+def _threat(value: object) -> ThreatModel:
+    """Return the threat model that a user gives, parsed."""
+    if _is_plain(value) and not isinstance(value, str) and not _is_number(value):
+        raise PydanticKnownError("string_type")
+    return threat_of(str(value) if _is_number(value) else value)
 
 
 def _fractions(value: object) -> object:
@@ -476,7 +469,15 @@ Positive = Annotated[StrictInt, Ge(1), BeforeValidator(whole)]
 Classes = Annotated[StrictInt, Ge(2), BeforeValidator(whole)]
 Names = Annotated[list[str], BeforeValidator(_names)]
 DriftTests = Annotated[list[str], MinLen(1), BeforeValidator(_drift_tests)]
-Threat = Annotated[str, BeforeValidator(_threat)]
+Threat = Annotated[
+    ThreatModel,
+    GetPydanticSchema(
+        lambda _source, _handler: no_info_plain_validator_function(
+            _threat, serialization=to_string_ser_schema(when_used="always")
+        )
+    ),
+    WithJsonSchema({"type": "string"}),
+]
 Transform = Annotated[str, _read_by(parse_transform)]
 GENERATOR_METRICS = AUDITS["hardened-generator"].metrics
 """Metrics of the audits of a generator before and after its training."""

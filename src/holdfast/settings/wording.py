@@ -2,7 +2,7 @@
 
 from pydantic import ValidationError
 
-from holdfast.settings.grammar import did_you_mean
+from holdfast.core.spelling import did_you_mean
 
 _KINDS = {
     "int": "a whole number",

@@ -16,7 +16,6 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.loaders import Source
 from holdfast.io.data.streamed import Streamed
 from holdfast.io.models.denoiser import with_denoiser
@@ -24,6 +23,7 @@ from holdfast.recipes import Denoising
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import Recipe, goal_of, trained_as, untrained
 from holdfast.testing.fakes import SHAPE, examples, labelled, network
+from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
 """settings of a training that changes the weights measurably within a fraction of a second"""

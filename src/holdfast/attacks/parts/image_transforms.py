@@ -15,8 +15,9 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.per_example import spread
-from holdfast.core.transformations import Colour, Spatial, Transformations
 from holdfast.core.types import Inputs, PerExample
+from holdfast.threats.colour import Colour
+from holdfast.threats.transformations import Spatial, Transformation
 
 Amounts = Mapping[str, PerExample]
 """amount along each axis for each example, by name of the axis"""
@@ -50,7 +51,7 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
     return torch.where(spread(still, x), x + (out - out.detach()), bounds.clamp(out))
 
 
-def expect_transformations(constraint: Constraint, attack: object) -> Transformations:
+def expect_transformations(constraint: Constraint, attack: object) -> Transformation:
     """Return the constraint if it allows rotations, shifts or colour changes of images. Raises `UsageError`
     otherwise.
     """
@@ -91,28 +92,12 @@ def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
     return torch.where(still, x + (out - out.detach()), bounds.clamp(out))
 
 
-def reached(x: Inputs, position: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:
+def reached(x: Inputs, position: Tensor, constraint: Transformation, bounds: Bounds) -> Inputs:
     """Return images transformed by `position` (n, axes), which gives the amount of each transformation as a fraction of
     its limit, from -1 to 1.
     """
     amounts = {axis: limit * position[:, k] for k, (axis, limit) in enumerate(constraint.axes.items())}
     return transformed(x, amounts, bounds)
-
-
-def refuse_unfit(x: Inputs, names: Mapping[str, float]) -> None:
-    """Raise `UsageError` if the inputs `x` do not have the shape that the named transformations need."""
-    if x.dim() != 4:
-        raise UsageError(
-            f"a change of {', '.join(names)} needs images (channels, height, width); the inputs "
-            f"have shape {tuple(x.shape[1:])}"
-        )
-    coloured = [name for name in _COLOURED if name in names]
-    if coloured and x.shape[1] != 3:
-        raise UsageError(
-            f"a change of {' and '.join(coloured)} needs three channels, red, green and blue; the "
-            f"inputs have {x.shape[1]}, so "
-            f"leave them out, as in colour:brightness=0.2,contrast=0.3"
-        )
 
 
 def _warped(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:

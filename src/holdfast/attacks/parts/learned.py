@@ -14,9 +14,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
 from holdfast.core.model import Model
-from holdfast.core.patches import Corners
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, PerExample
+from holdfast.threats.patches import Corners
 
 _ENOUGH = 9.0  # cross-entropy at which an example is clipped, so that none dominates the others (1811.11304)
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
-from holdfast.core.patches import Corners, Patch
 from holdfast.core.types import Inputs
+from holdfast.threats.patches import Corners, Patch
 
 
 def expect_patch(constraint: Constraint, attack: object) -> Patch:

@@ -9,7 +9,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
-from holdfast.core.tables.table import Table, TableTensors
+from holdfast.threats.tables.table import Table, TableTensors
 
 
 def expect_table(constraint: Constraint, attack: object) -> Table:

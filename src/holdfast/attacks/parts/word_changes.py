@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from holdfast.core.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS, registered_domains
+from holdfast.threats.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS, registered_domains
 
 _LONGEST = 64  # longer words are data or addresses, and their edits would need too much memory
 

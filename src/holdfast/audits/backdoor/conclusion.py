@@ -16,7 +16,7 @@ from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_un
 from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.model import Bounds
-from holdfast.core.triggers import Trigger
+from holdfast.threats.triggers import Trigger
 
 OWN = 0.1
 """Largest median success on the controls of a trigger of the model's own. Planted triggers reached 0.1 to 6 %, and the

@@ -20,8 +20,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.triggers import Trigger
 from holdfast.core.types import Fraction, Inputs, Labels, Positive, Steps
+from holdfast.threats.triggers import Trigger
 
 VERIFIED = 256
 """Number of examples on which the success of a recovered trigger is measured."""

@@ -30,11 +30,11 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import EVERY, Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Steps
 from holdfast.statistics.sequential import fewest_draws, sequential_test
+from holdfast.threats.text_edits import TextEdits
 
 _ROWS = 512  # masked texts of one call of the model
 _ROUNDED = 1 - 1e-12  # factor of a probability that is computed exactly and rounded down

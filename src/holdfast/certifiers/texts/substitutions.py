@@ -22,11 +22,11 @@ from holdfast.certifiers.texts.embedded import EmbeddingModel, EmbeddingReader
 from holdfast.core.batch import Batch
 from holdfast.core.errors import NoBounds
 from holdfast.core.model import Classifier
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.text_models import TextFunction
+from holdfast.threats.text_edits import TextEdits
 
 _ROUNDING = 1e-9  # relative bound of the rounding errors of a sum of at most a million numbers in float64
 _VECTORISERS = ("CountVectorizer", "TfidfVectorizer")

@@ -68,7 +68,7 @@ class Trees:
 
 def _under_rules(model: Classifier, sample: Batch, constraint: Constraint, timeout_s: float) -> ReadyProver:
     from holdfast.certifiers.trees.rules import monotone_prover  # late: few threats have rules
-    from holdfast.core.tables.table import Table
+    from holdfast.threats.tables.table import Table
 
     assert isinstance(constraint, Table)
     return monotone_prover(opened_trees(model, sample, Linf(0.0), timeout_s), constraint.rules)

@@ -13,8 +13,8 @@ from holdfast.certifiers.trees.monotone import Direction, proved_unchanged
 from holdfast.certifiers.trees.proving import TreeProver
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
-from holdfast.core.tables.rules import Rules
 from holdfast.io.models.table_models import TableEstimator
+from holdfast.threats.tables.rules import Rules
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,8 +39,8 @@ from holdfast.io.remote.value_ranges import (
 )
 
 if TYPE_CHECKING:
-    from holdfast.core.text_edits import TextEdits
     from holdfast.io.data.example_groups import Groups
+    from holdfast.threats.text_edits import TextEdits
 
 _CHUNK = 1 << 22
 """Number of values that are checked at a time."""

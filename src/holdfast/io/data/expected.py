@@ -12,8 +12,8 @@ from holdfast.core.units import Units
 from holdfast.io.remote.probing import ProbedClassifier
 
 if TYPE_CHECKING:
-    from holdfast.core.tables.rules import Rules
-    from holdfast.core.text_edits import TextEdits
+    from holdfast.threats.tables.rules import Rules
+    from holdfast.threats.text_edits import TextEdits
 
 ClassOrder = Literal["lexical", "numeric"]
 """Order in which class folders and string labels are numbered if no class names are declared."""

@@ -5,10 +5,10 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import encoded
 from holdfast.io.data.columns import SPLIT_COLUMN, ColumnTable, number_of
 from holdfast.io.files import names_of
+from holdfast.threats.text_edits import TextEdits
 
 MOST_VALUES = 1 << 28
 """Largest number of code points of a data set with padding: 1 GiB of memory."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError
-from holdfast.core.triggers import Stamped, Trigger, trigger_text
 from holdfast.io.data.npz import Npz
 from holdfast.io.files import refuse_address, replacing
+from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
 MOST_VALUES = 1 << 20
 """Largest number of values of a pattern, because the trigger is stored with each run: more than an image of 3x512x512

@@ -46,7 +46,7 @@ from holdfast.io.models.weights import (
 from holdfast.io.remote.remote import SCHEMES, Remote
 
 if TYPE_CHECKING:
-    from holdfast.core.tables.rules import Rules
+    from holdfast.threats.tables.rules import Rules
 
 _SPARE = 1_000
 """Number by which the parameters of a requested network may exceed the tensors of the file.

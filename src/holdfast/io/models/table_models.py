@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.tables.rules import Rules
 from holdfast.io.models.adapted import Adapted
 from holdfast.io.models.estimators import Array, Estimator, EstimatorInterface, Form
+from holdfast.threats.tables.rules import Rules
 
 
 class TableEstimator(Estimator):

@@ -6,10 +6,10 @@ from typing import Any
 from holdfast.attacks.parts.word_changes import edited
 from holdfast.core.batch import Data
 from holdfast.core.model import Classifier
-from holdfast.core.text_edits import TextEdits
 from holdfast.core.texts import decoded
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.transformers_folders import TokenisedTexts
+from holdfast.threats.text_edits import TextEdits
 
 _READ, _WORDS = 64, 50
 """Number of texts that are read, and of their words that are edited."""

@@ -19,10 +19,10 @@ from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
 from holdfast.core.pieces import results_in_pieces
 from holdfast.core.threat import ThreatModel
-from holdfast.core.triggers import Stamped, Trigger
 from holdfast.core.types import Labels
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Finished
+from holdfast.threats.triggers import Stamped, Trigger
 
 STEPS = 50
 """Number of further updates."""

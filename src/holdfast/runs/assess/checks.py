@@ -2,30 +2,25 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.attacks.parts.image_transforms import refuse_unfit
 from holdfast.attacks.parts.prepare import multiply_adds
 from holdfast.core.batch import UNLABELLED, Batch, Data
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, extent
-from holdfast.core.corruptions import Corruptions
+from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds
 from holdfast.core.names import size_text, threat_text
-from holdfast.core.patches import Patch
 from holdfast.core.pieces import Room
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Colour, Spatial
 from holdfast.core.types import Inputs, Logits
-from holdfast.corruptions import refuse_no_images
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge, refuse_rotation
 from holdfast.io.doctor import FILLED, share_filled
@@ -80,21 +75,15 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
 
     For example, eps must not exceed the size of the bounds, and the target class must be a class of the model.
     """
-    if isinstance(threat.constraint, (Spatial, Colour)):
-        refuse_unfit(x, threat.constraint.limits)
-    if isinstance(threat.constraint, Patch):
-        threat.constraint.places(x.shape[1:])
+    threat.constraint.refuse_unfit(x)
     eps, farthest = threat.constraint.eps, extent(threat.constraint, x, bounds)
     # The tolerance accepts an eps that is computed from the bounds and rounded.
     if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
-        norm = threat.constraint.name
         raise UsageError(
-            f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in {norm}; "
-            "eps is in the units of the inputs, whose bounds can be declared",
+            f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in "
+            f"{threat.name}; eps is in the units of the inputs, whose bounds can be declared",
             _smaller_eps(threat, farthest, bounds),
         )
-    if isinstance(threat.constraint, Corruptions):
-        refuse_no_images(x)
     if threat.goal is not None and not 0 <= threat.goal < classes:
         raise UsageError(
             f"the target class is {threat.goal}, but the model has {classes} classes; give a class from 0 to "
@@ -107,14 +96,17 @@ def _smaller_eps(threat: ThreatModel, farthest: float, bounds: Bounds) -> Remedy
     bytes and the inputs are on that of 0 to 1, or else a fraction of the largest possible one.
     """
     constraint = threat.constraint
-    scaled = isinstance(constraint, (Linf, L2, L1)) and not threat.unit and bounds.width == 1
-    scaled = scaled and constraint.eps / 255 <= farthest
-    if scaled:
-        eps = constraint.eps / 255
-    else:
-        eps = max(1.0, farthest // 32) if isinstance(constraint, L0) else farthest * 8 / 255
-    pixels = "px" if isinstance(constraint, L0) and constraint.per == "pixel" else ""
-    change = f"{constraint.name}:{size_text(eps, digits=3)}{pixels}"
+    counted = constraint.is_ball and not constraint.in_input_units
+    scaled = (
+        constraint.in_input_units
+        and not threat.unit
+        and bounds.width == 1
+        and constraint.eps / 255 <= farthest
+    )
+    largest = max(1.0, farthest // 32) if counted else farthest * 8 / 255
+    eps = constraint.eps / 255 if scaled else largest
+    pixels = "px" if constraint.counts_pixels else ""
+    change = f"{threat.name}:{size_text(eps, digits=3)}{pixels}"
     text = threat_text(change, threat.goal, threat.access, threat.queries, threat.unit)
     return Remedy("threat", text, reason="(the given eps divided by 255)" if scaled else "")
 
@@ -126,7 +118,7 @@ def small_eps_note(constraint: Constraint, bounds: Bounds, features: int) -> tup
     Returns an empty tuple otherwise.
     """
     eps, width = constraint.eps, bounds.width
-    divisors = {
+    divisors: Mapping[type[Constraint], tuple[float, str]] = {
         Linf: (1.0, ""),
         L2: (math.sqrt(features), f", divided by the square root of the {features:,} values of an input,"),
         L1: (float(features), f", divided by the {features:,} values of an input,"),

@@ -13,12 +13,9 @@ from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
-from holdfast.core.transformations import Transformations
-from holdfast.core.triggers import Stamped
 from holdfast.io.data.selection import selected
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.checks import enough_threads, refuse_batch, refuse_data, refuse_threat
@@ -36,6 +33,7 @@ from holdfast.runs.harness import (
     within_budget,
 )
 from holdfast.runs.harness.target import base_of
+from holdfast.threats.corruptions import Corruptions
 
 _SURROGATE_EXAMPLES = 32
 """number of examples on which a surrogate must have at least one nonzero gradient"""
@@ -97,13 +95,9 @@ def with_surrogates(
     """
     if not surrogates:
         return plan
-    if isinstance(plan.threat.constraint, Corruptions):
-        raise UsageError("surrogates are not used under common corruptions", _NO_SURROGATES)
-    if isinstance(plan.threat.constraint, Transformations):
-        raise UsageError(
-            f"surrogates are not used under {plan.threat.constraint}, because whole images are transformed",
-            _NO_SURROGATES,
-        )
+    why = plan.threat.constraint.without_surrogates()
+    if why:
+        raise UsageError(f"surrogates are not used {why}", _NO_SURROGATES)
     ready = tuple(_ready(surrogate, stack, sample, target).quick for surrogate in surrogates)
     return replace(
         plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest and not plan.alone
@@ -211,10 +205,9 @@ def plan_for(
     Raises an error for what cannot be measured. Gates are not checked.
     """
     bare = target.bare
-    if isinstance(request.plan.threat.constraint, Stamped):
-        stamped = replace(request.plan.threat, constraint=request.plan.threat.constraint.within(bare.bounds))
-        request = replace(request, plan=replace(request.plan, threat=stamped))
-    threat = request.plan.threat
+    given = request.plan.threat
+    threat = replace(given, constraint=given.constraint.in_bounds(bare.bounds))
+    request = replace(request, plan=replace(request.plan, threat=threat))
     limits = (bare.bounds, target.classes, data.name)
     refuse_batch(sample, *limits, whole=data, remote=bare.remote, logits=target.logits)
     if target.rejects and isinstance(threat.constraint, Corruptions):

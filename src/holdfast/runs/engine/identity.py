@@ -31,6 +31,7 @@ DECIDING = (
     "runs/harness",
     "runs/stored",
     "statistics",
+    "threats",
 )
 """Subpackages and modules whose code can change a measured number."""
 NOT_DECIDING = ("gates", "metrics", "reports")

@@ -67,8 +67,8 @@ from holdfast.runs.harden.hardened import (
     Made,
     card_of,
     opened_by,
-    threat_of_card,
     timeless,
+    trained_under,
     weights_metadata,
 )
 from holdfast.runs.harden.held_out import (
@@ -369,10 +369,10 @@ class _Job:
 
     def _entries(self, accuracies_before: tuple[float, float]) -> dict[str, Any]:
         """Entries of the card from the request, and the metrics of the given model on held-out examples."""
-        request, constraint = self.request, self.request.threat.constraint
+        request = self.request
         return {
             "requested_recipe": request.name,
-            "threat": threat_of_card(constraint, request.threat.unit),
+            "threat": trained_under(request.threat),
             "seed": request.seed,
             "notes": self.notes,
             "command": repeatable(request.command),

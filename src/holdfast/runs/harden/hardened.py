@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import Constraint
 from holdfast.core.model import Classifier
-from holdfast.core.names import threat_text
+from holdfast.core.threat import ThreatModel
 from holdfast.gates.training_verdicts import TrainingVerdict
 from holdfast.io.models.ensembles import Ensemble
 from holdfast.io.models.int8 import int8_layers
@@ -28,7 +27,7 @@ from holdfast.recipes.training.overfitting import MOST_RAISED
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
-from holdfast.reports.numbers import percent, plain, size, strict
+from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.training import checkpoint_text
 from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.request import Subject
@@ -139,11 +138,9 @@ class Made:
         return int(epochs) if epochs == int(epochs) else epochs
 
 
-def threat_of_card(constraint: Constraint, unit: str) -> str:
-    """Return the threat model of a training as its card states it, such as `linf:0.1`."""
-    limited = constraint.name in ("table", "text", "trigger")
-    text = str(constraint) if limited else f"{constraint.name}:{size(constraint.eps)}"
-    return threat_text(text, None, "gradients", None, unit)
+def trained_under(threat: ThreatModel) -> str:
+    """Return the threat model of a training as its card states it, such as `linf:0.1`, without goal and access."""
+    return ThreatModel(threat.constraint, unit=threat.unit).text
 
 
 def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:

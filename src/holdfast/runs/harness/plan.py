@@ -8,19 +8,19 @@ from holdfast.attacks.protocol import Attack, Learned
 from holdfast.attacks.suites import suite
 from holdfast.attacks.transfer import Transfer
 from holdfast.certifiers.protocol import Prover
-from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug, suite_name
-from holdfast.core.patches import Patch
 from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Transformations
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import BUDGET, Arm, arms, within
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.kinds.geometry import Geometer
 from holdfast.runs.harness.kinds.stateful import Trials
 from holdfast.runs.harness.stage import Against, Member, Outline, Stage, StageOutline
+from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Transformation
 
 DoubtsWanted = Literal["all", "free", "none"]
 
@@ -237,8 +237,7 @@ def _searched(threat: ThreatModel) -> bool:
     constraint = threat.constraint
     if isinstance(constraint, (Linf, L2)):
         return threat.gives("labels")
-    moves_pixels = isinstance(constraint, Limited) and "flow" in constraint.limits
-    return threat.gives("scores") and not moves_pixels and not isinstance(constraint, Patch)
+    return threat.gives("scores") and "flow" not in constraint.limits and not isinstance(constraint, Patch)
 
 
 def _suite(plan: Plan, name: str) -> Remedy:
@@ -257,7 +256,7 @@ def _remedies(member: Member, plan: Plan) -> tuple[Remedy, ...]:
     if _searched(threat) and suite_name(plan.suite) != "black-box":
         searches = ", ".join(spec.name for spec in suite("black-box", threat.constraint, threat.access).specs)
         remedies.append(replace(_suite(plan, "black-box"), reason=f"({searches})"))
-    elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
+    elif threat.access == "none" and not isinstance(threat.constraint, Transformation):
         remedies.append(replace(_suite(plan, "transfer"), also=(SURROGATE,)))
     return tuple(remedies)
 

@@ -18,7 +18,6 @@ from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.missing import with_missing, without_missing
 from holdfast.core.model import VOTES
-from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.runs.harness.target import Target
@@ -40,7 +39,7 @@ def distance_norms(threat: Constraint) -> Mapping[str, Constraint]:
     """Return the norms in which sizes of changes are measured. For L0, changed pixels are counted if the threat model
     counts pixels, otherwise changed values.
     """
-    return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
+    return {**NORMS, "l0": L0(per="pixel")} if threat.counts_pixels else NORMS
 
 
 def unattacked(clean: Columns) -> dict[str, Tensor]:

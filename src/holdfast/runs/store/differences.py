@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import limits_text, threat_kind, threat_text
+from holdfast.core.errors import TargetError
 from holdfast.runs.harness import KINDS
+from holdfast.threats.stored import threat_from_json
 
 MOST = 4
 """Largest number of differences that are listed; further ones are only counted."""
@@ -35,14 +36,20 @@ def _of(name: str, stored: Any, requested: Any) -> Iterator[str]:
         if name == "threat":
             if _file_content(stored) != _file_content(requested):
                 yield f"another content of the file {requested['limits'].get('file')}"
-            stored, requested = _threat(stored), _threat(requested)
+            stored, requested = threat_from_json(stored).text, threat_from_json(requested).text
         elif name == "settings":  # settings by recipe; a different recipe is shown under `recipe`
             common = stored.keys() & requested.keys()
             stored, requested = ({recipe: side[recipe] for recipe in common} for side in (stored, requested))
         elif name == "stages":
             yield from _stages(stored, requested)
             return
-    except (AttributeError, KeyError, TypeError, ValueError):  # another version has another format
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        TargetError,
+    ):  # another version has another format
         pass
     yield from _changes(stored, requested, name)
 
@@ -70,16 +77,6 @@ def _functions(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> Itera
 def _file_content(threat: Mapping[str, Any]) -> Any:
     """The content of the file of a threat model on texts, or None."""
     return (threat.get("limits") or {}).get("content")
-
-
-def _threat(threat: Mapping[str, Any]) -> str:
-    """The threat model in the syntax of the command line."""
-    eps = float(threat["eps"])
-    size = "" if eps == float("inf") else f":{eps:.6g}" + ("px" if threat.get("per") == "pixel" else "")
-    kind = threat_kind(str(threat["norm"]))
-    change = limits_text(kind, threat["limits"]) if threat.get("limits") else f"{kind}{size}"
-    goal, access, queries = threat.get("goal"), threat.get("access", "gradients"), threat.get("queries")
-    return threat_text(change, goal, access, queries, threat.get("unit", ""))
 
 
 def _stages(stored: Sequence[Mapping[str, Any]], requested: Sequence[Mapping[str, Any]]) -> Iterator[str]:

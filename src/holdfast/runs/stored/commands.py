@@ -13,13 +13,10 @@ from typing import Any
 
 from holdfast.attacks.suites import SUITES
 from holdfast.core.catalogue import RECIPES, load, names
-from holdfast.core.names import threat_kind, threat_text
+from holdfast.core.names import exact
 from holdfast.gates.judging import Judgement
 from holdfast.io.models.factories import names_code
-from holdfast.reports.numbers import exact, exact_size
-from holdfast.reports.summary import threat_to_json
-from holdfast.reports.words import threat_syntax
-from holdfast.runs.stored.documents import outline_from_json
+from holdfast.threats.stored import threat_from_json
 
 _ADDRESS = re.compile(r"[\w./@][\w./:@+=-]*")
 """Address of a model or of data that is shown: one word that no program reads as an option."""
@@ -42,8 +39,6 @@ _OPENED_WITH = (
     "model_output",
 )
 """settings with which model and data are opened again and that run no code, which the command states"""
-_NORMS = ("Linf", "L2", "L1", "TrainingSet")
-"""Norms of which eps is the only parameter."""
 
 
 def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> str:
@@ -61,7 +56,7 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
     members = manifest["model"].get("members", ())
     words += [word for card in members for word in ("--member", _address(card, "MODEL"))]
     words += _opening(manifest.get("opening", {}))
-    words += ["--threat", written_threat(config) or "THREAT"]
+    words += ["--threat", threat_from_json(config["threat"]).text]
     if config.get("recipe") in names("recipes"):
         words += ["--recipe", config["recipe"], *_recipe_settings(config)]
     for key, option in (("budget_s", "--budget"), ("assess_budget_s", "--assess-budget")):
@@ -144,19 +139,6 @@ def _attacks(manifest: Mapping[str, Any]) -> list[str]:
     kinds = {step.get("kind") for step in steps}
     words += [option for kind, option in _OPTIONS_OF_KINDS.items() if kind in kinds]
     return [*words, "--no-doubts"] if config.get("doubts") == "none" else words
-
-
-def written_threat(config: Mapping[str, Any]) -> str | None:
-    """Return the threat model of a run as an argument. A hardening lists only its norm and eps; None if the threat has
-    other parameters as well.
-    """
-    threat = config["threat"]
-    if "access" in threat:
-        return threat_syntax(threat_to_json(outline_from_json(config).threat))
-    if threat["norm"] not in _NORMS:
-        return None
-    change = f"{threat_kind(threat['norm'])}:{exact_size(threat['eps'])}"
-    return threat_text(change, None, "gradients", None, threat.get("unit", ""))
 
 
 def _address(card: Mapping[str, Any], placeholder: str) -> str:

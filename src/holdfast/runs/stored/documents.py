@@ -1,25 +1,19 @@
 """Converts the parts of the evidence that are not columns, such as doubts and judged gates, to strict JSON and back."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
-from holdfast.core.corruptions import Corruptions
-from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Cost, Doubt
-from holdfast.core.patches import Patch
-from holdfast.core.threat import ThreatModel
-from holdfast.core.transformations import Colour, Spatial
 from holdfast.doubts.concluding import Findings
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Judgement, exit_code
-from holdfast.reports.numbers import number, strict
+from holdfast.reports.numbers import strict
 from holdfast.runs.harness import KINDS, Outline, Probes, StageOutline
 from holdfast.runs.store.folder import Split
+from holdfast.threats.stored import threat_from_json, threat_to_json
 
 Json = dict[str, Any]
 
@@ -32,19 +26,9 @@ doubt_from_json = TypeAdapter(Doubt).validate_python
 
 def outline_to_json(outline: Outline) -> Json:
     """Return the outline of a run as strict JSON: its stages, threat model, seed and suite."""
-    constraint = outline.threat.constraint
     return {
         "stages": [strict({**vars(step), "kind": step.kind.name}) for step in outline.steps],
-        "threat": {
-            "norm": type(constraint).__name__,
-            "eps": strict(float(constraint.eps)),
-            "per": constraint.per if isinstance(constraint, L0) else None,
-            "limits": dict(constraint.limits) if isinstance(constraint, Limited) else {},
-            "goal": outline.threat.goal,
-            "access": outline.threat.access,
-            "queries": outline.threat.queries,
-            **({"unit": outline.threat.unit} if outline.threat.unit else {}),
-        },
+        "threat": threat_to_json(outline.threat),
         "seed": outline.seed,
         "suite": outline.suite,
         "minimum_norm": outline.smallest,
@@ -55,7 +39,6 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
     """Return the outline of a run, such as its stages and threat model, from its JSON. It is the inverse of
     `outline_to_json`.
     """
-    threat = content["threat"]
     return Outline(
         tuple(
             StageOutline(
@@ -65,83 +48,11 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
             )
             for step in content["stages"]
         ),
-        ThreatModel(
-            constraint_of(threat),
-            threat["goal"],
-            threat["access"],
-            threat["queries"],
-            unit=threat.get("unit", ""),
-        ),
+        threat_from_json(content["threat"]),
         content["seed"],
         content["suite"],
         content["minimum_norm"],
     )
-
-
-def constraint_of(threat: Mapping[str, Any]) -> Constraint:
-    """Return the constraint of a stored threat model."""
-    eps = number(threat["eps"])
-    if threat["norm"] == "L0":
-        return L0(eps, threat["per"])
-    if threat["norm"] == "Corruptions":
-        return Corruptions(int(eps))
-    if threat["norm"] == "TrainingSet":
-        from holdfast.core.training_set import TrainingSet  # late: few runs are on training sets
-
-        return TrainingSet(int(eps))
-    if threat["norm"] == "Table":
-        from holdfast.core.tables.table import Table  # late: few runs have rules
-
-        return _of_limits(Table, threat, eps)
-    if threat["norm"] == "TextEdits":
-        from holdfast.core.text_edits import TextEdits  # late: few runs are on texts
-
-        return _of_limits(TextEdits, threat, eps)
-    if threat["norm"] == "Stamped":
-        from holdfast.core.triggers import Stamped  # late: few runs have a trigger
-
-        return _of_limits(Stamped, threat, eps)
-    limited: dict[str, type[Patch | Spatial | Colour]] = {
-        "Patch": Patch,
-        "Spatial": Spatial,
-        "Colour": Colour,
-    }
-    if threat["norm"] in limited:
-        return limited[threat["norm"]](**threat["limits"])
-    norms: dict[str, type[Linf | L2 | L1]] = {"Linf": Linf, "L2": L2, "L1": L1}
-    if threat["norm"] not in norms:
-        raise TargetError(
-            f"the run has the threat model {threat['norm']}, which this version does not support; install the version "
-            "that wrote it"
-        )
-    return norms[threat["norm"]](eps)
-
-
-def _of_limits(kind: Callable[..., Constraint], threat: Mapping[str, Any], eps: float) -> Constraint:
-    """Return the constraint with the stored limits. Raises `TargetError` for limits of other types, and for another
-    eps.
-    """
-    limits = threat["limits"]
-    texts = {name: limits[name] for name in ("file", "content") if name in limits}
-    numbers = {name: value for name, value in limits.items() if name not in texts}
-    try:
-        if not all(isinstance(text, str) for text in texts.values()):
-            raise TypeError(f"file is {texts.get('file')!r}")
-        if any(
-            isinstance(value, bool) or not isinstance(value, int | float) or value < 0
-            for value in numbers.values()
-        ):
-            raise TypeError(f"{numbers}")
-        constraint = kind(**limits)
-        if isinstance(texts.get("content"), str) and not isinstance(json.loads(texts["content"]), dict):
-            raise TypeError("content is no JSON object")
-    except (TypeError, ValueError, KeyError) as error:
-        raise TargetError(f"the limits of the threat model are damaged: {error}; repeat the run") from error
-    if constraint.eps != eps:
-        raise TargetError(
-            f"eps of the threat model is {eps:g}, and its limits have {constraint.eps:g}; repeat the run"
-        )
-    return constraint
 
 
 def judgement_to_json(judgement: Judgement) -> Json:

@@ -24,15 +24,16 @@ from holdfast.runs.harden.hardened import (
     MODEL,
     generalisation,
     held_out_metrics,
-    threat_of_card,
+    trained_under,
     training_digest,
     weights_and_metadata,
 )
 from holdfast.runs.store.files import MANIFEST
-from holdfast.runs.stored.documents import VERDICT, constraint_of
+from holdfast.runs.stored.documents import VERDICT
 from holdfast.runs.stored.recomputing_columns import refuse_other
 from holdfast.statistics.absent_classes import classes_of
 from holdfast.statistics.intervals import against_majority
+from holdfast.threats.stored import threat_from_json
 
 Json = Mapping[str, Any]
 
@@ -145,16 +146,16 @@ def _refuse_settings(run: StoredHardening) -> None:
     if recipe not in attempts or recipe not in config["settings"]:
         refuse_other(run.path / "card.json", "recipe", recipe, next(iter(attempts), None))
     tried = len(card["recipes_tried"])
-    threat = config["threat"]
+    threat = threat_from_json(config["threat"])
     expected = {
         "name": f"{manifest['model'].get('name', 'model')}, {recipe}",
         "requested_recipe": config["recipe"],
         "recipes_tried": [attempt["recipe"] for attempt in manifest["plan"]["attempts"]][:tried],
         "reason": attempts[recipe]["reason"],
-        "threat": threat_of_card(constraint_of(threat), threat.get("unit", "")),
+        "threat": trained_under(threat),
         "evaluated_under": threat_syntax(run.sides["after"].summary()["threat"]),
         "seed": config["seed"],
-        "advice": advice(card, constraint_of(threat)),
+        "advice": advice(card, threat.constraint),
         "scope": basis(run.sides["before"].evidence, run.sides["after"].evidence),
         "settings": _unplanned(config["settings"][recipe]),
         **{key: manifest[key] for key in ("plan", "data", "versions")},

@@ -9,11 +9,8 @@ import torch
 
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import Constraint, Limited
 from holdfast.core.goal import Goal
-from holdfast.core.model import Bounds
 from holdfast.core.pieces import batch_size_for
-from holdfast.core.triggers import Stamped
 from holdfast.doubts.answering import BUDGET
 from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
@@ -130,7 +127,7 @@ def harden_manifest(
             "threat": {
                 "norm": type(constraint).__name__,
                 "eps": constraint.eps,
-                **({"limits": dict(constraint.limits)} if isinstance(constraint, Limited) else {}),
+                **({"limits": dict(constraint.limits)} if constraint.limits else {}),
                 **({"unit": request.threat.unit} if request.threat.unit else {}),
             },
             "suite": request.assessment.plan.suite,
@@ -240,35 +237,23 @@ def _groups_identity(data: Data) -> dict[str, Any]:
     }
 
 
-def _units_of_trigger(constraint: Constraint, bounds: Bounds) -> tuple[str, ...]:
-    """Return the note on a trigger whose file does not state the valid range of its values."""
-    if not isinstance(constraint, Stamped) or constraint.trigger.ends is not None:
-        return ()
-    values = constraint.trigger.pattern[constraint.trigger.mask.expand_as(constraint.trigger.pattern) > 0]
-    by_feature = isinstance(bounds.low, torch.Tensor) or isinstance(bounds.high, torch.Tensor)
-    if not len(values) or by_feature or bounds == Bounds():
-        return ()
-    note = (
-        "the file of the trigger does not state the valid range of its values, which are from "
-        f"{float(values.min()):.4g} to {float(values.max()):.4g}; they are taken in the units of the model"
-    )
-    return (note,)
-
-
 def _notes(
     subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
 ) -> list[str]:
     """Notes on model, data and threat model that a reader needs before the numbers."""
     bounds = target.bare.bounds
     small = small_eps_note(plan.threat.constraint, bounds, math.prod(shape))
-    has_bounds = plan.threat.constraint.name not in ("text", "table")
-    wide = () if not has_bounds else wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
+    wide = (
+        ()
+        if plan.threat.constraint.domain is not None
+        else wide_bounds_note(spread_examples(data, _SAMPLE).x, bounds)
+    )
     surrogates = [
         f"the surrogate {surrogate.card.get('name', '')}: {note}"
         for surrogate in request.surrogates
         for note in surrogate.notes
     ]
-    unknown = _units_of_trigger(plan.threat.constraint, bounds)
+    unknown = plan.threat.constraint.notes(bounds)
     notes_of_data = [
         note for each in (data, request.fit, *request.across) for note in getattr(each, "notes", ())
     ]

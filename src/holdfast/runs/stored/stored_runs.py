@@ -1,6 +1,5 @@
 """Opens stored runs, lists the runs in a folder, creates the path of a new run, and compares two runs."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,13 +11,11 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
-from holdfast.core.names import threat_kind
 from holdfast.core.remedies import RESUME, Remedy
 from holdfast.gates.judging import exit_code
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
 from holdfast.reports import comparison as reported
-from holdfast.reports.numbers import number
 from holdfast.reports.summary import Json
 from holdfast.reports.training import training_summary
 from holdfast.reports.write import write_comparison
@@ -49,7 +46,7 @@ from holdfast.runs.store.folder import (
 from holdfast.runs.store.forms import refuse_form
 from holdfast.runs.store.leases import spent_in
 from holdfast.runs.store.records import Chain, read_chain
-from holdfast.runs.stored.commands import command_of, written_threat
+from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.documents import VERDICT, judgement_from_json, outline_from_json
 from holdfast.runs.stored.recomputing import (
     refuse_broken_certificates,
@@ -72,6 +69,7 @@ from holdfast.runs.stored.run_forms import (
     ListedAudit,
     consistent,
 )
+from holdfast.threats.stored import threat_from_json
 
 
 @dataclass(frozen=True)
@@ -364,17 +362,12 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
         return _audit_entry(path, manifest, chain)
     refuse_form(path / MANIFEST, manifest, Listed)
     refuse_altered(path, chain)
-    threat, decided = (
-        manifest["config"]["threat"],
-        recorded_document(path, chain, VERDICT),
-    )
+    decided = recorded_document(path, chain, VERDICT)
     if decided is not None:
         refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
     outcome: tuple[int | None, float | None] = (None, None)
     if decided is not None:
         outcome = _outcome(path) if checked else (decided["exit_code"], None)
-    eps = number(threat["eps"])
-    kind = threat_kind(threat["norm"]) + ("" if math.isinf(eps) else f":{eps:.4g}")
     stages = manifest["plan"]["stages"]
     return RunEntry(
         path,
@@ -382,7 +375,7 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
         str(read_about(path).get("created", "")),
         str(manifest["model"].get("name", "")),
         str(manifest["data"].get("name", "")),
-        written_threat(manifest["config"]) or kind,
+        threat_from_json(manifest["config"]["threat"]).text,
         manifest["config"]["suite"],
         decided is not None,
         _done(stages, chain),

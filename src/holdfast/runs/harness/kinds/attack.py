@@ -11,7 +11,6 @@ from torch import Tensor
 from holdfast.attacks.parts.sampling import sample_rows
 from holdfast.attacks.protocol import Itemised, Learned, Placed, QueryAttack, ThresholdAttack
 from holdfast.core.batch import Batch
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import TRIGGERED, Columns, in_table
 from holdfast.core.guard import Aim
@@ -44,6 +43,7 @@ from holdfast.runs.harness.verdict import (
     votes,
 )
 from holdfast.statistics.detection_rates import balance, median_width, threshold
+from holdfast.threats.corruptions import Corruptions
 
 if TYPE_CHECKING:
     from holdfast.runs.harness.plan import Plan

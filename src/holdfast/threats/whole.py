@@ -1,23 +1,32 @@
-"""Base class of constraints that change an input as a whole, such as rotations of images and edits of texts, and so are
-not balls of a norm.
-"""
+"""Base classes of constraints that are not balls of a norm."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from holdfast.core.batch import Batch
+from holdfast.core.constraints import ConstraintFacts
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs
+from holdfast.threats.parsing import limits_text
 
 
-class Whole(ABC):
-    """Base class of constraints, such as rotations, under which attacks on single input values raise `UsageError`."""
+class Limited(ConstraintFacts):
+    """Base class of constraints that have limits by name, such as the size of a patch."""
 
-    is_ball: ClassVar[bool] = False
-    in_input_units: ClassVar[bool] = False
-    judges_misclassified: ClassVar[bool] = False
+    def __str__(self) -> str:
+        return limits_text(self.name, self.limits)
+
+
+class Whole(Limited, ABC):
+    """Base class of constraints that change an input as a whole, such as rotations, under which attacks on single input
+    values raise `UsageError`.
+    """
+
+    @property
+    def eps(self) -> float:
+        """Always 1, which allows all that the limits allow."""
+        return 1.0
 
     @abstractmethod
     def refusal(self) -> UsageError:

@@ -14,19 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0, Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.names import limits_text
 from holdfast.core.types import Count, Ids, Inputs, PerExample, Steps
+from holdfast.threats.whole import Limited
 
 Corners = tuple[Tensor, Tensor]
 """row and column of the upper left corner of a rectangle, for each example, each int64 (n)"""
 
 
 @dataclass(frozen=True)
-class Patch:
+class Patch(Limited):
     """Constraint that only one rectangle of an image changes, and that its pixels may have any valid value.
 
     `at` is the row and column of its upper left corner, `centre`, or `anywhere`, where the attacker chooses the
@@ -35,9 +34,6 @@ class Patch:
     """
 
     name: ClassVar[str] = "patch"
-    is_ball: ClassVar[bool] = False
-    in_input_units: ClassVar[bool] = False
-    judges_misclassified: ClassVar[bool] = False
 
     height: Steps = 5
     width: Steps = 5
@@ -54,7 +50,16 @@ class Patch:
         return 1.0
 
     @property
-    def limits(self) -> Mapping[str, int | str]:
+    def counts_pixels(self) -> bool:
+        """Always true: a patch changes pixels."""
+        return True
+
+    def refuse_unfit(self, x: Inputs) -> None:
+        """Raise `UsageError` if the patch does not fit into images in the shape of `x`."""
+        self.places(x.shape[1:])
+
+    @property
+    def limits(self) -> Mapping[str, float | str]:
         """Settings of the patch by name, such as its height and width."""
         confined = {"within": self.within} if self.within else {}
         return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **confined}
@@ -152,16 +157,6 @@ class Patch:
         ]
         size = (self.height, self.width)
         return F.avg_pool2d(inside, size, stride=1)[:, 0] * (self.height * self.width)
-
-    def __str__(self) -> str:
-        return limits_text("patch", self.limits)
-
-
-def counts_pixels(constraint: Constraint) -> bool:
-    """Return whether the distance under a constraint is a number of pixels, where all channels of a pixel count once,
-    instead of a number of values.
-    """
-    return isinstance(constraint, Patch) or (isinstance(constraint, L0) and constraint.per == "pixel")
 
 
 def _near(middle: int, reach: int, free: range) -> range:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.tables.relations import (
+from holdfast.threats.tables.relations import (
     All,
     Arithmetic,
     Call,
@@ -23,7 +23,7 @@ from holdfast.core.tables.relations import (
     Number,
     Relation,
 )
-from holdfast.core.tables.rules import Rules
+from holdfast.threats.tables.rules import Rules
 
 Rows = NDArray[np.float64]
 Truth = NDArray[np.bool_]

@@ -6,6 +6,7 @@ not only equalities, and a row that cannot be repaired moves towards its clean r
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -18,10 +19,12 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.tables.checking import distances
-from holdfast.core.tables.repair import repaired, violation
-from holdfast.core.tables.rules import Rules, rules_of
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
+from holdfast.threats.domains import TABLE, Domain
+from holdfast.threats.tables.checking import distances
+from holdfast.threats.tables.repair import repaired, violation
+from holdfast.threats.tables.rules import Rules, rules_of
+from holdfast.threats.whole import Limited
 
 _SHARES = (1.0, 0.97, 0.9, 0.8, 0.65, 0.5, 0.3, 0.15)
 """Shares of the budget to which a row is moved back in turn, until it is valid after rounding and repair."""
@@ -84,15 +87,13 @@ def _tensors(content: str) -> TableTensors:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Limited):
     """Constraint of the rows that the rules of a table allow, whose change has at most the size `eps` in the budget of
     the rules.
     """
 
     name: ClassVar[str] = "table"
-    is_ball: ClassVar[bool] = False
-    in_input_units: ClassVar[bool] = False
-    judges_misclassified: ClassVar[bool] = False
+    domain: ClassVar[Domain | None] = TABLE
 
     file: str
     """file of the rules, as it was given"""
@@ -111,7 +112,7 @@ class Table:
         return _tensors(self.content)
 
     @property
-    def limits(self) -> dict[str, float | str]:
+    def limits(self) -> Mapping[str, float | str]:
         """The file, the rules and the size of the budget."""
         return {"file": self.file, "eps": self.eps, "content": self.content}
 
@@ -195,9 +196,6 @@ class Table:
     def resized(self, eps: float) -> "Table":
         """Return the same rules with a budget of the size `eps`."""
         return replace(self, eps=eps)
-
-    def __str__(self) -> str:
-        return f"table:{self.file},eps={self.eps:g}"
 
     def _within(self, point: Tensor, clean: Tensor, ball: Linf | L2 | L1 | L0) -> Tensor:
         # A change of a group is that of two columns, and counts once.

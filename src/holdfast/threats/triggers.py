@@ -24,7 +24,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, PerExample
-from holdfast.core.whole_image import Whole
+from holdfast.threats.whole import Whole
 
 _ROUNDING = 1e-3
 """Largest difference from the stamped input, as a share of the largest value of an input: the rounding of half
@@ -98,6 +98,7 @@ class Stamped(Whole):
 
     name: ClassVar[str] = "trigger"
     judges_misclassified: ClassVar[bool] = True
+    measures_robustness: ClassVar[bool] = False
 
     file: str
     """file of the trigger, as it was given"""
@@ -108,12 +109,7 @@ class Stamped(Whole):
         trigger_of(self.content)
 
     @property
-    def eps(self) -> float:
-        """Always 1, because there is one change instead of a radius."""
-        return 1.0
-
-    @property
-    def limits(self) -> Mapping[str, str]:
+    def limits(self) -> Mapping[str, float | str]:
         """The file and the trigger in it."""
         return {"file": self.file, "content": self.content}
 
@@ -122,9 +118,27 @@ class Stamped(Whole):
         """The trigger."""
         return trigger_of(self.content)
 
-    def within(self, bounds: Bounds) -> "Stamped":
+    @property
+    def goal(self) -> int | None:
+        """Class that the attacker wants; None if it is unknown."""
+        return self.trigger.target
+
+    def in_bounds(self, bounds: Bounds) -> "Stamped":
         """Return the constraint with the trigger in the units of a model whose inputs are within `bounds`."""
         return Stamped(self.file, trigger_text(self.trigger.within(bounds)))
+
+    def notes(self, bounds: Bounds) -> tuple[str, ...]:
+        """Return a note on a trigger whose file does not state the valid range of its values."""
+        trigger = self.trigger
+        values = trigger.pattern[trigger.mask.expand_as(trigger.pattern) > 0]
+        by_feature = isinstance(bounds.low, Tensor) or isinstance(bounds.high, Tensor)
+        if trigger.ends is not None or not len(values) or by_feature or bounds == Bounds():
+            return ()
+        note = (
+            "the file of the trigger does not state the valid range of its values, which are from "
+            f"{float(values.min()):.4g} to {float(values.max()):.4g}; they are taken in the units of the model"
+        )
+        return (note,)
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return for each example 0 if nothing changed, 1 if it is the input with the trigger, else infinity.
@@ -153,9 +167,6 @@ class Stamped(Whole):
             Remedy("suite", "fast"),
             Remedy("threat", "linf:8/255"),
         )
-
-    def __str__(self) -> str:
-        return f"trigger:{self.file}"
 
 
 def trigger_text(trigger: Trigger) -> str:

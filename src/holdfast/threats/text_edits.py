@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import limits_text, refuse_text_limits
 from holdfast.core.texts import decoded
 from holdfast.core.types import Inputs, PerExample
-from holdfast.core.whole_image import Whole
+from holdfast.threats.domains import TEXT, Domain
+from holdfast.threats.parsing import refuse_text_limits
+from holdfast.threats.whole import Whole
 
 INVISIBLE = "\u200b"
 """Character that an edit may insert anywhere: the zero-width space."""
@@ -68,6 +69,7 @@ class TextEdits(Whole):
     """
 
     name: ClassVar[str] = "text"
+    domain: ClassVar[Domain | None] = TEXT
 
     edits: int = 0
     """largest number of edits of each changed word (optimal string alignment distance)"""
@@ -90,11 +92,6 @@ class TextEdits(Whole):
             raise UsageError(
                 "the constraint has the content of a file, and no name of it; give file=FILE.json"
             )
-
-    @property
-    def eps(self) -> float:
-        """Always 1, because the constraint has limits for each kind of change instead of a radius."""
-        return 1.0
 
     @property
     def limits(self) -> Mapping[str, float | str]:
@@ -220,9 +217,6 @@ class TextEdits(Whole):
             if getattr(self, name)
         }
         return replace(self, **fewer)  # type: ignore[arg-type]  # the names are those of whole numbers
-
-    def __str__(self) -> str:
-        return limits_text("text", self.limits)
 
 
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2018\u2019\u201c\u201d\u2026"

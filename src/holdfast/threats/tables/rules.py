@@ -16,7 +16,7 @@ from annotated_types import Gt
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import suggestion
-from holdfast.core.tables.relations import Relation, comparisons_in, parse_relation
+from holdfast.threats.tables.relations import Relation, comparisons_in, parse_relation
 
 ColumnType = Literal["number", "whole", "category"]
 Change = Literal["any", "none", "up", "down"]

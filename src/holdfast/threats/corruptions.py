@@ -6,7 +6,7 @@ from typing import ClassVar
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, PerExample
-from holdfast.core.whole_image import Whole
+from holdfast.threats.whole import Whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,14 @@ class Corruptions(Whole):
 
     severity: int = 3
 
+    def without_surrogates(self) -> str:
+        """Return why surrogates are not used: a corruption uses no model."""
+        return "under common corruptions"
+
+    def refuse_unfit(self, x: Inputs) -> None:
+        """Raise `UsageError` if inputs are not images."""
+        refuse_no_images(x)
+
     @property
     def eps(self) -> float:
         """Severity of the corruption, from 1 to 5."""
@@ -30,6 +38,9 @@ class Corruptions(Whole):
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return for each example the severity of the corruption if the image changed, else 0."""
         return self.eps * (x_adv != x).flatten(1).any(1).to(x)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.severity}"
 
     def resized(self, eps: float) -> "Corruptions":
         """Return the constraint of corruptions whose severity is the integer from 1 to 5 that is nearest to `eps`."""
@@ -40,7 +51,18 @@ class Corruptions(Whole):
         corruptions.
         """
         return UsageError(
-            f"under corruptions:{self.severity} images are corrupted, not attacked",
+            f"under {self} images are corrupted, not attacked",
             Remedy("suite", "corruptions"),
+            Remedy("threat", "linf:8/255"),
+        )
+
+
+def refuse_no_images(x: Inputs) -> None:
+    """Raise `UsageError` if inputs are not images, such as rows of a table, because corruptions need images."""
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        shape = "x".join(map(str, x.shape[1:]))
+        raise UsageError(
+            f"common corruptions need images of 1 or 3 channels (channels x height x width), "
+            f"and these inputs are {shape}",
             Remedy("threat", "linf:8/255"),
         )

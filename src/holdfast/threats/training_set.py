@@ -6,7 +6,7 @@ from typing import ClassVar
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, PerExample
-from holdfast.core.whole_image import Whole
+from holdfast.threats.whole import Whole
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class TrainingSet(Whole):
     """
 
     name: ClassVar[str] = "training-set"
+    measures_robustness: ClassVar[bool] = False
 
     changes: int
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.core.tables.relations import (
+from holdfast.threats.tables.relations import (
     All,
     Arithmetic,
     Call,
@@ -24,7 +24,7 @@ from holdfast.core.tables.relations import (
 )
 
 if TYPE_CHECKING:
-    from holdfast.core.tables.table import TableTensors
+    from holdfast.threats.tables.table import TableTensors
 
 _STEP = 1e-6
 """Relative amount by which the sides of a strict comparison differ after a repair."""

@@ -1,0 +1,40 @@
+"""Kinds of inputs: images, rows of tables with rules, texts, and other numbers. A report shows pictures, changed
+columns or changed words of their examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from holdfast.core.constraints import Constraint
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A kind of inputs."""
+
+    name: str
+    noun: str = "examples"
+    """what examples are called in reports"""
+
+
+IMAGE = Domain("image", "images")
+NUMBERS = Domain("numbers")
+"""any other inputs of numbers, such as signals"""
+TABLE = Domain("table")
+TEXT = Domain("text", "texts")
+
+
+def domain_of(constraint: "Constraint", shape: Sequence[int] | None) -> Domain:
+    """Return the domain of inputs with a shape (None if it is unknown): that of the constraint if it changes inputs of
+    one kind alone, and otherwise images or numbers.
+    """
+    if constraint.domain is not None:
+        return constraint.domain
+    return IMAGE if shape is not None and is_image(shape) else NUMBERS
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Return whether inputs of a shape are images, which have their channels first and 1, 3 or 4 of them."""
+    return len(shape) == 3 and shape[0] in {1, 3, 4} and min(shape[1:]) > 1

@@ -1,0 +1,109 @@
+"""Rotations, shifts, scales and displacements of images as a constraint, such as `spatial:rotate=30` in threat models.
+
+Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, and Xiao et al.,
+"Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612, for its flow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from holdfast.core.errors import UsageError
+from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
+from holdfast.threats.parsing import MOST_SCALED, refuse_mixed
+from holdfast.threats.whole import Whole
+
+_COLOURED = ("hue", "saturation")
+"""transformations that need three channels"""
+
+
+class Transformation(Whole):
+    """Base class of the constraints under which images are transformed as a whole. Their fields are the limits."""
+
+    @property
+    def limits(self) -> Mapping[str, float | str]:
+        """Limits of the transformations by their names in the threat string, without those that are 0."""
+        named = {name: float(value) for name, value in vars(self).items()}
+        return {name: limit for name, limit in named.items() if limit > 0}
+
+    @property
+    def axes(self) -> Mapping[str, float]:
+        """Largest amount of each transformation in both directions, by name; the same as `limits`."""
+        return {name: float(limit) for name, limit in self.limits.items()}
+
+    def without_surrogates(self) -> str:
+        """Return why surrogates are not used: images are transformed as a whole."""
+        return f"under {self}, because whole images are transformed"
+
+    def refuse_unfit(self, x: Inputs) -> None:
+        """Raise `UsageError` if inputs are not images with the channels that the transformations need."""
+        if x.dim() != 4:
+            raise UsageError(
+                f"a change of {', '.join(self.limits)} needs images (channels, height, width); the inputs "
+                f"have shape {tuple(x.shape[1:])}"
+            )
+        coloured = [name for name in _COLOURED if name in self.limits]
+        if coloured and x.shape[1] != 3:
+            raise UsageError(
+                f"a change of {' and '.join(coloured)} needs three channels, red, green and blue; the "
+                f"inputs have {x.shape[1]}, so "
+                f"leave them out, as in colour:brightness=0.2,contrast=0.3"
+            )
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """Return for each example 1 if the image changed, else 0."""
+        return (x_adv != x).flatten(1).any(1).to(x)
+
+    def refusal(self) -> UsageError:
+        """Return the error for an attack that cannot be used under this constraint. Its message names the attacks that
+        transform images.
+        """
+        suited = "Flow" if "flow" in self.limits else "GridSearch or TransformPGD"
+        return UsageError(
+            f"under {self} an attack transforms whole images, but this attack changes single values; choose "
+            f"{suited}, or a threat such as linf:8/255"
+        )
+
+
+@dataclass(frozen=True)
+class Spatial(Transformation):
+    """Constraint that allows rotations, shifts and scales of an image, or displacements of its pixels, each up to a
+    limit.
+
+    There is no ball: any image inside the box is allowed, since only attacks that transform images run under this
+    constraint, and these respect the limits. Every other attack raises `UsageError`.
+    """
+
+    name: ClassVar[str] = "spatial"
+
+    rotate: NonNegative = 0.0
+    """largest rotation in degrees, in both directions"""
+    shift: NonNegative = 0.0
+    """largest shift in pixels, along each axis in both directions"""
+    scale: Fraction = 0.0
+    """largest fraction by which an image may grow or shrink, at most 0.9"""
+    flow: NonNegative = 0.0
+    """largest displacement of each pixel in pixels, in any direction; it excludes other limits, since no attack
+    searches both"""
+
+    def __post_init__(self) -> None:
+        refuse_mixed(self.limits)
+        if self.scale > MOST_SCALED:
+            raise UsageError(
+                f"scale={self.scale:g} is too large: almost nothing of an image would be left; expected at most "
+                f"{MOST_SCALED:g}"
+            )
+
+    @property
+    def axes(self) -> Mapping[str, float]:
+        """Largest amount of each transformation in both directions, by the names that
+        `holdfast.attacks.parts.image_transforms` uses, such as `shift_x`.
+        """
+        along = {"shift": ("shift_x", "shift_y")}
+        return {axis: limit for name, limit in super().axes.items() for axis in along.get(name, (name,))}
+
+    def resized(self, eps: float) -> "Spatial":
+        """Return the constraint with the limit of every transformation multiplied by `eps`."""
+        return Spatial(
+            self.rotate * eps, self.shift * eps, min(self.scale * eps, MOST_SCALED), self.flow * eps
+        )
