@@ -104,7 +104,7 @@ from holdfast.runs.harness.target import prepared
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InferenceSource
 from holdfast.settings.table_rules import drafted
-from holdfast.threats.corruptions import refuse_no_images
+from holdfast.threats.domains import refuse_no_images
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.triggers import Trigger
 from servers import CLASSES as SERVED_CLASSES

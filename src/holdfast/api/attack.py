@@ -35,6 +35,7 @@ from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Progress, silent
 from holdfast.settings.spellings import is_suite_only
 from holdfast.settings.threats_and_attacks import ThreatLike
+from holdfast.threats.domains import TEXT
 from holdfast.threats.parsing import threat_of
 
 Array = Tensor | NDArray[Any]
@@ -242,7 +243,7 @@ def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
         attacked = attempted[rows]
         x_adv[rows[attacked]] = stored["x"][attacked].to(x)
     distance = evidence.threat.constraint.distance(x_adv.double(), x.double()).float()
-    of_texts = evidence.threat.constraint.name == "text"
+    of_texts = evidence.threat.constraint.domain is TEXT
     returned = np.array(decoded(x_adv), np.str_) if of_texts else _as_given(data, x_adv, inputs)
 
     def as_inputs(column: Tensor) -> Array:

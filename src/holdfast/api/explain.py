@@ -33,7 +33,6 @@ from holdfast.io.data.selection import selected
 from holdfast.io.models.factories import names_code
 from holdfast.io.models.models import WEIGHTS
 from holdfast.io.models.weights import digest_of_weights
-from holdfast.reports.gallery import is_image
 from holdfast.reports.words import sentences
 from holdfast.runs.assess.preparation import model_digest, readied
 from holdfast.runs.assess.request import Subject
@@ -44,6 +43,7 @@ from holdfast.runs.store.folder import read_manifest
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import open_run
 from holdfast.settings.threats_and_attacks import ThreatLike
+from holdfast.threats.domains import is_image
 
 _EXAMPLES = 100
 """examples by which a model is explained, unless the settings state another number"""

@@ -33,7 +33,6 @@ from holdfast.settings.grammar import seconds
 from holdfast.settings.naming import chosen
 from holdfast.settings.spellings import attack_listed, norms_of_suite
 from holdfast.settings.threats_and_attacks import attack_class, build_attack, checked_attack
-from holdfast.threats.corruptions import Corruptions
 from holdfast.threats.domains import TEXT
 
 Measuring = Assess | Certify | Harden
@@ -156,10 +155,9 @@ def _named(name: str, constraint: Constraint) -> Member:
         return Member(name, _default_attack(attack_class(name), name))
     attack = variant(name, constraint)
     if attack is None:
-        norm = constraint.name
         raise UsageError(
             f"{name} is the name of {VARIANTS[name]} in suites under {', '.join(norms_of_suite(name))}, and the "
-            f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"
+            f"threat is {constraint.name}; choose such a threat, or name {VARIANTS[name]}"
         )
     return Member(name, attack)
 
@@ -181,7 +179,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     The default suite depends on the access that the threat model and the model allow.
     """
     threat = settings.threat.opened()
-    if threat.constraint.name == "training-set":
+    if not threat.constraint.changes_inputs:
         return _without_attacks(settings, threat)
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = listed_attacks(settings)
@@ -197,7 +195,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     if threat.access != "gradients":
         members = tuple(_without_reading(member) for member in members)
     _refuse_endless(replace(threat, access=access), settings, smallest=smallest)
-    corrupting = isinstance(threat.constraint, Corruptions)
+    corrupting = threat.constraint.drawn_at_random
     in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
     _refuse_other_triggers(members, threat.constraint)
@@ -303,19 +301,18 @@ def _within_eps(threat: ThreatModel) -> Remedy:
     searching = Remedy("suite", DEFAULT_SUITE if threat.gives("gradients") else "black-box")
     if threat.constraint.is_ball and threat.constraint.eps < float("inf"):
         return searching
-    norm = threat.constraint.name if threat.constraint.name in _USUAL else "linf"
+    norm = threat.name if threat.name in _USUAL else "linf"
     return Remedy("threat", threat.with_change(f"{norm}:{_USUAL[norm]}"), also=(searching,))
 
 
 def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool) -> None:
     """Raise `UsageError` for a threat without eps, unless the suite searches for the smallest change."""
     if threat.constraint.eps == float("inf") and not smallest:
-        norm = threat.constraint.name
         searched = (Remedy("suite", "minimum-norm"),) if threat.gives("gradients") else ()
         raise UsageError(
             f"{settings.threat} has no eps, which means the smallest change",
             *searched,
-            Remedy("threat", threat.with_change(f"{norm}:{_USUAL[norm]}")),
+            Remedy("threat", threat.with_change(f"{threat.name}:{_USUAL[threat.name]}")),
         )
 
 

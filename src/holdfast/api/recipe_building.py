@@ -50,7 +50,7 @@ _THREAT_OF: Mapping[str, str | Placeholder] = {
 def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
     """Raise `UsageError` for a threat model that the recipe cannot train against."""
     constraint = threat.constraint
-    possible = _RECIPES_OF.get(constraint.name, ())
+    possible = _RECIPES_OF.get(threat.name, ())
     if recipe in possible:
         return
     if possible and recipe:
@@ -65,9 +65,9 @@ def refuse_unheld(threat: ThreatModel, recipe: str = "") -> None:
             Remedy("threat", _THREAT_OF[recipe]),
             Remedy("recipe", "pgd"),
         )
-    if not isinstance(constraint, (Linf, L2, L1)):
+    if not constraint.in_input_units:
         raise UsageError(
-            f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}",
+            f"recipes train for the threats linf, l2 and l1, and the threat is {threat.name}",
             Remedy("threat", replace(threat, goal=None).with_change("linf:8/255")),
         )
     if threat.goal is not None:

@@ -15,7 +15,6 @@ from holdfast.core.names import CorruptionName
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
 from holdfast.corruptions import corrupted
-from holdfast.threats.corruptions import Corruptions
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Corruption:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         constraint = threat.constraint
-        if not isinstance(constraint, Corruptions):
+        if not constraint.drawn_at_random:
             raise UsageError(
                 f"{self.name} is a common corruption; the threat model is {constraint}. "
                 f"Choose a threat such as corruptions:3"
             )
-        return corrupted(self.name, batch.x, constraint.severity, batch.ids, rng, model.bounds)
+        return corrupted(self.name, batch.x, int(constraint.eps), batch.ids, rng, model.bounds)

@@ -8,7 +8,6 @@ from holdfast.attacks.protocol import Attack, Enumeration, Itemised, Learned, Qu
 from holdfast.attacks.relay import Relay
 from holdfast.core.model import Batches
 from holdfast.core.threat import ThreatModel
-from holdfast.threats.transformations import Transformation
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,11 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
         setting = attack.queries
     elif isinstance(attack, Itemised):
         setting = attack.passes
-    elif isinstance(attack, Enumeration) and isinstance(threat.constraint, Transformation):
-        setting = len(attack.grid_points(threat.constraint))
+    elif isinstance(attack, Enumeration):
+        from holdfast.threats.transformations import Transformation  # late: few attacks try a grid
+
+        if isinstance(threat.constraint, Transformation):
+            setting = len(attack.grid_points(threat.constraint))
     return min((n for n in (setting, threat.queries) if n is not None), default=None)
 
 

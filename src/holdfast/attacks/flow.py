@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import cosine
 from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.image_transforms import expect_flow, flowed
+from holdfast.attacks.parts.image_transforms import flowed
 from holdfast.attacks.parts.losses import margin
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -23,6 +23,7 @@ from holdfast.core.gradients import input_gradient, levelled
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, NonNegative, PerExample, Positive, Restarts, Steps
+from holdfast.threats.transformations import expect_flow
 
 _TINY = 1e-8  # added under the root, because a constant flow would have a gradient of NaN
 _NEAR = 1e-3  # displacement in pixels at which the one-sided slope of the image is measured

@@ -3,7 +3,7 @@ of inputs.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs
-from holdfast.threats.transformations import Transformation
+
+if TYPE_CHECKING:
+    from holdfast.threats.transformations import Transformation
 
 
 @runtime_checkable
@@ -140,7 +142,7 @@ class Enumeration(Attack, Protocol):
     on all examples that are not yet broken.
     """
 
-    def grid_points(self, constraint: Transformation) -> Sequence[tuple[float, ...]]:
+    def grid_points(self, constraint: "Transformation") -> Sequence[tuple[float, ...]]:
         """Return the points of the grid that the attack tries. A point has one number for each parameter, such as
         rotation or horizontal shift, as a fraction of its limit.
         """

@@ -21,11 +21,13 @@ The tables name the attacks and their settings, and do not import torch: names a
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
+from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.metrics.names import CORRUPTIONS
+from holdfast.threats.parsing import Sees
 
 if TYPE_CHECKING:
     from holdfast.attacks.protocol import Attack
@@ -247,6 +249,11 @@ _CURVE: Final[Mapping[str, AttackSpec]] = {
     "l2": _spec("ALMA", steps=100),
 }
 
+_ON_HELD_OUT: Final[Mapping[Kind, AttackSpec]] = {
+    "text": _spec("TextSearch", queries=32),  # since a search for one text takes milliseconds
+    "trigger": _spec("TriggerStamp"),
+}
+
 _FIRST: tuple[SuiteName, ...] = (
     "standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box", "trees"
 )  # fmt: skip
@@ -270,6 +277,19 @@ def attacks_of(name: SuiteName, kind: Kind, access: "Access" = "gradients") -> S
     if name == "black-box" and access == "labels" and kind in ("linf", "l2", "l1", "l0"):
         return LABELS_ONLY.get(kind, ())
     return SUITES[name].get(kind, ())
+
+
+def is_possible(name: SuiteName, constraint: "Constraint", access: "Access") -> bool:
+    """Return whether a suite has an attack under a constraint that needs no more than the access of the attacker."""
+    order, specs = get_args(Sees), attacks_of(name, kind_of_change(constraint), access)
+    return any(order.index(ATTACKS[spec.attack].needs) <= order.index(access) for spec in specs)
+
+
+def attack_on_held_out(constraint: "Constraint") -> "Attack":
+    """Return the attack for held-out accuracy, by which the checkpoint of most recipes is chosen. It has more steps and
+    another loss than in training.
+    """
+    return _ON_HELD_OUT.get(kind_of_change(constraint), _pgd(20, 1)).build()
 
 
 def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -> Suite:

@@ -13,7 +13,7 @@ import torch
 
 from holdfast.attacks.parts.ascent import cosine
 from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.image_transforms import expect_transformations, reached
+from holdfast.attacks.parts.image_transforms import reached
 from holdfast.attacks.parts.losses import margin
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -21,7 +21,7 @@ from holdfast.core.gradients import input_gradient
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Restarts, Steps
-from holdfast.threats.transformations import Transformation
+from holdfast.threats.transformations import Transformation, expect_transformations
 
 
 @dataclass(frozen=True)

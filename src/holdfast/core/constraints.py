@@ -11,10 +11,11 @@ counts as no change.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,84 +39,117 @@ _L1_DENSITY = (
 )
 
 
-@runtime_checkable
-class Constraint(Protocol):
-    """Protocol of a set of allowed inputs around each clean input. `eps` is its size, which may be infinite."""
+class Constraint(ABC):
+    """Base class of a set of allowed inputs around each clean input. `eps` is its size, which may be infinite.
+
+    The facts have the values that hold for a change of any inputs of numbers by an attacker, and a family of
+    constraints states those that differ.
+    """
 
     name: ClassVar[str]
     """name on the command line, such as `linf`"""
-    is_ball: ClassVar[bool]
+    is_ball: ClassVar[bool] = False
     """whether the set is the ball of radius eps in a norm"""
-    in_input_units: ClassVar[bool]
+    in_input_units: ClassVar[bool] = False
     """whether eps is the size of a change of values, in units of the inputs: a ball of Linf, L2 or L1"""
-    judges_misclassified: ClassVar[bool]
+    bounds_each_value: ClassVar[bool] = False
+    """whether eps is the largest change of each value: Linf"""
+    counts_changes: ClassVar[bool] = False
+    """whether eps is a number of values or pixels that may change: L0"""
+    has_size: ClassVar[bool] = False
+    """whether eps is a size of changes that can be smaller"""
+    changes_inputs: ClassVar[bool] = True
+    """whether inputs change, and not the training set"""
+    drawn_at_random: ClassVar[bool] = False
+    """whether changes are drawn at random, and no attacker chooses them"""
+    measures_robustness: ClassVar[bool] = True
+    """whether attacks search for a change of inputs, so that runs have a robust accuracy"""
+    judges_misclassified: ClassVar[bool] = False
     """whether examples that are misclassified when clean are evaluated as well, because they may be correct when
     changed"""
-    measures_robustness: ClassVar[bool]
-    """whether an attacker changes inputs, so that runs have a robust accuracy"""
-    domain: "ClassVar[Domain | None]"
+    domain: "ClassVar[Domain | None]" = None
     """kind of the inputs that can be changed like this; None if any inputs of numbers can"""
 
     @property
+    @abstractmethod
     def eps(self) -> float:
         """Radius of the allowed set, in units of the inputs. Under L0 it is a number of values or pixels."""
 
     @property
     def limits(self) -> Mapping[str, float | str]:
         """Limits of a constraint that is no ball, by their names in the threat string, without those that allow no
-        change; an `eps` of 1 allows all of it. A ball has none.
+        change; an `eps` of 1 allows all of it. A constraint whose only limit is `eps` has none.
         """
+        return MappingProxyType({})
 
     @property
     def counts_pixels(self) -> bool:
         """Whether the distance is a number of pixels, where all channels of a pixel count once, instead of values."""
+        return False
 
     @property
     def goal(self) -> int | None:
         """Target class that the constraint states itself, as a trigger does."""
+        return None
 
     def without_surrogates(self) -> str:
         """Return why surrogates are not used under the constraint; empty if they are."""
+        return ""
 
     def notes(self, bounds: Bounds) -> tuple[str, ...]:
         """Return what a reader needs to know about the constraint for a model whose inputs are within `bounds`."""
+        return ()
 
     def refuse_unfit(self, x: Inputs) -> None:
-        """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this."""
+        """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this. Inputs of numbers can."""
+        return
 
     def in_bounds(self, bounds: Bounds) -> "Constraint":
         """Return the constraint in the units of a model whose inputs are within `bounds`."""
+        return self
 
+    @abstractmethod
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the distance of each `x_adv` (n, *features) from its clean input `x`, in the unit of the
         constraint.
         """
 
+    @abstractmethod
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return for each `x_adv` the nearest valid input in the ball around `x`, which is `x_adv` itself if it is
         inside.
         """
 
+    @abstractmethod
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return for each input the direction of length one along which a function with this gradient increases
         most.
         """
 
+    @abstractmethod
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
         """Return for each example a random valid input inside the ball around its clean input."""
 
+    @abstractmethod
     def resized(self, eps: float) -> "Constraint":
         """Return the same constraint with the radius `eps`."""
 
 
-@runtime_checkable
-class Norm(Constraint, Protocol):
-    """Protocol of a ball of a norm whose radius may differ between examples, as minimum-norm attacks require."""
+class Norm(Constraint):
+    """Base class of the balls of norms, whose radius may differ between examples, as minimum-norm attacks require."""
 
+    is_ball: ClassVar[bool] = True
+    in_input_units: ClassVar[bool] = True
+    has_size: ClassVar[bool] = True
+
+    @abstractmethod
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Return for each `x_adv` the nearest valid input in the ball around `x` whose radius for the example is
         `radius`.
         """
+
+    def __str__(self) -> str:
+        return self.name if math.isinf(self.eps) else f"{self.name}:{exact_size(self.eps)}"
 
 
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
@@ -163,66 +197,12 @@ def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
     return torch.where(delta > 0, high - x, x - low).clamp_min(0).masked_fill(x.isnan(), 0)
 
 
-class ConstraintFacts:
-    """Base class of constraints: what holds for a change of any inputs of numbers by an attacker. A family of
-    constraints states only what differs.
-    """
-
-    name: ClassVar[str]
-    is_ball: ClassVar[bool] = False
-    in_input_units: ClassVar[bool] = False
-    judges_misclassified: ClassVar[bool] = False
-    measures_robustness: ClassVar[bool] = True
-    domain: "ClassVar[Domain | None]" = None
-
-    @property
-    def limits(self) -> Mapping[str, float | str]:
-        """Limits by their names in the threat string; none for a constraint whose only limit is `eps`."""
-        return MappingProxyType({})
-
-    @property
-    def counts_pixels(self) -> bool:
-        """Whether the distance is a number of pixels, where all channels of a pixel count once, instead of values."""
-        return False
-
-    @property
-    def goal(self) -> int | None:
-        """Target class that the constraint states itself; None for most constraints."""
-        return None
-
-    def without_surrogates(self) -> str:
-        """Return why surrogates are not used under the constraint; empty if they are."""
-        return ""
-
-    def notes(self, bounds: Bounds) -> tuple[str, ...]:
-        """Return what a reader needs to know about the constraint for a model whose inputs are within `bounds`."""
-        return ()
-
-    def refuse_unfit(self, x: Inputs) -> None:
-        """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this. Inputs of numbers can."""
-
-    def in_bounds(self, bounds: Bounds) -> Self:
-        """Return the constraint itself, which is in the units of the inputs or has none."""
-        return self
-
-
-class _Ball(ConstraintFacts):
-    """Base class of the balls of norms."""
-
-    is_ball: ClassVar[bool] = True
-    in_input_units: ClassVar[bool] = True
-
-    eps: float
-
-    def __str__(self) -> str:
-        return self.name if math.isinf(self.eps) else f"{self.name}:{exact_size(self.eps)}"
-
-
 @dataclass(frozen=True)
-class Linf(_Ball):
+class Linf(Norm):
     """Constraint that no input value changes by more than `eps`."""
 
     name: ClassVar[str] = "linf"
+    bounds_each_value: ClassVar[bool] = True
 
     eps: NonNegative = math.inf
 
@@ -258,7 +238,7 @@ class Linf(_Ball):
 
 
 @dataclass(frozen=True)
-class L2(_Ball):
+class L2(Norm):
     """Constraint that the Euclidean length of the change of an input is at most `eps`."""
 
     name: ClassVar[str] = "l2"
@@ -353,7 +333,7 @@ def _l2_share(delta: Tensor, clipped: Tensor, eps: PerExample) -> PerExample:
 
 
 @dataclass(frozen=True)
-class L1(_Ball):
+class L1(Norm):
     """Constraint that the sum of the absolute changes of an input is at most `eps`."""
 
     name: ClassVar[str] = "l1"
@@ -441,13 +421,14 @@ def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
 
 
 @dataclass(frozen=True)
-class L0(_Ball):
+class L0(Norm):
     """Constraint that at most `eps` values of an input change, or with `per="pixel"` at most `eps` pixels of an
     image.
     """
 
     name: ClassVar[str] = "l0"
     in_input_units: ClassVar[bool] = False
+    counts_changes: ClassVar[bool] = True
 
     eps: NonNegative = math.inf
     per: Literal["value", "pixel"] = "value"

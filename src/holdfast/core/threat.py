@@ -129,6 +129,10 @@ class ThreatModel:
         """Return the text of this threat model with another change, such as `l2:0.5`, in the unit of the inputs."""
         return threat_text(change, self.goal, self.access, self.queries)
 
+    def with_size(self, eps: float) -> str:
+        """Return the text of this threat model with another eps, in the unit of the inputs."""
+        return self.with_change(str(self.constraint.resized(eps)))
+
     @property
     def text(self) -> str:
         """The threat model as an argument on the command line, without the values that are defaults."""

@@ -21,7 +21,7 @@ from holdfast.corruptions.digital import elastic_transform, pixelate
 from holdfast.corruptions.jpeg import jpeg_compression
 from holdfast.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
 from holdfast.corruptions.weather import fog, frost, snow, spatter
-from holdfast.threats.corruptions import refuse_no_images
+from holdfast.threats.domains import refuse_no_images
 
 Operator = Callable[[Inputs, Constants, Ids, Draws], Inputs]
 """function that returns corrupted images in [0, 1] from images in [0, 1], the constants of a severity, ids and random

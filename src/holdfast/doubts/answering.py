@@ -17,7 +17,7 @@ from holdfast.attacks.costs import expected_passes
 from holdfast.attacks.parts.losses import dlr, margin_loss
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.protocol import Attack
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import Constraint
 from holdfast.core.evidence import AnswerCheck, Columns, Doubt
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import doubt_test
@@ -82,7 +82,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
 
     pair = margin_pgd(steps=100, restarts=8)
     on_pair = tuple(Arm(name, pair, ("bypass",), weight) for name, weight in WEIGHTS.items())
-    if isinstance(constraint, L0):
+    if constraint.counts_changes:
         return (
             *on_pair,
             Arm("BPDA", margin_pgd(steps=100, restarts=5), ("bypass",)),
@@ -93,7 +93,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
         Arm("BPDA-FAB", FAB(steps=100, targets=9, eta=1.3, refine=20), ("bypass",)),
     )
     searches: tuple[Arm, ...] = ()
-    if isinstance(constraint, (Linf, L2, L1)):
+    if constraint.in_input_units:
         from holdfast.attacks.adaptive_search import AdaptiveSearch  # only for runs with adaptive attacks
 
         searches = (Arm(SEARCH, AdaptiveSearch(passes=BUDGET), ("bypass", "average", "search")),)
@@ -102,7 +102,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
         Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), ("average",)),
         Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), ("bypass",)),
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), ("bypass",)),
-        *(() if isinstance(constraint, Linf) else nearest),
+        *(() if constraint.bounds_each_value else nearest),
         Arm("Search", Square(queries=5000), ("average", "search")),
         *searches,
     )

@@ -13,7 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Mask, PerExample
-from holdfast.explanation.counterfactual import BALLS, broken, counterfactual
+from holdfast.explanation.counterfactual import broken, counterfactual
 from holdfast.explanation.wording import About
 from holdfast.io.data.example_groups import Groups
 from holdfast.runs.harness import Target
@@ -110,7 +110,7 @@ def _smallest(target: Target, batch: Batch, threat: ThreatModel, rng: Draws) -> 
     goal = None if threat.goal is None else torch.full_like(batch.y, threat.goal)
     own = batch.towards(goal)
     constraint = threat.constraint
-    if isinstance(constraint, BALLS) and target.bare.access == "gradients" and threat.access == "gradients":
+    if constraint.is_ball and target.bare.access == "gradients" and threat.access == "gradients":
         free = replace(threat, constraint=constraint.resized(math.inf))
         parts = [
             FMN()(target.queried(target.quick, some), some, free, rng=rng.at("model"))

@@ -25,7 +25,6 @@ from holdfast.explanation.explained import Cell, Figure, bars
 from holdfast.explanation.wording import listed, plane, signed_picture
 from holdfast.reports.numbers import plain
 from holdfast.reports.words import amount
-from holdfast.threats.tables.table import Table
 
 _DRAWS = 16
 """noises of SmoothGrad"""
@@ -62,10 +61,10 @@ def _start(case: Case, inputs: Inputs) -> Inputs:
     """Where integrated gradients start. Categories and one-hot columns of a table remain those of the inputs, because
     no value between two categories exists.
     """
-    start, constraint = case.baseline.expand_as(inputs), case.threat.constraint
-    if not isinstance(constraint, Table):
+    start, table = case.baseline.expand_as(inputs), case.table
+    if table is None:
         return start
-    rules = constraint.tensors
+    rules = table.tensors
     return torch.where((rules.category | rules.grouped).to(inputs.device), inputs, start)
 
 
@@ -74,13 +73,13 @@ def smoothing_noise(case: Case, inputs: Inputs) -> Tensor:
     input as its standard deviation. Under rules of a table, the range is that of each column, and categories and
     columns without limits do not change.
     """
-    x, constraint = case.x, case.threat.constraint
+    x, table = case.x, case.table
     draws = [
         case.rng.at("smooth", k).normal(case.batch.ids, *x.shape[1:], dtype=x.dtype) for k in range(_DRAWS)
     ]
     spread = (x.amax() - x.amin()).clamp_min(1e-6) / 10
-    if isinstance(constraint, Table):
-        rules = constraint.tensors
+    if table is not None:
+        rules = table.tensors
         width = (rules.high - rules.low).nan_to_num(0, posinf=0)
         spread = torch.where(rules.category | rules.grouped, 0, width).to(x) / 10
     return torch.stack([(spread * drawn).expand_as(inputs) for drawn in draws])
@@ -138,7 +137,7 @@ def _attribution_figure(case: Case, methods: dict[str, Tensor], integrated: Inte
 def _completeness(case: Case, integrated: Integrated) -> str:
     """What integrated gradients explain, and which share of it they miss."""
     start = "the median of each column" if case.x.dim() == 2 else "an input of the lowest values"
-    fixed = isinstance(case.threat.constraint, Table) and bool(case.threat.constraint.tensors.category.any())
+    fixed = case.table is not None and bool(case.table.tensors.category.any())
     kept = ", while categories keep their values" if fixed else ""
     return (
         f"Integrated gradients divide the difference of the logit from that of {start} among the inputs{kept}; "

@@ -12,12 +12,12 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
-from holdfast.explanation.counterfactual import BALLS, Counterfactual
+from holdfast.explanation.counterfactual import Counterfactual
 from holdfast.explanation.explained import Cell
 from holdfast.explanation.wording import About, plane
-from holdfast.reports.gallery import is_image
 from holdfast.runs.harness import Target
-from holdfast.threats.tables.table import Table
+from holdfast.threats.domains import TEXT, is_image
+from holdfast.threats.tables.table import Table, table_of
 
 _GRID = 28
 """longest side of the attributions whose values are written as CSV"""
@@ -73,7 +73,12 @@ class Case:
     @property
     def is_text(self) -> bool:
         """Whether the inputs are texts."""
-        return self.threat.constraint.name == "text"
+        return self.threat.constraint.domain is TEXT
+
+    @property
+    def table(self) -> Table | None:
+        """The constraint if it has the rules of a table, else None."""
+        return table_of(self.threat.constraint)
 
     @property
     def is_picture(self) -> bool:
@@ -98,14 +103,14 @@ def random_noise(case: Case) -> Inputs:
     delta, constraint = case.x_adv - case.x, case.threat.constraint
     bounds = case.target.bare.bounds
     signs = case.rng.at("noise").signs(case.batch.ids, *case.x.shape[1:], dtype=case.x.dtype)
-    if isinstance(constraint, BALLS) and constraint.name != "l0":
+    if constraint.in_input_units:
         size = constraint.distance(case.x_adv, case.x)
         length = constraint.distance(signs, torch.zeros_like(signs))
         return bounds.clamp(case.x + signs * float(size[0] / length[0]))
-    if isinstance(constraint, Table):
+    if case.table is not None:
         # valid rows alone, as a model may fail for a category that the rules do not list
-        budget = constraint.resized(case.found.distance)
-        return budget.project(case.x + signs * constraint.tensors.unit.to(case.x), case.x, bounds)
+        budget = case.table.resized(case.found.distance)
+        return budget.project(case.x + signs * budget.tensors.unit.to(case.x), case.x, bounds)
     order = case.rng.at("places").uniform(case.batch.ids, case.x[0].numel()).argsort(1)
     mixed = delta.flatten(1).gather(1, order).view_as(delta)
     return bounds.clamp(case.x + signs * mixed)

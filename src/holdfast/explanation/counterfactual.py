@@ -19,9 +19,9 @@ from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.parts.closest import firmly_broken
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.protocol import Attack
-from holdfast.attacks.suites import suite
+from holdfast.attacks.suites import is_possible, suite
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
+from holdfast.core.constraints import Constraint, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.texts import decoded, encoded
@@ -29,10 +29,9 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask
 from holdfast.explanation.attributions import has_gradients
 from holdfast.runs.harness import Target
-from holdfast.threats.tables.table import Table
+from holdfast.threats.domains import TEXT
+from holdfast.threats.tables.table import Table, table_of
 
-BALLS = Linf | L2 | L1 | L0
-"""constraints that are balls of a norm"""
 _HALVINGS = 40
 """halvings of the way to the boundary, after which the rest is below the rounding of float32"""
 _SHARES = 65
@@ -77,13 +76,11 @@ def counterfactual(
         candidates, names = [*candidates, stored.to(batch.x)], [*names, "the stored input of the run"]
     best, by, distance = None, ", ".join(names) or "none", math.inf
     for name, x_adv in zip(names, candidates, strict=True):
-        if not isinstance(constraint, BALLS) and not bool(
-            allowed(constraint, x_adv, batch.x, target.bare.bounds)[0]
-        ):
+        if not constraint.is_ball and not bool(allowed(constraint, x_adv, batch.x, target.bare.bounds)[0]):
             continue
         if not bool(broken(target, batch, x_adv)[0]):
             continue
-        near = _to_boundary(target, batch, x_adv) if isinstance(constraint, BALLS) else x_adv
+        near = _to_boundary(target, batch, x_adv) if constraint.is_ball else x_adv
         size = float(constraint.distance(near, batch.x)[0])
         if size < distance:
             best, by, distance = near, name, size
@@ -91,10 +88,11 @@ def counterfactual(
         return Counterfactual(None, None, math.inf, inside=False, attack=by)
     inside = bool(allowed(constraint, best, batch.x, target.bare.bounds)[0])
     sparse = _sparse(target, batch, threat, best) if inside else None
-    if sparse is not None and isinstance(constraint, Table):
-        shrunk = [_shrunk(target, batch, constraint, point) for point in (sparse, best)]
+    table = table_of(constraint)
+    if sparse is not None and table is not None:
+        shrunk = [_shrunk(target, batch, table, point) for point in (sparse, best)]
         sparse = min(shrunk, key=lambda point: float(constraint.distance(point, batch.x)[0]))
-    if sparse is not None and not isinstance(constraint, BALLS):  # with changes undone, it is also nearer
+    if sparse is not None and not constraint.is_ball:  # with changes undone, it is also nearer
         best, distance = sparse, float(constraint.distance(sparse, batch.x)[0])
     predicted = int(target.predicted(target.logits(best))[0])
     return Counterfactual(best, sparse, distance, inside, by, predicted)
@@ -119,7 +117,7 @@ def _searched(
     model = target.queried(target.quick, batch)
     for name, attack, free in _attacks(constraint, threat, target):
         names.append(name)
-        limits = replace(threat, constraint=_freed(constraint)) if free else threat
+        limits = replace(threat, constraint=constraint.resized(math.inf)) if free else threat
         points.append(attack(model, batch, limits, rng=rng.at("counterfactual", name)))
         if bool(broken(target, batch, points[-1])[0]):
             break
@@ -129,10 +127,10 @@ def _searched(
 def _attacks(constraint: Constraint, threat: ThreatModel, target: Target) -> list[tuple[str, Attack, bool]]:
     """Attacks to try, and whether each searches for the smallest change instead of any change within eps."""
     access = "labels" if threat.access == "labels" else target.bare.access
-    if isinstance(constraint, BALLS) and access == "gradients" and threat.access == "gradients":
+    if constraint.is_ball and access == "gradients" and threat.access == "gradients":
         return [("FMN", FMN(), True)]
     first: list[tuple[str, Attack, bool]] = []
-    if isinstance(constraint, Linf | L2) and threat.gives("labels"):
+    if constraint.is_ball and is_possible("black-box", constraint, "labels") and threat.gives("labels"):
         first = [("HopSkipJump", HopSkipJump(queries=_QUERIES), True)]
     names = ("fast",) if access == "gradients" else ("black-box", "fast")
     for name in names:
@@ -143,10 +141,6 @@ def _attacks(constraint: Constraint, threat: ThreatModel, target: Target) -> lis
                 *((label, attack, False) for label, attack in members if threat.gives(attack.needs)),
             ]
     return first
-
-
-def _freed(constraint: Constraint) -> Constraint:
-    return replace(constraint, eps=math.inf) if isinstance(constraint, BALLS) else constraint
 
 
 def _to_boundary(target: Target, batch: Batch, x_adv: Inputs) -> Inputs:
@@ -164,9 +158,9 @@ def _to_boundary(target: Target, batch: Batch, x_adv: Inputs) -> Inputs:
 
 def _sparse(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -> Inputs | None:
     """An input inside the constraint with fewer changes, which is broken; None if none was found."""
-    if isinstance(threat.constraint, BALLS):
+    if threat.constraint.is_ball:
         return _largest(target, batch, threat, x_adv)
-    if threat.constraint.name == "text":
+    if threat.constraint.domain is TEXT:
         undoing = _words_undone(batch.x, x_adv)
     else:
         order = _order(target, batch, x_adv).tolist()
@@ -193,7 +187,7 @@ def _shrunk(target: Target, batch: Batch, constraint: Table, x_adv: Inputs) -> I
     changed = changes(x_adv, batch.x)[0] & movable
     each = [torch.arange(len(changed), device=x_adv.device) == place for place in order if changed[place]]
     point = x_adv
-    for columns in each if isinstance(constraint.ball, L1) else [changed, *each]:
+    for columns in each if constraint.rules.budget.norm == "l1" else [changed, *each]:
         low, high = 0.0, 1.0
         full = point
         for _ in range(2):
@@ -234,7 +228,7 @@ def _largest(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -
     """The change restricted to its most important values, in the full size of eps, with the fewest of them."""
     constraint = threat.constraint
     size = constraint.distance(x_adv, batch.x)[0]
-    grown = isinstance(constraint, Linf | L2 | L1) and math.isfinite(constraint.eps)
+    grown = constraint.in_input_units and math.isfinite(constraint.eps)
     factor = float(constraint.eps / size) if grown and size > 0 else 1.0
     order = _order(target, batch, x_adv).flip(0)
     delta = (x_adv - batch.x).nan_to_num(0)
@@ -245,9 +239,9 @@ def _largest(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -
         mask[0, order[:k]] = 1.0
         kept = mask.view_as(delta) * delta
         # the full size of eps in each value that changes, since fewer of them are then needed
-        step = kept.sign() * constraint.eps if isinstance(constraint, Linf) and grown else kept * factor
+        step = kept.sign() * constraint.eps if constraint.bounds_each_value and grown else kept * factor
         length = constraint.distance(batch.x + step, batch.x)[0].clamp_min(1e-12)
-        if isinstance(constraint, L2 | L1) and grown:
+        if grown and not constraint.bounds_each_value:
             step = step * (constraint.eps / length)
         point = constraint.project(batch.x + step, batch.x, target.bare.bounds)
         if bool(broken(target, batch, point)[0]):

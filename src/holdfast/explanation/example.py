@@ -11,7 +11,6 @@ from torch import Tensor
 
 from holdfast.certifiers.slices import beside, boundary_slices
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.texts import decoded
 from holdfast.core.threat import ThreatModel
@@ -39,7 +38,6 @@ from holdfast.reports.geometry import PALETTE
 from holdfast.reports.numbers import feature_value
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
-from holdfast.threats.tables.table import Table
 
 _SIDE = 33
 """points along each side of the slice"""
@@ -81,7 +79,7 @@ def explain_example(
     more, remarks = attribution_figures(case)
     figures += more
     notes += remarks
-    if found.shown is not None and isinstance(threat.constraint, Linf | L2 | L1):
+    if found.shown is not None and threat.constraint.in_input_units:
         figures.append(_slice(case))
     if train is None:
         notes.append(
@@ -119,7 +117,7 @@ def _edits(case: Case) -> list[str]:
             f"“{old}” becomes “{new}”{_unusual(old, new)}" if old else f"“{new}” is appended"
             for old, new in changed_words(case.x, case.x_adv)
         ]
-    if not isinstance(case.threat.constraint, Table):
+    if case.table is None:
         return []
     return [
         f"{name} changes from {feature_value(old)} to {feature_value(new)}"
@@ -164,20 +162,20 @@ def _advice(case: Case) -> tuple[str, ...]:
         proof = " Prove that there is none (holdfast certify)." if proves else ""
         return (*advice, f"The search finds no change inside {case.about.threat}.{proof}")
     advice.append(training_advice(case.about, constraint, case.target.bare.access))
-    if isinstance(constraint, Table):
+    if case.table is not None:
         names = listed([str(name) for name, *_ in _changed_values(case)], noun="more columns")
         advice.append(
             f"Ask whether an attacker can really change {names} like this. If not, state it in the rules "
             "(change: none, up or down, or a higher cost), and assess the model again."
         )
-    elif case.is_picture and not isinstance(constraint, L0) and _changed_share(case) <= _TOP:
+    elif case.is_picture and not constraint.counts_changes and _changed_share(case) <= _TOP:
         advice.append("Assess the model with a threat with l0 or a patch as well, as few pixels suffice.")
     return tuple(advice)
 
 
 def _values(case: Case, x: Inputs) -> list[float | str]:
     """Values of a row of a table in the units of the data."""
-    units, rules = case.target.bare.units, getattr(case.threat.constraint, "rules", None)
+    units, rules = case.target.bare.units, None if case.table is None else case.table.rules
     row = x if units is None else units.normalisation.done(x)
     shown: list[float | str] = []
     for place, value in enumerate(row.flatten().tolist()):
@@ -190,8 +188,8 @@ def _changed_values(case: Case) -> list[tuple[str, float | str, float | str]]:
     """The changed columns of a row of a table with both values, the largest changes first."""
     before, after = _values(case, case.x), _values(case, case.x_adv)
     change = (case.x_adv - case.x).abs().nan_to_num(0).flatten()
-    if isinstance(case.threat.constraint, Table):
-        change = change / case.threat.constraint.tensors.unit.to(change)
+    if case.table is not None:
+        change = change / case.table.tensors.unit.to(change)
     changed = changes(case.x_adv, case.x).flatten().tolist()
     order = change.argsort(descending=True, stable=True).tolist()
     return [(case.about.feature(k), before[k], after[k]) for k in order if changed[k]]
@@ -228,9 +226,9 @@ def _noise_reason(case: Case) -> str:
     """Whether random noise of the same size changes the prediction as well, if the change is inside the constraint."""
     if not case.found.inside:
         return ""
-    what = "A random valid change" if isinstance(case.threat.constraint, Table) else "Random noise"
+    what = "A random valid change" if case.table is not None else "Random noise"
     sensitive = "the direction of the change, not to its size"
-    if isinstance(case.threat.constraint, L0):
+    if case.threat.constraint.counts_changes:
         what, sensitive = "A change of other values", "the places of the change, not to its size"
     if case.predicted_of_noise != int(case.batch.y[0]):
         becomes = case.about.called(case.predicted_of_noise)

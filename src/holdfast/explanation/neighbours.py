@@ -18,9 +18,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Labels
 from holdfast.explanation.explained import Cell, Figure, Picture
 from holdfast.explanation.wording import About, picture
-from holdfast.reports.gallery import is_image
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
+from holdfast.threats.domains import is_image
 
 Checkpoint = Classifier
 """the model with the weights of one epoch of its training"""

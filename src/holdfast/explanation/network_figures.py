@@ -15,11 +15,9 @@ from holdfast.attacks.parts.expectation import inner
 from holdfast.attacks.parts.losses import margin, margin_loss
 from holdfast.certifiers.slices import beside
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0
 from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs
 from holdfast.explanation.attacked import Attacked
-from holdfast.explanation.counterfactual import BALLS
 from holdfast.explanation.explained import Bar, Cell, Figure, bars
 from holdfast.explanation.wording import percent
 from holdfast.reports.numbers import plain
@@ -95,8 +93,7 @@ def _signed_step(case: Attacked, chosen: Batch, eps: float) -> Inputs:
         loss = margin_loss(case.target.bare(x), chosen).sum()
     (grad,) = torch.autograd.grad(loss, x, materialize_grads=True, allow_unused=True)
     constraint = case.threat.constraint
-    assert isinstance(constraint, BALLS)
-    if isinstance(constraint, L0):
+    if constraint.counts_changes:
         return grad.sign() * case.target.bare.bounds.width * 0.1
     step = constraint.steepest(grad, chosen.x, case.target.bare.bounds)
     zero = grad.flatten(1).abs().amax(1) == 0

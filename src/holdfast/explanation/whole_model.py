@@ -22,7 +22,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Labels
 from holdfast.explanation.attacked import Attacked, Measured, attacked
 from holdfast.explanation.attributions import has_gradients
-from holdfast.explanation.counterfactual import BALLS, changes
+from holdfast.explanation.counterfactual import changes
 from holdfast.explanation.explained import Bar, Cell, Explained, Figure, bars
 from holdfast.explanation.network_figures import layer_figures, surface_figure
 from holdfast.explanation.wording import (
@@ -39,10 +39,9 @@ from holdfast.explanation.wording import (
     training_advice,
 )
 from holdfast.io.data.example_groups import Groups
-from holdfast.reports.gallery import is_image
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
-from holdfast.threats.tables.table import Table
+from holdfast.threats.domains import TABLE, TEXT, is_image
 
 _CLUSTERS = 4
 _ROUNDS = 20  # of k-means
@@ -72,21 +71,21 @@ def explain_model(
     case = attacked(target, batch, threat, about, known, rng)
     notes = list(about.notes)
     figures = [_classes(case), *_groups(case, known.groups)]
-    if threat.constraint.name != "text":  # whose changes have one size
+    if threat.constraint.domain is not TEXT:  # whose changes have one size
         figures.insert(0, _margins(case))
     if bool(case.hit.any()):
         figures += [_confusion(case), *_clusters(case, notes)]
         if is_image(batch.x.shape[1:]):
             figures += [_frequencies(case), _regions(case)]
         else:
-            if threat.constraint.name != "text":
+            if threat.constraint.domain is not TEXT:
                 figures.append(_columns(case))
             elif about.examples:
                 figures += _words(case)
     else:
         notes.append("No correctly classified example was broken, so what attacks use is not shown.")
     smooth = True
-    if isinstance(threat.constraint, BALLS) and has_gradients(target.bare, batch.x):
+    if threat.constraint.is_ball and has_gradients(target.bare, batch.x):
         surface, smooth = surface_figure(case, known.doubts)
         figures.append(surface)
         figures += layer_figures(case, notes)
@@ -141,7 +140,7 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
         )
     if share < 0.9 * clean:
         advice.append(training_advice(case.about, constraint, case.target.bare.access))
-    if isinstance(constraint, Table) and bool(case.hit.any()):
+    if constraint.domain is TABLE and bool(case.hit.any()):
         name = case.about.feature(int(_changed_share(case).argmax()))
         advice.append(
             f"Ask whether an attacker can really change {name} within the rules. If not, state it there (change: none, "
@@ -188,7 +187,7 @@ def _margins(case: Attacked) -> Figure:
     none = int((correct & ~found).sum())
     rows = tuple((float(a), float(b), c) for a, b, c in zip(edges[:-1], edges[1:], counts[:-1], strict=True))
     median = float(distance[correct].sort().values[(int(correct.sum()) - 1) // 2])
-    allowed = "" if isinstance(constraint, Table) else allowed_text(case.about, constraint, case.target.bare)
+    allowed = "" if constraint.domain is TABLE else allowed_text(case.about, constraint, case.target.bare)
     size = distance_text(constraint, median, case.target.bare)
     title = f"Half of the correctly classified examples break within {size}"
     few = "Fewer than half of the correctly classified examples break"

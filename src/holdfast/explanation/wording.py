@@ -8,7 +8,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import Constraint
 from holdfast.core.model import Classifier
 from holdfast.core.names import in_255ths
 from holdfast.core.texts import decoded
@@ -18,7 +18,7 @@ from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.numbers import plain
 from holdfast.reports.words import amount
-from holdfast.threats.tables.table import Table
+from holdfast.threats.domains import TABLE, TEXT
 
 _BLUE, _RED = (0.13, 0.40, 0.67), (0.70, 0.09, 0.17)
 
@@ -69,11 +69,11 @@ class About:
 
 def distance_text(constraint: Constraint, distance: float, model: Classifier) -> str:
     """Return a distance as text in the unit of eps, such as `0.8/255` under `linf:8/255`."""
-    if isinstance(constraint, Linf) and model.units is None and in_255ths(constraint.eps):
+    if constraint.bounds_each_value and model.units is None and in_255ths(constraint.eps):
         return f"{plain(distance * 255, 2 if distance * 255 < 10 else 3)}/255"
-    if isinstance(constraint, L0):
-        return amount(round(distance), f"{constraint.per}s")
-    if isinstance(constraint, Table):
+    if constraint.counts_changes:
+        return amount(round(distance), "pixels" if constraint.counts_pixels else "values")
+    if constraint.domain is TABLE:
         return f"{percent(distance / constraint.eps)} of the budget" if constraint.eps else plain(distance)
     return plain(distance)
 
@@ -87,12 +87,12 @@ def allowed_text(about: About, constraint: Constraint, model: Classifier) -> str
 
 def certifiable(constraint: Constraint, access: Access) -> bool:
     """Return whether `holdfast certify` applies to a network under a constraint."""
-    return isinstance(constraint, Linf | L2 | L1) and access == "gradients"
+    return constraint.in_input_units and access == "gradients"
 
 
 def training_advice(about: About, constraint: Constraint, access: Access) -> str:
     """Return how a more robust model is trained."""
-    if constraint.name == "text":
+    if constraint.domain is TEXT:
         return (
             "Train a more robust model, if it is a network or a pipeline that ends with a linear classifier: holdfast "
             f"harden MODEL DATA --fit TRAIN --threat {about.threat} --recipe masked-words."

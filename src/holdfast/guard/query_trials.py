@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.rays import RayS
 from holdfast.attacks.square import Square
+from holdfast.attacks.suites import is_possible
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L2, Linf
+from holdfast.core.constraints import L2, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Table
 from holdfast.core.meter import margin
@@ -100,7 +101,7 @@ class QueryTrials:
     def _screened(
         self, target: Target, batch: Batch, threat: ThreatModel, seed: int, *, guarded: bool
     ) -> Screened:
-        assert isinstance(threat.constraint, Linf | L2)
+        assert isinstance(threat.constraint, Norm)
         detector = None
         if guarded and self.settings is not None:
             # reproducible; the attacks do not use the key
@@ -114,5 +115,9 @@ def measurable(threat: ThreatModel, access: Access) -> bool:
     scores, and no target.
     """
     constraint = threat.constraint
-    is_ball = isinstance(constraint, Linf | L2) and constraint.eps < float("inf")
+    is_ball = (
+        is_possible("black-box", constraint, "labels")
+        and constraint.is_ball
+        and constraint.eps < float("inf")
+    )
     return is_ball and threat.gives("scores") and access in ("scores", "gradients") and threat.goal is None

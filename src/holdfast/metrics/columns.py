@@ -81,6 +81,6 @@ def suite_robust(evidence: Evidence, metric: str) -> Mask:
     """
     untargeted(evidence, metric)
     if math.isinf(evidence.threat.constraint.eps):
-        usual = evidence.threat.with_change(f"{evidence.threat.constraint.name}:0.5")
+        usual = evidence.threat.with_size(0.5)
         raise Absent(f"{metric} needs an eps", Remedy("threat", usual))
     return evidence["correct"] & ~column(evidence, "suite_success", ATTACKED)

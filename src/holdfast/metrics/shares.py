@@ -152,7 +152,7 @@ def targeted_success_rate(evidence: Evidence) -> Estimate:
     """
     threat = evidence.threat
     if threat.goal is None:
-        targeted = replace(threat, goal=0).with_change(f"{threat.constraint.name}:{threat.constraint.eps:g}")
+        targeted = replace(threat, goal=0, unit="").text
         raise Absent("targeted_success_rate needs a target", Remedy("threat", targeted))
     eligible = column(evidence, "eligible", "run at least one attack")
     if not eligible.any():

@@ -51,7 +51,7 @@ def _curve(evidence: Evidence) -> Json:
     """The certified accuracy for several numbers of changes of the training set, and the largest number against which
     at least half of the examples are certified. Nothing for other threats.
     """
-    eps = int(evidence.threat.constraint.eps) if evidence.threat.constraint.name == "training-set" else 0
+    eps = 0 if evidence.threat.constraint.changes_inputs else int(evidence.threat.constraint.eps)
     if not eps:
         return {}
     radii = evidence["certified_radius"]

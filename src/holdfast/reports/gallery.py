@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 from holdfast.core.evidence import Evidence
 from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.numbers import strict
+from holdfast.threats.domains import IMAGE, TEXT, domain_of
 
 if TYPE_CHECKING:
     from holdfast.threats.tables.rules import Rules
@@ -47,19 +48,15 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
             continue
         x, x_adv = evidence.gallery["x"][place].float(), evidence.gallery["x_adv"][place].float()
         entry = _facts(evidence, rows[0], classes, attacks)
-        if evidence.threat.constraint.name == "text":
+        domain = domain_of(evidence.threat.constraint, x.shape)
+        if domain is TEXT:
             entry |= _texts(x, x_adv)
-        elif is_image(x.shape):
+        elif domain is IMAGE:
             entry |= _pictures(x, x_adv, low, high)
         else:
             entry |= _changes(x, x_adv, evidence)
         entries.append(entry)
     return entries
-
-
-def is_image(shape: Sequence[int]) -> bool:
-    """Return whether inputs of a shape are images, which have their channels first and 1, 3 or 4 of them."""
-    return len(shape) == 3 and shape[0] in {1, 3, 4} and min(shape[1:]) > 1
 
 
 def _facts(evidence: Evidence, row: int, classes: Sequence[str], attacks: Sequence[str]) -> Json:

@@ -27,7 +27,7 @@ from holdfast.reports.curves import (
     per_class_to_json,
     robust_examples,
 )
-from holdfast.reports.gallery import example_images, is_image
+from holdfast.reports.gallery import example_images
 from holdfast.reports.geometry import geometry_results
 from holdfast.reports.numbers import json_text, strict
 from holdfast.reports.rotation import rotation as rotated
@@ -37,6 +37,7 @@ from holdfast.reports.transfer import table as transfer_table
 from holdfast.reports.transfer import transfer
 from holdfast.reports.words import TextTable, headline, open_doubts, threat_in_words, why
 from holdfast.statistics.intervals import CONFIDENCE, median, proportion
+from holdfast.threats.domains import domain_of
 from holdfast.threats.stored import threat_for_report
 
 Json = dict[str, Any]
@@ -195,12 +196,10 @@ def _noun(evidence: Evidence) -> str:
     """What the examples are called: the noun of the data, else by the shape of an input."""
     if "noun" in evidence.data:
         return str(evidence.data["noun"])
-    if evidence.threat.constraint.name == "text":
-        return "texts"
     shape = evidence.data.get("shape")
     if shape is None and "x" in evidence.gallery:
         shape = evidence.gallery["x"].shape[1:]
-    return "images" if shape is not None and is_image(tuple(shape)) else "examples"
+    return domain_of(evidence.threat.constraint, shape).noun
 
 
 def later_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:

@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.adaptation.adapted import clock, facts_text
 from holdfast.core.errors import HoldfastError
-from holdfast.reports.gallery import is_image, png, shrunk
+from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.html import filled, template_text
 from holdfast.reports.numbers import plain
 from holdfast.server.flagged_inputs import FlaggedInput, FlaggedInputs
@@ -17,6 +17,7 @@ from holdfast.server.keys import ADMIN, KeyFile
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.traffic import KEPT_S, REFUSED, SAMPLE_S, Interval
 from holdfast.server.ui_sessions import Operator
+from holdfast.threats.domains import is_image
 
 Json = dict[str, Any]
 

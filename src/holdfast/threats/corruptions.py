@@ -6,6 +6,7 @@ from typing import ClassVar
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, PerExample
+from holdfast.threats.domains import refuse_no_images
 from holdfast.threats.whole import Whole
 
 
@@ -19,6 +20,7 @@ class Corruptions(Whole):
 
     name: ClassVar[str] = "corruptions"
     judges_misclassified: ClassVar[bool] = True
+    drawn_at_random: ClassVar[bool] = True
 
     severity: int = 3
 
@@ -53,16 +55,5 @@ class Corruptions(Whole):
         return UsageError(
             f"under {self} images are corrupted, not attacked",
             Remedy("suite", "corruptions"),
-            Remedy("threat", "linf:8/255"),
-        )
-
-
-def refuse_no_images(x: Inputs) -> None:
-    """Raise `UsageError` if inputs are not images, such as rows of a table, because corruptions need images."""
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
-        shape = "x".join(map(str, x.shape[1:]))
-        raise UsageError(
-            f"common corruptions need images of 1 or 3 channels (channels x height x width), "
-            f"and these inputs are {shape}",
             Remedy("threat", "linf:8/255"),
         )

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from holdfast.core.errors import UsageError
+from holdfast.core.remedies import Remedy
+
 if TYPE_CHECKING:
     from holdfast.core.constraints import Constraint
+    from holdfast.core.types import Inputs
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,14 @@ def domain_of(constraint: "Constraint", shape: Sequence[int] | None) -> Domain:
 def is_image(shape: Sequence[int]) -> bool:
     """Return whether inputs of a shape are images, which have their channels first and 1, 3 or 4 of them."""
     return len(shape) == 3 and shape[0] in {1, 3, 4} and min(shape[1:]) > 1
+
+
+def refuse_no_images(x: "Inputs") -> None:
+    """Raise `UsageError` if inputs are not images, such as rows of a table, because corruptions need images."""
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        shape = "x".join(map(str, x.shape[1:]))
+        raise UsageError(
+            f"common corruptions need images of 1 or 3 channels (channels x height x width), "
+            f"and these inputs are {shape}",
+            Remedy("threat", "linf:8/255"),
+        )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
 from holdfast.threats.parsing import MOST_SCALED, refuse_mixed
@@ -107,3 +108,27 @@ class Spatial(Transformation):
         return Spatial(
             self.rotate * eps, self.shift * eps, min(self.scale * eps, MOST_SCALED), self.flow * eps
         )
+
+
+def expect_transformations(constraint: Constraint, attack: object) -> Transformation:
+    """Return the constraint if it allows rotations, shifts or colour changes of images. Raises `UsageError`
+    otherwise.
+    """
+    if isinstance(constraint, Transformation) and "flow" not in constraint.limits:
+        return constraint
+    raise UsageError(
+        f"{type(attack).__name__} rotates, shifts or recolours images; the threat model is {constraint}. "
+        f"Choose a threat such as spatial:rotate=30,shift=3 or colour:hue=18,saturation=0.3"
+    )
+
+
+def expect_flow(constraint: Constraint, attack: object) -> float:
+    """Return the largest displacement of a pixel if the constraint allows displacements of pixels. Raises `UsageError`
+    otherwise.
+    """
+    if isinstance(constraint, Spatial) and constraint.flow:
+        return constraint.flow
+    raise UsageError(
+        f"{type(attack).__name__} displaces the pixels of images; the threat model is {constraint}. "
+        f"Choose a threat such as spatial:flow=1.5"
+    )

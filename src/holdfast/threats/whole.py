@@ -1,9 +1,9 @@
 """Base classes of constraints that are not balls of a norm."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import ConstraintFacts
+from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
@@ -11,14 +11,14 @@ from holdfast.core.types import Inputs
 from holdfast.threats.parsing import limits_text
 
 
-class Limited(ConstraintFacts):
+class Limited(Constraint):
     """Base class of constraints that have limits by name, such as the size of a patch."""
 
     def __str__(self) -> str:
         return limits_text(self.name, self.limits)
 
 
-class Whole(Limited, ABC):
+class Whole(Limited):
     """Base class of constraints that change an input as a whole, such as rotations, under which attacks on single input
     values raise `UsageError`.
     """

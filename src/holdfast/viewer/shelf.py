@@ -183,8 +183,7 @@ def checked(item: Item) -> Item:
             audit = open_audit(item.path)
             return replace(item, verdict=audit.verdict, metrics=tuple(audit.metrics.items()), checked=True)
         result = open_run(item.path)
-        # a trigger or a change of the training set is no attack on inputs
-        unattacked = result.evidence.threat.constraint.name in ("training-set", "trigger")
+        unattacked = not result.evidence.threat.constraint.measures_robustness
         values = []
         for name in METRICS if not unattacked else METRICS[1:2] + METRICS[-1:]:
             try:

@@ -6,18 +6,18 @@ the box, as in Engstrom et al., arXiv:1712.02779. Hue and saturation are linear 
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.constraints import Constraint
-from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, PerExample
-from holdfast.threats.colour import Colour
-from holdfast.threats.transformations import Spatial, Transformation
+
+if TYPE_CHECKING:
+    from holdfast.threats.transformations import Transformation
 
 Amounts = Mapping[str, PerExample]
 """amount along each axis for each example, by name of the axis"""
@@ -51,30 +51,6 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
     return torch.where(spread(still, x), x + (out - out.detach()), bounds.clamp(out))
 
 
-def expect_transformations(constraint: Constraint, attack: object) -> Transformation:
-    """Return the constraint if it allows rotations, shifts or colour changes of images. Raises `UsageError`
-    otherwise.
-    """
-    if isinstance(constraint, (Spatial, Colour)) and "flow" not in constraint.limits:
-        return constraint
-    raise UsageError(
-        f"{type(attack).__name__} rotates, shifts or recolours images; the threat model is {constraint}. "
-        f"Choose a threat such as spatial:rotate=30,shift=3 or colour:hue=18,saturation=0.3"
-    )
-
-
-def expect_flow(constraint: Constraint, attack: object) -> float:
-    """Return the largest displacement of a pixel if the constraint allows displacements of pixels. Raises `UsageError`
-    otherwise.
-    """
-    if isinstance(constraint, Spatial) and constraint.flow:
-        return constraint.flow
-    raise UsageError(
-        f"{type(attack).__name__} displaces the pixels of images; the threat model is {constraint}. "
-        f"Choose a threat such as spatial:flow=1.5"
-    )
-
-
 def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
     """Return images whose pixels are displaced: each pixel is read from `x` at an offset `flow` (n, 2, height, width),
     in pixels to the right and down.
@@ -92,7 +68,7 @@ def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
     return torch.where(still, x + (out - out.detach()), bounds.clamp(out))
 
 
-def reached(x: Inputs, position: Tensor, constraint: Transformation, bounds: Bounds) -> Inputs:
+def reached(x: Inputs, position: Tensor, constraint: "Transformation", bounds: Bounds) -> Inputs:
     """Return images transformed by `position` (n, axes), which gives the amount of each transformation as a fraction of
     its limit, from -1 to 1.
     """

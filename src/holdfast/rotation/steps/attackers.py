@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.evidence import Evidence
@@ -96,7 +95,7 @@ class AttackerTable:
 
 
 def _possible(threat: ThreatModel) -> bool:
-    return isinstance(threat.constraint, (Linf, L2, L1)) and threat.goal is None
+    return threat.constraint.in_input_units and threat.goal is None
 
 
 class _Measuring:

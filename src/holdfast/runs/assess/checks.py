@@ -96,14 +96,13 @@ def _smaller_eps(threat: ThreatModel, farthest: float, bounds: Bounds) -> Remedy
     bytes and the inputs are on that of 0 to 1, or else a fraction of the largest possible one.
     """
     constraint = threat.constraint
-    counted = constraint.is_ball and not constraint.in_input_units
     scaled = (
         constraint.in_input_units
         and not threat.unit
         and bounds.width == 1
         and constraint.eps / 255 <= farthest
     )
-    largest = max(1.0, farthest // 32) if counted else farthest * 8 / 255
+    largest = max(1.0, farthest // 32) if constraint.counts_changes else farthest * 8 / 255
     eps = constraint.eps / 255 if scaled else largest
     pixels = "px" if constraint.counts_pixels else ""
     change = f"{threat.name}:{size_text(eps, digits=3)}{pixels}"

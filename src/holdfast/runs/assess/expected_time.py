@@ -14,7 +14,6 @@ from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import Attack, ThresholdAttack
 from holdfast.core.batch import Batch, Data
-from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.pieces import batch_size_for, half_batch
@@ -167,7 +166,7 @@ def expected_seconds(
     alone = (request.workers or 1) == 1 and request.ray is None
     known = all(is_counted(member.attack) for member in (*plan.members, *plan.curve))
     kinds = all(stage.kind.name in _STATED and not stage.adaptive for stage in plan.stages())
-    usual = isinstance(plan.threat.constraint, (Linf, L2, L1)) and plan.threat.goal is None
+    usual = plan.threat.constraint.in_input_units and plan.threat.goal is None
     seen = plan.threat.gives("scores") and not target.rejects and not target.randomised
     if not (known and kinds and usual and seen and alone):
         return None
@@ -208,7 +207,7 @@ def surviving_share(threat: ThreatModel, target: Target, sample: Batch, *, gradi
     model has no scores, or the threat model no usual norm.
     """
     eps = threat.constraint.eps
-    if not isinstance(threat.constraint, (Linf, L2, L1)) or not threat.gives("scores") or target.rejects:
+    if not threat.constraint.in_input_units or not threat.gives("scores") or target.rejects:
         return 1.0
     if not 0 < eps < math.inf or threat.goal is not None:
         return 1.0
@@ -232,7 +231,7 @@ def step_times(
     """
     from holdfast.attacks.square import Square
 
-    usual = isinstance(threat.constraint, (Linf, L2, L1))
+    usual = threat.constraint.in_input_units
     harmless = (
         replace(threat, constraint=threat.constraint.resized(_HARMLESS), queries=None) if usual else None
     )

@@ -33,7 +33,6 @@ from holdfast.runs.harness import (
     within_budget,
 )
 from holdfast.runs.harness.target import base_of
-from holdfast.threats.corruptions import Corruptions
 
 _SURROGATE_EXAMPLES = 32
 """number of examples on which a surrogate must have at least one nonzero gradient"""
@@ -210,7 +209,7 @@ def plan_for(
     request = replace(request, plan=replace(request.plan, threat=threat))
     limits = (bare.bounds, target.classes, data.name)
     refuse_batch(sample, *limits, whole=data, remote=bare.remote, logits=target.logits)
-    if target.rejects and isinstance(threat.constraint, Corruptions):
+    if target.rejects and threat.constraint.drawn_at_random:
         raise UsageError(
             "common corruptions are drawn at random and not chosen against a detector, but this model has one; "
             "measure the network without its detector",

@@ -37,6 +37,7 @@ from holdfast.runs.harness import (
     stage_passes,
     suite_columns,
 )
+from holdfast.threats.domains import TEXT
 
 
 @dataclass
@@ -201,7 +202,7 @@ def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int
     """Test whether the data do not fit the model, in smaller batches if memory runs out."""
     room = measurement.run.room(DOUBTS, _FITTING)
     names = names_of_labels(measurement.data)
-    model, texts = measurement.target.bare, measurement.plan.threat.constraint.name == "text"
+    model, texts = measurement.target.bare, measurement.plan.threat.constraint.domain is TEXT
     return in_room(lambda size: misfit(model, batch, size, names, texts=texts), room, 0, len(batch))
 
 

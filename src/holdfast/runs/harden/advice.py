@@ -9,6 +9,7 @@ from holdfast.core.goal import Goal
 from holdfast.gates.training_verdicts import training_verdict
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.paired import basis, change, improvement
+from holdfast.threats.domains import TEXT
 
 Json = dict[str, Any]
 
@@ -20,8 +21,6 @@ _QUICK = ("fgsm", "fgsm-rs", "n-fgsm", "free", "atta")
 """Recipes with cheap updates."""
 _COMPRESSING = ("int8", "prune")
 """Recipes whose purpose is a smaller network, which no other one gives."""
-_WITHOUT_SIZE = ("text", "trigger", "training-set")
-"""Constraints whose eps is no size that could be smaller."""
 _SLOWER, _LONGER = 4, 2
 """Advised divisor of the learning rate and factor of the warm-up after a collapse."""
 _LONGEST = 0.9
@@ -47,7 +46,7 @@ def advice(card: Mapping[str, Any], constraint: Constraint) -> Json:
     need, another recipe, a smaller eps, and after a collapse a smaller learning rate and a longer warm-up. Entries are
     None if they would not help or are not known, as a smaller eps under a constraint without a size.
     """
-    eps = None if constraint.name in _WITHOUT_SIZE else float(constraint.eps)
+    eps = float(constraint.eps) if constraint.has_size else None
     ways: Json = dict.fromkeys(("epochs", "budget_s", "recipe", "eps", "lr", "warmup"))
     if card["verdict"] == "improved" or (
         card["change"]["better"] == "higher" and card["change"]["before"] == 1
@@ -64,7 +63,7 @@ def advice(card: Mapping[str, Any], constraint: Constraint) -> Json:
     if short and card["ended_by"] != "patience":
         ways["epochs"] = _EPOCHS
         ways["budget_s"] = _budget_s(card["plan"], card["recipe"])
-    if constraint.name == "text":
+    if constraint.domain is TEXT:
         ways["recipe"] = "masked-words" if card["recipe"] == "standard" else None
     elif card["change"]["metric"] == "robust_accuracy" and eps is not None:
         ways["recipe"] = _other_recipe(card["recipe"], card["ended_by"], short=short)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
-from holdfast.attacks.pgd import margin_pgd
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.suites import attack_on_held_out
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
@@ -28,12 +27,8 @@ from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe
 
 D = TypeVar("D", bound=TrainingData)
-EVALUATION_ATTACK = margin_pgd(steps=20)
-"""The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another
-loss than in training."""
 CERTIFIED = (IBPTraining, SABR)
 """The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
-_TEXT_QUERIES = 32  # of each held-out text, since a search for one text takes milliseconds
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
 _ONE_OF = 64  # by content, one training example of this many is held out on average
@@ -142,7 +137,7 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
     """Return the accuracies of `held_out_accuracies`, and the shares of the class that the model predicts most
     often.
     """
-    mode, attack = model.training, _evaluation_attack(threat)
+    mode, attack = model.training, attack_on_held_out(threat.constraint)
     model.eval()
 
     def counts(part: Batch) -> tuple[int, int, Tensor]:
@@ -150,7 +145,7 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
             logits = model(part.x)
         correct = margin(logits, part) > 0
         correct_examples, n_robust = part.take(correct), 0
-        if threat.constraint.name == "training-set":  # no input changes
+        if not threat.constraint.changes_inputs:
             n_robust = len(correct_examples)
         elif len(correct_examples):
             x_adv = attack(model, correct_examples, threat, rng=Draws(0).at("look"))
@@ -165,19 +160,6 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
     most, label = torch.stack(predicted).sum(0).max(0)
     counted = sum(right), sum(n_robust), int(most), int((held_out.y == label).sum())
     return HeldOutShares(*(count / len(held_out) for count in counted))
-
-
-def _evaluation_attack(threat: ThreatModel) -> Attack:
-    """The attack for held-out accuracy under a threat model. Few threats need another one, which is imported late."""
-    if threat.constraint.name == "text":
-        from holdfast.attacks.text_search import TextSearch
-
-        return TextSearch(queries=_TEXT_QUERIES)
-    if threat.constraint.name == "trigger":
-        from holdfast.attacks.trigger_stamp import TriggerStamp
-
-        return TriggerStamp()
-    return EVALUATION_ATTACK
 
 
 def proved_accuracy(

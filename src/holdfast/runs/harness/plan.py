@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from holdfast.attacks.protocol import Attack, Learned
-from holdfast.attacks.suites import suite
+from holdfast.attacks.suites import is_possible, suite
 from holdfast.attacks.transfer import Transfer
 from holdfast.certifiers.protocol import Prover
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug, suite_name
 from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
@@ -19,8 +19,6 @@ from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.kinds.geometry import Geometer
 from holdfast.runs.harness.kinds.stateful import Trials
 from holdfast.runs.harness.stage import Against, Member, Outline, Stage, StageOutline
-from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Transformation
 
 DoubtsWanted = Literal["all", "free", "none"]
 
@@ -232,14 +230,6 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     return limited
 
 
-def _searched(threat: ThreatModel) -> bool:
-    """Whether the suite `black-box` has an attack that works with the access of the threat model."""
-    constraint = threat.constraint
-    if isinstance(constraint, (Linf, L2)):
-        return threat.gives("labels")
-    return threat.gives("scores") and "flow" not in constraint.limits and not isinstance(constraint, Patch)
-
-
 def _suite(plan: Plan, name: str) -> Remedy:
     """Return the choice of a suite, which `holdfast.attack` has as its argument `attack`."""
     return Remedy("attack" if plan.alone else "suite", name)
@@ -253,20 +243,21 @@ def _remedies(member: Member, plan: Plan) -> tuple[Remedy, ...]:
         return (Remedy("curve"),)
     if len(hidden) < len(plan.members) and not plan.alone:
         remedies.append(Remedy("skip", tuple(slug(m.name) for m in hidden), repeated=True))
-    if _searched(threat) and suite_name(plan.suite) != "black-box":
+    if is_possible("black-box", threat.constraint, threat.access) and suite_name(plan.suite) != "black-box":
         searches = ", ".join(spec.name for spec in suite("black-box", threat.constraint, threat.access).specs)
         remedies.append(replace(_suite(plan, "black-box"), reason=f"({searches})"))
-    elif threat.access == "none" and not isinstance(threat.constraint, Transformation):
+    elif threat.access == "none" and is_possible("transfer", threat.constraint, "none"):
         remedies.append(replace(_suite(plan, "transfer"), also=(SURROGATE,)))
     return tuple(remedies)
 
 
 def _more_access(member: Member, plan: Plan, target: Access) -> str:
     """Return the part of the message about an attack that needs more access that states where there is more."""
-    threat, norm = plan.threat, plan.threat.constraint.name
+    threat, norm = plan.threat, plan.threat.name
     more = replace(threat, access=target).gives(member.attack.needs)
     text = f"; the threat can allow more, as in access={member.attack.needs}" if more else ""
-    if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
+    alone = not threat.constraint.is_ball or is_possible("black-box", threat.constraint, "labels")
+    if threat.access == "labels" and not alone:
         return f"{text}; no attack under {norm} works with labels alone, and some under linf and l2 do"
     if more or _remedies(member, plan):
         return text

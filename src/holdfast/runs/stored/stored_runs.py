@@ -430,7 +430,7 @@ def _outcome(path: Path) -> tuple[int | None, float | None]:
         result = open_run(path)
     except HoldfastError:
         return None, None
-    if result.evidence.threat.constraint.name in ("training-set", "trigger"):  # it is no attack on inputs
+    if not result.evidence.threat.constraint.measures_robustness:
         return result.exit_code, None
     try:
         return result.exit_code, robust_accuracy(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L0, L1, L2, Linf
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
@@ -93,13 +93,14 @@ class Table(Limited):
     """
 
     name: ClassVar[str] = "table"
+    has_size: ClassVar[bool] = True
     domain: ClassVar[Domain | None] = TABLE
 
     file: str
     """file of the rules, as it was given"""
     content: str
     """the rules as JSON"""
-    eps: NonNegative
+    eps: NonNegative = 0.1
 
     @property
     def rules(self) -> Rules:
@@ -225,6 +226,11 @@ class Table(Limited):
             one_hot = torch.nn.functional.one_hot(point[:, places].nan_to_num(0.0).argmax(1), len(group))
             rows[:, places] = one_hot.to(rows.dtype)
         return rows
+
+
+def table_of(constraint: Constraint) -> Table | None:
+    """Return the constraint if it has the rules of a table, else None."""
+    return constraint if isinstance(constraint, Table) else None
 
 
 def _shrunk(ball: Linf | L2 | L1 | L0, share: float) -> Linf | L2 | L1 | L0:

@@ -43,7 +43,6 @@ from holdfast.runs.harness.verdict import (
     votes,
 )
 from holdfast.statistics.detection_rates import balance, median_width, threshold
-from holdfast.threats.corruptions import Corruptions
 
 if TYPE_CHECKING:
     from holdfast.runs.harness.plan import Plan
@@ -246,9 +245,9 @@ class SuiteAttack(AttackKind):
         steps = [step for step in outline.steps if step.kind is self and step.name in by_stage]
         if outline.smallest:
             added |= {f"{step.name}.distance": by_stage[step.name]["distance"] for step in steps}
-        if isinstance(outline.threat.constraint, Corruptions):
+        if outline.threat.constraint.drawn_at_random:
             added |= {f"{step.settings['name']}.right": by_stage[step.name]["right"] > 0.5 for step in steps}
-        if outline.threat.constraint.name == "trigger" and steps:
+        if steps and not outline.threat.constraint.measures_robustness:
             stamped = by_stage[steps[0].name]
             reached, moved = (
                 ~(stamped["right"] > 0.5),
