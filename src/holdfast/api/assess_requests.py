@@ -25,7 +25,7 @@ from holdfast.api.resolve import (
 from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_settings
 from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, LATE, MASKING, PARTITIONS, SMOOTHING, SUBSTITUTIONS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, TREES, load
 from holdfast.core.evidence import Evidence
 from holdfast.io.data.selection import selected
 from holdfast.io.remote.counting import inspection_counter
@@ -150,7 +150,7 @@ def _request(
         target=subject.model.access,
         trees=reads_trees(subject.model),
     )
-    if settings.threat.name == "training-set":
+    if not settings.threat.constraint.changes_inputs:
         from holdfast.certifiers.partitions import refuse_unpartitioned  # late, as few threats need it
 
         refuse_unpartitioned(subject.model)
@@ -219,9 +219,7 @@ def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> Assess
 
 def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    norm = settings.threat.name
-    own = {"text": (SUBSTITUTIONS,), "training-set": (PARTITIONS,)}
-    automatic = own[norm] if norm in own else (TREES,) if reads_trees(subject.model) else CASCADE
+    automatic = settings.threat.constraint.provers or ((TREES,) if reads_trees(subject.model) else CASCADE)
     names = automatic if settings.method == AUTO else (settings.method,)
     limit = seconds(settings.timeout, "timeout")
     return (

@@ -28,6 +28,7 @@ from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settl
 from holdfast.runs.assess.request import Subject
 from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
 from holdfast.settings.values import numbers_by_feature
+from holdfast.threats.domains import TABLE, TEXT, Domain
 
 if TYPE_CHECKING:
     from holdfast.threats.tables.table import Table
@@ -63,20 +64,20 @@ def declared(settings: Opening) -> Declared:
 
 def edits_of(settings: Opening) -> "TextEdits | None":
     """Return the constraint on texts if the threat model is on texts, else None."""
-    edits: TextEdits | None = _constraint_called("text", settings)
+    edits: TextEdits | None = _constraint_on(TEXT, settings)
     return edits
 
 
 def table_of(settings: Opening) -> "Table | None":
     """Return the constraint on rows of a table if the threat model has rules, else None."""
-    table: Table | None = _constraint_called("table", settings)
+    table: Table | None = _constraint_on(TABLE, settings)
     return table
 
 
-def _constraint_called(name: str, settings: Opening) -> Any:
-    """Return the constraint of the threat model if its form has this name, else None."""
+def _constraint_on(domain: Domain, settings: Opening) -> Any:
+    """Return the constraint of the threat model if it changes inputs of this domain, else None."""
     threat = settings.threat if isinstance(settings, ThreatSource) else None
-    return None if threat is None or threat.name != name else threat.constraint
+    return threat.constraint if threat is not None and threat.change.domain is domain else None
 
 
 def _refuse_numeric(settings: Opening, inputs: str) -> None:

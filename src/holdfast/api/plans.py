@@ -13,7 +13,7 @@ from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
-from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, SUBSTITUTIONS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
@@ -33,7 +33,6 @@ from holdfast.settings.grammar import seconds
 from holdfast.settings.naming import chosen
 from holdfast.settings.spellings import attack_listed, norms_of_suite
 from holdfast.settings.threats_and_attacks import attack_class, build_attack, checked_attack
-from holdfast.threats.domains import TEXT
 
 Measuring = Assess | Certify | Harden
 """Settings of those verbs that measure a model with a suite."""
@@ -259,8 +258,7 @@ def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover
             Remedy("certify"),
             Remedy("suite", DEFAULT_SUITE),
         )
-    of_texts = settings.threat.change.domain is TEXT
-    names = (SUBSTITUTIONS,) if of_texts else (TREES,) if trees else CASCADE
+    names = settings.threat.constraint.provers or ((TREES,) if trees else CASCADE)
     return tuple(prover(name) for name in names if name not in LATE)
 
 

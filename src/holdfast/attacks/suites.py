@@ -279,7 +279,7 @@ def attacks_of(name: SuiteName, kind: Kind, access: "Access" = "gradients") -> S
     return SUITES[name].get(kind, ())
 
 
-def is_possible(name: SuiteName, constraint: "Constraint", access: "Access") -> bool:
+def is_possible(name: SuiteName, constraint: "Constraint | Change", access: "Access") -> bool:
     """Return whether a suite has an attack under a constraint that needs no more than the access of the attacker."""
     order, specs = get_args(Sees), attacks_of(name, kind_of_change(constraint), access)
     return any(order.index(ATTACKS[spec.attack].needs) <= order.index(access) for spec in specs)

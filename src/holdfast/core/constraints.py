@@ -67,6 +67,8 @@ class Constraint(ABC):
     judges_misclassified: ClassVar[bool] = False
     """whether examples that are misclassified when clean are evaluated as well, because they may be correct when
     changed"""
+    provers: ClassVar[tuple[str, ...]] = ()
+    """methods of certification for this constraint alone"""
     domain: "ClassVar[Domain | None]" = None
     """kind of the inputs that can be changed like this; None if any inputs of numbers can"""
 

@@ -37,7 +37,8 @@ class Change:
     @property
     def eps(self) -> float:
         """Size of the change. It is infinite if the attacks search for the smallest change that breaks an example."""
-        return float(self.limits.get("eps", self.limits.get("changes", 1.0)))
+        sizes = (self.limits[name] for name in ("eps", "changes", "severity") if name in self.limits)
+        return float(next(sizes, 1.0))
 
     @cached_property
     def constraint(self) -> "Constraint":
@@ -76,9 +77,9 @@ class ThreatModel:
     surrogates: "tuple[Model, ...]" = ()
     unit: str = ""
     """unit of eps: `range`, `std` or `@FILE`; empty for the unit of the inputs"""
-    goal_name: str = field(default="", repr=False)
+    goal_name: str = ""
     """name of the target class, if its number is known from the data only"""
-    given: str = field(default="", init=False, repr=False, compare=False)
+    given: str = field(default="", init=False, compare=False)
     """the text from which the threat model was parsed; empty for another one"""
 
     def __post_init__(self) -> None:
@@ -140,3 +141,6 @@ class ThreatModel:
 
     def __str__(self) -> str:
         return self.given or self.text
+
+    def __repr__(self) -> str:
+        return f"ThreatModel({str(self)!r})"

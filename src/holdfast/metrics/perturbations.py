@@ -2,11 +2,10 @@
 
 import math
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
@@ -14,7 +13,6 @@ from holdfast.metrics.columns import MINIMUM_NORM, Absent, column, untargeted
 from holdfast.statistics.intervals import Support, mean, median
 
 NormName = Literal["linf", "l2", "l1", "l0"]
-_NORMS: dict[NormName, type[Constraint]] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
 
 
 def _sizes(evidence: Evidence, norm: NormName) -> PerExample:
@@ -49,7 +47,7 @@ def mean_perturbation(evidence: Evidence, *, norm: NormName) -> Estimate:
     if not broken.any():
         raise Absent("no attack broke any example, so there is no mean perturbation")
     constraint = evidence.threat.constraint
-    most = constraint.eps if isinstance(constraint, _NORMS[norm]) else math.inf
+    most = constraint.eps if constraint.name == norm else math.inf
     # the harness allows a tolerance, by which a rounded size may exceed eps
     return mean(size[broken], support=Support(0.0, max(most, float(size[broken].max()))))
 
@@ -79,10 +77,7 @@ def adversarial_radius(evidence: Evidence) -> Estimate:
 
 
 PERTURBATIONS = {
-    **{f"perturbation_{norm}": partial(perturbation, norm=norm) for norm in _NORMS},
-    **{
-        f"mean_perturbation_{norm}": partial(mean_perturbation, norm=norm)
-        for norm in ("linf", "l2", "l1", "l0")
-    },
+    **{f"perturbation_{norm}": partial(perturbation, norm=norm) for norm in get_args(NormName)},
+    **{f"mean_perturbation_{norm}": partial(mean_perturbation, norm=norm) for norm in get_args(NormName)},
 }
 """functions for the median and the mean size in each norm, by the names of the catalogue"""

@@ -6,14 +6,14 @@ The module does not import torch, so that a misspelt name is reported immediatel
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.attacks.suites import VARIANTS, SuiteName, attacks_of, kind_of_change
+from holdfast.attacks.suites import VARIANTS, SuiteName, attacks_of, is_possible, kind_of_change
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.settings.naming import chosen
-from holdfast.threats.parsing import Sees
+from holdfast.threats.parsing import FORMS, Sees
 
 DEFAULT_SUITE: SuiteName = "fast"
 
@@ -24,7 +24,7 @@ def usual_suite(threat: ThreatModel, *, trees: bool = False) -> SuiteName:
     It is `trees` for a model with readable `trees`. Otherwise it depends on the access of the attacker: `transfer` for
     no access, `black-box` for scores or labels, and otherwise `fast`.
     """
-    if threat.name in ("corruptions", "trigger") or threat.access == "gradients":
+    if threat.access == "gradients" or is_possible(DEFAULT_SUITE, threat.change, "none"):
         return DEFAULT_SUITE
     if trees and names_in_suite("trees", threat):
         return "trees"
@@ -70,14 +70,15 @@ def refuse_uncertifiable(threat: ThreatModel) -> None:
     rules of a table, or with a target class.
     """
     name = threat.name
-    if name == "text" and "inserts" in threat.change.limits:
+    if "inserts" in threat.change.limits:
         raise UsageError(
             f"the threat {threat} appends words, and robustness is proved for changes of the words of a text, whose "
             "number stays the same; give edits and words, or synonyms and a file"
         )
-    if name not in ("linf", "l2", "l1", "table", "text", "training-set"):
+    if not FORMS[name].provable:
+        *provable, last = (name for name, form in FORMS.items() if form.provable)
         raise UsageError(
-            f"the threat is {threat}, and robustness is proved under linf, l2, l1, table, text and training-set only",
+            f"the threat is {threat}, and robustness is proved under {', '.join(provable)} and {last} only",
             Remedy("threat", threat.with_change("linf:0.1")),
         )
     if threat.eps == float("inf"):

@@ -62,6 +62,8 @@ class Form:
     """text of a threat, for messages"""
     units: bool = False
     """whether the size may be in a unit of each feature"""
+    provable: bool = False
+    """whether robustness can be proved under the threat"""
     aimed: bool = True
     """whether the attacker may have a target class"""
 
@@ -268,7 +270,7 @@ def _condition(name: str, text: str) -> dict[str, Any]:
 
 
 _AIMLESS = {"corruptions": "common corruptions", "training-set": "changes of a training set"}
-_NORM = Form("", _eps, units=True)
+_NORM = Form("", _eps, units=True, provable=True)
 _SPATIAL_EXAMPLE = "spatial:rotate=30,shift=3"
 _COLOUR_EXAMPLE = "colour:hue=18,saturation=0.3,brightness=0.2"
 _TEXT_EXAMPLES = {
@@ -308,16 +310,12 @@ FORMS: Final[dict[str, Form]] = {
         arguments=_limits(_SPATIAL, _SPATIAL_EXAMPLE),
         example=_SPATIAL_EXAMPLE,
     ),
-    "training-set": Form(
-        "holdfast.threats.training_set:TrainingSet",
-        _changes,
-        aimed=False,
-    ),
     "table": Form(
         "holdfast.settings.table_rules:table_threat",
         file_argument("file"),
         {"eps": _budget},
         domain=TABLE,
+        provable=True,
     ),
     "text": Form(
         "holdfast.io.text_lists:text_edits",
@@ -337,7 +335,14 @@ FORMS: Final[dict[str, Form]] = {
             ),
         },
         domain=TEXT,
+        provable=True,
         example=_TEXT_EXAMPLES["edits"],
+    ),
+    "training-set": Form(
+        "holdfast.threats.training_set:TrainingSet",
+        _changes,
+        provable=True,
+        aimed=False,
     ),
     "trigger": Form(
         "holdfast.io.data.trigger_files:trigger_threat",

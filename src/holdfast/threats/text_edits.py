@@ -69,6 +69,7 @@ class TextEdits(Whole):
     """
 
     name: ClassVar[str] = "text"
+    provers: ClassVar[tuple[str, ...]] = ("substitutions",)
     domain: ClassVar[Domain | None] = TEXT
 
     edits: int = 0

@@ -18,6 +18,7 @@ class TrainingSet(Whole):
     """
 
     name: ClassVar[str] = "training-set"
+    provers: ClassVar[tuple[str, ...]] = ("partitions",)
     changes_inputs: ClassVar[bool] = False
     measures_robustness: ClassVar[bool] = False
 

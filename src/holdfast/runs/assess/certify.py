@@ -22,6 +22,7 @@ from holdfast.io.models.ensembles import Ensemble
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness import Plan, Target, prepared_prover
 from holdfast.statistics.intervals import upper_tail
+from holdfast.threats.domains import TABLE
 
 _NAMED = 10
 """Largest number of examples that the message about wrong certificates names."""
@@ -114,16 +115,14 @@ def refuse_unprovable(
         # only if a model is refused: the trial of smoothing calls the model
         if verb == "assess":
             return (Remedy("certify"),)
-        if plan.threat.constraint.name in ("table", "training-set"):
-            return ()
-        if plan.threat.constraint.name == "text":
+        if not plan.threat.constraint.in_input_units:
             from holdfast.certifiers.texts.masking import by_masking
 
             return by_masking(plan.threat.constraint)
         own = (Remedy("method", TREES),) if reads_trees(target.bare) else ()
         return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
 
-    of_table = plan.threat.constraint.name == "table"
+    of_table = plan.threat.constraint.domain is TABLE
     if of_table and any(stage.prover is not None and stage.prover.name != TREES for stage in stages):
         raise UsageError(
             "under rules of a table, only tree ensembles are certified, and the model is none",

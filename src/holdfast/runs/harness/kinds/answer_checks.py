@@ -9,8 +9,9 @@ from torch import Tensor
 
 from holdfast.attacks.parts.sampling import sample_rows
 from holdfast.attacks.protocol import Itemised
+from holdfast.attacks.suites import is_possible
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L1, Constraint, extent
+from holdfast.core.constraints import Constraint, extent
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import METHOD_STATES, Columns, MethodState
 from holdfast.core.logit_scale import SAME, change
@@ -118,8 +119,9 @@ class AnswerChecks(AttackKind):
         settings: Any = stage.attack
         passes = max(1, settings.passes // PARTS // _SHARES[what])
         methods = settings.methods
-        if what == "labels":  # the search under L1 needs a stand-in
-            methods = ("stand-in",) if isinstance(threat.constraint, L1) else ("labels",)
+        if what == "labels":
+            alone = is_possible("black-box", threat.constraint, "labels")
+            methods = ("labels",) if alone else ("stand-in",)
         if what == "box":
             methods = tuple(name for name in methods if name in _FROM_NOTHING)
         attack = replace(settings, passes=passes, methods=methods)
