@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Container, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from inspect import Parameter
 from types import FunctionType
@@ -9,14 +10,15 @@ from typing import Any
 
 from holdfast.api.placing import OF_CLUSTERS, CertifyCluster
 from holdfast.core.catalogue import RECIPES
-from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
-from holdfast.core.names import is_size, size_text
+from holdfast.core.names import is_size, size_text, threat_text
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import did_you_mean
+from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import with_equality
 from holdfast.settings.naming import AUTO
 from holdfast.settings.spellings import folded
+from holdfast.threats.parsing import threat_of
 
 _EPS = ("eps", "epsilon")
 _ATTACKS = ("attack", "attacks")
@@ -81,11 +83,11 @@ def _of_gate(value: object) -> tuple[Remedy, ...]:
 
 def with_eps(threat: object, eps: object) -> str:
     """Return the text of a threat with another eps, as in `linf:8/255`."""
-    norm, comma, rest = threat.partition(",") if isinstance(threat, str) else ("", "", "")
-    if isinstance(threat, Constraint):
-        norm = threat.name
-    size = size_text(eps) if isinstance(eps, int | float) else str(eps)
-    return f"{norm.partition(':')[0] or 'linf'}:{size}{comma}{rest}"
+    size, model = size_text(eps) if isinstance(eps, int | float) else str(eps), ThreatModel()
+    with suppress(UsageError):
+        model = threat_of(threat)
+    norm = model.name if model.name in _NORMS else "linf"
+    return threat_text(f"{norm}:{size}", model.goal, model.access, model.queries, model.unit)
 
 
 def _misspelt(function: str, key: str, *remedies: Remedy) -> UsageError:

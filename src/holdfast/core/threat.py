@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from holdfast.core.errors import UsageError
@@ -28,7 +27,7 @@ class Change:
     """
 
     name: str = "linf"
-    limits: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({"eps": 8 / 255}))
+    limits: Mapping[str, float | str] = field(default_factory=lambda: {"eps": 8 / 255})
     creator: str = "holdfast.core.constraints:Linf"
     """module and name of the function or class that creates the constraint"""
     domain: "Domain | None" = None

@@ -29,7 +29,6 @@ from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.training import checkpoint_text
-from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harden.advice import advice, verdict_entries
@@ -225,7 +224,7 @@ def card_of(
         {
             **entries,
             "name": best.subject.card["name"],
-            "evaluated_under": threat_syntax(sides[1].summary()["threat"]),
+            "evaluated_under": sides[1].evidence.threat.text,
             "recipe": best.candidate.name,
             "reason": best.attempt["reason"],
             "epochs": best.epochs,

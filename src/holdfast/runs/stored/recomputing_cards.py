@@ -15,7 +15,6 @@ from holdfast.io.models.weights import METADATA_KEY, digest_of_weights
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.paired import basis
 from holdfast.reports.card import judged
-from holdfast.reports.words import threat_syntax
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.harden.advice import advice, verdict_entries
@@ -153,7 +152,7 @@ def _refuse_settings(run: StoredHardening) -> None:
         "recipes_tried": [attempt["recipe"] for attempt in manifest["plan"]["attempts"]][:tried],
         "reason": attempts[recipe]["reason"],
         "threat": trained_under(threat),
-        "evaluated_under": threat_syntax(run.sides["after"].summary()["threat"]),
+        "evaluated_under": run.sides["after"].evidence.threat.text,
         "seed": config["seed"],
         "advice": advice(card, threat.constraint),
         "scope": basis(run.sides["before"].evidence, run.sides["after"].evidence),
