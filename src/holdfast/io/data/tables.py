@@ -19,8 +19,6 @@ from holdfast.io.data.arrays import Arrays, Choice, first_rows_note, from_numpy,
 from holdfast.io.data.class_numbers import numbered, numbered_words
 from holdfast.io.data.column_matching import left_out, matched_columns, refuse_repeated, without
 from holdfast.io.data.columns import (
-    EXACT,
-    INEXACT,
     MISSING,
     NUMBER,
     SPLIT_COLUMN,
@@ -32,6 +30,7 @@ from holdfast.io.data.columns import (
 )
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.pictures import decoded
+from holdfast.io.data.table_rows import refuse_inexact, rows_by_rules
 from holdfast.io.files import names_of, readable_file, similar_name
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limits import Limits
@@ -144,8 +143,6 @@ def table_examples(
 
         x, notes = column_of_texts(table, expected.words[0] if expected.words else None, label, drop, chosen)
     elif expected.rules is not None:
-        from holdfast.io.data.table_rows import rows_by_rules  # late: few tables have rules
-
         features = expected.rules.names
         further = _beside_rules(table, expected, (label, SPLIT_COLUMN, *drop, *features))
         x, notes = rows_by_rules(table, expected.rules, label, (*drop, *further), chosen)
@@ -338,21 +335,6 @@ def _numbers(
             ]
             raise _not_numbers(table, features, text, sparse, has_threat=expected.has_threat)
     return table.numbers[rows][:, places]
-
-
-def refuse_inexact(
-    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
-) -> None:
-    """Raise `TargetError` for a number that loses information as float32, in which rows are stored."""
-    for name, column in zip(features, kinds.T, strict=True):
-        inexact = np.flatnonzero(column == INEXACT)
-        if len(inexact):
-            raise TargetError(
-                f"the column {name!r} of {table.name} has numbers above {EXACT:,}, first in row "
-                f"{rows[inexact[0]]}, and float32, in which rows are stored, represents all whole numbers only up to "
-                "it: scale the column as in training, or leave it out if it is an id",
-                *(without([name]) if len(features) > 1 else ()),
-            )
 
 
 def _refuse_missing(
