@@ -51,21 +51,26 @@ _TRIED = 8
 
 
 def measured(
-    settings: Assess | Certify, run: str | Path | None, *, resume: bool, command: str, **reporting: Any
+    settings: Assess | Certify,
+    folder: str | Path | None = None,
+    *,
+    resume: bool = False,
+    command: str = "",
+    **reporting: Any,
 ) -> Result:
     """Open the model and the data of an assessment or a certification, and take the steps of the run."""
-    folder = folder_of(run, resume=resume)
+    place = folder_of(folder, resume=resume)
     settings.refuse_unusable_cluster(settings.workers, settings.model)
     listed_attacks(settings)  # before the model is opened
     baseline = baseline_evidence(settings)
-    with gradients(), journaled(folder, resume=resume, keep=settings.keep_answers):
+    with gradients(), journaled(place, resume=resume, keep=settings.keep_answers):
         subject, data, surrogates = settings.open()
         request = replace(
             _request(settings, (subject, data, surrogates), baseline),
             attackers=_attackers(settings),
             command=command,
         )
-        result = assess(subject, data, request, run=folder, resume=resume, opening=settings.open, **reporting)
+        result = assess(subject, data, request, run=place, resume=resume, opening=settings.open, **reporting)
     return replace(result, explaining=partial(_explained, settings))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.api.grad_mode import gradients
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike
@@ -135,9 +136,10 @@ def generator(
     )
 
 
+@gradients()
 def run_audit(
     settings: AuditVerb,
-    folder: str | Path | None,
+    folder: str | Path | None = None,
     *,
     resume: bool = False,
     progress: Progress = silent,

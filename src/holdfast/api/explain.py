@@ -90,6 +90,7 @@ def explained_run(settings: Assess | Certify, result: Result, index: int | None)
         return explained(Explain(**{**own, "index": index, "output": []}), result)
 
 
+@gradients()
 def explained(settings: Explain, result: Result | None = None) -> Explained:
     """Explain the example or the model of the settings. `result` is the run that they belong to."""
     settings, run = _with_run(settings) if result is None else (settings, result)

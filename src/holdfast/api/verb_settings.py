@@ -2,15 +2,20 @@
 `holdfast.Assess(model="mnist-cnn", data="mnist-mini").run()`.
 
 A class lists its groups in reverse order: pydantic begins with the fields of the last base class, and options are shown
-in the order of the fields. The classes do not import torch; their methods do.
+in the order of the fields. The module imports neither torch nor a module that carries out a command: such a method
+states the place of its function (`carried_out_by`).
 """
 
+# mypy: disable-error-code="empty-body"
+
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
@@ -45,8 +50,27 @@ if TYPE_CHECKING:
     from holdfast.runs.harden.hardened import Hardened
     from holdfast.server.supervisor import ServerSetup
 
+F = TypeVar("F", bound=Callable[..., Any])
 G = TypeVar("G", bound=SettingGroup)
 S = TypeVar("S", bound="Checked")
+
+
+def carried_out_by(place: str) -> Callable[[F], F]:
+    """Return a decorator for a method of settings that a function carries out: `holdfast.api.explain:explained` is the
+    function `explained` of a module. The method itself has a signature and a docstring.
+
+    The module imports torch, and these settings; it is imported when the method is called.
+    """
+    module, _, name = place.partition(":")
+
+    def decorated(method: F) -> F:
+        @wraps(method)
+        def call(settings: Any, *arguments: Any, **options: Any) -> Any:
+            return getattr(import_module(module), name)(settings, *arguments, **options)
+
+        return cast(F, call)
+
+    return decorated
 
 
 class Checked(SettingGroup):
@@ -145,18 +169,15 @@ class _Measured(VerbSettings):
                 Remedy("on"),
             )
 
+    @carried_out_by("holdfast.api.assess_requests:opened")
     def open(self: Any) -> "Opened":
         """Open the model, the data and the surrogates, and return them. Worker processes call it as well."""
-        from holdfast.api.assess_requests import opened
 
-        return opened(self)
-
+    @carried_out_by("holdfast.api.assess_requests:estimated")
     def estimate(self: Any) -> "ExpectedCost | Rehearsed":
         """Estimate the cost of a run on a few examples, without storing anything."""
-        from holdfast.api.assess_requests import estimated
 
-        return estimated(self)
-
+    @carried_out_by("holdfast.api.assess_requests:measured")
     def run(
         self: Any,
         folder: str | Path | None = None,
@@ -172,11 +193,6 @@ class _Measured(VerbSettings):
         If `folder` is given, all artefacts are stored in it, with the command line `command` that repeats the run, and
         `resume` continues the run in it. `notify` is called with messages, and `detail` with those on single shards.
         """
-        from holdfast.api.assess_requests import measured
-
-        return measured(
-            self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command
-        )
 
 
 class Doctor(
@@ -195,25 +211,13 @@ class Doctor(
 
     verb = "doctor"
 
+    @carried_out_by("holdfast.api.checkup:opened")
     def open(self) -> "tuple[Subject, Data]":
         """Open the model and the data, and return them. Data that do not fit the model are opened as well."""
-        from holdfast.api.resolve import open_examples, open_subject
-        from holdfast.io.remote.counting import inspection_counter
 
-        subject = open_subject(self)
-        inspection_counter(subject.model)
-        return subject, open_examples(self, subject.model, lenient=True)
-
+    @carried_out_by("holdfast.api.checkup:checked")
     def run(self) -> "Checkup":
         """Check the model and the data for common mistakes, and return the findings."""
-        from holdfast.api.expecting import edits_of, notes_of
-        from holdfast.api.grad_mode import gradients
-        from holdfast.io.doctor import Checkup, Finding, examine
-
-        with gradients():
-            subject, data = self.open()
-            findings = examine(subject.model, data, texts=edits_of(self) is not None)
-            return Checkup((*(Finding("data", "note", note) for note in notes_of(data)), *findings))
 
 
 class Explain(
@@ -236,13 +240,9 @@ class Explain(
 
     verb = "explain"
 
+    @carried_out_by("holdfast.api.explain:explained")
     def run(self) -> "Explained":
         """Explain the example `index`, or the model if it is None."""
-        from holdfast.api.explain import explained
-        from holdfast.api.grad_mode import gradients
-
-        with gradients():
-            return explained(self)
 
 
 class Calibrate(
@@ -262,13 +262,9 @@ class Calibrate(
 
     verb = "calibrate"
 
+    @carried_out_by("holdfast.api.guards:calibrate_file")
     def run(self) -> "Calibrated":
         """Calibrate the guard in the file `guard`, and write its calibration beside that file."""
-        from holdfast.api.grad_mode import gradients
-        from holdfast.api.guards import calibrate_file
-
-        with gradients():
-            return calibrate_file(self)
 
 
 class Assess(
@@ -330,12 +326,11 @@ class Harden(
         recipe: object = self.recipe  # a Python object is accepted too
         return isinstance(recipe, Mapping) and recipe["use"] in GENERATOR_RECIPES
 
+    @carried_out_by("holdfast.api.hardening:open_for_hardening")
     def open(self) -> "ForHardening":
         """Open the model, the examples for training and those for the assessments, and return them."""
-        from holdfast.api.hardening import open_for_hardening
 
-        return open_for_hardening(self)
-
+    @carried_out_by("holdfast.api.hardening:hardened")
     def run(
         self,
         folder: str | Path | None = None,
@@ -350,13 +345,8 @@ class Harden(
         """Train a new model that is more robust, assess both, and return them. `on_epoch` is called with the
         measurements of each epoch. The other arguments are those of `Assess.run`.
         """
-        from holdfast.api.hardening import hardened
 
-        return hardened(
-            self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command,
-            on_epoch=on_epoch,
-        )  # fmt: skip
-
+    @carried_out_by("holdfast.api.harden_generator:hardened_generator")
     def run_generator(
         self,
         folder: str | Path | None = None,
@@ -367,13 +357,6 @@ class Harden(
         command: str = "",
     ) -> "HardenedGenerator":
         """Train a new generator with a recipe for generators, audit both, and return the new one with the result."""
-        from holdfast.api.grad_mode import gradients
-        from holdfast.api.harden_generator import hardened_generator
-
-        with gradients():
-            return hardened_generator(
-                self, folder, resume=resume, progress=progress, notify=notify, command=command
-            )
 
 
 class RotateSettings(
@@ -450,19 +433,15 @@ class Serve(
 
     verb = "serve"
 
+    @carried_out_by("holdfast.api.serve:open_for_serving")
     def open(self) -> "ServerSetup":
         """Open the model, the guard and the keys once, and return the setup of the server."""
-        from holdfast.api.serve import open_for_serving
 
-        return open_for_serving(self)
-
+    @carried_out_by("holdfast.api.serve:serve_until_stopped")
     def run(self, *, notify: Notify = ignore) -> None:
         """Serve the model until SIGTERM or Ctrl-C, and then drain. `notify` is called with messages, such as the
         address when requests are answered.
         """
-        from holdfast.api.serve import serve_until_stopped
-
-        serve_until_stopped(self.open(), notify)
 
 
 class Monitor(
@@ -485,13 +464,9 @@ class Monitor(
         default=None, description=groups.ModelSource.model_fields["model"].description
     )
 
+    @carried_out_by("holdfast.api.monitoring_streams:monitored")
     def run(self) -> "Monitored":
         """Compare the stream with the reference, and return what the tests found."""
-        from holdfast.api.grad_mode import gradients
-        from holdfast.api.monitoring_streams import monitored
-
-        with gradients():
-            return monitored(self)
 
 
 class Adapt(
@@ -517,6 +492,7 @@ class Adapt(
         default=None, description=groups.DataSource.model_fields["data"].description
     )
 
+    @carried_out_by("holdfast.api.adapting:adapted")
     def run(
         self,
         folder: str | Path | None = None,
@@ -526,11 +502,6 @@ class Adapt(
         notify: Notify = ignore,
     ) -> "Adapted":
         """Adapt the served model, and return what happened. The run folder `folder` is needed to resume the run."""
-        from holdfast.api.adapting import adapted
-        from holdfast.api.grad_mode import gradients
-
-        with gradients():
-            return adapted(self, folder, resume=resume, progress=progress, notify=notify)
 
 
 class AuditVerb(
@@ -546,6 +517,7 @@ class AuditVerb(
 ):
     """The settings and the steps that all audits share."""
 
+    @carried_out_by("holdfast.api.audits:run_audit")
     def run(
         self,
         folder: str | Path | None = None,
@@ -558,11 +530,6 @@ class AuditVerb(
         """Run the audit, and return its result. If `folder` is given, all artefacts are stored in it, and `resume`
         continues the run in it. `notify` is called with messages.
         """
-        from holdfast.api.audits import run_audit
-        from holdfast.api.grad_mode import gradients
-
-        with gradients():
-            return run_audit(self, folder, resume=resume, progress=progress, notify=notify, command=command)
 
     @abstractmethod
     def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
@@ -574,11 +541,9 @@ class AuditBackdoor(audit_settings.BackdoorOptions, AuditVerb):
 
     verb = "audit-backdoor"
 
+    @carried_out_by("holdfast.api.audit_backdoor:prepared_backdoor")
     def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
         """Context manager that opens the model and the data, and yields the audit."""
-        from holdfast.api.audit_backdoor import prepared_backdoor
-
-        return prepared_backdoor(self, start)
 
 
 class AuditPoison(audit_settings.PoisonOptions, AuditVerb):
@@ -591,11 +556,9 @@ class AuditPoison(audit_settings.PoisonOptions, AuditVerb):
         default=None, description=groups.ModelSource.model_fields["model"].description
     )
 
+    @carried_out_by("holdfast.api.audit_poison:prepared_poison")
     def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
         """Context manager that opens the model and the data, and yields the audit."""
-        from holdfast.api.audit_poison import prepared_poison
-
-        return prepared_poison(self, start)
 
 
 class AuditPrivacy(audit_settings.PrivacyOptions, AuditVerb):
@@ -605,11 +568,9 @@ class AuditPrivacy(audit_settings.PrivacyOptions, AuditVerb):
 
     verb = "audit-privacy"
 
+    @carried_out_by("holdfast.api.audit_privacy:prepared_privacy")
     def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
         """Context manager that opens the model and the data, and yields the audit."""
-        from holdfast.api.audit_privacy import prepared_privacy
-
-        return prepared_privacy(self, start)
 
 
 class AuditMembership(
@@ -626,11 +587,9 @@ class AuditMembership(
 
     verb = "audit-membership"
 
+    @carried_out_by("holdfast.api.audit_membership:prepared_membership")
     def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
         """Context manager that opens the model and the data, and yields the audit."""
-        from holdfast.api.audit_membership import prepared_membership
-
-        return prepared_membership(self, start)
 
 
 class AuditGenerator(audit_settings.GeneratorOptions, AuditVerb):
@@ -645,11 +604,9 @@ class AuditGenerator(audit_settings.GeneratorOptions, AuditVerb):
         "file of samples.",
     )
 
+    @carried_out_by("holdfast.api.audit_generator:prepared_generator")
     def prepared(self, start: "AuditStart") -> AbstractContextManager["PreparedAudit"]:
         """Context manager that opens the model and the data, and yields the audit."""
-        from holdfast.api.audit_generator import prepared_generator
-
-        return prepared_generator(self, start)
 
 
 Opening = Doctor | Explain | Calibrate | Assess | Certify | Harden | RotateSettings | Monitor | AuditVerb

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs
 from holdfast.certifiers.smoothing.noise import MOST_DRAWS, radius_of
-from holdfast.certifiers.smoothing.smoothed import Smoothed
 from holdfast.certifiers.smoothing.votes import (
     FOR_WRONG,
     NO_CLASS,
@@ -176,6 +175,8 @@ class Smoothing:
 
     def network(self, base: Classifier, draws: int) -> Classifier:
         """Return the network that attacks query: the logarithm of the mean probabilities over fixed draws."""
+        from holdfast.certifiers.smoothing.smoothed import Smoothed  # late: only attacks need the network
+
         net = Smoothed(base, self.sigma, draws=draws, seed=self.seed, clip=self.clip)
         return Classifier(net, bounds=base.bounds, access=base.access, batches=EVERY)
 

@@ -9,8 +9,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.core.tables.checking import checked
 from holdfast.core.tables.rules import Rules, refuse_other_columns
-from holdfast.io.data.column_matching import without
-from holdfast.io.data.columns import EXACT, INEXACT, SPLIT_COLUMN, TEXT, ColumnTable, Words
+from holdfast.io.data.column_matching import refuse_inexact
+from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words
 from holdfast.io.files import names_of
 
 
@@ -49,21 +49,6 @@ def rows_by_rules(
                 )
         x[:, place] = table.numbers[rows, at]
     return x, notes
-
-
-def refuse_inexact(
-    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
-) -> None:
-    """Raise `TargetError` for a number that loses information as float32, in which rows are stored."""
-    for name, column in zip(features, kinds.T, strict=True):
-        inexact = np.flatnonzero(column == INEXACT)
-        if len(inexact):
-            raise TargetError(
-                f"the column {name!r} of {table.name} has numbers above {EXACT:,}, first in row "
-                f"{rows[inexact[0]]}, and float32, in which rows are stored, represents all whole numbers only up to "
-                "it: scale the column as in training, or leave it out if it is an id",
-                *(without([name]) if len(features) > 1 else ()),
-            )
 
 
 def _codes(

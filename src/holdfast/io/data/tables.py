@@ -17,7 +17,13 @@ from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note, from_numpy, handles_missing
 from holdfast.io.data.class_numbers import numbered, numbered_words
-from holdfast.io.data.column_matching import left_out, matched_columns, refuse_repeated, without
+from holdfast.io.data.column_matching import (
+    left_out,
+    matched_columns,
+    refuse_inexact,
+    refuse_repeated,
+    without,
+)
 from holdfast.io.data.columns import (
     MISSING,
     NUMBER,
@@ -30,7 +36,6 @@ from holdfast.io.data.columns import (
 )
 from holdfast.io.data.expected import Expected
 from holdfast.io.data.pictures import decoded
-from holdfast.io.data.table_rows import refuse_inexact, rows_by_rules
 from holdfast.io.files import names_of, readable_file, similar_name
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limits import Limits
@@ -143,6 +148,8 @@ def table_examples(
 
         x, notes = column_of_texts(table, expected.words[0] if expected.words else None, label, drop, chosen)
     elif expected.rules is not None:
+        from holdfast.io.data.table_rows import rows_by_rules  # late: few tables have rules
+
         features = expected.rules.names
         further = _beside_rules(table, expected, (label, SPLIT_COLUMN, *drop, *features))
         x, notes = rows_by_rules(table, expected.rules, label, (*drop, *further), chosen)
