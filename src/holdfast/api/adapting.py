@@ -28,13 +28,14 @@ from holdfast.adaptation.server_state import (
 from holdfast.api import adapting_pools
 from holdfast.api.adapted_guard import CANDIDATE, EARLIER, AdaptedGuard, calibration_of
 from holdfast.api.adapting_pools import AdaptedPool
+from holdfast.api.checked_settings import composed
 from holdfast.api.grad_mode import gradients
 from holdfast.api.guard_opening import input_storage
 from holdfast.api.hardening import ForHardening, hardened, needs_of_hardening
 from holdfast.api.live_pairs import LivePairs, Samples, Side, read_samples
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
+from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws

@@ -7,9 +7,10 @@ from typing import Any
 
 from holdfast.api import resolve
 from holdfast.api.audit_generator import opened_audit
+from holdfast.api.auditing.generator import AuditGenerator
 from holdfast.api.grad_mode import gradients
 from holdfast.api.recipe_building import built
-from holdfast.api.verb_settings import AuditGenerator, Harden
+from holdfast.api.verb_settings import Harden
 from holdfast.audits.audit import AuditResult, audited
 from holdfast.audits.finding import Images
 from holdfast.audits.generator.audit import needs_of

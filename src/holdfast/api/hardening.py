@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from holdfast.api import expecting, resolve
+from holdfast.api.checked_settings import group_of
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import assess_request, baseline_evidence, examples_to_fit, listed_attacks
 from holdfast.api.recipe_building import build_recipe, candidates, refuse_unheld, settings_of
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import Harden, RotateSettings, group_of
+from holdfast.api.verb_settings import Harden, RotateSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.catalogue import RECIPES, names
 from holdfast.core.draws import Draws
@@ -118,7 +119,7 @@ def hardened(
     `held_out` are not trained on.
     """
     place, settings = resolve.folder_of(folder, resume=resume), _with_threat_of_recipe(settings)
-    settings.refuse_unusable_cluster(settings.workers, settings.model)
+    settings.refuse_unusable_cluster()
     with gradients():
         listed_attacks(settings)  # before the model is opened
         targets = {target: parse_log(target) for target in settings.log if distributed.first()}

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from holdfast.api.checked_settings import group_of
 from holdfast.api.expecting import ends
-from holdfast.api.verb_settings import Opening, group_of
+from holdfast.api.verb_settings import Opening
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier

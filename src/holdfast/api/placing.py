@@ -95,16 +95,15 @@ class Placement(SettingGroup):
                     Remedy(key),
                 )
 
-    def refuse_unusable_cluster(self, workers: int | None, address: object) -> None:
-        """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
-
-        `address` is that of the model, or an object.
+    def refuse_unusable_cluster(self: Any) -> None:
+        """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter
+        sets.
         """
         if self.on == "local":
             return
-        if isinstance(address, str) and address.startswith(ROTATING):
-            raise UsageError(f"{address} runs on this machine only: {values.POOL_STAYS}", Remedy("on"))
-        if workers is None:
+        if isinstance(self.model, str) and self.model.startswith(ROTATING):
+            raise UsageError(f"{self.model} runs on this machine only: {values.POOL_STAYS}", Remedy("on"))
+        if self.workers is None:
             raise UsageError(
                 f"on is {self.on}, which needs the number of shards that are measured at the same time",
                 Remedy("workers", 4),

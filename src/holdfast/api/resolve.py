@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from holdfast.api.checked_settings import ModelReference, composed, group_of
 from holdfast.api.expecting import (
     bounds_by_feature,
     bounds_of_all,
@@ -34,7 +35,7 @@ from holdfast.api.grad_mode import differentiable
 from holdfast.api.plans import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
 from holdfast.api.pooled import open_model_at
 from holdfast.api.references import beside, refuse_other_settings
-from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening, composed, group_of
+from holdfast.api.verb_settings import Assess, Certify, Opening
 from holdfast.attacks.parts.expectation import seen_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest

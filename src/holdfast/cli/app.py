@@ -291,7 +291,7 @@ def _verbs_with(error: click.ClickException) -> str:
     """Return the message about an option that only other verbs have, with their names; else an empty string."""
     if not isinstance(error, click.NoSuchOption):
         return ""
-    from holdfast.api.verb_settings import VERBS
+    from holdfast.api.checked_settings import VERBS
     from holdfast.cli.setting_options import flag_names
 
     name = error.option_name

@@ -6,8 +6,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from holdfast.api.checked_settings import VerbSettings
 from holdfast.api.reading_settings import flag_of
-from holdfast.api.verb_settings import VerbSettings
 from holdfast.cli import completing
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
