@@ -57,6 +57,7 @@ class Placement(SettingGroup):
     wait for the cluster.
     """
 
+    section = "run"
     waiting_key: ClassVar[str] = ""
     """name of the setting with the maximum time to wait for the cluster"""
 
@@ -137,6 +138,7 @@ _WAIT = "Maximum time to wait for CPUs of the cluster (default: 10min)."
 class ClusterSettings(Placement):
     """Where the shards of an assessment run."""
 
+    section = "run"
     timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
         default="10min", description=_WAIT
     )
@@ -146,6 +148,7 @@ class ClusterSettings(Placement):
 class CertifyCluster(Placement):
     """Where the shards of a certification run. Its setting `timeout` limits the time of each example."""
 
+    section = "run"
     cluster_timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
         default="10min", description=_WAIT
     )
@@ -168,17 +171,17 @@ _OF_METHODS = {
 class CertifyOptions(SettingGroup):
     """Settings of the command `holdfast certify` that no other command has."""
 
-    method: Annotated[values.Method, Flag("M", completion="METHOD")] = Field(
+    method: Annotated[values.Method, Flag("M", completion="METHOD", common=True)] = Field(
         default="auto",
         description=f"Method of certification: auto (the default, which runs the methods from the cheapest to the most "
         f"exact) or one of {', '.join(PROVERS)}.",
     )
-    timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
+    timeout: Annotated[values.WaitingTime, Flag("T", common=True)] = Field(
         default="10s",
         description="Time limit for each example in each of the methods crown, alpha-crown, branch-and-bound and "
         "trees (default: 10s).",
     )
-    sigma: Annotated[values.Deviation | None, Flag("S")] = Field(
+    sigma: Annotated[values.Deviation | None, Flag("S", common=True)] = Field(
         default=None,
         description="Standard deviation of the noise of --method smoothing, in units of the inputs, as in 0.5.",
     )
@@ -258,6 +261,7 @@ class CertifyOptions(SettingGroup):
 class LocalOnly(SettingGroup):
     """Where the steps of a pool run: on this machine."""
 
+    section = "run"
     on: Annotated[values.Here, Flag("PLACE", identifies=False)] = Field(
         default="local",
         description="Where the steps run: local. Ray is refused, because keys of a pool must not leave this machine.",

@@ -350,7 +350,7 @@ class Monitor(
     """All settings of the command `holdfast monitor`. `data` is the stream, whose order is that of the time."""
 
     verb = "monitor"
-    model: Annotated[values.Given | None, Flag("MODEL", completion="MODEL")] = Field(
+    model: Annotated[values.Given | None, Flag("MODEL", completion="MODEL", common=True)] = Field(
         default=None, description=groups.ModelSource.model_fields["model"].description
     )
 
@@ -378,7 +378,7 @@ class Adapt(
     """
 
     verb = "adapt"
-    data: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    data: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None, description=groups.DataSource.model_fields["data"].description
     )
 
@@ -397,13 +397,16 @@ class Adapt(
 class AuditOptions(SettingGroup):
     """Settings that all audits have."""
 
-    gates: Annotated[list[str], Flag("G", "--gate", "-g", identifies=False)] = Field(
+    section = "report"
+    gates: Annotated[list[str], Flag("G", "--gate", "-g", identifies=False, common=True)] = Field(
         default_factory=list,
         description="Condition on the result of the audit: no-backdoor, no-poison and, for the other audits, "
         "not-flagged pass if nothing is flagged; membership and privacy have the metrics membership_tpr_at_1_percent "
         "and epsilon_lower, as in epsilon_lower <= 2. Without a gate, the exit code is 0.",
     )
-    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+    output: Annotated[
+        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
+    ] = Field(
         default_factory=list,
         description="Report file, in the format of its suffix: .html .json .md .xml; - for JSON on stdout.",
     )
@@ -440,7 +443,7 @@ class AuditOptions(SettingGroup):
 class TrainingFunctionSource(SettingGroup):
     """Setting of the audits that train networks."""
 
-    train: Annotated[values.Given | None, Flag("FILE.py:F")] = Field(
+    train: Annotated[values.Given | None, Flag("FILE.py:F", common=True)] = Field(
         default=None,
         description="Function fit(x, y, seed) that trains a network on the examples and returns it, as in net.py:fit. "
         "Or a folder that harden wrote, whose card states the training.",

@@ -136,6 +136,14 @@ _COMMANDS = {
 """Name of each command: its module in `holdfast.cli`, what it does in a few words, and examples for its help."""
 
 
+_GROUPS = {
+    "Measure": ("demo", "assess", "certify", "audit", "explain", "doctor"),
+    "Improve": ("harden", "rotate", "calibrate"),
+    "Operate": ("serve", "monitor", "adapt", "keys"),
+    "Look": ("compare", "report", "verify", "runs", "ui", "init", "validate", "data", "models", "attacks"),
+}
+"""The commands in the groups in which the help lists them."""
+
 _SPELLINGS = {
     "--eps": {"--threat": "--threat linf:{}"},
     "--epsilon": {"--threat": "--threat linf:{}"},
@@ -173,8 +181,9 @@ class _Verbs(Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, about, *_examples) in _COMMANDS.items()])
+        for title, names in _GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, _COMMANDS[name][1]) for name in names])
 
 
 @click.group(

@@ -20,7 +20,7 @@ from holdfast.cli.early import (
     refuse_unknown_data,
     refuse_unknown_model,
 )
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, GroupedOption, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     MODEL_AND_DATA,
     SETTING,
@@ -284,9 +284,11 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(short_help="measure how robust a model is", help=_HELP)
+@click.command(cls=Command, short_help="measure how robust a model is", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("assess"))
-@click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
+@click.option(
+    "--dry-run", cls=GroupedOption, common=True, is_flag=True, help="Print the expected cost and exit."
+)
 @offered(*options_of(Assess), *SETTING)
 @with_voice
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:

@@ -11,7 +11,7 @@ from holdfast.api.verb_settings import AuditVerb, audits
 from holdfast.cli import completing
 from holdfast.cli.assess import settings_from
 from holdfast.cli.early import refuse_missing_file, refuse_reports
-from holdfast.cli.options import Group, Voice, offered, with_voice
+from holdfast.cli.options import Command, Group, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     SETTING,
     options_of,
@@ -49,7 +49,7 @@ def _command(kind: type[AuditVerb]) -> click.Command:
         for key, metavar in kind.arguments.items()
     )
     offering = offered(*arguments, *run_options("audit"), *options_of(kind), *SETTING)
-    return click.command(kind.kind, short_help=kind.summary, help=kind.about)(offering(command))
+    return click.command(kind.kind, cls=Command, short_help=kind.summary, help=kind.about)(offering(command))
 
 
 for _kind in audits().values():

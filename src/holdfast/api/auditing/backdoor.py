@@ -24,17 +24,17 @@ class AuditBackdoor(AuditVerb):
     )
     opening = "holdfast.api.audit_backdoor:prepared_backdoor"
     files = ("controls",)
-    controls: Annotated[values.Given | None, Flag("FOLDER", completion="PATH")] = Field(
+    controls: Annotated[values.Given | None, Flag("FOLDER", completion="PATH", common=True)] = Field(
         default=None,
         description="Folder with the weights of at least 20 networks of the same architecture that were trained on "
         "clean data, with which the model is compared.",
     )
-    train_controls: Annotated[values.Duration | None, Flag("TIME")] = Field(
+    train_controls: Annotated[values.Duration | None, Flag("TIME", common=True)] = Field(
         default=None,
         description="Train control networks on the train split of the data, each until it is as accurate as the model, "
         "at most for this time together, as in 20min.",
     )
-    stream: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    stream: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Inputs that the model received. Those with a low entropy under other images are listed (STRIP).",
     )

@@ -39,15 +39,15 @@ class AuditGenerator(AuditVerb):
         description="Function of a Python file that returns an object with sample(n, seed), as in gen.py:make, or a "
         "file of samples.",
     )
-    held_out: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    held_out: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Examples of the same source that the generator was not trained on, with which its samples are "
         "compared.",
     )
-    samples: Annotated[values.Positive, Flag("N")] = Field(
+    samples: Annotated[values.Positive, Flag("N", common=True)] = Field(
         default=2000, description="Number of samples (default: 2000)."
     )
-    features: Annotated[str | None, Flag("MODEL[,K=V]", completion="MODEL")] = Field(
+    features: Annotated[str | None, Flag("MODEL[,K=V]", completion="MODEL", common=True)] = Field(
         default=None,
         description="Network whose features are compared, as in net.pt,arch=net.py:make (default: a small network that "
         "is trained on the labels of the training examples).",

@@ -14,12 +14,12 @@ from holdfast.settings.groups import Flag
 class MembershipOptions(TrainingFunctionSource, AuditOptions):
     """Settings of the command `holdfast audit membership` that no other command has."""
 
-    non_members: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    non_members: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Audit this model: examples that it was not trained on, of the same kind as its training examples, "
         "which are DATA.",
     )
-    references: Annotated[Annotated[int, Ge(2)] | None, Flag("N")] = Field(
+    references: Annotated[Annotated[int, Ge(2)] | None, Flag("N", common=True)] = Field(
         default=None,
         description="Number of networks that are trained on random halves, an even number (default: 16, and none for a "
         "model with non-members).",
@@ -30,7 +30,7 @@ class MembershipOptions(TrainingFunctionSource, AuditOptions):
     workers: Annotated[values.Positive | None, Flag("N", identifies=False)] = Field(
         default=None, description="Number of processes that train networks, each with one thread."
     )
-    fpr: Annotated[float, Gt(0), Lt(1), Flag("X")] = Field(
+    fpr: Annotated[float, Gt(0), Lt(1), Flag("X", common=True)] = Field(
         default=0.01,
         description="False-positive rate of the attacker at which members are found (default: 0.01).",
     )

@@ -28,14 +28,14 @@ class AuditPoison(AuditVerb):
     opening = "holdfast.api.audit_poison:prepared_poison"
     example = "mnist-mini --model mnist-cnn"
     files = ("clean",)
-    model: Annotated[values.Given | None, Flag("MODEL", completion="MODEL")] = Field(
+    model: Annotated[values.Given | None, Flag("MODEL", completion="MODEL", common=True)] = Field(
         default=None, description=groups.ModelSource.model_fields["model"].description
     )
-    clean: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    clean: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Trusted examples of the same classes (the test split if there is one), with which the data are "
         "compared. Without them, examples are ranked and the result is unclear.",
     )
-    suspects: Annotated[str | None, Flag("FILE", completion="PATH", identifies=False)] = Field(
+    suspects: Annotated[str | None, Flag("FILE", completion="PATH", identifies=False, common=True)] = Field(
         default=None, description="Write the suspect examples to this .csv file, with their scores."
     )

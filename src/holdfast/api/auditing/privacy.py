@@ -34,15 +34,15 @@ class AuditPrivacy(TrainingFunctionSource, AuditVerb):
         "if the bound at 95 % confidence exceeds the claim; a bound below it is no proof of privacy."
     )
     example = "net.py:make data.npz --train net.py:fit --epsilon 8"
-    epsilon: Annotated[Annotated[float, Gt(0)] | None, Flag("X")] = Field(
+    epsilon: Annotated[Annotated[float, Gt(0)] | None, Flag("X", common=True)] = Field(
         default=None,
         description="The epsilon that the training claims, as in 2 (default: that of a card of dp-sgd in --train).",
     )
-    delta: Annotated[float, Gt(0), Lt(1), Flag("X")] = Field(
+    delta: Annotated[float, Gt(0), Lt(1), Flag("X", common=True)] = Field(
         default=1e-5,
         description="The delta that the training claims (default: that of a card of dp-sgd in --train, else 1e-5).",
     )
-    canaries: Annotated[values.Positive, Ge(8), Flag("N")] = Field(
+    canaries: Annotated[values.Positive, Ge(8), Flag("N", common=True)] = Field(
         default=200, description="Number of canaries, each trained on with probability 1/2 (default: 200)."
     )
     canary: Annotated[Literal["mislabelled", "random"], Flag("KIND")] = Field(
