@@ -13,7 +13,7 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.engine.ray_cluster import RayOptions, refuse_address, refuse_missing_ray
 from holdfast.settings import values
 from holdfast.settings.grammar import parse_threat, seconds
-from holdfast.settings.groups import Flag, SettingGroup
+from holdfast.settings.groups import Flag, Section, SettingGroup
 
 ROTATING = "rotating:"
 """Beginning of the address of a pool of parameter sets."""
@@ -57,7 +57,7 @@ class Placement(SettingGroup):
     wait for the cluster.
     """
 
-    section = "run"
+    section: ClassVar[Section] = "run"
     waiting_key: ClassVar[str] = ""
     """name of the setting with the maximum time to wait for the cluster"""
 
@@ -138,7 +138,7 @@ _WAIT = "Maximum time to wait for CPUs of the cluster (default: 10min)."
 class ClusterSettings(Placement):
     """Where the shards of an assessment run."""
 
-    section = "run"
+    section: ClassVar[Section] = "run"
     timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
         default="10min", description=_WAIT
     )
@@ -148,7 +148,7 @@ class ClusterSettings(Placement):
 class CertifyCluster(Placement):
     """Where the shards of a certification run. Its setting `timeout` limits the time of each example."""
 
-    section = "run"
+    section: ClassVar[Section] = "run"
     cluster_timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
         default="10min", description=_WAIT
     )
@@ -261,7 +261,7 @@ class CertifyOptions(SettingGroup):
 class LocalOnly(SettingGroup):
     """Where the steps of a pool run: on this machine."""
 
-    section = "run"
+    section: ClassVar[Section] = "run"
     on: Annotated[values.Here, Flag("PLACE", identifies=False)] = Field(
         default="local",
         description="Where the steps run: local. Ray is refused, because keys of a pool must not leave this machine.",

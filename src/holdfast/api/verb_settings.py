@@ -25,7 +25,7 @@ from holdfast.gates.grammar import parse
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings import groups, guard_settings, serve_settings, values
 from holdfast.settings.default_suite import refuse_uncertifiable
-from holdfast.settings.groups import Flag, SettingGroup
+from holdfast.settings.groups import Flag, Section, SettingGroup
 
 if TYPE_CHECKING:
     from holdfast.adaptation.adapted import Adapted
@@ -397,7 +397,7 @@ class Adapt(
 class AuditOptions(SettingGroup):
     """Settings that all audits have."""
 
-    section = "report"
+    section: ClassVar[Section] = "report"
     gates: Annotated[list[str], Flag("G", "--gate", "-g", identifies=False, common=True)] = Field(
         default_factory=list,
         description="Condition on the result of the audit: no-backdoor, no-poison and, for the other audits, "

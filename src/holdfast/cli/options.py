@@ -76,7 +76,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, each part below its title, and the number of those that are not shown."""
-        parts: dict[str, list[tuple[str, str]]] = {section: [] for section in _TITLES}
+        parts: dict[Section, list[tuple[str, str]]] = {section: [] for section in _TITLES}
         n_left_out = 0
         shows_all = not self.abridged or ctx.meta.get(_ALL)
         for option in self.get_params(ctx):

@@ -81,7 +81,7 @@ class FileFormat(SettingGroup):
 class ModelSource(SettingGroup):
     """Settings for the model: its address, how it is opened, and the meaning of its outputs."""
 
-    section = "model"
+    section: ClassVar[Section] = "model"
     model: values.Given | None = Field(
         default=None,
         description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
@@ -131,7 +131,7 @@ def _is_composed(model: object) -> bool:
 class Members(SettingGroup):
     """Setting with the models that an ensemble or a mix consists of."""
 
-    section = "model"
+    section: ClassVar[Section] = "model"
     members: Annotated[values.Members, Flag("MODEL[,K=V]", "--member", completion="MODEL")] = Field(
         default_factory=list,
         description=f"Member of the model {', '.join(ENSEMBLE + name for name in ('', *COMBINATIONS[1:]))}, or the "
@@ -180,7 +180,7 @@ class Members(SettingGroup):
 class InferenceSource(SettingGroup):
     """Settings for opening a model that can be evaluated but not trained: an ONNX file, or a model behind a server."""
 
-    section = "model"
+    section: ClassVar[Section] = "model"
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
         default=None,
         description="Sizes of one example without the batch, as in 3,224,224, if an .onnx file does not fix them.",
@@ -229,7 +229,7 @@ class InferenceSource(SettingGroup):
 class QueryLimit(SettingGroup):
     """Limit of the number of rows that are sent to a model behind a server."""
 
-    section = "model"
+    section: ClassVar[Section] = "model"
     max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
         description="Maximum number of rows sent to a server. The command stops there, and --resume continues a run.",
@@ -239,7 +239,7 @@ class QueryLimit(SettingGroup):
 class ServerLimits(QueryLimit):
     """Settings that limit the requests of a run to a model behind a server."""
 
-    section = "model"
+    section: ClassVar[Section] = "model"
     on_refused: Annotated[Literal["reject", "stop"], Flag("HOW")] = Field(
         default="reject",
         description="Effect of an attacked input that a server refuses (400, 422): reject (it counts as rejected, the "
@@ -253,7 +253,7 @@ class ServerLimits(QueryLimit):
 class InputSpace(SettingGroup):
     """Settings for the inputs of a model: their bounds, and the normalisation that is applied inside the model."""
 
-    section = "model"
+    section: ClassVar[Section] = "model"
     bounds: Annotated[values.Bounds, Flag("LOW,HIGH|@FILE")] = Field(
         default=(0.0, 1.0),
         description="Lowest and highest legal input value (default: 0,1), or a JSON file with the two values of each "
@@ -297,7 +297,7 @@ class InputSpace(SettingGroup):
 class DataSource(SettingGroup):
     """Settings for the examples: their address, and how they are read."""
 
-    section = "data"
+    section: ClassVar[Section] = "data"
     data: values.Given | None = Field(
         default=None,
         description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
@@ -352,7 +352,7 @@ class DataSource(SettingGroup):
 class OtherData(SettingGroup):
     """Settings for data other than the examples on which a model is evaluated, such as the data for training."""
 
-    section = "data"
+    section: ClassVar[Section] = "data"
     fit: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
         description="Examples on which attacks are fitted, or models are trained (default: the train split).",
@@ -362,7 +362,7 @@ class OtherData(SettingGroup):
 class ExampleSelection(SettingGroup):
     """Settings that select some of the examples of `data`. Other data of a command, such as `fit`, are not affected."""
 
-    section = "data"
+    section: ClassVar[Section] = "data"
     n: Annotated[values.Positive | None, Flag("N", "-n", common=True)] = Field(
         default=None,
         description="Use the first N examples of DATA (monitor: of STREAM). Data of other options are not affected.",
@@ -386,7 +386,7 @@ class ExampleSelection(SettingGroup):
 class ExampleGroups(SettingGroup):
     """Setting with the groups of the examples."""
 
-    section = "data"
+    section: ClassVar[Section] = "data"
     groups: Annotated[values.ExampleGroups | None, Flag("NAME")] = Field(
         default=None,
         description="Groups of the examples, for the robust accuracy of each and worst_group: a column of a table, "
@@ -397,7 +397,7 @@ class ExampleGroups(SettingGroup):
 class ThreatSource(SettingGroup):
     """Setting with the threat model, which states what the attacker may change and use."""
 
-    section = "threat"
+    section: ClassVar[Section] = "threat"
     threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT", common=True)] = Field(
         default="linf:8/255",
         description="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000 (default: "
@@ -424,7 +424,7 @@ class ThreatSource(SettingGroup):
 class SuiteSettings(SettingGroup):
     """Settings for the attacks of an assessment and for measurements in addition to them."""
 
-    section = "threat"
+    section: ClassVar[Section] = "threat"
     suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE", common=True)] = Field(
         default=None,
         description=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; trees for a tree "
@@ -484,7 +484,7 @@ class SuiteSettings(SettingGroup):
 class StoredExamples(SettingGroup):
     """Setting that leaves examples out of what a command writes."""
 
-    section = "report"
+    section: ClassVar[Section] = "report"
     examples: Annotated[
         bool,
         Flag(
@@ -510,7 +510,7 @@ class StoredExamples(SettingGroup):
 class GateSettings(SettingGroup):
     """Settings for the gates of a run, and for the doubts that the user accepts."""
 
-    section = "report"
+    section: ClassVar[Section] = "report"
     gates: Annotated[values.Gates, Flag("G", "--gate", "-g", identifies=False, common=True)] = Field(
         default_factory=list,
         description='Condition on a metric, as in "robust_accuracy >= 0.40", or for harden the verdict improved.',
@@ -539,7 +539,7 @@ class GateSettings(SettingGroup):
 class Reports(SettingGroup):
     """Settings for the reports of a run, and for the earlier run with which it is compared."""
 
-    section = "report"
+    section: ClassVar[Section] = "report"
     baseline: Annotated[values.Given | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
         default=None, description="Run folder for gates that end in `vs baseline`."
     )
@@ -556,7 +556,7 @@ class Execution(SettingGroup):
     the time limit.
     """
 
-    section = "run"
+    section: ClassVar[Section] = "run"
     time_budget: Annotated[values.Duration | None, Flag("T")] = Field(
         default=None, description="Stop attacking after this time, as in 10min."
     )
@@ -571,7 +571,7 @@ class Execution(SettingGroup):
 class Seed(SettingGroup):
     """Setting with the seed of all random numbers."""
 
-    section = "run"
+    section: ClassVar[Section] = "run"
     seed: Annotated[values.Whole, Flag("N")] = Field(
         default=0, description="Seed of all random numbers (default: 0)."
     )
@@ -580,7 +580,7 @@ class Seed(SettingGroup):
 class Device(SettingGroup):
     """Setting with the torch device on which the model runs."""
 
-    section = "run"
+    section: ClassVar[Section] = "run"
     device: Annotated[str, Flag("NAME", identifies=False, common=True)] = Field(
         default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
     )
@@ -589,7 +589,7 @@ class Device(SettingGroup):
 class AssessOptions(SettingGroup):
     """Settings of the command `holdfast assess` that no other command has."""
 
-    section = "threat"
+    section: ClassVar[Section] = "threat"
     across: Annotated[values.Others, Flag("DATA", completion="DATA")] = Field(
         default_factory=list,
         description="Another data set of the same shape: perturbations are transferred from DATA to it and back.",
