@@ -135,7 +135,7 @@ class _Verbs(Mapping[str, type[VerbSettings]]):
 
     def __getitem__(self, verb: str) -> type[VerbSettings]:
         module, _, name = self._places[verb].partition(":")
-        kind: type[VerbSettings] = getattr(import_module(f"holdfast.api.{module}"), name)
+        kind: type[VerbSettings] = getattr(import_module(module), name)
         return kind
 
     def __iter__(self) -> Iterator[str]:
@@ -147,15 +147,15 @@ class _Verbs(Mapping[str, type[VerbSettings]]):
 
 VERBS: Mapping[str, type[VerbSettings]] = _Verbs(
     {
-        "assess": "verb_settings:Assess",
-        "certify": "verb_settings:Certify",
-        "harden": "verb_settings:Harden",
-        "rotate": "verb_settings:RotateSettings",
-        "serve": "verb_settings:Serve",
-        "monitor": "verb_settings:Monitor",
-        "adapt": "verb_settings:Adapt",
+        "assess": "holdfast.api.verb_settings:Assess",
+        "certify": "holdfast.api.verb_settings:Certify",
+        "harden": "holdfast.api.verb_settings:Harden",
+        "rotate": "holdfast.api.verb_settings:RotateSettings",
+        "serve": "holdfast.api.verb_settings:Serve",
+        "monitor": "holdfast.api.verb_settings:Monitor",
+        "adapt": "holdfast.api.verb_settings:Adapt",
         **{
-            f"audit-{audit.name}": f"auditing.{audit.name}:{audit.settings}"
+            f"audit-{audit.name}": f"holdfast.api.auditing.{audit.name}:{audit.settings}"
             for audit in AUDITS.values()
             if audit.settings
         },
