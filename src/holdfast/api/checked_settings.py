@@ -27,8 +27,8 @@ S = TypeVar("S", bound="Checked")
 
 
 def carried_out_by(place: str) -> Callable[[F], F]:
-    """Return a decorator for a method of settings that a function carries out: `holdfast.api.explain:explained` is the
-    function `explained` of a module. The method itself has a signature and a docstring.
+    """Return a decorator for a method of settings that a function carries out, whose place is a module and a name, as
+    in `holdfast.api.explain:explained`. The method itself has a signature and a docstring.
 
     The module imports torch, and these settings; it is imported when the method is called.
     """
