@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, Serve, check_settings
+from holdfast.api.checked_settings import check_settings
+from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, Serve
 from holdfast.cli.app import run
 from holdfast.cli.assess import refuse_code_of_config
 from holdfast.core.errors import TargetError, UsageError

@@ -28,6 +28,8 @@ from torch import nn
 
 import holdfast
 from holdfast.api.audit_backdoor import prepared_backdoor
+from holdfast.api.auditing.backdoor import AuditBackdoor
+from holdfast.api.checked_settings import check_settings
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_candidates import refuse_uncalibratable
 from holdfast.api.guard_opening import guarded_subject
@@ -42,14 +44,12 @@ from holdfast.api.rotation_opening import _candidate as rotation_recipe
 from holdfast.api.serving import _shape, server_setup
 from holdfast.api.verb_settings import (
     Assess,
-    AuditBackdoor,
     Calibrate,
     Certify,
     Harden,
     Monitor,
     RotateSettings,
     Serve,
-    check_settings,
 )
 from holdfast.attacks import PGD
 from holdfast.audits.audit import AuditStart

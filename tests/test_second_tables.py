@@ -105,12 +105,12 @@ def monitor(folder: Path, table: Any) -> Outcome:
 
 
 def membership(folder: Path, table: Any) -> Outcome:
-    opened = _opened(verbs.AuditMembership(**options(folder, non_members=table)))
+    opened = _opened(holdfast.AuditMembership(**options(folder, non_members=table)))
     return opened.examples.x.tolist(), opened.notes
 
 
 def poison(folder: Path, table: Any) -> Outcome:
-    settings = verbs.AuditPoison(**options(folder, clean=table))
+    settings = holdfast.AuditPoison(**options(folder, clean=table))
     with prepared_poison(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
         request = audit.request
     return request.data["clean"]["digest"], tuple(request.notes)

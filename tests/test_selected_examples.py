@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import holdfast
 from holdfast.api import verb_settings as verbs
 from holdfast.api.expecting import notes_of
 from holdfast.api.hardening import open_for_hardening
 from holdfast.api.monitoring_streams import opened_streams
+from holdfast.api.verb_settings import AuditVerb
 from holdfast.audits.audit import AuditRequest, AuditStart
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
@@ -71,7 +73,7 @@ def settings(kind: Any, folder: Path, **own: Any) -> Any:
     return kind(**{"model": f"{folder / 'net.py'}:make", "data": str(folder / "sorted.npz"), **own})
 
 
-def of_audit(audit: verbs.AuditVerb) -> AuditRequest:
+def of_audit(audit: AuditVerb) -> AuditRequest:
     with audit.prepared(AuditStart(None, resume=False, notify=ignore, command="")) as prepared:
         return prepared.request
 
@@ -119,32 +121,32 @@ def monitor(folder: Path, **own: Any) -> Outcome:
 
 
 def backdoor(folder: Path, **own: Any) -> Outcome:
-    request = of_audit(settings(verbs.AuditBackdoor, folder, stream=str(folder / "others.npz"), **own))
+    request = of_audit(settings(holdfast.AuditBackdoor, folder, stream=str(folder / "others.npz"), **own))
     return request.data["n"], request.data["stream"]["n"], tuple(request.notes)
 
 
 def poison(folder: Path, **own: Any) -> Outcome:
     clean = {} if "n" in own else {"clean": str(folder / "others.npz")}  # the classes of both are compared
-    request = of_audit(settings(verbs.AuditPoison, folder, **clean, **own))
+    request = of_audit(settings(holdfast.AuditPoison, folder, **clean, **own))
     return request.data["n"], request.data.get("clean", {}).get("n"), tuple(request.notes)
 
 
 def membership(folder: Path, **own: Any) -> Outcome:
     request = of_audit(
-        settings(verbs.AuditMembership, folder, non_members=str(folder / "others.npz"), fpr=0.1, **own)
+        settings(holdfast.AuditMembership, folder, non_members=str(folder / "others.npz"), fpr=0.1, **own)
     )
     return request.data["n"], request.data["non_members"]["n"], tuple(request.notes)
 
 
 def privacy(folder: Path, **own: Any) -> Outcome:
     train = f"{folder / 'net.py'}:fit"
-    request = of_audit(settings(verbs.AuditPrivacy, folder, train=train, epsilon=0.1, canaries=8, **own))
+    request = of_audit(settings(holdfast.AuditPrivacy, folder, train=train, epsilon=0.1, canaries=8, **own))
     return request.data["n"], None, tuple(request.notes)
 
 
 def generator(folder: Path, **own: Any) -> Outcome:
     given = {"model": f"{folder / 'net.py'}:generator", "held_out": str(folder / "others.npz")}
-    request = of_audit(settings(verbs.AuditGenerator, folder, **given, samples=100, latent=0, **own))
+    request = of_audit(settings(holdfast.AuditGenerator, folder, **given, samples=100, latent=0, **own))
     return request.data["n"], request.data["held_out"]["n"], tuple(request.notes)
 
 
@@ -165,7 +167,7 @@ def test_the_first_examples_of_a_sorted_file_are_named_and_random_ones_are_not(
     assert not any("classes of the data" in note for note in notes)
 
 
-@pytest.mark.parametrize("kind", [verbs.AuditBackdoor, verbs.AuditPoison])
+@pytest.mark.parametrize("kind", [holdfast.AuditBackdoor, holdfast.AuditPoison])
 def test_a_single_class_among_the_first_examples_is_refused_with_random_ones(folder: Path, kind: Any) -> None:
     with pytest.raises(UsageError, match="all 50 ") as caught:
         of_audit(settings(kind, folder, n=50))
@@ -178,7 +180,7 @@ def test_a_single_class_among_the_first_examples_is_refused_with_random_ones(fol
 
 def test_trusted_examples_of_further_classes_are_refused_with_random_ones(folder: Path) -> None:
     with pytest.raises(UsageError, match="the same classes") as caught:
-        of_audit(settings(verbs.AuditPoison, folder, clean=str(folder / "others.npz"), n=150))
+        of_audit(settings(holdfast.AuditPoison, folder, clean=str(folder / "others.npz"), n=150))
     assert caught.value.remedies[0] == Remedy("sample", 150, also=(Remedy("n", option="-n"),))
 
 
@@ -186,7 +188,7 @@ def test_trusted_examples_of_further_classes_are_refused_with_random_ones(folder
 def test_some_training_rows_of_a_synthetic_table_are_selected(folder: Path) -> None:
     files = {"model": str(folder / "others.csv"), "data": str(folder / "sorted.csv")}
     given = {**files, "held_out": str(folder / "others.csv"), "samples": 100, "latent": 0}
-    request = of_audit(verbs.AuditGenerator(**given, n=50))
+    request = of_audit(holdfast.AuditGenerator(**given, n=50))
     assert request.data["n"] == 50 and request.data["held_out"]["n"] == OTHERS
     assert any("copies of the other ones are not found" in note for note in request.notes)
 

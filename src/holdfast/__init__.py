@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.api.attack import attack as attack
+    from holdfast.api.auditing.backdoor import AuditBackdoor as AuditBackdoor
+    from holdfast.api.auditing.generator import AuditGenerator as AuditGenerator
+    from holdfast.api.auditing.membership import AuditMembership as AuditMembership
+    from holdfast.api.auditing.poison import AuditPoison as AuditPoison
+    from holdfast.api.auditing.privacy import AuditPrivacy as AuditPrivacy
     from holdfast.api.explain import explain as explain
     from holdfast.api.guards import Guard as Guard
     from holdfast.api.placing import Ray as Ray
@@ -21,9 +26,6 @@ if TYPE_CHECKING:
     from holdfast.api.stored import verify as verify
     from holdfast.api.verb_settings import Adapt as Adapt
     from holdfast.api.verb_settings import Assess as Assess
-    from holdfast.api.verb_settings import AuditBackdoor as AuditBackdoor
-    from holdfast.api.verb_settings import AuditMembership as AuditMembership
-    from holdfast.api.verb_settings import AuditPoison as AuditPoison
     from holdfast.api.verb_settings import Calibrate as Calibrate
     from holdfast.api.verb_settings import Certify as Certify
     from holdfast.api.verb_settings import Doctor as Doctor
@@ -66,9 +68,6 @@ _HOMES = {
         (
             "Adapt",
             "Assess",
-            "AuditBackdoor",
-            "AuditMembership",
-            "AuditPoison",
             "Calibrate",
             "Certify",
             "Doctor",
@@ -121,8 +120,6 @@ _HOMES = {
     "with_detector": "holdfast.core.guard",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
-
 _MODULES = {
     "attacks": "holdfast.attacks",
     "audit": "holdfast.api.audits",
@@ -133,18 +130,27 @@ _MODULES = {
 """Modules that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
 
 
+def _homes() -> dict[str, str]:
+    """Return the module of each exported name: those of `_HOMES`, and the settings of audits."""
+    from holdfast.core.catalogue import AUDITS
+
+    audits = (audit for audit in AUDITS.values() if audit.settings)
+    return {**_HOMES, **{audit.settings: f"holdfast.api.auditing.{audit.name}" for audit in audits}}
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _MODULES:
         return import_module(_MODULES[name])
-    if name not in _HOMES:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}"
-        )
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    if name == "__all__":
+        return __dir__()
+    home = _HOMES.get(name) or _homes().get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__dir__())}")
+    value = globals()[name] = getattr(import_module(home), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(("__version__", *_homes()))

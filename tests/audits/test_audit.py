@@ -9,7 +9,7 @@ import torch
 
 import holdfast
 from benchmarks.forging import accepted_fields, rechain
-from holdfast.api.verb_settings import AuditGenerator
+from holdfast.api.auditing.generator import AuditGenerator
 from holdfast.audits.audit import AuditRequest, audited, is_audit, judged, open_audit
 from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.cli.app import run as command
@@ -55,7 +55,7 @@ def concluded(steps):
 @pytest.fixture(autouse=True)
 def conclusion(monkeypatch):
     """An audit of one stage and one document."""
-    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": concluded})
+    monkeypatch.setattr("holdfast.audits.audit.conclusion_of", lambda kind: concluded)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_stored_audit_is_reported_listed_and_verified(tmp_path, capsys):
 def finished(tmp_path_factory):
     """The folder of a finished audit, which tests copy and change."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": concluded})
+        patch.setattr("holdfast.audits.audit.conclusion_of", lambda kind: concluded)
         run = tmp_path_factory.mktemp("audit") / "run"
         audited(REQUEST, measure, run)
     return run

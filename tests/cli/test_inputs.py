@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.api.verb_settings import Assess, Harden, RotateSettings, check_settings
+from holdfast.api.checked_settings import check_settings
+from holdfast.api.verb_settings import Assess, Harden, RotateSettings
 from holdfast.cli.app import run
 from holdfast.io.data.data import open_data
 

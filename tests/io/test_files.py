@@ -9,7 +9,8 @@ from shutil import rmtree
 import pytest
 from PIL import Image
 
-from holdfast.api.verb_settings import Assess, check_settings
+from holdfast.api.checked_settings import check_settings
+from holdfast.api.verb_settings import Assess
 from holdfast.certifiers.vnnlib.reading import read_query
 from holdfast.core.errors import TargetError
 from holdfast.guard.calibration import read_calibration

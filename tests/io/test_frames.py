@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import holdfast
+from holdfast.api.checked_settings import DataReference
 from holdfast.api.expecting import expected
 from holdfast.api.resolve import open_object, open_subject
-from holdfast.api.verb_settings import Assess, DataReference
+from holdfast.api.verb_settings import Assess
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.arrays import Choice
 from holdfast.io.data.data import open_data

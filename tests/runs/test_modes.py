@@ -105,8 +105,10 @@ def test_audits_are_their_owners_alone(tmp_path, monkeypatch):
         run.stage("scores", lambda: SHARD)
         return lambda: {"a": torch.rand(1, 1, 8, 8)}
 
-    unclear = {"poison": lambda steps: Finding("unclear", "nothing was measured")}
-    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", unclear)
+    def unclear(kind):
+        return lambda steps: Finding("unclear", "nothing was measured")
+
+    monkeypatch.setattr("holdfast.audits.audit.conclusion_of", unclear)
     audited(AuditRequest("poison", {}, about, about, ("scores",)), measure, tmp_path / "a")
     assert not open_to_others(tmp_path / "a")
 

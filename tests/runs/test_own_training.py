@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 import holdfast
 from holdfast import recipes
+from holdfast.api.checked_settings import check_settings
 from holdfast.api.recipe_building import build_recipe, settings_of
-from holdfast.api.verb_settings import Harden, check_settings
+from holdfast.api.verb_settings import Harden
 from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws

@@ -90,8 +90,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(ray_tasks, "connected", connected)
     monkeypatch.setattr(ray_tasks, "on_node", lambda node: None)
     monkeypatch.setattr(ray_tasks.time, "sleep", lambda seconds: None)
-    for module in (ray_node, ray_worker):
-        monkeypatch.setattr(module, "fetched", lambda reference: reference.content)
+    monkeypatch.setattr(ray_node, "fetched", lambda reference: reference.content)
     monkeypatch.setattr(ray_node, "report", reported)
     yield made
     ray_worker.CURRENT.close()

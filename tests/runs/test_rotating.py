@@ -12,8 +12,9 @@ import torch
 
 import holdfast
 from holdfast.api import rotation_opening
+from holdfast.api.checked_settings import check_settings
 from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Assess, RotateSettings, check_settings
+from holdfast.api.verb_settings import Assess, RotateSettings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier

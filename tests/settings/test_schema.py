@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from holdfast import attacks
+from holdfast.api.checked_settings import VERBS
 from holdfast.api.schema import settings_schema
 from holdfast.api.starting import DEMO, init, validate
-from holdfast.api.verb_settings import VERBS
 from holdfast.core.catalogue import RECIPES
 from holdfast.settings.consent import CONSENT
 from holdfast.settings.naming import AUTO, CARD, SOURCES

@@ -249,7 +249,7 @@ def test_an_altered_run_is_refused_with_the_reason(runs):
 def concluded(monkeypatch):
     """An audit whose finding does not depend on steps."""
     found = Finding("flagged", f"{HOSTILE} found", tables=[Table("scores", ["class", "score"], [["0", 1.5]])])
-    monkeypatch.setattr("holdfast.audits.audit.CONCLUSIONS", {"backdoor": lambda steps: found})
+    monkeypatch.setattr("holdfast.audits.audit.conclusion_of", lambda kind: lambda steps: found)
 
 
 def _others(root):

@@ -28,12 +28,14 @@ from holdfast.adaptation.server_state import (
 from holdfast.api import adapting_pools
 from holdfast.api.adapted_guard import CANDIDATE, EARLIER, AdaptedGuard, calibration_of
 from holdfast.api.adapting_pools import AdaptedPool
+from holdfast.api.checked_settings import composed
+from holdfast.api.grad_mode import gradients
 from holdfast.api.guard_opening import input_storage
 from holdfast.api.hardening import ForHardening, hardened, needs_of_hardening
 from holdfast.api.live_pairs import LivePairs, Samples, Side, read_samples
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden, composed
+from holdfast.api.verb_settings import Adapt, Calibrate, Doctor, Harden
 from holdfast.core.batch import Batch, Data, TrainingData
 from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
@@ -54,7 +56,7 @@ from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import rows_of
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.engine.progress import Notify, Progress, ignore
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harness import Target
@@ -95,8 +97,14 @@ class _Ended(Exception):
     """The run ends here."""
 
 
+@gradients()
 def adapted(
-    settings: Adapt, folder: str | Path | None, *, resume: bool, progress: Progress, notify: Notify
+    settings: Adapt,
+    folder: str | Path | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    notify: Notify = ignore,
 ) -> Adapted:
     """Take the steps of an adaptation, or those that are left of a run that is resumed, and return how it ended."""
     if settings.server is None:

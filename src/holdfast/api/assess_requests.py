@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from holdfast.api.checked_settings import check_settings
 from holdfast.api.expecting import with_found_properties, with_numbered_goal
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import assess_request, baseline_evidence, listed_attacks, prover
@@ -22,7 +23,7 @@ from holdfast.api.resolve import (
     open_subject,
     open_surrogates,
 )
-from holdfast.api.verb_settings import Assess, Certify, RotateSettings, check_settings
+from holdfast.api.verb_settings import Assess, Certify, RotateSettings
 from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, TREES, load
@@ -51,21 +52,26 @@ _TRIED = 8
 
 
 def measured(
-    settings: Assess | Certify, run: str | Path | None, *, resume: bool, command: str, **reporting: Any
+    settings: Assess | Certify,
+    folder: str | Path | None = None,
+    *,
+    resume: bool = False,
+    command: str = "",
+    **reporting: Any,
 ) -> Result:
     """Open the model and the data of an assessment or a certification, and take the steps of the run."""
-    folder = folder_of(run, resume=resume)
-    settings.refuse_unusable_cluster(settings.workers, settings.model)
+    place = folder_of(folder, resume=resume)
+    settings.refuse_unusable_cluster()
     listed_attacks(settings)  # before the model is opened
     baseline = baseline_evidence(settings)
-    with gradients(), journaled(folder, resume=resume, keep=settings.keep_answers):
+    with gradients(), journaled(place, resume=resume, keep=settings.keep_answers):
         subject, data, surrogates = settings.open()
         request = replace(
             _request(settings, (subject, data, surrogates), baseline),
             attackers=_attackers(settings),
             command=command,
         )
-        result = assess(subject, data, request, run=folder, resume=resume, opening=settings.open, **reporting)
+        result = assess(subject, data, request, run=place, resume=resume, opening=settings.open, **reporting)
     return replace(result, explaining=partial(_explained, settings))
 
 

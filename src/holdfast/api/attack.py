@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from holdfast.api.checked_settings import DataReference
 from holdfast.api.expecting import with_numbered_goal
 from holdfast.api.plans import SuiteLike, assess_request, members_given
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.resolve import device_of_model, open_fit
-from holdfast.api.verb_settings import Assess, DataReference
+from holdfast.api.verb_settings import Assess
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from holdfast.api.auditing.backdoor import AuditBackdoor
 from holdfast.api.expecting import ends, expected, notes_of, refuse_other_range
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
@@ -19,7 +20,6 @@ from holdfast.api.resolve import (
     random_instead,
     selection_or,
 )
-from holdfast.api.verb_settings import AuditBackdoor
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, measure, refuse_other_shape
 from holdfast.audits.backdoor.conclusion import images_of, suspect

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from holdfast.api import resolve
 from holdfast.api.audit_tables import prepared_tables, selection_notes, tables_of
+from holdfast.api.auditing.generator import AuditGenerator
 from holdfast.api.expecting import first_table, normalisation, notes_of, refuse_other_range, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import AuditGenerator
 from holdfast.attacks.parts.small_networks import network_for
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.generator.audit import (

@@ -10,10 +10,10 @@ import torch
 
 from holdfast.api import expecting, resolve
 from holdfast.api.audited_trainings import Training, open_any_training, trained_like
+from holdfast.api.auditing.membership import AuditMembership
 from holdfast.api.plans import device_of
 from holdfast.api.reference_networks import FUNCTION_TOGETHER, TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import AuditMembership
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.finding import Images
 from holdfast.audits.membership import rates
@@ -52,7 +52,7 @@ class _Opened:
 def prepared_membership(settings: AuditMembership, start: AuditStart) -> Iterator[PreparedAudit]:
     """Open the model and the data of an audit, and yield it with the executor that trains networks."""
     networks = _networks(settings)
-    settings.refuse_unusable_cluster(settings.workers, settings.model)
+    settings.refuse_unusable_cluster()
     training = None if settings.train is None else open_any_training(settings.train)
     with journaled(start.folder, resume=start.resume, keep=settings.keep_answers):
         opened = _opened(settings)

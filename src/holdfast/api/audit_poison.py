@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from holdfast.api.auditing.poison import AuditPoison
 from holdfast.api.expecting import expected, notes_of
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_beside, open_seeded, open_training_examples, random_instead
-from holdfast.api.verb_settings import AuditPoison
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.finding import Images
 from holdfast.audits.poison.audit import (

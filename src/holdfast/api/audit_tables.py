@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from holdfast.api.auditing.generator import AuditGenerator
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import AuditGenerator
 from holdfast.audits.audit import AuditRequest
 from holdfast.audits.generator.audit import GeneratorAudit, parts_of, refuse_incomparable
 from holdfast.audits.generator.tables import TablePart

@@ -1,143 +1,83 @@
-"""The Python functions `holdfast.audit.backdoor`, `holdfast.audit.poison` and `holdfast.audit.privacy`, and the run of
-an audit from its settings.
+"""The Python functions of the audits, such as `holdfast.audit.backdoor`, and the run of an audit from its settings.
+
+This module is `holdfast.audit`. It has a function for each audit that is a command, created when it is first used from
+the settings of the audit (`holdfast.api.auditing`).
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
+from holdfast.api.grad_mode import gradients
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.resolve import folder_of
-from holdfast.api.verb_settings import (
-    AuditBackdoor,
-    AuditGenerator,
-    AuditMembership,
-    AuditPoison,
-    AuditPrivacy,
-    AuditVerb,
-)
+from holdfast.api.verb_settings import AuditVerb, audits
 from holdfast.audits.audit import AuditResult, AuditStart, audited
 from holdfast.core.needs import refuse_unmet
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.store.folder import refuse_used
 
-__all__ = ["backdoor", "generator", "membership", "poison", "privacy"]
-
 
 def __dir__() -> list[str]:
     """Names of the functions, for completion."""
-    return __all__
+    return sorted(audits())
 
 
-@verb_with(AuditBackdoor)
-def backdoor(
-    model: ModelLike,
-    data: DataLike,
-    *,
-    run: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
-    **settings: Any,
-) -> AuditResult:
-    """Search a model for a backdoor: a small trigger with which it predicts one class for almost every input.
+def __getattr__(name: str) -> Callable[..., AuditResult]:
+    kinds = audits()
+    if name not in kinds:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = globals()[name] = _function(name, kinds[name])
+    return function
 
-    `data` are clean examples. The model is `flagged` only if its trigger is unusual among those of at least 20 control
-    networks of the same architecture (`controls` or `train_controls`); without them the result is `unclear`.
-    """
-    return AuditBackdoor(**given(model=model, data=data, **settings)).run(
-        run, resume=resume, progress=progress
+
+def _function(name: str, kind: type[AuditVerb]) -> Callable[..., AuditResult]:
+    """Return the function of an audit, whose arguments are the model, the data and the settings of the audit."""
+    first = {"model": Any if kind.of_generators else ModelLike, "data": DataLike}
+    order = sorted(first, key=lambda key: key not in kind.arguments)
+    common = {"run": (str | Path | None, None), "resume": (bool, False), "progress": (Progress, silent)}
+    parameters = Signature(
+        [
+            *(Parameter(key, Parameter.POSITIONAL_OR_KEYWORD, annotation=first[key]) for key in order),
+            *(
+                Parameter(key, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+                for key, (annotation, default) in common.items()
+            ),
+            Parameter("settings", Parameter.VAR_KEYWORD, annotation=Any),
+        ],
+        return_annotation=AuditResult,
     )
 
+    def call(*arguments: Any, **options: Any) -> AuditResult:
+        bound = parameters.bind(*arguments, **options).arguments
+        settings = kind(**given(model=bound["model"], data=bound["data"], **bound.get("settings", {})))
+        return settings.run(
+            **{"folder" if key == "run" else key: bound[key] for key in common if key in bound}
+        )
 
-@verb_with(AuditPoison)
-def poison(
-    data: DataLike,
-    model: ModelLike,
-    *,
-    run: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
-    **settings: Any,
-) -> AuditResult:
-    """Search training data for manipulated examples and wrong labels. `model` is the network that is trained on them.
-
-    The data are `flagged` only by comparison with trusted examples of the same classes (`clean`); without them the
-    examples are ranked, and the result is `unclear`.
-    """
-    return AuditPoison(**given(data=data, model=model, **settings)).run(run, resume=resume, progress=progress)
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = _in_python(kind)
+    vars(call)["__signature__"] = parameters
+    return verb_with(kind)(call)
 
 
-@verb_with(AuditPrivacy)
-def privacy(
-    model: ModelLike,
-    data: DataLike,
-    *,
-    run: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
-    **settings: Any,
-) -> AuditResult:
-    """Measure a lower bound of the epsilon of a differentially private training, and compare it with the claimed one.
-
-    `train` is the function `fit(x, y, seed)` that trains the network on `data`, and `model` is a network of its
-    architecture. One network is trained with canaries. The training is `flagged` if the bound at 95 % confidence
-    exceeds `epsilon`; a bound below it is no proof of privacy.
-    """
-    return AuditPrivacy(**given(model=model, data=data, **settings)).run(
-        run, resume=resume, progress=progress
-    )
+def _in_python(kind: type[AuditVerb]) -> str:
+    """Return the help of the command with the names of arguments in place of those on the command line."""
+    text = kind.about
+    for key, metavar in {"model": "MODEL", "data": "DATA", **kind.arguments}.items():
+        text = re.sub(rf"\b{metavar}\b", f"`{key}`", text)
+    return re.sub(r"--([a-z][a-z-]*)", lambda match: f"`{match[1].replace('-', '_')}`", text)
 
 
-@verb_with(AuditMembership)
-def membership(
-    model: ModelLike,
-    data: DataLike,
-    *,
-    run: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
-    **settings: Any,
-) -> AuditResult:
-    """Measure how many training examples an attacker finds among others, at a low false-positive rate.
-
-    With `non_members`, the model is audited, whose training examples are `data`. Otherwise a training procedure is
-    audited: the function `train`, `fit(x, y, seed)`, or a default training of the architecture of `model`. It trains
-    `references` networks on random halves of the data. The result is `flagged` if members are found more often than
-    the false-positive rate `fpr`. It is `unclear` if members and non-members differ in kind, or if they are not found
-    without reference networks.
-    """
-    return AuditMembership(**given(model=model, data=data, **settings)).run(
-        run, resume=resume, progress=progress
-    )
-
-
-@verb_with(AuditGenerator)
-def generator(
-    model: Any,
-    data: DataLike,
-    *,
-    run: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
-    **settings: Any,
-) -> AuditResult:
-    """Measure how well the samples of a generator match examples that it was not trained on (`held_out`), and how many
-    of them are copies of its training examples `data`.
-
-    `model` is an object with a method `sample(n, seed)`, the address of a function that returns one, as in
-    `"gen.py:make"`, or a file of samples. The generator is `flagged` if more samples than held-out examples are copies,
-    or if it has collapsed: its samples are like few training examples.
-    """
-    return AuditGenerator(**given(model=model, data=data, **settings)).run(
-        run, resume=resume, progress=progress
-    )
-
-
+@gradients()
 def run_audit(
     settings: AuditVerb,
-    folder: str | Path | None,
+    folder: str | Path | None = None,
     *,
     resume: bool = False,
     progress: Progress = silent,

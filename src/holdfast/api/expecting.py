@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from holdfast.api.verb_settings import Assess, Certify, Opening, group_of
+from holdfast.api.checked_settings import group_of
+from holdfast.api.verb_settings import Assess, Certify, Opening
 from holdfast.attacks.parts.expectation import inner
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError

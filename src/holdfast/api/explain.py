@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from holdfast.api.attack import inputs_and_data
+from holdfast.api.checked_settings import composed
 from holdfast.api.expecting import expected, notes_of, with_found_properties
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
@@ -17,7 +18,7 @@ from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import OPENED_WITH, given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
-from holdfast.api.verb_settings import Assess, Certify, Explain, composed
+from holdfast.api.verb_settings import Assess, Certify, Explain
 from holdfast.attacks.parts.expectation import MeanView, averaged_views
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
@@ -87,6 +88,7 @@ def explained_run(settings: Assess | Certify, result: Result, index: int | None)
         return explained(Explain(**{**own, "index": index, "output": []}), result)
 
 
+@gradients()
 def explained(settings: Explain, result: Result | None = None) -> Explained:
     """Explain the example or the model of the settings. `result` is the run that they belong to."""
     settings, run = _with_run(settings) if result is None else (settings, result)

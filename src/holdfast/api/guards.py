@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.api.expecting import expected, notes_of, range_of_all
+from holdfast.api.grad_mode import gradients
 from holdfast.api.guard_notes import Coverage, GuardNote, coverage, guard_notes
 from holdfast.api.guard_opening import (
     bounds_of,
@@ -268,6 +269,7 @@ class Calibrated:
     """notes on the data"""
 
 
+@gradients()
 def calibrate_file(settings: Calibrate) -> Calibrated:
     """Calibrate the guard in a file, write the calibration beside it, and return it."""
     path = Path(settings.guard or "guard.yaml")

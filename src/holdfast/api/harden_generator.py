@@ -7,8 +7,10 @@ from typing import Any
 
 from holdfast.api import resolve
 from holdfast.api.audit_generator import opened_audit
+from holdfast.api.auditing.generator import AuditGenerator
+from holdfast.api.grad_mode import gradients
 from holdfast.api.recipe_building import built
-from holdfast.api.verb_settings import AuditGenerator, Harden
+from holdfast.api.verb_settings import Harden
 from holdfast.audits.audit import AuditResult, audited
 from holdfast.audits.finding import Images
 from holdfast.audits.generator.audit import needs_of
@@ -23,7 +25,7 @@ from holdfast.generators.opening import FILE, bundled_generators, content_of, na
 from holdfast.io.models.factories import names_code
 from holdfast.io.models.weights import written
 from holdfast.recipes.training.robust_gan import RobustLosses
-from holdfast.runs.engine.progress import Notify, Progress
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.files import BY_UMASK, write_atomically
 from holdfast.runs.store.folder import refuse_used
@@ -58,19 +60,20 @@ class HardenedGenerator(AuditResult):
         return place / FILE
 
 
+@gradients()
 def hardened_generator(
     settings: Harden,
-    run: str | Path | None,
+    folder: str | Path | None = None,
     *,
-    resume: bool,
-    progress: Progress,
-    notify: Notify,
-    command: str,
+    resume: bool = False,
+    progress: Progress = silent,
+    notify: Notify = ignore,
+    command: str = "",
 ) -> HardenedGenerator:
     """Train the generator of the settings with one of `GENERATOR_RECIPES`, and audit it before and after. Raises
     `UsageError` if it is no GAN of torch modules with a discriminator.
     """
-    place = resolve.folder_of(run, resume=resume)
+    place = resolve.folder_of(folder, resume=resume)
     if place is not None:
         refuse_used(place, resume=resume)
     if not isinstance(settings.data, str):

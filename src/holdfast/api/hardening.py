@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from holdfast.api import expecting, resolve
+from holdfast.api.checked_settings import group_of
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import assess_request, baseline_evidence, examples_to_fit, listed_attacks
 from holdfast.api.recipe_building import build_recipe, candidates, refuse_unheld, settings_of
 from holdfast.api.references import beside
-from holdfast.api.verb_settings import Harden, RotateSettings, group_of
+from holdfast.api.verb_settings import Harden, RotateSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.catalogue import RECIPES, names
 from holdfast.core.draws import Draws
@@ -106,10 +107,10 @@ def open_for_hardening(settings: Harden | RotateSettings) -> ForHardening:
 
 def hardened(
     settings: Harden,
-    run: str | Path | None,
+    folder: str | Path | None = None,
     *,
-    resume: bool,
-    command: str,
+    resume: bool = False,
+    command: str = "",
     on_epoch: OnEpoch | None = None,
     notify: Notify = ignore,
     held_out: Batch | None = None,
@@ -118,12 +119,12 @@ def hardened(
     """Open the model and the data of a hardening, and take the steps of the run. Examples that are equal to one of
     `held_out` are not trained on.
     """
-    folder, settings = resolve.folder_of(run, resume=resume), _with_threat_of_recipe(settings)
-    settings.refuse_unusable_cluster(settings.workers, settings.model)
+    place, settings = resolve.folder_of(folder, resume=resume), _with_threat_of_recipe(settings)
+    settings.refuse_unusable_cluster()
     with gradients():
         listed_attacks(settings)  # before the model is opened
         targets = {target: parse_log(target) for target in settings.log if distributed.first()}
-        log = EpochLog(on_epoch, opened_trackers(targets, folder, resume=resume), notify)
+        log = EpochLog(on_epoch, opened_trackers(targets, place, resume=resume), notify)
         baseline = baseline_evidence(settings)
         subject, training, judged, excluded, notes = settings.open()
         if held_out is not None:
@@ -136,7 +137,7 @@ def hardened(
                 training,
                 judged,
                 request,
-                run=folder,
+                run=place,
                 resume=resume,
                 log=log,
                 notify=notify,

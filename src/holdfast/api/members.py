@@ -1,13 +1,13 @@
 """Opens a model that consists of several others: an ensemble (`ensemble:`) or a mix of two networks (`mixed:`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from holdfast.api.checked_settings import group_of
 from holdfast.api.expecting import ends
-from holdfast.api.resolve import open_other
-from holdfast.api.verb_settings import Opening, group_of
+from holdfast.api.verb_settings import Opening
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -20,6 +20,7 @@ from holdfast.io.models.models import Declared, OpenedModel
 from holdfast.runs.assess.request import Subject
 from holdfast.settings.groups import Members
 from holdfast.settings.naming import COMBINATIONS, MIXED
+from holdfast.settings.values import SurrogateSettings
 
 _COMBINED = {
     "logits": "the mean of their logits",
@@ -28,8 +29,14 @@ _COMBINED = {
 }
 
 
-def open_members(address: str, settings: Opening, declared: Declared) -> OpenedModel:
-    """Open the members at an address `ensemble:` or `mixed:`, and return the model that consists of them.
+def open_members(
+    address: str,
+    settings: Opening,
+    declared: Declared,
+    open_member: Callable[[SurrogateSettings, Opening, str], Subject],
+) -> OpenedModel:
+    """Open the members at an address `ensemble:` or `mixed:` with `open_member`, and return the model that consists of
+    them.
 
     Its digest depends on the digests of the members and on how they are combined. Raises `UsageError` or `TargetError`
     if the members do not fit each other.
@@ -44,7 +51,7 @@ def open_members(address: str, settings: Opening, declared: Declared) -> OpenedM
             f"input_shape is for an .onnx file with free sizes, but the model is {address!r}",
             Remedy("input_shape", function="open_model"),
         )
-    subjects = [open_other(member, settings, "member") for member in group_of(settings, Members).members]
+    subjects = [open_member(member, settings, "member") for member in group_of(settings, Members).members]
     models = [subject.model for subject in subjects]
     entries = [_entry(subject) for subject in subjects]
     labels = [f"{place} ({entry['name']})" for place, entry in enumerate(entries, 1)]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.api.expecting import expected, first_table, normalisation, notes_of
+from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_beside, open_expected, open_named, open_subject
@@ -47,6 +48,7 @@ _LISTED = 6
 """Largest number of features that a note lists."""
 
 
+@gradients()
 def monitored(settings: Monitor) -> Monitored:
     """Compare the stream of the settings with the reference, and return what the tests found."""
     if _samples_of(settings) is not None:

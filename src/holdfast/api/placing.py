@@ -13,7 +13,7 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.runs.engine.ray_cluster import RayOptions, refuse_address, refuse_missing_ray
 from holdfast.settings import values
 from holdfast.settings.grammar import seconds
-from holdfast.settings.groups import Flag, SettingGroup
+from holdfast.settings.groups import Flag, Section, SettingGroup
 from holdfast.threats.domains import TEXT
 
 ROTATING = "rotating:"
@@ -58,6 +58,7 @@ class Placement(SettingGroup):
     wait for the cluster.
     """
 
+    section: ClassVar[Section] = "run"
     waiting_key: ClassVar[str] = ""
     """name of the setting with the maximum time to wait for the cluster"""
 
@@ -96,16 +97,15 @@ class Placement(SettingGroup):
                     Remedy(key),
                 )
 
-    def refuse_unusable_cluster(self, workers: int | None, address: object) -> None:
-        """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
-
-        `address` is that of the model, or an object.
+    def refuse_unusable_cluster(self: Any) -> None:
+        """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter
+        sets.
         """
         if self.on == "local":
             return
-        if isinstance(address, str) and address.startswith(ROTATING):
-            raise UsageError(f"{address} runs on this machine only: {values.POOL_STAYS}", Remedy("on"))
-        if workers is None:
+        if isinstance(self.model, str) and self.model.startswith(ROTATING):
+            raise UsageError(f"{self.model} runs on this machine only: {values.POOL_STAYS}", Remedy("on"))
+        if self.workers is None:
             raise UsageError(
                 f"on is {self.on}, which needs the number of shards that are measured at the same time",
                 Remedy("workers", 4),
@@ -139,6 +139,7 @@ _WAIT = "Maximum time to wait for CPUs of the cluster (default: 10min)."
 class ClusterSettings(Placement):
     """Where the shards of an assessment run."""
 
+    section: ClassVar[Section] = "run"
     timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
         default="10min", description=_WAIT
     )
@@ -148,6 +149,7 @@ class ClusterSettings(Placement):
 class CertifyCluster(Placement):
     """Where the shards of a certification run. Its setting `timeout` limits the time of each example."""
 
+    section: ClassVar[Section] = "run"
     cluster_timeout: Annotated[values.WaitingTime, Flag("T", identifies=False)] = Field(
         default="10min", description=_WAIT
     )
@@ -170,17 +172,17 @@ _OF_METHODS = {
 class CertifyOptions(SettingGroup):
     """Settings of the command `holdfast certify` that no other command has."""
 
-    method: Annotated[values.Method, Flag("M", completion="METHOD")] = Field(
+    method: Annotated[values.Method, Flag("M", completion="METHOD", common=True)] = Field(
         default="auto",
         description=f"Method of certification: auto (the default, which runs the methods from the cheapest to the most "
         f"exact) or one of {', '.join(PROVERS)}.",
     )
-    timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
+    timeout: Annotated[values.WaitingTime, Flag("T", common=True)] = Field(
         default="10s",
         description="Time limit for each example in each of the methods crown, alpha-crown, branch-and-bound and "
         "trees (default: 10s).",
     )
-    sigma: Annotated[values.Deviation | None, Flag("S")] = Field(
+    sigma: Annotated[values.Deviation | None, Flag("S", common=True)] = Field(
         default=None,
         description="Standard deviation of the noise of --method smoothing, in units of the inputs, as in 0.5.",
     )
@@ -260,6 +262,7 @@ class CertifyOptions(SettingGroup):
 class LocalOnly(SettingGroup):
     """Where the steps of a pool run: on this machine."""
 
+    section: ClassVar[Section] = "run"
     on: Annotated[values.Here, Flag("PLACE", identifies=False)] = Field(
         default="local",
         description="Where the steps run: local. Ray is refused, because keys of a pool must not leave this machine.",

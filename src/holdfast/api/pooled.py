@@ -1,6 +1,4 @@
-"""Opens the model at an address. The address `rotating:POOL` opens the serving set of a rotation pool, and `ensemble:`
-and `mixed:` a model that consists of the setting `members`.
-"""
+"""Opens the model at an address. The address `rotating:POOL` opens the serving set of a rotation pool."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +16,6 @@ from holdfast.io.remote.remote import Remote
 from holdfast.reports.numbers import strict
 from holdfast.runs.store.files import POOL_MANIFEST
 from holdfast.runs.store.forms import Count, Real, refuse_form
-from holdfast.settings.naming import ENSEMBLE, MIXED
 
 if TYPE_CHECKING:
     from holdfast.rotation.pool.pool import Pool
@@ -78,10 +75,6 @@ def open_model_at(
     pool = pool_of(address)
     if pool is not None:
         return _serving(address, pool, settings, adaptive=adaptive)
-    if address.startswith((ENSEMBLE, MIXED)):
-        from holdfast.api.members import open_members  # late: few models consist of others
-
-        return open_members(address, settings, declared)
     return open_model(
         address,
         arch=settings.arch,

@@ -6,10 +6,10 @@ from functools import wraps
 from inspect import Parameter, Signature, cleandoc, signature
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
+from holdfast.api.checked_settings import Checked, VerbSettings
 from holdfast.api.grad_mode import gradients
 from holdfast.api.misspelt import refuse_misspelt
 from holdfast.api.placing import OF_CLUSTERS, Placement
-from holdfast.api.verb_settings import Checked, VerbSettings
 from holdfast.core.errors import UsageError
 from holdfast.settings.groups import (
     DataSource,

@@ -10,17 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from holdfast.api.verb_settings import (
-    VERBS,
-    Assess,
-    Calibrate,
-    Doctor,
-    Explain,
-    Harden,
-    VerbSettings,
-    check_settings,
-    verbs_with,
-)
+from holdfast.api.checked_settings import VERBS, VerbSettings, check_settings, verbs_with
+from holdfast.api.verb_settings import Assess, Calibrate, Doctor, Explain, Harden
 from holdfast.core.errors import UsageError
 from holdfast.settings.consent import refuse_consent
 from holdfast.settings.default_suite import refuse_unknown

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from holdfast.api.checked_settings import DataReference, ModelReference, composed
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
-from holdfast.api.verb_settings import DataReference, ModelReference, composed
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.data.frames import is_frame

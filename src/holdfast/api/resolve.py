@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from holdfast.api import pooled
+from holdfast.api.checked_settings import ModelReference, composed, group_of
 from holdfast.api.expecting import (
     bounds_by_feature,
     bounds_of_all,
@@ -33,8 +33,9 @@ from holdfast.api.expecting import (
 )
 from holdfast.api.grad_mode import differentiable
 from holdfast.api.plans import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
+from holdfast.api.pooled import open_model_at
 from holdfast.api.references import beside, refuse_other_settings
-from holdfast.api.verb_settings import Assess, Certify, ModelReference, Opening, composed, group_of
+from holdfast.api.verb_settings import Assess, Certify, Opening
 from holdfast.attacks.parts.expectation import seen_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
@@ -70,6 +71,7 @@ from holdfast.settings.groups import (
     ServerLimits,
     ThreatSource,
 )
+from holdfast.settings.naming import ENSEMBLE, MIXED
 from holdfast.settings.values import SurrogateSettings, address_of
 
 
@@ -120,9 +122,12 @@ def open_subject(settings: Opening, *, transform: str | None = None, adaptive: b
     if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
     if isinstance(settings.model, str):
-        opened = pooled.open_model_at(
-            settings.model, settings, properties, remote(settings), adaptive=adaptive
-        )
+        if settings.model.startswith((ENSEMBLE, MIXED)):
+            from holdfast.api.members import open_members  # late: few models consist of others
+
+            opened = open_members(settings.model, settings, properties, open_other)
+        else:
+            opened = open_model_at(settings.model, settings, properties, remote(settings), adaptive=adaptive)
         card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
         card |= opened.architecture
         model, notes = opened.model, opened.notes
@@ -548,7 +553,7 @@ def open_all(settings: Assess | Certify) -> Opened:
     subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
     surrogates = open_surrogates(settings, subject.model)
     if isinstance(settings, Assess) and settings.members and _attacks_members(settings.threat):
-        from holdfast.api.members import members_as_surrogates  # late: few models consist of others
+        from holdfast.api.members import members_as_surrogates  # the same
 
         surrogates = (*surrogates, *members_as_surrogates(subject))
     data = open_examples(settings, subject.model)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.api import rotate_requests
+from holdfast.api.checked_settings import DataReference, ModelReference
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import canonical_settings, given
 from holdfast.api.resolve import folder_of
-from holdfast.api.verb_settings import DataReference, ModelReference, RotateSettings
+from holdfast.api.verb_settings import RotateSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of

@@ -4,12 +4,13 @@ of swaps.
 
 from holdfast import rotation
 from holdfast.api import hardening, resolve
+from holdfast.api.checked_settings import check_settings
 from holdfast.api.expecting import range_of_all
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import refuse_code_in_pool, settings_of_pool
 from holdfast.api.reading_settings import OPENED_WITH, items, plain_settings
 from holdfast.api.recipe_building import build_recipe, built, functions_in, refuse_unheld, settings_of
-from holdfast.api.verb_settings import RotateSettings, check_settings
+from holdfast.api.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.models.cards import trained_by

@@ -9,8 +9,9 @@ from typing import Any, get_origin, get_type_hints
 from pydantic import TypeAdapter
 
 from holdfast import rotation
+from holdfast.api.checked_settings import VERBS, VerbSettings
 from holdfast.api.recipe_building import part_of
-from holdfast.api.verb_settings import VERBS, RotateSettings, VerbSettings
+from holdfast.api.verb_settings import RotateSettings
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.suites import SUITES
 from holdfast.core.catalogue import RECIPES, load, names

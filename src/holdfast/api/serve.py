@@ -50,8 +50,9 @@ def open_for_serving(settings: Serve) -> "ServerSetup":
     return server_setup(settings)
 
 
-def serve_until_stopped(setup: "ServerSetup", notify: Notify = ignore) -> None:
-    """Start the workers of a server, and answer requests until SIGTERM or Ctrl-C."""
+def serve_until_stopped(settings: Serve, *, notify: Notify = ignore) -> None:
+    """Open what is served, start the workers of a server, and answer requests until SIGTERM or Ctrl-C."""
+    setup = open_for_serving(settings)
     from holdfast.server.admin import AdminServer
     from holdfast.server.error_log import json_line, log_to_stderr
     from holdfast.server.keys import KeyFile

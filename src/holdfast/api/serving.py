@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.api.checked_settings import composed
 from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_notes import notes_of_file
 from holdfast.api.guard_opening import input_storage, open_guard, served_digest
@@ -16,7 +17,7 @@ from holdfast.api.plans import device_of
 from holdfast.api.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
 from holdfast.api.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard, shape_of_guard
 from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Doctor, Monitor, Serve, composed
+from holdfast.api.verb_settings import Doctor, Monitor, Serve
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier

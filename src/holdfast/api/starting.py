@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.api.checked_settings import VERBS, VerbSettings
 from holdfast.api.reading_settings import MisplacedKeys, keys_for_verb, read_settings
-from holdfast.api.verb_settings import VERBS, Assess, Certify, Harden, RotateSettings, VerbSettings
+from holdfast.api.verb_settings import Assess, Certify, Harden, RotateSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.gates.grammar import UnreachedVerdict

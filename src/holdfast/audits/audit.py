@@ -1,21 +1,21 @@
 """Runs an audit in a folder, judges its gates, and opens the stored result of a finished audit.
 
-The finding is computed by the function in `holdfast.audits.conclusions` of its kind from the settings in `run.json` and
-the stored steps. When a finished audit is opened, it is computed again and compared with the stored one.
+The finding is computed by the function `concluded` of its kind from the settings in `run.json` and the stored steps.
+When a finished audit is opened, it is computed again and compared with the stored one.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from holdfast.audits.conclusions import CONCLUSIONS
-from holdfast.audits.finding import PICTURES, AuditVerdict, Measure, image_columns, shown
+from holdfast.audits.finding import PICTURES, AuditVerdict, Finding, Measure, image_columns, shown
 from holdfast.audits.stored_steps import Source, StoredSteps
 from holdfast.core.catalogue import AUDITS
 from holdfast.core.chain import canonical, digest
@@ -63,6 +63,17 @@ _SMALLEST = 1e-9
 """Difference of equal numbers that are almost 0."""
 _NO_PICTURES = "the run stores no pictures of examples, so that reports show none"
 _OF_VERDICT: Mapping[str, Verdict] = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
+
+
+Conclude = Callable[[StoredSteps], Finding]
+"""Type of a function from the settings and the stored steps of an audit to its finding. It raises `TargetError` if
+steps are missing, have another form, or contradict each other."""
+
+
+def conclusion_of(kind: str) -> Conclude:
+    """Return the function that computes the finding of an audit."""
+    concluded: Conclude = import_module(f"holdfast.audits.{AUDITS[kind].conclusion}").concluded
+    return concluded
 
 
 @dataclass(frozen=True)
@@ -248,7 +259,7 @@ def audited(
             images = measure(run)
             run.stage(PICTURES, lambda: image_columns(images() if request.examples else {}))
         place = Path() if folder is None else folder
-        finding = CONCLUSIONS[request.kind](StoredSteps(manifest, run.store, place)).to_json()
+        finding = conclusion_of(request.kind)(StoredSteps(manifest, run.store, place)).to_json()
         if stored is not None:
             _refuse_other_finding(place, stored, finding)
         run.document(FINDING, lambda: finding)
@@ -322,7 +333,7 @@ def _opened(path: Path) -> AuditResult:
     recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
     if missing := [step for step in manifest["plan"]["stages"] if step not in recorded]:
         raise TargetError(f"{str(path)!r} has a finding and no {missing[0]}; restore it from a copy")
-    finding = CONCLUSIONS[kind](StoredSteps(manifest, source, path)).to_json()
+    finding = conclusion_of(kind)(StoredSteps(manifest, source, path)).to_json()
     _refuse_other_finding(path, stored, finding)
     refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit)
     gates: list[Json] = []

@@ -8,7 +8,7 @@ import click
 from holdfast.api.verb_settings import Adapt
 from holdfast.cli.assess import refuse_functions_of_config, refuse_logs_of_config, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_unknown_data
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     SETTING,
     options_of,
@@ -32,7 +32,7 @@ Exit code 1 if the candidate was not promoted.
 """
 
 
-@click.command(short_help="harden the model of a running server", help=_HELP)
+@click.command(cls=Command, short_help="harden the model of a running server", help=_HELP)
 @click.argument("server", required=False, metavar="[URL]")
 @offered(*run_options("adapt"))
 @offered(*options_of(Adapt), *SETTING)

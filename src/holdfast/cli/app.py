@@ -136,6 +136,14 @@ _COMMANDS = {
 """Name of each command: its module in `holdfast.cli`, what it does in a few words, and examples for its help."""
 
 
+_GROUPS = {
+    "Measure": ("demo", "assess", "certify", "audit", "explain", "doctor"),
+    "Improve": ("harden", "rotate", "calibrate"),
+    "Operate": ("serve", "monitor", "adapt", "keys"),
+    "Look": ("compare", "report", "verify", "runs", "ui", "init", "validate", "data", "models", "attacks"),
+}
+"""The commands in the groups in which the help lists them."""
+
 _SPELLINGS = {
     "--eps": {"--threat": "--threat linf:{}"},
     "--epsilon": {"--threat": "--threat linf:{}"},
@@ -173,8 +181,9 @@ class _Verbs(Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, about, *_examples) in _COMMANDS.items()])
+        for title, names in _GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, _COMMANDS[name][1]) for name in names])
 
 
 @click.group(
@@ -291,7 +300,7 @@ def _verbs_with(error: click.ClickException) -> str:
     """Return the message about an option that only other verbs have, with their names; else an empty string."""
     if not isinstance(error, click.NoSuchOption):
         return ""
-    from holdfast.api.verb_settings import VERBS
+    from holdfast.api.checked_settings import VERBS
     from holdfast.cli.setting_options import flag_names
 
     name = error.option_name

@@ -6,21 +6,10 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from holdfast.api.checked_settings import group_of
+from holdfast.api.placing import Placement
 from holdfast.api.reading_settings import S, read_settings
-from holdfast.api.verb_settings import (
-    Adapt,
-    Assess,
-    AuditGenerator,
-    AuditMembership,
-    AuditPoison,
-    AuditPrivacy,
-    AuditVerb,
-    Certify,
-    Harden,
-    Opening,
-    Serve,
-    group_of,
-)
+from holdfast.api.verb_settings import Adapt, Assess, AuditVerb, Certify, Harden, Opening, Serve
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -31,7 +20,7 @@ from holdfast.cli.early import (
     refuse_unknown_data,
     refuse_unknown_model,
 )
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, GroupedOption, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     MODEL_AND_DATA,
     SETTING,
@@ -45,20 +34,11 @@ from holdfast.core.catalogue import MASKING, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import TRUST_CODE, Remedy
 from holdfast.runs.store.files import refuse_no_run
-from holdfast.settings.audit_settings import GeneratorOptions, TrainingFunctionSource
 from holdfast.settings.groups import InferenceSource, Members
 from holdfast.settings.values import SurrogateSettings
 
 _CONFIG = "holdfast.yaml"
 """Default name of the file that `holdfast init` writes."""
-
-_EXAMPLES: Mapping[type, str] = {
-    AuditGenerator: "mnist-gan mnist-mini --held-out mnist-mini",
-    AuditMembership: "mnist-cnn mnist-mini --references 16",
-    AuditPoison: "mnist-mini --model mnist-cnn",
-    AuditPrivacy: "net.py:make data.npz --train net.py:fit --epsilon 8",
-}
-"""Arguments of an example of a command that needs more than a model and data."""
 
 V = TypeVar("V", bound=Opening)
 
@@ -85,8 +65,8 @@ def settings_from(flags: dict[str, Any], kind: type[V]) -> V:
         if isinstance(settings, Harden):
             refuse_logs_of_config(settings, flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, Assess | Certify | Harden | AuditMembership):
-        settings.refuse_unusable_cluster(settings.workers, settings.model)
+    if isinstance(settings, Placement):
+        settings.refuse_unusable_cluster()
     if isinstance(settings, Assess | Certify):
         refuse_reports(settings.output)
     if isinstance(settings, Harden):
@@ -139,7 +119,7 @@ def _others(settings: Opening | Serve, key: str) -> list[SurrogateSettings]:
 
 def _refuse_targets(settings: Opening, config: str | None) -> None:
     command = click.get_current_context().command_path
-    example = f"{command} {_EXAMPLES.get(type(settings), 'mnist-cnn mnist-mini')}"
+    example = f"{command} {settings.example if isinstance(settings, AuditVerb) else 'mnist-cnn mnist-mini'}"
     if config is None and Path(_CONFIG).is_file():
         example = f"{command} -c {_CONFIG} (a file in this folder)"
     model, data = settings.model, settings.data
@@ -150,10 +130,10 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
         if address is None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
     others = [other.model for key in _OTHER_MODELS for other in _others(settings, key)]
-    generators = isinstance(settings, Harden | AuditGenerator)
+    generators = isinstance(settings, Harden) or (isinstance(settings, AuditVerb) and settings.of_generators)
     for address in (str(model), *others):
         refuse_unknown_model(address, generators=generators)
-    if isinstance(settings, Harden | AuditVerb) and not isinstance(settings, AuditMembership):
+    if isinstance(settings, Harden | AuditVerb) and not isinstance(settings, InferenceSource):
         refuse_server_to_train(str(model))
     if isinstance(settings, Certify) and settings.method not in (SMOOTHING, MASKING):
         refuse_server_to_certify(str(model), settings.threat)
@@ -182,12 +162,9 @@ def refuse_code_of_config(settings: Opening | Serve, flags: dict[str, Any]) -> N
     """Raise `UsageError` if a configuration file names code that the command line does not name."""
     if not flags.get("config") or settings.trust_code:
         return
-    named = [("model", settings.model), ("arch", settings.arch)]
-    if isinstance(settings, TrainingFunctionSource):
-        named.append(("train", settings.train))
-    if isinstance(settings, GeneratorOptions):
-        named.append(("features", settings.features))
-    for name, value in named:
+    of_audits = ("train", "features") if isinstance(settings, AuditVerb) else ()
+    for name in ("model", "arch", *of_audits):
+        value = getattr(settings, name, None)
         # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
@@ -307,9 +284,11 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(short_help="measure how robust a model is", help=_HELP)
+@click.command(cls=Command, short_help="measure how robust a model is", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("assess"))
-@click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
+@click.option(
+    "--dry-run", cls=GroupedOption, common=True, is_flag=True, help="Print the expected cost and exit."
+)
 @offered(*options_of(Assess), *SETTING)
 @with_voice
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:

@@ -1,7 +1,4 @@
-"""The commands `holdfast audit backdoor` and `audit poison`, which search a model or a data set for manipulation, and
-`audit membership` and `audit privacy`, which measure what a model or a training reveals of the training examples, and
-`audit generator`, which measures generated samples.
-"""
+"""The commands of `holdfast audit`, which are generated from the settings of audits, and the reports of an audit."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,26 +7,20 @@ from typing import Any
 
 import click
 
-from holdfast.api.verb_settings import (
-    AuditBackdoor,
-    AuditGenerator,
-    AuditMembership,
-    AuditPoison,
-    AuditPrivacy,
-    AuditVerb,
-)
+from holdfast.api.verb_settings import AuditVerb, audits
 from holdfast.cli import completing
 from holdfast.cli.assess import settings_from
 from holdfast.cli.early import refuse_missing_file, refuse_reports
-from holdfast.cli.options import Group, Voice, offered, with_voice
+from holdfast.cli.options import Command, Group, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
-    MODEL_AND_DATA,
     SETTING,
     options_of,
     refuse_resume_without_run,
     run_options,
 )
 from holdfast.reports.write import AUDIT_SUFFIXES
+
+_COMPLETION = {"model": completing.MODEL, "data": completing.DATA}
 
 
 @click.group(cls=Group, short_help="search a model or data for manipulation, and trainings for leaks")
@@ -42,78 +33,27 @@ def audit() -> None:
     """
 
 
-@audit.command("backdoor", short_help="search a model for a backdoor")
-@offered(*MODEL_AND_DATA, *run_options("audit"))
-@offered(*options_of(AuditBackdoor), *SETTING)
-@with_voice
-def backdoor(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
-    """Search MODEL for a backdoor: a small trigger with which it predicts one class for almost every input.
+def _command(kind: type[AuditVerb]) -> click.Command:
+    """Return the command of an audit, with an option for each of its settings."""
 
-    DATA are clean examples. MODEL is flagged only if its trigger is unusual among those of at least 20 clean networks
-    of the same architecture (--controls, or --train-controls); without them the result is unclear.
-    """
-    refuse_missing_file(flags["controls"])
-    return _audited(settings_from(flags, AuditBackdoor), voice, run=run, resume=resume)
+    @with_voice
+    def command(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+        for key in kind.files:
+            refuse_missing_file(flags[key])
+        return _audited(settings_from(flags, kind), voice, run=run, resume=resume)
 
-
-@audit.command("poison", short_help="search training data for manipulated examples")
-@click.argument("data", required=False, type=completing.DATA)
-@offered(*run_options("audit"), *options_of(AuditPoison), *SETTING)
-@with_voice
-def poison(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
-    """Search the training examples in DATA for manipulated ones, with a network (--model) that is trained on them.
-
-    The train split is audited if DATA has one. DATA are flagged only by comparison with trusted examples (--clean);
-    without them the examples are ranked, and the result is unclear.
-    """
-    refuse_missing_file(flags["clean"])
-    return _audited(settings_from(flags, AuditPoison), voice, run=run, resume=resume)
+    arguments = (
+        click.argument(
+            key, metavar=None if metavar == key.upper() else metavar, required=False, type=_COMPLETION[key]
+        )
+        for key, metavar in kind.arguments.items()
+    )
+    offering = offered(*arguments, *run_options("audit"), *options_of(kind), *SETTING)
+    return click.command(kind.kind, cls=Command, short_help=kind.summary, help=kind.about)(offering(command))
 
 
-@audit.command("membership", short_help="measure how many training examples an attacker finds")
-@offered(*MODEL_AND_DATA, *run_options("audit"))
-@offered(*options_of(AuditMembership), *SETTING)
-@with_voice
-def membership(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
-    """Measure how many training examples an attacker finds among others, at a low false-positive rate.
-
-    With --non-members, MODEL is audited, and DATA are its training examples. Otherwise the training procedure is
-    audited: --train, or a default training of the architecture of MODEL, on random halves of DATA.
-    """
-    refuse_missing_file(flags["non_members"])
-    return _audited(settings_from(flags, AuditMembership), voice, run=run, resume=resume)
-
-
-@audit.command("privacy", short_help="test the epsilon that a private training claims")
-@offered(*MODEL_AND_DATA, *run_options("audit"))
-@offered(*options_of(AuditPrivacy), *SETTING)
-@with_voice
-def privacy(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
-    """Measure a lower bound of the epsilon of a differentially private training (--train), and compare it with the
-    claimed one (--epsilon).
-
-    One network of the architecture of MODEL is trained on DATA with canaries. The training is flagged if the bound at
-    95 % confidence exceeds the claim; a bound below it is no proof of privacy.
-    """
-    return _audited(settings_from(flags, AuditPrivacy), voice, run=run, resume=resume)
-
-
-@audit.command("generator", short_help="measure the quality of generated samples, and copies among them")
-@click.argument("model", metavar="GENERATOR", required=False, type=completing.MODEL)
-@click.argument("data", required=False, type=completing.DATA)
-@offered(*run_options("audit"), *options_of(AuditGenerator), *SETTING)
-@with_voice
-def generator(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
-    """Measure how well the samples of GENERATOR match examples that it was not trained on (--held-out), and how many of
-    them are copies of its training examples DATA.
-
-    GENERATOR is a function in a Python file that returns an object with sample(n, seed), or a file of samples. It is
-    flagged if more samples than held-out examples are copies, or if it has collapsed: its samples are like few training
-    examples. Changes of the latent vector, of the inputs of an autoencoder and of those of a discriminator are searched
-    for (--latent).
-    """
-    refuse_missing_file(flags["held_out"])
-    return _audited(settings_from(flags, AuditGenerator), voice, run=run, resume=resume)
+for _kind in audits().values():
+    audit.add_command(_command(_kind))
 
 
 def _audited(settings: AuditVerb, voice: Voice, *, run: str | None, resume: bool) -> int:

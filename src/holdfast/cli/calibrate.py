@@ -6,11 +6,11 @@ import click
 
 from holdfast.api.verb_settings import Calibrate
 from holdfast.cli.assess import settings_from
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
 
 
-@click.command(short_help="set the thresholds of a guard from benign inputs")
+@click.command(cls=Command, short_help="set the thresholds of a guard from benign inputs")
 @offered(*MODEL_AND_DATA, *options_of(Calibrate), *SETTING)
 @with_voice
 def calibrate(voice: Voice, **flags: Any) -> None:

@@ -6,7 +6,7 @@ import click
 
 from holdfast.api.verb_settings import Certify
 from holdfast.cli.assess import settings_from
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     MODEL_AND_DATA,
     SETTING,
@@ -31,7 +31,7 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(short_help="prove how robust a model is", help=_HELP)
+@click.command(cls=Command, short_help="prove how robust a model is", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("certify"))
 @offered(*options_of(Certify), *SETTING)
 @with_voice

@@ -6,14 +6,14 @@ import click
 
 from holdfast.api.verb_settings import Doctor
 from holdfast.cli.assess import settings_from
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
 from holdfast.core.names import line
 
 _COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan", "good": "green"}
 
 
-@click.command(short_help="find common mistakes before a long run")
+@click.command(cls=Command, short_help="find common mistakes before a long run")
 @offered(*MODEL_AND_DATA, *options_of(Doctor), *SETTING)
 @with_voice
 def doctor(voice: Voice, **flags: Any) -> int:

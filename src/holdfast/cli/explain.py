@@ -8,7 +8,7 @@ import click
 from holdfast.api.verb_settings import Explain
 from holdfast.cli.assess import settings_from, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_reports
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
 from holdfast.core.errors import UsageError
 from holdfast.reports.write import EXPLANATION_SUFFIXES
@@ -25,7 +25,7 @@ since the run is refused.
 """
 
 
-@click.command(short_help="explain why an input breaks a model", help=_HELP)
+@click.command(cls=Command, short_help="explain why an input breaks a model", help=_HELP)
 @offered(*MODEL_AND_DATA, *options_of(Explain), *SETTING)
 @with_voice
 def explain(voice: Voice, **flags: Any) -> int:

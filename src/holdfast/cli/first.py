@@ -110,8 +110,8 @@ def demo(voice: Voice, place: Path | None, *, gallery: bool) -> int:
 
     With --gallery, build thirteen models with masked gradients (ten minutes or more), and show for each the robust
     accuracy under PGD, the robust accuracy under an adaptive attack, and the raised doubts. Further models, which
-    decide, quantise or look up, are measured in Python (`holdfast.api.verbs.exhibition`). Exit code 0 if it completes,
-    whether or not gates pass.
+    decide, quantise or look up, are measured in Python (`holdfast.api.verbs.exhibition`).
+    Exit code 0 if it completes, whether or not gates pass.
     """
     from holdfast.cli.running import run_demo, run_gallery
 

@@ -7,7 +7,7 @@ import click
 from holdfast.api.verb_settings import Harden
 from holdfast.cli.assess import settings_from
 from holdfast.cli.early import refuse_reports
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     MODEL_AND_DATA,
     SETTING,
@@ -29,7 +29,7 @@ DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(short_help="train a new model that is more robust", help=_HELP)
+@click.command(cls=Command, short_help="train a new model that is more robust", help=_HELP)
 @offered(*MODEL_AND_DATA, *run_options("harden"))
 @offered(*options_of(Harden), *SETTING)
 @with_voice

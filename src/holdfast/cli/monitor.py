@@ -18,7 +18,7 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.live_monitor import is_server, live_options, watch_server
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import SETTING, options_of
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import REFERENCE
@@ -34,7 +34,7 @@ which change it would find. Exit code 1 if a test of --alarm raised an alarm.
 """
 
 
-@click.command(short_help="compare a recorded stream with a reference", help=_HELP)
+@click.command(cls=Command, short_help="compare a recorded stream with a reference", help=_HELP)
 @click.argument("data", required=False, metavar="[STREAM]", type=completing.DATA)
 @offered(*live_options(), *options_of(Monitor), *SETTING)
 @with_voice

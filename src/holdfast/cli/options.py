@@ -4,7 +4,7 @@ stderr.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,11 +18,90 @@ from holdfast.core.remedies import Remedy
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from holdfast.settings.groups import Section
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+_ALL = "holdfast.help-all"
+"""Key of the metadata of click's context that states whether the help shows all options."""
+_TITLES: "Mapping[Section, str]" = {
+    "command": "Options",
+    "threat": "Threat",
+    "model": "Model",
+    "data": "Data",
+    "report": "Report",
+    "run": "Run",
+}
+
+
+_FEW = 5
+"""Number of options up to which `--help` shows also those that few people use."""
+
+
+def _show_all(context: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    if value:
+        context.meta[_ALL] = True
+        click.echo(context.get_help(), color=context.color)
+        context.exit()
+
+
+_HELP_ALL: Mapping[str, Any] = {
+    "is_flag": True,
+    "is_eager": True,
+    "expose_value": False,
+    "callback": _show_all,
+    "help": "Show all options and exit.",
+}
+
+
+class GroupedOption(click.Option):
+    """An option with its part of the help, and whether `--help` or only `--help-all` shows it."""
+
+    def __init__(
+        self, *arguments: Any, section: "Section" = "run", common: bool = False, **settings: Any
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self.section, self.common = section, common
+
+
+class Command(click.Command):
+    """A command whose `--help` shows the options that most people use, in parts, and whose `--help-all` shows all."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        rare = [option for option in self.params if isinstance(option, GroupedOption) and not option.common]
+        self.abridged = len(rare) > _FEW
+        if self.abridged:
+            self.params.append(click.Option(["--help-all"], **_HELP_ALL))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, each part below its title, and the number of those that are not shown."""
+        parts: dict[Section, list[tuple[str, str]]] = {section: [] for section in _TITLES}
+        n_left_out = 0
+        shows_all = not self.abridged or ctx.meta.get(_ALL)
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is None or isinstance(option, click.Argument):
+                continue
+            if not isinstance(option, GroupedOption):
+                parts["run" if option.is_eager else "command"].append(record)
+            elif option.common or shows_all:
+                parts[option.section].append(record)
+            else:
+                n_left_out += 1
+        for section, records in parts.items():
+            if records:
+                with formatter.section(_TITLES[section]):
+                    formatter.write_dl(records)
+        if n_left_out:
+            formatter.write_paragraph()
+            formatter.write_text(f"{n_left_out} further options: {ctx.command_path} --help-all")
 
 
 class Group(click.Group):
     """A group of commands that rejects a command line in which an option with one value is given twice."""
+
+    command_class = Command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -66,7 +145,7 @@ def expecting_head(text: str) -> Callable[[F], F]:
             )
         return value or ""
 
-    return click.option("--expect-head", metavar="DIGEST", callback=given, help=text)
+    return click.option("--expect-head", cls=GroupedOption, metavar="DIGEST", callback=given, help=text)
 
 
 _VOICE = "holdfast.voice"
@@ -121,6 +200,7 @@ _OPTIONS = (
     click.option(
         "-q",
         "--quiet",
+        cls=GroupedOption,
         is_flag=True,
         expose_value=False,
         callback=_remember("quiet"),
@@ -129,6 +209,7 @@ _OPTIONS = (
     click.option(
         "-v",
         "--verbose",
+        cls=GroupedOption,
         is_flag=True,
         expose_value=False,
         callback=_remember("verbose"),
@@ -136,13 +217,16 @@ _OPTIONS = (
     ),
     click.option(
         "--no-color",
+        cls=GroupedOption,
         is_flag=True,
         expose_value=False,
         callback=_remember("no_color"),
         help="Print no colours (as with the environment variable NO_COLOR).",
     ),
     # read from the words of the command line, because errors occur before options are parsed, too
-    click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
+    click.option(
+        "--debug", cls=GroupedOption, is_flag=True, expose_value=False, help="Show the traceback of an error."
+    ),
 )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
+from holdfast.api.checked_settings import VerbSettings
 from holdfast.api.reading_settings import canonical_settings
 from holdfast.api.starting import DEMO
-from holdfast.api.verb_settings import Assess, AuditVerb, Certify, Harden, VerbSettings
+from holdfast.api.verb_settings import Assess, AuditVerb, Certify, Harden
 from holdfast.api.verbs import demo, exhibition
 from holdfast.cli.options import Voice
 from holdfast.core.chain import canonical as as_bytes

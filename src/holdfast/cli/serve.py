@@ -9,7 +9,7 @@ from holdfast.api.verb_settings import Serve
 from holdfast.cli import completing
 from holdfast.cli.assess import refuse_code_of_config, settings_of_flags
 from holdfast.cli.early import refuse_missing_file, refuse_unknown_model
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import SETTING, options_of
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
@@ -29,7 +29,7 @@ With --proxy URL there is no MODEL: requests are passed on to another server, af
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(short_help="serve a model over HTTP", help=_HELP)
+@click.command(cls=Command, short_help="serve a model over HTTP", help=_HELP)
 @click.argument("model", required=False, type=completing.MODEL)
 @offered(*options_of(Serve), *SETTING)
 @with_voice

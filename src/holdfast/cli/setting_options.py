@@ -6,12 +6,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from holdfast.api.checked_settings import VerbSettings
 from holdfast.api.reading_settings import flag_of
-from holdfast.api.verb_settings import VerbSettings
 from holdfast.cli import completing
+from holdfast.cli.options import GroupedOption
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import RUN_FOLDER
-from holdfast.settings.groups import Flag
+from holdfast.settings.groups import Flag, Section
 
 Option = Callable[[Any], Any]
 
@@ -19,6 +20,7 @@ SETTING = (
     click.option(
         "--set",
         "sets",
+        cls=GroupedOption,
         multiple=True,
         metavar="A.B=C",
         help="Set any key of the configuration, as in recipe.beta=6.",
@@ -26,6 +28,8 @@ SETTING = (
     click.option(
         "--config",
         "-c",
+        cls=GroupedOption,
+        common=True,
         type=click.Path(),
         metavar="FILE",
         help="Configuration file (see holdfast init). Flags take precedence.",
@@ -46,12 +50,18 @@ def run_options(verb: str) -> tuple[Option, Option]:
         click.option(
             "--run",
             "run",
+            cls=GroupedOption,
+            common=True,
             type=click.Path(),
             metavar="DIR",
             help=f"Folder of the run (default: holdfast-runs/<time>-{verb}-<digest>).",
         ),
         click.option(
-            "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
+            "--resume",
+            cls=GroupedOption,
+            common=True,
+            is_flag=True,
+            help="Continue the run in --run, or report it again if it is finished.",
         ),
     )
 
@@ -74,7 +84,7 @@ def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple
         flag = flag_of(field)
         if flag is None or (only and key not in only):
             continue
-        options.append(_option(key, field, flag))
+        options.append(_option(key, field, flag, kind.section_of(key)))
     return tuple(options)
 
 
@@ -93,12 +103,18 @@ def _long(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _option(key: str, field: FieldInfo, flag: Flag) -> Option:
+def _option(key: str, field: FieldInfo, flag: Flag, section: Section) -> Option:
     name = flag.name or _long(key)
     names = (flag.short, name) if flag.short else (name,)
     kind = _plain_type(field.annotation)
     # default=None, unlike that of the setting, so that a key of a file is not replaced by an absent option
-    settings: dict[str, Any] = {"default": None, "help": flag.help or field.description}
+    settings: dict[str, Any] = {
+        "cls": GroupedOption,
+        "section": section,
+        "common": flag.common,
+        "default": None,
+        "help": flag.help or field.description,
+    }
     if kind is bool:
         if flag.negated:
             return click.option(f"{name}/--no-{name[2:]}", key, **settings)

@@ -64,6 +64,10 @@ class AuditEntry:
     """name of the command after `holdfast audit`; that of `hardened-generator` is `holdfast harden`"""
     gate: str
     """gate that passes if the verdict is `not flagged`; empty for an audit without one"""
+    conclusion: str
+    """module in `holdfast.audits` whose function `concluded` computes the finding from the settings and stored steps"""
+    settings: str = ""
+    """class of the settings in `holdfast.api.auditing`; empty for `hardened-generator`"""
     metrics: tuple[str, ...] = ()
     """names of the metrics on which gates can be set"""
 
@@ -89,12 +93,24 @@ GENERATOR_METRICS: Final = (
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
     for entry in (
-        AuditEntry("backdoor", "no-backdoor"),
-        AuditEntry("poison", "no-poison"),
-        AuditEntry("privacy", _NOT_FLAGGED, ("epsilon_lower",)),
-        AuditEntry("membership", _NOT_FLAGGED, ("membership_tpr_at_1_percent",)),
-        AuditEntry("generator", _NOT_FLAGGED, (*GENERATOR_METRICS, *TABLE_METRICS)),
-        AuditEntry("hardened-generator", "", GENERATOR_METRICS),
+        AuditEntry("backdoor", "no-backdoor", "backdoor.conclusion", "AuditBackdoor"),
+        AuditEntry("poison", "no-poison", "poison.conclusion", "AuditPoison"),
+        AuditEntry("privacy", _NOT_FLAGGED, "privacy.audit", "AuditPrivacy", ("epsilon_lower",)),
+        AuditEntry(
+            "membership",
+            _NOT_FLAGGED,
+            "membership.audit",
+            "AuditMembership",
+            ("membership_tpr_at_1_percent",),
+        ),
+        AuditEntry(
+            "generator",
+            _NOT_FLAGGED,
+            "generator.audit",
+            "AuditGenerator",
+            (*GENERATOR_METRICS, *TABLE_METRICS),
+        ),
+        AuditEntry("hardened-generator", "", "generator.hardening", metrics=GENERATOR_METRICS),
     )
 }
 """The audits by name."""

@@ -8,6 +8,7 @@ command line and the JSON Schema are generated from the fields of the groups.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +23,9 @@ from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
 from holdfast.settings.naming import CARD, COMBINATIONS, ENSEMBLE, MIXED, SOURCES
 from holdfast.threats.domains import TEXT
+
+Section = Literal["command", "threat", "model", "data", "report", "run"]
+"""The part of the help that an option is in; `command` has the options that only one command has."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,23 @@ class Flag:
     """whether the value affects the evidence, so that it is part of the digest in the name of a new run folder"""
     help: str = ""
     """help text of the option, if it is not the description of the setting"""
+    common: bool = False
+    """whether most people use the option, so that `--help` shows it; `--help-all` shows all"""
 
 
 class SettingGroup(BaseModel):
     """Base class of groups of related settings, such as those of the data or of the threat model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+    section: ClassVar[Section] = "command"
+    """part of the help with the options of the settings that this class declares"""
+
+    @classmethod
+    def section_of(cls, key: str) -> Section:
+        """Return the part of the help that the option of a setting is in: that of the class that declares it first."""
+        declaring = next(kind for kind in reversed(cls.__mro__) if key in get_annotations(kind))
+        section: Section = vars(declaring).get("section", "command")
+        return section
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` if settings of this group contradict each other. Groups with such settings override this
@@ -66,12 +81,13 @@ class FileFormat(SettingGroup):
 class ModelSource(SettingGroup):
     """Settings for the model: its address, how it is opened, and the meaning of its outputs."""
 
+    section: ClassVar[Section] = "model"
     model: values.Given | None = Field(
         default=None,
         description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json, .ubj or .txt "
         "file, a folder of harden or transformers, or a URL.",
     )
-    arch: Annotated[str | None, Flag("NAME|FILE.py:F")] = Field(
+    arch: Annotated[str | None, Flag("NAME|FILE.py:F", common=True)] = Field(
         default=None,
         description="Architecture of a state dict: a name (see holdfast models) or a function in a file.",
     )
@@ -115,6 +131,7 @@ def _is_composed(model: object) -> bool:
 class Members(SettingGroup):
     """Setting with the models that an ensemble or a mix consists of."""
 
+    section: ClassVar[Section] = "model"
     members: Annotated[values.Members, Flag("MODEL[,K=V]", "--member", completion="MODEL")] = Field(
         default_factory=list,
         description=f"Member of the model {', '.join(ENSEMBLE + name for name in ('', *COMBINATIONS[1:]))}, or the "
@@ -163,6 +180,7 @@ class Members(SettingGroup):
 class InferenceSource(SettingGroup):
     """Settings for opening a model that can be evaluated but not trained: an ONNX file, or a model behind a server."""
 
+    section: ClassVar[Section] = "model"
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
         default=None,
         description="Sizes of one example without the batch, as in 3,224,224, if an .onnx file does not fix them.",
@@ -211,6 +229,7 @@ class InferenceSource(SettingGroup):
 class QueryLimit(SettingGroup):
     """Limit of the number of rows that are sent to a model behind a server."""
 
+    section: ClassVar[Section] = "model"
     max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
         description="Maximum number of rows sent to a server. The command stops there, and --resume continues a run.",
@@ -220,6 +239,7 @@ class QueryLimit(SettingGroup):
 class ServerLimits(QueryLimit):
     """Settings that limit the requests of a run to a model behind a server."""
 
+    section: ClassVar[Section] = "model"
     on_refused: Annotated[Literal["reject", "stop"], Flag("HOW")] = Field(
         default="reject",
         description="Effect of an attacked input that a server refuses (400, 422): reject (it counts as rejected, the "
@@ -233,15 +253,16 @@ class ServerLimits(QueryLimit):
 class InputSpace(SettingGroup):
     """Settings for the inputs of a model: their bounds, and the normalisation that is applied inside the model."""
 
+    section: ClassVar[Section] = "model"
     bounds: Annotated[values.Bounds, Flag("LOW,HIGH|@FILE")] = Field(
         default=(0.0, 1.0),
         description="Lowest and highest legal input value (default: 0,1), or a JSON file with the two values of each "
         "feature by its name or position. In Python also two arrays.",
     )
-    mean: Annotated[values.Numbers | None, Flag("M,…")] = Field(
+    mean: Annotated[values.Numbers | None, Flag("M,…", common=True)] = Field(
         default=None, description="Subtracted from the input inside the model, one number per channel."
     )
-    std: Annotated[values.Numbers | None, Flag("S,…")] = Field(
+    std: Annotated[values.Numbers | None, Flag("S,…", common=True)] = Field(
         default=None, description="Divides the input inside the model, one number per channel."
     )
     data_normalised: Annotated[values.Normalised | None, Flag("M,…/S,…")] = Field(
@@ -276,6 +297,7 @@ class InputSpace(SettingGroup):
 class DataSource(SettingGroup):
     """Settings for the examples: their address, and how they are read."""
 
+    section: ClassVar[Section] = "data"
     data: values.Given | None = Field(
         default=None,
         description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
@@ -285,7 +307,9 @@ class DataSource(SettingGroup):
         default=None,
         description="Split of the data, or a value of a table's split column (default: test if there is one).",
     )
-    label: Annotated[str | None, Flag("COL")] = Field(default=None, description="Label column of a table.")
+    label: Annotated[str | None, Flag("COL", common=True)] = Field(
+        default=None, description="Label column of a table."
+    )
     drop: Annotated[list[str], Flag("COL")] = Field(
         default_factory=list, description="Leave out a column of a table, such as an id."
     )
@@ -328,6 +352,7 @@ class DataSource(SettingGroup):
 class OtherData(SettingGroup):
     """Settings for data other than the examples on which a model is evaluated, such as the data for training."""
 
+    section: ClassVar[Section] = "data"
     fit: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
         description="Examples on which attacks are fitted, or models are trained (default: the train split).",
@@ -337,7 +362,8 @@ class OtherData(SettingGroup):
 class ExampleSelection(SettingGroup):
     """Settings that select some of the examples of `data`. Other data of a command, such as `fit`, are not affected."""
 
-    n: Annotated[values.Positive | None, Flag("N", "-n")] = Field(
+    section: ClassVar[Section] = "data"
+    n: Annotated[values.Positive | None, Flag("N", "-n", common=True)] = Field(
         default=None,
         description="Use the first N examples of DATA (monitor: of STREAM). Data of other options are not affected.",
     )
@@ -360,6 +386,7 @@ class ExampleSelection(SettingGroup):
 class ExampleGroups(SettingGroup):
     """Setting with the groups of the examples."""
 
+    section: ClassVar[Section] = "data"
     groups: Annotated[values.ExampleGroups | None, Flag("NAME")] = Field(
         default=None,
         description="Groups of the examples, for the robust accuracy of each and worst_group: a column of a table, "
@@ -370,7 +397,8 @@ class ExampleGroups(SettingGroup):
 class ThreatSource(SettingGroup):
     """Setting with the threat model, which states what the attacker may change and use."""
 
-    threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT")] = Field(
+    section: ClassVar[Section] = "threat"
+    threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT", common=True)] = Field(
         default="linf:8/255",
         validate_default=True,
         description="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000 (default: "
@@ -396,7 +424,8 @@ class ThreatSource(SettingGroup):
 class SuiteSettings(SettingGroup):
     """Settings for the attacks of an assessment and for measurements in addition to them."""
 
-    suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE")] = Field(
+    section: ClassVar[Section] = "threat"
+    suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE", common=True)] = Field(
         default=None,
         description=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; trees for a tree "
         "ensemble, black-box for another model without gradients, transfer for access=none), or attacks by name, "
@@ -455,6 +484,7 @@ class SuiteSettings(SettingGroup):
 class StoredExamples(SettingGroup):
     """Setting that leaves examples out of what a command writes."""
 
+    section: ClassVar[Section] = "report"
     examples: Annotated[
         bool,
         Flag(
@@ -480,7 +510,8 @@ class StoredExamples(SettingGroup):
 class GateSettings(SettingGroup):
     """Settings for the gates of a run, and for the doubts that the user accepts."""
 
-    gates: Annotated[values.Gates, Flag("G", "--gate", "-g", identifies=False)] = Field(
+    section: ClassVar[Section] = "report"
+    gates: Annotated[values.Gates, Flag("G", "--gate", "-g", identifies=False, common=True)] = Field(
         default_factory=list,
         description='Condition on a metric, as in "robust_accuracy >= 0.40", or for harden the verdict improved.',
     )
@@ -508,10 +539,13 @@ class GateSettings(SettingGroup):
 class Reports(SettingGroup):
     """Settings for the reports of a run, and for the earlier run with which it is compared."""
 
+    section: ClassVar[Section] = "report"
     baseline: Annotated[values.Given | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
         default=None, description="Run folder for gates that end in `vs baseline`."
     )
-    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+    output: Annotated[
+        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
+    ] = Field(
         default_factory=list,
         description="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
     )
@@ -522,6 +556,7 @@ class Execution(SettingGroup):
     the time limit.
     """
 
+    section: ClassVar[Section] = "run"
     time_budget: Annotated[values.Duration | None, Flag("T")] = Field(
         default=None, description="Stop attacking after this time, as in 10min."
     )
@@ -536,6 +571,7 @@ class Execution(SettingGroup):
 class Seed(SettingGroup):
     """Setting with the seed of all random numbers."""
 
+    section: ClassVar[Section] = "run"
     seed: Annotated[values.Whole, Flag("N")] = Field(
         default=0, description="Seed of all random numbers (default: 0)."
     )
@@ -544,7 +580,8 @@ class Seed(SettingGroup):
 class Device(SettingGroup):
     """Setting with the torch device on which the model runs."""
 
-    device: Annotated[str, Flag("NAME", identifies=False)] = Field(
+    section: ClassVar[Section] = "run"
+    device: Annotated[str, Flag("NAME", identifies=False, common=True)] = Field(
         default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
     )
 
@@ -552,6 +589,7 @@ class Device(SettingGroup):
 class AssessOptions(SettingGroup):
     """Settings of the command `holdfast assess` that no other command has."""
 
+    section: ClassVar[Section] = "threat"
     across: Annotated[values.Others, Flag("DATA", completion="DATA")] = Field(
         default_factory=list,
         description="Another data set of the same shape: perturbations are transferred from DATA to it and back.",
@@ -572,13 +610,13 @@ _BUDGET = "Time for the training, as in 10min (default: the epochs of the recipe
 class HardenOptions(SettingGroup):
     """Settings of the command `holdfast harden` that no other command has."""
 
-    recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
+    recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE", common=True)] = Field(
         default_factory=lambda: {"use": "auto"},
         description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}; for generators "
         f"{' and '.join(GENERATOR_RECIPES)}. Settings: --set "
         "recipe.NAME=VALUE, or `use: NAME` with its settings.",
     )
-    budget: Annotated[values.Duration | None, Flag("T")] = Field(
+    budget: Annotated[values.Duration | None, Flag("T", common=True)] = Field(
         default=None, description=f"{_BUDGET} The assessments take additional time."
     )
     assess_budget: Annotated[values.Duration | None, Flag("T")] = Field(
@@ -613,16 +651,16 @@ class RotateOptions(SettingGroup):
     generated, and when they are swapped.
     """
 
-    recipe: Annotated[values.SetsRecipeSpec, Flag("R", completion="SETS_RECIPE")] = Field(
+    recipe: Annotated[values.SetsRecipeSpec, Flag("R", completion="SETS_RECIPE", common=True)] = Field(
         default_factory=lambda: {"use": CARD},
         description=f"Training method of the sets: card (the default: as the model was trained, else standard), "
         f"{', '.join(RECIPES)}.",
     )
-    budget: Annotated[values.Duration | None, Flag("T")] = Field(
+    budget: Annotated[values.Duration | None, Flag("T", common=True)] = Field(
         default=None,
         description="Time for all trainings of the collection, as in 20min (default: the epochs of the recipe).",
     )
-    source: Annotated[values.SourceSpec, Flag("S", completion="SOURCE")] = Field(
+    source: Annotated[values.SourceSpec, Flag("S", completion="SOURCE", common=True)] = Field(
         default_factory=lambda: {"use": "basins"},
         description=f"Method that collects sets: {', '.join(SOURCES)} (default: basins). Settings: --set "
         "source.NAME=VALUE, or `use: NAME` with its settings.",
@@ -637,7 +675,7 @@ class RotateOptions(SettingGroup):
         default_factory=dict,
         description="Settings of the training against examples computed on stolen sets.",
     )
-    every: Annotated[list[values.Every], Flag("T")] = Field(
+    every: Annotated[list[values.Every], Flag("T", common=True)] = Field(
         default_factory=list,
         description="When to swap, as in 50q/principal (answers to one principal) or 24h. A stolen serving set is "
         "always swapped.",
@@ -655,16 +693,16 @@ class RotateOptions(SettingGroup):
 class ExplainOptions(SettingGroup):
     """Settings of the command `holdfast explain` that no other command has."""
 
-    index: Annotated[values.Whole | None, Flag("ID")] = Field(
+    index: Annotated[values.Whole | None, Flag("ID", common=True)] = Field(
         default=None,
         description="Row number of the example to explain (default: the model is explained).",
     )
-    from_run: Annotated[values.PathText | None, Flag("FOLDER", completion="PATH")] = Field(
+    from_run: Annotated[values.PathText | None, Flag("FOLDER", completion="PATH", common=True)] = Field(
         default=None,
         description="Folder of a finished run of this model and these data, whose adversarial inputs are used if it "
         "has stored them.",
     )
-    train: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    train: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Training examples, of which the nearest ones are shown.",
     )
@@ -673,7 +711,9 @@ class ExplainOptions(SettingGroup):
         description="Weights of the model after an epoch of its training, for the examples that support a wrong "
         "prediction (TracIn); several may be given.",
     )
-    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+    output: Annotated[
+        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
+    ] = Field(
         default_factory=list,
         description="File for the explanation, in the format of its suffix: .html .json; - for JSON on stdout.",
     )
@@ -691,7 +731,7 @@ class ExplainOptions(SettingGroup):
 class MonitorOptions(SettingGroup):
     """Settings of the command `holdfast monitor` that no other command has."""
 
-    reference: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    reference: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Examples with which the stream is compared. The model must not have been trained on them.",
     )
@@ -700,7 +740,7 @@ class MonitorOptions(SettingGroup):
         description="Layer of the model whose outputs are compared as embeddings, as in layer4 (default: the one "
         "before the last linear layer).",
     )
-    generated: Annotated[bool, Flag()] = Field(
+    generated: Annotated[bool, Flag(common=True)] = Field(
         default=False,
         description="Whether the stream consists of samples of a generator. Copies of the reference and repeats are "
         "counted as well, and labels are not used. A folder of images without class folders is such a stream.",
@@ -710,11 +750,13 @@ class MonitorOptions(SettingGroup):
         description="Network whose features of generated samples are compared, as in net.pt,arch=net.py:make (default: "
         "only inputs are compared).",
     )
-    alarm: Annotated[values.DriftTests, Flag("TEST", completion="DRIFT_TEST")] = Field(
+    alarm: Annotated[values.DriftTests, Flag("TEST", completion="DRIFT_TEST", common=True)] = Field(
         default_factory=lambda: ["martingale"],
         description=f"Test whose alarm sets the exit code 1: {', '.join(DRIFT_TESTS)} (default: martingale).",
     )
-    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
+    output: Annotated[
+        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
+    ] = Field(
         default_factory=list,
         description="Report file, in the format of its suffix: .html .json .md; - for JSON on stdout.",
     )

@@ -203,11 +203,11 @@ class GuardSettings(SettingGroup):
 class CalibrateOptions(SettingGroup):
     """Settings of the command `holdfast calibrate` that no other command has."""
 
-    false_positives: Annotated[Probability | None, Flag("P")] = Field(
+    false_positives: Annotated[Probability | None, Flag("P", common=True)] = Field(
         default=None,
         description="Share of benign inputs on which the rules may fire (default: that of the guard).",
     )
-    fit: Annotated[Given | None, Flag("DATA", completion="DATA")] = Field(
+    fit: Annotated[Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Examples on which detectors are fitted (default: a random fifth of DATA, which then sets no "
         "threshold).",

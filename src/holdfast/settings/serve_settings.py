@@ -50,7 +50,7 @@ class ServedInference(SettingGroup):
         description="Sizes of one example without the batch, as in 3,32,32. Bundled models, pools and guards state "
         "theirs.",
     )
-    guard: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
+    guard: Annotated[values.PathText | None, Flag("FILE", completion="PATH", common=True)] = Field(
         default=None, description="Guard (guard.yaml) that decides about each request."
     )
 
@@ -64,17 +64,17 @@ class ServeOptions(SettingGroup):
     model_version: Annotated[str, Flag("V")] = Field(
         default="1", description="Version of the model in the URL (default: 1)."
     )
-    host: Annotated[str, Flag("HOST")] = Field(
+    host: Annotated[str, Flag("HOST", common=True)] = Field(
         default="127.0.0.1",
         description="Address at which requests are answered (default: 127.0.0.1). Others than loopback need --keys.",
     )
-    port: Annotated[Port, Flag("PORT")] = Field(
+    port: Annotated[Port, Flag("PORT", common=True)] = Field(
         default=8080, description="Port at which requests are answered (default: 8080; 0 for a free one)."
     )
     admin_host: Annotated[str, Flag("HOST")] = Field(
         default="127.0.0.1", description="Address of metrics and of the operator (default: 127.0.0.1)."
     )
-    admin_port: Annotated[Port, Flag("PORT")] = Field(
+    admin_port: Annotated[Port, Flag("PORT", common=True)] = Field(
         default=8081, description="Port of metrics and of the operator (default: 8081; 0 for a free one)."
     )
     accepted_hosts: Annotated[values.Names, Flag("NAME", "--accept-host")] = Field(
@@ -82,10 +82,10 @@ class ServeOptions(SettingGroup):
         description="Host name that the header Host of a request may contain, as in model.example.org, besides IP "
         "addresses, localhost and names without a dot (default: none; any, if other machines can reach --host).",
     )
-    workers: Annotated[values.Positive, Flag("N")] = Field(
+    workers: Annotated[values.Positive, Flag("N", common=True)] = Field(
         default=1, description="Number of processes that answer requests (default: 1)."
     )
-    keys: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
+    keys: Annotated[values.PathText | None, Flag("FILE", completion="PATH", common=True)] = Field(
         default=None,
         description="File of API keys (see holdfast keys). Without it, every client is answered.",
     )
@@ -94,7 +94,7 @@ class ServeOptions(SettingGroup):
         description="Allow the key with which holdfast adapt posts the steps of a run to approve this run. The audit "
         "chain records it.",
     )
-    every: Annotated[list[values.Every], Flag("T")] = Field(
+    every: Annotated[list[values.Every], Flag("T", common=True)] = Field(
         default_factory=list,
         description="When to swap, as in 50q/principal (answers to one principal) or 24h. A stolen serving set is "
         "always swapped.",
@@ -103,10 +103,10 @@ class ServeOptions(SettingGroup):
         default=60,
         description="Largest number of swaps in an hour, except those of stolen sets (default: 60).",
     )
-    audit: Annotated[values.PathText | None, Flag("DIR", completion="PATH")] = Field(
+    audit: Annotated[values.PathText | None, Flag("DIR", completion="PATH", common=True)] = Field(
         default=None, description="Folder of the audit chains, which holdfast verify checks (default: none)."
     )
-    monitor: Annotated[values.Given | None, Flag("DATA", completion="DATA")] = Field(
+    monitor: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
         default=None,
         description="Examples like those that the model should receive, on which it was not trained. A monitor "
         "compares a sample of the requests with them (default: none).",
@@ -171,7 +171,7 @@ class ServeOptions(SettingGroup):
 class ProxySettings(SettingGroup):
     """Settings of `holdfast serve` for a model behind another server, which the proxy guards."""
 
-    proxy: Annotated[str | None, Flag("URL")] = Field(
+    proxy: Annotated[str | None, Flag("URL", common=True)] = Field(
         default=None,
         description="Server of the Open Inference Protocol v2 to which requests are passed on, instead of MODEL, as in "
         "http://127.0.0.1:8000 or http://127.0.0.1:8000/v2/models/NAME.",
@@ -267,11 +267,11 @@ class AdaptOptions(SettingGroup):
     server: str | None = Field(
         default=None, description="Address of the operator's port of the server, as in http://127.0.0.1:8081."
     )
-    key_file: Annotated[values.PathText | None, Flag("FILE", completion="PATH")] = Field(
+    key_file: Annotated[values.PathText | None, Flag("FILE", completion="PATH", common=True)] = Field(
         default=None,
         description="File that contains an API key with the scope adapt, if the server has keys.",
     )
-    trigger: Annotated[str, BeforeValidator(_trigger), Flag("WHEN")] = Field(
+    trigger: Annotated[str, BeforeValidator(_trigger), Flag("WHEN", common=True)] = Field(
         default=ALARM,
         description="What begins the adaptation: an alarm of the server's monitor (alarm, the default), now, or a time "
         "as in 24h, after which it begins also without an alarm.",
@@ -281,16 +281,16 @@ class AdaptOptions(SettingGroup):
         description="CSV file with the classes of flagged inputs: columns request, label and, for requests of several "
         "inputs, row.",
     )
-    approval: Annotated[bool, Flag()] = Field(
+    approval: Annotated[bool, Flag(common=True)] = Field(
         default=False, description="Wait for the approval of the operator before the candidate serves."
     )
     trust_code: Annotated[bool, Flag()] = Field(
         default=False,
         description="Allow the code of the architecture that the server names (file.py:factory).",
     )
-    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
-        default_factory=list, description="Report file, .json; - for JSON on stdout."
-    )
+    output: Annotated[
+        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
+    ] = Field(default_factory=list, description="Report file, .json; - for JSON on stdout.")
     canary_time: Annotated[values.WaitingTime, Flag("T")] = Field(
         default="2min",
         description="Time for which the candidate answers a share of the requests, and for which it is watched after "

@@ -18,6 +18,7 @@ MOST_DRAWS = 1 << 31
 
 _HALF = 0xFFFFFFFF
 _SCALE = 2.0**-32
+_ROUNDED = 1 - 1e-9  # factor of a radius, by which it is rounded down
 
 
 def numbered_noise(rng: Draws, ids: Ids, numbers: Ids, like: Tensor) -> Inputs:
@@ -35,3 +36,12 @@ def numbered_noise(rng: Draws, ids: Ids, numbers: Ids, like: Tensor) -> Inputs:
     angle = (bits & _HALF).to(dtype).mul_(2 * math.pi * _SCALE)
     normal = torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :size]
     return normal.reshape(-1, *features).to(like.dtype)
+
+
+def radius_of(misses: float, sigma: float) -> float:
+    """Return the certified radius sigma Φ⁻¹(1 - misses), rounded down, if other classes than the label have at most the
+    probability `misses` together. It is 0 if they have a half or more.
+    """
+    from scipy.special import ndtri
+
+    return 0.0 if misses >= 0.5 else -_ROUNDED * sigma * float(ndtri(misses))

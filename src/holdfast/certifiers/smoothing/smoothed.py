@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from holdfast.certifiers.smoothing.noise import numbered_noise
-from holdfast.certifiers.smoothing.smoothing import radius_of
+from holdfast.certifiers.smoothing.noise import numbered_noise, radius_of
 from holdfast.certifiers.smoothing.votes import NO_CLASS, noisy_votes
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError

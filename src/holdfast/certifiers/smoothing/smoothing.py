@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs
-from holdfast.certifiers.smoothing.noise import MOST_DRAWS
+from holdfast.certifiers.smoothing.noise import MOST_DRAWS, radius_of
 from holdfast.certifiers.smoothing.votes import (
     FOR_WRONG,
     NO_CLASS,
@@ -40,8 +40,6 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Positive, Steps
 from holdfast.statistics.sequential import SequentialTest, fewest_draws, fixed_test, sequential_test
 
-_ROUNDED = 1 - 1e-9  # factor of a radius, by which it is rounded down
-_HALF = 0.5
 _TRIED, _COPIES = 32, 16  # examples and noisy copies of each that show whether smoothing certifies anything
 
 
@@ -177,7 +175,7 @@ class Smoothing:
 
     def network(self, base: Classifier, draws: int) -> Classifier:
         """Return the network that attacks query: the logarithm of the mean probabilities over fixed draws."""
-        from holdfast.certifiers.smoothing.smoothed import Smoothed  # it imports this module
+        from holdfast.certifiers.smoothing.smoothed import Smoothed  # late: only attacks need the network
 
         net = Smoothed(base, self.sigma, draws=draws, seed=self.seed, clip=self.clip)
         return Classifier(net, bounds=base.bounds, access=base.access, batches=EVERY)
@@ -226,15 +224,6 @@ def miss_limit(eps: float, sigma: float) -> float:
     from scipy.special import ndtr
 
     return float(ndtr(-eps / sigma))
-
-
-def radius_of(misses: float, sigma: float) -> float:
-    """Return the certified radius sigma Φ⁻¹(1 - misses), rounded down, if other classes than the label have at most the
-    probability `misses` together. It is 0 if they have a half or more.
-    """
-    from scipy.special import ndtri
-
-    return 0.0 if misses >= _HALF else -_ROUNDED * sigma * float(ndtri(misses))
 
 
 def containing_radius(constraint: Constraint, features: int) -> float:

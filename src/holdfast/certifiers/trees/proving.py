@@ -1,4 +1,8 @@
-"""Certification of tree ensembles under Linf, with a misclassified row for each example that is not robust."""
+"""Certification of tree ensembles under Linf, with a misclassified row for each example that is not robust.
+
+Under the rules of a table in which every column that may change only increases, or only decreases, a monotone model
+does not change its class, whatever the size of the changes.
+"""
 
 import importlib.util
 import math
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.certifiers.trees.ensemble import Ensemble, Integers
+from holdfast.certifiers.trees.monotone import Direction, proved_unchanged
 from holdfast.certifiers.trees.reading import TreeModel, read_trees, refuse_other
 from holdfast.certifiers.trees.worst import smallest_lead
 from holdfast.core.batch import Batch
@@ -25,6 +30,9 @@ from holdfast.core.remedies import Install, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.io.models.estimators import Estimator
+from holdfast.io.models.table_models import TableEstimator
+from holdfast.threats.tables.rules import Rules
+from holdfast.threats.tables.table import Table
 
 _HALVINGS, _LEAST_HALVINGS = 70, 12
 """largest number of halvings of the interval in which a value with a given rank is searched, since float64 has 53 bits,
@@ -67,9 +75,6 @@ class Trees:
 
 
 def _under_rules(model: Classifier, sample: Batch, constraint: Constraint, timeout_s: float) -> ReadyProver:
-    from holdfast.certifiers.trees.rules import monotone_prover  # late: few threats have rules
-    from holdfast.threats.tables.table import Table
-
     assert isinstance(constraint, Table)
     return monotone_prover(opened_trees(model, sample, Linf(0.0), timeout_s), constraint.rules)
 
@@ -217,3 +222,43 @@ class TreeProver:
             ):
                 break
         return x_adv
+
+
+@dataclass(frozen=True, eq=False)
+class MonotoneProver:
+    """The method `trees` for rules of a table, prepared for a model."""
+
+    prover: TreeProver
+    features: tuple[int, ...]
+    """columns that may change, in the order in which the model was fitted"""
+    direction: Direction
+
+    def __call__(self, batch: Batch) -> Proofs:
+        """Return which examples keep their class under all changes that the rules allow."""
+        with torch.no_grad():
+            self.prover.refuse_other_classes(batch)
+            ranks = self.prover.ranks(batch.x)
+        ensemble, none = self.prover.ensemble, Proofs.none(batch)
+        unchanged = torch.from_numpy(proved_unchanged(ensemble, ranks, self.features, self.direction))
+        right = torch.from_numpy(np.asarray(ensemble.predictions(ranks))).to(batch.y) == batch.y
+        certified = unchanged.to(right.device) & right
+        bound = torch.full_like(none.bound, sys.float_info.min).where(certified, none.bound)
+        return Proofs(certified, bound, none.work + 1, none.stopped, batch.x, none.broken)
+
+
+def monotone_prover(prover: TreeProver, rules: Rules) -> MonotoneProver:
+    """Return the prover for the rules. Raises `UsageError` if columns may change in both directions."""
+    changing = {name: rules.columns[name].change for name in rules.names if rules.mutable(name)}
+    directions = set(changing.values())
+    if len(directions) > 1 or directions == {"any"}:
+        name = next(
+            name for name, change in changing.items() if change not in ("up", "down") or len(directions) > 1
+        )
+        raise UsageError(
+            f"under rules, trees are certified if all columns that may change only increase, or only decrease, and "
+            f"{name!r} has change: {changing[name]}; a threat such as linf:0.01,unit=range allows all changes of a size"
+        )
+    net = prover.model.net
+    order = net.order if isinstance(net, TableEstimator) else range(len(rules.names))
+    features = tuple(place for place, at in enumerate(order) if rules.names[at] in changing)
+    return MonotoneProver(prover, features, 1 if directions == {"up"} else -1)

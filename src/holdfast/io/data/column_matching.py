@@ -4,9 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.io.data.columns import ColumnTable
+from holdfast.io.data.columns import EXACT, INEXACT, ColumnTable
 from holdfast.io.data.expected import Expected, FirstTable
 from holdfast.io.files import names_of
 
@@ -119,3 +122,18 @@ def _refuse_other_number(
 
 def _few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''}"
+
+
+def refuse_inexact(
+    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+) -> None:
+    """Raise `TargetError` for a number that loses information as float32, in which rows are stored."""
+    for name, column in zip(features, kinds.T, strict=True):
+        inexact = np.flatnonzero(column == INEXACT)
+        if len(inexact):
+            raise TargetError(
+                f"the column {name!r} of {table.name} has numbers above {EXACT:,}, first in row "
+                f"{rows[inexact[0]]}, and float32, in which rows are stored, represents all whole numbers only up to "
+                "it: scale the column as in training, or leave it out if it is an id",
+                *(without([name]) if len(features) > 1 else ()),
+            )

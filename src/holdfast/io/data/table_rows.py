@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.spelling import by_stripped, note_on_spaces
+from holdfast.io.data.column_matching import refuse_inexact
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words
-from holdfast.io.data.tables import refuse_inexact
 from holdfast.io.files import names_of
 from holdfast.threats.tables.checking import checked
 from holdfast.threats.tables.rules import Rules, refuse_other_columns

@@ -17,10 +17,14 @@ from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note, from_numpy, handles_missing
 from holdfast.io.data.class_numbers import numbered, numbered_words
-from holdfast.io.data.column_matching import left_out, matched_columns, refuse_repeated, without
+from holdfast.io.data.column_matching import (
+    left_out,
+    matched_columns,
+    refuse_inexact,
+    refuse_repeated,
+    without,
+)
 from holdfast.io.data.columns import (
-    EXACT,
-    INEXACT,
     MISSING,
     NUMBER,
     SPLIT_COLUMN,
@@ -338,21 +342,6 @@ def _numbers(
             ]
             raise _not_numbers(table, features, text, sparse, has_threat=expected.has_threat)
     return table.numbers[rows][:, places]
-
-
-def refuse_inexact(
-    table: ColumnTable, features: Sequence[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
-) -> None:
-    """Raise `TargetError` for a number that loses information as float32, in which rows are stored."""
-    for name, column in zip(features, kinds.T, strict=True):
-        inexact = np.flatnonzero(column == INEXACT)
-        if len(inexact):
-            raise TargetError(
-                f"the column {name!r} of {table.name} has numbers above {EXACT:,}, first in row "
-                f"{rows[inexact[0]]}, and float32, in which rows are stored, represents all whole numbers only up to "
-                "it: scale the column as in training, or leave it out if it is an id",
-                *(without([name]) if len(features) > 1 else ()),
-            )
 
 
 def _refuse_missing(

@@ -15,14 +15,13 @@ from holdfast.core.types import Labels, Rows
 from holdfast.io.data.arrays import Arrays, ranges_of_features
 from holdfast.io.data.class_numbers import listed
 from holdfast.io.data.pictures import Pictures
-from holdfast.io.doctor.examined import Finding
+from holdfast.io.doctor.examined import Finding, outside
 from holdfast.io.remote.value_ranges import BYTES, extremes, pixel_divisor, scaling
 
 SAMPLE = 256
 """Number of examples in the sample that the checks use."""
 _MISFITS = 16  # number of examples outside the bounds or the classes that are added to the sample
 _CHUNK = 4096  # examples that are converted at once, so that a large array is not copied as a whole
-_ROUNDING = 1e-6  # share of the range that a value may be outside the bounds, as float32 rounds
 
 
 def strange_classes(data: Data) -> Iterator[Finding]:
@@ -78,13 +77,6 @@ def _misfits(data: Data, model: Classifier) -> list[int]:
                 misfit |= batch.y >= model.classes
             misfits += (start + misfit.nonzero().flatten()).tolist()
     return misfits[:_MISFITS]
-
-
-def outside(x: Tensor, model: Classifier) -> Tensor:
-    """Return the mask of the values of `x` that are outside the bounds of the model by more than rounding."""
-    low, high = model.bounds.like(x)
-    slack = _ROUNDING * (high - low)
-    return (x < low - slack) | (x > high + slack)
 
 
 def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:

@@ -23,6 +23,16 @@ STEADY = 1e-4
 """Largest change of an output that can be due to rounding, relative to the largest logit."""
 
 
+_ROUNDING = 1e-6  # share of the range that a value may be outside the bounds, as float32 rounds
+
+
+def outside(x: Tensor, model: Classifier) -> Tensor:
+    """Return the mask of the values of `x` that are outside the bounds of the model by more than rounding."""
+    low, high = model.bounds.like(x)
+    slack = _ROUNDING * (high - low)
+    return (x < low - slack) | (x > high + slack)
+
+
 @dataclass(frozen=True)
 class Finding:
     """The result of one check of `holdfast doctor`: a problem, a warning, or the statement that nothing is wrong."""

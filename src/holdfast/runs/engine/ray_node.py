@@ -94,4 +94,4 @@ def measured(
         return b"N" + json.dumps(found).encode()
     from holdfast.runs.engine.ray_worker import measured as measured_here
 
-    return measured_here(setup[0], task, buffers, found, stored=stored)
+    return measured_here(setup[0], task, buffers, found, stored=stored, fetched=fetched)

@@ -10,7 +10,7 @@ import pickle
 import struct
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +20,6 @@ from holdfast.core.errors import HoldfastError, UsageError, failure_to_json
 from holdfast.core.pieces import Room
 from holdfast.core.remedies import Remedy
 from holdfast.runs.engine.executor import Measure, OutOfTime
-from holdfast.runs.engine.ray_node import fetched
 
 LENGTH = struct.Struct("<I")
 """Format of the number of bytes of the header."""
@@ -33,7 +32,7 @@ class Opened:
         self.key, self.stack = "", ExitStack()
         self.measure: Measure | None = None
 
-    def at(self, reference: Any) -> Measure:
+    def at(self, reference: Any, fetched: Callable[[Any], Any]) -> Measure:
         """Return the function that measures shards; a setup other than the last one is fetched and opened."""
         if self.measure is None or reference.hex() != self.key:
             self.close()
@@ -62,11 +61,18 @@ atexit.register(CURRENT.close)
 
 
 def measured(
-    reference: Any, task: bytes, buffers: Sequence[Any], report: dict[str, Any], *, stored: bool
+    reference: Any,
+    task: bytes,
+    buffers: Sequence[Any],
+    report: dict[str, Any],
+    *,
+    stored: bool,
+    fetched: Callable[[Any], Any],
 ) -> bytes:
     """Measure a shard, and return its columns with the report of the node, or the reason why there are none.
 
-    If `stored` is true, `buffers` contains the reference of the buffers in the object store.
+    If `stored` is true, `buffers` contains the reference of the buffers in the object store, whose objects `fetched`
+    returns.
     """
     cpu, splits = time.process_time(), list[dict[str, int]]()
 
@@ -76,7 +82,7 @@ def measured(
         return LENGTH.pack(len(written)) + written
 
     try:
-        measure = CURRENT.at(reference)
+        measure = CURRENT.at(reference, fetched)
         if stored:
             buffers = fetched(buffers[0])
         # sent by the process of the run

@@ -1,0 +1,41 @@
+"""The settings of `holdfast audit poison`. The module imports no torch."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from holdfast.api.verb_settings import AuditVerb
+from holdfast.settings import groups, values
+from holdfast.settings.groups import Flag
+
+
+class AuditPoison(AuditVerb):
+    """All settings of the command `holdfast audit poison`. `data` are the examples that are audited, and `model` is the
+    network that is trained on them.
+    """
+
+    verb = "audit-poison"
+    kind = "poison"
+    summary = "search training data for manipulated examples"
+    about = (
+        "Search the training examples in DATA for manipulated ones, with a network (--model) that is trained "
+        "on them.\n\n"
+        "The train split is audited if DATA has one. DATA are flagged only by comparison with trusted "
+        "examples (--clean); without them the examples are ranked, and the result is unclear."
+    )
+    arguments: ClassVar[Mapping[str, str]] = {"data": "DATA"}
+    opening = "holdfast.api.audit_poison:prepared_poison"
+    example = "mnist-mini --model mnist-cnn"
+    files = ("clean",)
+    model: Annotated[values.Given | None, Flag("MODEL", completion="MODEL", common=True)] = Field(
+        default=None, description=groups.ModelSource.model_fields["model"].description
+    )
+    clean: Annotated[values.Given | None, Flag("DATA", completion="DATA", common=True)] = Field(
+        default=None,
+        description="Trusted examples of the same classes (the test split if there is one), with which the data are "
+        "compared. Without them, examples are ranked and the result is unclear.",
+    )
+    suspects: Annotated[str | None, Flag("FILE", completion="PATH", identifies=False, common=True)] = Field(
+        default=None, description="Write the suspect examples to this .csv file, with their scores."
+    )
