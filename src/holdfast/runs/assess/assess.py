@@ -109,6 +109,7 @@ def assess(
         stopper = Stopper() if run is None else stack.enter_context(stoppable(again))
         about = about_run(request.command)
         store: Store = MemoryStore()
+        folder: RunFolder | None = None
         if run is not None:
             store = folder = stack.enter_context(
                 open_run_folder(run, manifest.to_json(), about, resume=resume)
@@ -132,14 +133,11 @@ def assess(
         refuse_unsound(evidence)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
-        adversarial_examples = job.adversarial(store, evidence, record)
+        adversarial_examples = job.adversarial(folder, evidence, record)
         gates, accepted = job.judged(evidence, store.document(VERDICT))
-        files, head = {}, None
-        if isinstance(store, RunFolder):
-            files = files_of(store.chain)
+        files = {} if folder is None else files_of(folder.chain)
         work.record(VERDICT, decided(gates, accepted, files).to_json())
-        if isinstance(store, RunFolder):
-            head = store.chain.head
+        head = None if folder is None else folder.chain.head
         shown = about_of(manifest, {**about, **job.command(gates)}, run, head)
         return Result(evidence, gates, accepted, shown, run, adversarial_examples, request.baseline, rotation)
 
@@ -273,14 +271,14 @@ class _Job:
             self.manifest, by_stage, doubted, adapted, seconds, sent, () if nodes is None else nodes["nodes"]
         )
 
-    def adversarial(self, store: Store, evidence: Evidence, record: Record) -> Columns:
+    def adversarial(self, folder: RunFolder | None, evidence: Evidence, record: Record) -> Columns:
         """Return the adversarial examples that the run stores. In a folder, they are written to one file with the
         columns from which the verdict is computed.
         """
         inputs = adversarial(record)
-        if isinstance(store, RunFolder):
+        if folder is not None:
             columns = column_files.encode(worst_case(evidence, inputs), {})
-            store.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", columns)
+            folder.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", columns)
         return inputs
 
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
