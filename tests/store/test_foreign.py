@@ -46,8 +46,9 @@ def rewritten(run, name, change=None, *, judged=True):
         if recorded["file"] == name:
             recorded["digest"] = digest((run / name).read_bytes())
     verdict = next((recorded for recorded in records if recorded["kind"] == "verdict"), None)
-    stated = {} if verdict is None else json.loads((run / "verdict.json").read_text())
-    if judged and name != "verdict.json" and "computed_from" in stated:
+    judged = judged and verdict is not None and name != "verdict.json"
+    stated = json.loads((run / "verdict.json").read_text()) if judged else {}
+    if "computed_from" in stated:
         stated["computed_from"] = {
             recorded["file"]: digest(canonical(recorded))
             for recorded in records

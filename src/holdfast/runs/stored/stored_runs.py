@@ -344,37 +344,42 @@ def run_entry(path: Path, *, checked: bool = True) -> RunEntry:
 
 def _entry(path: Path, *, checked: bool) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
-    if manifest.get("verb") == "audit":
-        return _audit_entry(path, manifest, chain)
-    refuse_form(path / MANIFEST, manifest, Listed)
+    is_audit = manifest.get("verb") == "audit"
+    refuse_form(path / MANIFEST, manifest, ListedAudit if is_audit else Listed)
     refuse_altered(path, chain)
-    threat, decided = (
-        manifest["config"]["threat"],
-        recorded_document(path, chain, VERDICT),
-    )
+    decided = recorded_document(path, chain, VERDICT)
     if decided is not None:
-        refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
-    outcome: tuple[int | None, float | None] = (None, None)
-    if decided is not None:
-        outcome = _outcome(path) if checked else (decided["exit_code"], None)
-    eps = number(threat["eps"])
-    kind = threat_kind(threat["norm"]) + ("" if math.isinf(eps) else f":{eps:.4g}")
-    stages = manifest["plan"]["stages"]
-    return RunEntry(
+        of_run: type = Judged if "verdict_of" in decided else Decided
+        refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit if is_audit else of_run)
+    config, stages = manifest["config"], manifest["plan"]["stages"]
+    entry = RunEntry(
         path,
         manifest["verb"],
         str(read_about(path).get("created", "")),
         str(manifest["model"].get("name", "")),
         str(manifest["data"].get("name", "")),
-        written_threat(manifest["config"]) or kind,
-        manifest["config"]["suite"],
+        "",
+        "",
         decided is not None,
         _done(stages, chain),
         len(stages),
+        gates=len((decided or {}).get("gates", ())),
+    )
+    if is_audit:  # which has neither a threat model nor a suite
+        code = None if decided is None else exit_code(gate["verdict"] for gate in decided["gates"])
+        return replace(entry, verb=f"audit {config['kind']}", exit_code=code)
+    eps = number(config["threat"]["eps"])
+    kind = threat_kind(config["threat"]["norm"]) + ("" if math.isinf(eps) else f":{eps:.4g}")
+    outcome: tuple[int | None, float | None] = (None, None)
+    if decided is not None:
+        outcome = _outcome(path) if checked else (decided["exit_code"], None)
+    return replace(
+        entry,
+        threat=written_threat(config) or kind,
+        suite=config["suite"],
         exit_code=outcome[0],
         defence=_defence(manifest["model"]),
         robust=outcome[1],
-        gates=len((decided or {}).get("gates", ())),
     )
 
 
@@ -389,30 +394,6 @@ def _defence(card: Mapping[str, Any]) -> str:
 def _done(stages: Sequence[str], chain: Chain) -> int:
     """The number of records of stages in a chain."""
     return sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
-
-
-def _audit_entry(path: Path, manifest: dict[str, Any], chain: Chain) -> RunEntry:
-    """The entry of an audit, which has neither a threat model nor a suite."""
-    refuse_form(path / MANIFEST, manifest, ListedAudit)
-    refuse_altered(path, chain)
-    decided = recorded_document(path, chain, VERDICT)
-    if decided is not None:
-        refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit)
-    stages = manifest["plan"]["stages"]
-    return RunEntry(
-        path,
-        f"audit {manifest['config']['kind']}",
-        str(read_about(path).get("created", "")),
-        manifest["model"]["name"],
-        manifest["data"]["name"],
-        "",
-        "",
-        decided is not None,
-        _done(stages, chain),
-        len(stages),
-        None if decided is None else exit_code(gate["verdict"] for gate in decided["gates"]),
-        gates=len(decided["gates"]) if decided is not None else 0,
-    )
 
 
 def _outcome(path: Path) -> tuple[int | None, float | None]:
