@@ -129,14 +129,11 @@ def assess(
             doubted = job.doubted(measurement, by_stage, missed)
             adapted = job.adapted(measurement, by_stage, doubted) if plan.adaptive else None
         record = job.record(work, by_stage, doubted, adapted)
-        evidence = evidence_of(record)
-        refuse_unsound(evidence)
+        evidence = job.evidence(record)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
         adversarial_examples = job.adversarial(folder, evidence, record)
-        gates, accepted = job.judged(evidence, store.document(VERDICT))
-        files = {} if folder is None else files_of(folder.chain)
-        work.record(VERDICT, decided(gates, accepted, files).to_json())
+        gates, accepted = job.judged(work, evidence, folder)
         head = None if folder is None else folder.chain.head
         shown = about_of(manifest, {**about, **job.command(gates)}, run, head)
         return Result(evidence, gates, accepted, shown, run, adversarial_examples, request.baseline, rotation)
@@ -271,6 +268,12 @@ class _Job:
             self.manifest, by_stage, doubted, adapted, seconds, sent, () if nodes is None else nodes["nodes"]
         )
 
+    def evidence(self, record: Record) -> Evidence:
+        """Return the evidence of the run. Raises `UnsoundProof` if a certified example is broken."""
+        evidence = evidence_of(record)
+        refuse_unsound(evidence)
+        return evidence
+
     def adversarial(self, folder: RunFolder | None, evidence: Evidence, record: Record) -> Columns:
         """Return the adversarial examples that the run stores. In a folder, they are written to one file with the
         columns from which the verdict is computed.
@@ -294,23 +297,26 @@ class _Job:
         return table
 
     def judged(
-        self, evidence: Evidence, stored: Mapping[str, Any] | None
+        self, run: Run, evidence: Evidence, folder: RunFolder | None
     ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
-        """Judge the gates, and return them with the accepted doubts. If the request contains neither, those of the
-        stored run are used.
+        """Judge the gates, store the verdict, and return the judgements with the accepted doubts. If the request
+        contains neither gates nor accepted doubts, those of the stored run are used.
         """
-        request, claims, accepted = self.request, self.request.gates, self.request.accepted
-        if stored is not None:
-            before = decided_from_json(self.folder or Path(), stored)
+        claims, accepted, stored = self.request.gates, self.request.accepted, run.store.document(VERDICT)
+        before = None if stored is None else decided_from_json(self.folder or Path(), stored)
+        if before is not None:
             accepted = accepted or before.accepted_doubts
-            if not claims:
-                return judgements_of(before.gates, evidence, Doubts(evidence.doubts, accepted)), accepted
-        doubts = Doubts(evidence.doubts, accepted)
-        judged = (
-            judge(claim, evidence, doubts, baseline=request.baseline, before=request.before)
-            for claim in claims
-        )
-        return tuple(judged), accepted
+        doubts, baseline = Doubts(evidence.doubts, accepted), self.request.baseline
+        if before is not None and not claims:
+            gates = judgements_of(before.gates, evidence, doubts)
+        else:
+            of_training = self.request.before
+            gates = tuple(
+                judge(claim, evidence, doubts, baseline=baseline, before=of_training) for claim in claims
+            )
+        files = {} if folder is None else files_of(folder.chain)
+        run.record(VERDICT, decided(gates, accepted, files).to_json())
+        return gates, accepted
 
     def announce(self, notify: Notify, *, is_step: bool) -> None:
         """Notify the user of the notes about model and data, and of the expected cost of the run: the number of rows

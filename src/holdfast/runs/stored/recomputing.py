@@ -20,7 +20,6 @@ from holdfast.metrics.names import PAIRED
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.result import ATTACKED, Result
-from holdfast.runs.harden.advice import verdict_entries
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.records import Chain
@@ -150,6 +149,8 @@ def refuse_other_training(
     path: Path, manifest: Mapping[str, Any], card: Mapping[str, Any], before: Result, after: Result
 ) -> None:
     """Raise `TargetError` if the verdict of a hardening on its training does not follow from its two measurements."""
+    from holdfast.runs.harden.advice import verdict_entries  # only for hardenings
+
     goal = Goal(**manifest["config"].get("goals", {}).get(card["recipe"], {}))
     computed = strict(verdict_entries(before.evidence, after.evidence, goal))
     rounded = [_rounded({name: entries[name] for name in computed}) for entries in (card, computed)]
