@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import os
 import pickle
 import zipfile
@@ -18,8 +17,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from holdfast.core.chain import GENESIS, Link, digest
-from holdfast.runs.store.records import line_of
 from runs.stored import assessment
 
 CANARY = "canary"
@@ -383,18 +380,6 @@ def good(form: str) -> tuple[File, ...]:
     """The files of a format; `ImportError` where the library that writes it is absent."""
     torch.manual_seed(0)
     return tuple(_MADE[form]())
-
-
-def sealed(chain: bytes, file: File) -> bytes:
-    """The chain of a run folder, computed again with a file in it."""
-    lines, previous = b"", GENESIS
-    for line in chain.splitlines():
-        recorded = json.loads(line)["content"]
-        if recorded["file"] == file.name:
-            recorded["digest"] = digest(file.content)
-        link = Link(previous, recorded)
-        lines, previous = lines + line_of(link), link.digest
-    return lines
 
 
 def beside(form: str) -> Sequence[File]:

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Self
 from unittest.mock import patch
 
-from fuzzing.files import CANARY, CHAIN, File, beside, good, sealed
+from fuzzing.files import CANARY, File, beside, good
 from fuzzing.worker import SLACK, limit, serve
 from holdfast.io.limited.calling import _ENVIRONMENT
+from store.test_foreign import rewritten
 
 SECONDS = 60
 """for one file"""
@@ -123,7 +124,7 @@ class Opener:
             (folder / each.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / each.name).write_bytes(each.content)
         if file.sealed:
-            (folder / CHAIN).write_bytes(sealed((folder / CHAIN).read_bytes(), file))
+            rewritten(folder, file.name)
         return folder / file.name
 
     def __call__(self, file: File) -> Outcome:

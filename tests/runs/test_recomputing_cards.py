@@ -7,7 +7,6 @@ import pytest
 import safetensors.torch
 
 from holdfast.api.stored import report, verify
-from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.runs.harden.harden import harden
 from runs import fakes
@@ -38,34 +37,18 @@ def within(*path, **changes):
     return change
 
 
-FORGED = [
-    (within("before", at_chance=None), "before.at_chance None"),
-    (within("before", metrics={}), "before.metrics {}"),
-    (within("after", headline="100 % of 40 examples are certified"), "after.headline '100"),
-    (within("after", doubts_tested=99), "after.doubts_tested 99"),
-    (within("after", suite="standard@1"), "after.suite 'standard@1'"),
-    (within("after", accepted_doubts={"chance": "no"}), "after.accepted_doubts"),
-    (within(scope="suite only"), "scope 'suite only'"),
-    (within(verdict="worse"), "verdict 'worse'"),
-    (within("change", low=0.5), "change"),
-    (within("advice", epochs=99), "advice"),
-    (within(epochs=99), "epochs 99"),
-    (within(recipe="TRADES"), "recipe 'TRADES'"),
-    (within(threat="linf:0.5"), "threat 'linf:0.5'"),
-    (within(evaluated_under="linf:0.5"), "evaluated_under 'linf:0.5'"),
-    (within(hardware="an H100"), "hardware 'an H100'"),
-    (within(data={"name": "CIFAR-10", "n": 10000}), "states data"),
-    (within("chosen", robust=1.0), "values that its curve does not contain"),
-    (within("held_out", n=10_000), "held_out.before"),
-    (within("generalisation", "robust_error_gap", value=0.0), "generalisation"),
-    (within("held_out", "after", "robust_accuracy", value=1.0), "held_out.after"),
-    (within("model", name="another"), "states model"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), FORGED, ids=[message for _, message in FORGED])
-def test_a_card_that_contradicts_its_run_is_refused(change, message, run):
-    rewritten(run, "card.json", change)
+@pytest.mark.parametrize(
+    ("change", "judged", "message"),
+    [
+        (within("before", at_chance=None), False, "card.json' is not the file"),
+        (within("held_out", n=10_000), False, "card.json' is not the file"),
+        (within("model", name="another"), False, "card.json' is not the file"),
+        (within(verdict="worse"), True, "the verdict on the training"),
+        (within("change", low=0.5), True, "the verdict on the training"),
+    ],
+)
+def test_a_card_that_was_edited_is_refused(change, judged, message, run):
+    rewritten(run, "card.json", change, judged=judged)
     for reader in (report, verify):
         with pytest.raises(TargetError, match=message):
             reader(run)
@@ -75,38 +58,29 @@ def resealed(run, side, change):
     """Change the manifest of a measurement, and record the chain of this measurement in that of the hardening."""
     rewritten(run / side, "run.json", change)
     head = json.loads((run / side / "chain.jsonl").read_text().splitlines()[-1])["digest"]
-    rewritten(run, f"{side}.json", lambda content: content.update(chain=head))
+    rewritten(run, f"{side}.json", lambda content: content.update(chain=head), judged=False)
 
 
 @pytest.mark.parametrize(
-    ("side", "change", "message"),
+    ("side", "change"),
     [
-        ("before", within("digests", data="0" * 64), r"digests\.data"),
-        ("before", within("digests", model="0" * 64), r"digests\.model"),
-        ("after", within("digests", model="0" * 64), r"digests\.model"),
-        ("after", within("digests", code="0" * 64), r"digests\.code"),
-        ("before", within(verb="certify"), "verb 'certify'"),
-        ("after", within("model", name="another"), "card.json' states model"),
+        ("before", within("digests", data="0" * 64)),
+        ("after", within("digests", model="0" * 64)),
+        ("before", within(verb="certify")),
     ],
 )
-def test_a_measurement_of_another_model_or_of_other_examples_is_refused(side, change, message, run):
+def test_a_measurement_that_was_exchanged_is_refused(side, change, run):
     resealed(run, side, change)
-    with pytest.raises(TargetError, match=message):
+    with pytest.raises(TargetError, match=f"{side}.json' is not the file"):
         report(run)
 
 
-def test_a_file_with_another_model_than_the_measured_one_is_refused(run):
+def test_an_exchanged_model_is_refused(run):
     file = run / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
     safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
-    rewritten(run, "model.safetensors")
-    rewritten(run, "training.json", within(weights=digest(file.read_bytes())))
-    with pytest.raises(TargetError, match=r"after/run\.json' states digests\.model"):
-        verify(run)
-    file.write_bytes(b"no tensors")
-    rewritten(run, "model.safetensors")
-    rewritten(run, "training.json", within(weights=digest(file.read_bytes())))
-    with pytest.raises(TargetError, match="inconsistent"):
+    rewritten(run, "model.safetensors", judged=False)
+    with pytest.raises(TargetError, match="model.safetensors' is not the file"):
         verify(run)
 
 

@@ -193,16 +193,6 @@ def test_a_pool_is_no_surrogate(serving, collected):
 # --- the table
 
 
-FORGED_TABLES = [
-    (lambda c: c["rows"][0].update(broken_ids=[]), r"rows\[0\]\.share"),
-    (lambda c: c["rows"][0].update(share=None), r"rows\[0\]\.share None"),
-    (lambda c: c["rows"][0].update(effect="stopped"), "effect"),
-    (lambda c: c.update(conclusion="every attacker is stopped"), "conclusion 'every attacker"),
-    (lambda c: c["alternatives"][0]["white_box"].update(low=0.99), r"alternatives\[0\]\.white_box"),
-    (lambda c: c["doubt"].update(statistic=0.123), r"doubt\.statistic 0\.123"),
-]
-
-
 @pytest.mark.slow
 def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collected, quick, tmp_path):
     serving.expose(contents.bases(serving)[0], "laptop stolen")
@@ -235,10 +225,9 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert len(quick) == 1 and again.summary()["rotation"] == found
     assert open_run(run).summary()["rotation"] == found
     assert open_run(run).doubts == result.doubts
-    for change, message in FORGED_TABLES:
-        rewritten(shutil.copytree(run, tmp_path / "forged", dirs_exist_ok=True), "rotation.json", change)
-        with pytest.raises(TargetError, match=rf"rotation\.json' states {message}"):
-            open_run(tmp_path / "forged")
+    rewritten(run, "rotation.json", lambda c: c.update(conclusion="every attacker is stopped"), judged=False)
+    with pytest.raises(TargetError, match=r"rotation\.json' is not the file"):
+        open_run(run)
 
 
 @pytest.mark.parametrize("recipe", [Standard(), SingleStep()], ids=lambda one: type(one).__name__)

@@ -172,13 +172,15 @@ def test_a_gate_that_contradicts_the_measurements_is_refused(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(assessment=GATED), run=run)
 
     def change(content):
-        content["gates"][0]["estimate"]["value"] += 0.1
+        content["gates"][0]["compared"]["value"] += 0.1
 
     rewritten(run / "after", "verdict.json", change)
     head = json.loads((run / "after" / "chain.jsonl").read_text().splitlines()[-1])["digest"]
     rewritten(run, "after.json", lambda content: content.update(chain=head))
     for reader in (report, verify):
-        with pytest.raises(TargetError, match=r"after/verdict\.json' states gates.estimate"):
+        with pytest.raises(
+            TargetError, match=r"after/verdict\.json' states another judgement of the gate 'improved'"
+        ):
             reader(run)
 
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from holdfast.api.pooled import settings_of_pool
 from holdfast.cli.app import run as command_line
 from holdfast.cli.report import verify as verify_command
-from holdfast.core.chain import GENESIS, Link, digest
+from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.rotation.pool.pool import Pool
 from holdfast.runs.store import journal
@@ -33,17 +33,31 @@ def run(tmp_path):
     return shutil.copytree(stored.assessment(), tmp_path / "run")
 
 
-def rewritten(run, name, change=None):
-    """Change a document, or take a changed file as it is, and compute the chain again, as a stranger can."""
+def rewritten(run, name, change=None, *, judged=True):
+    """Change a document, or take a changed file as it is, and compute the chain again, as a stranger can. With
+    `judged`, the verdict then states the changed file as one from which it was computed.
+    """
     if change is not None:
         content = json.loads((run / name).read_text())
         change(content)
         (run / name).write_text(json.dumps(content))
-    lines, previous = b"", GENESIS
-    for line in (run / "chain.jsonl").read_text().splitlines():
-        recorded = json.loads(line)["content"]
+    records = [json.loads(line)["content"] for line in (run / "chain.jsonl").read_text().splitlines()]
+    for recorded in records:
         if recorded["file"] == name:
             recorded["digest"] = digest((run / name).read_bytes())
+    verdict = next((recorded for recorded in records if recorded["kind"] == "verdict"), None)
+    judged = judged and verdict is not None and name != "verdict.json"
+    stated = json.loads((run / "verdict.json").read_text()) if judged else {}
+    if "computed_from" in stated:
+        stated["computed_from"] = {
+            recorded["file"]: digest(canonical(recorded))
+            for recorded in records
+            if recorded["kind"] != "verdict"
+        }
+        (run / "verdict.json").write_text(json.dumps(stated))
+        verdict["digest"] = digest((run / "verdict.json").read_bytes())
+    lines, previous = b"", GENESIS
+    for recorded in records:
         link = Link(previous, recorded)
         lines, previous = lines + line_of(link), link.digest
     (run / "chain.jsonl").write_bytes(lines)
@@ -68,8 +82,9 @@ WRONG = [
     ("doubts.json", lambda c: c["doubts"][0].update(statistic="0.25")),
     ("doubts.json", lambda c: c["doubts"][0].pop("message")),
     ("verdict.json", lambda c: c.update(exit_code=float(c["exit_code"]))),
-    ("verdict.json", lambda c: c["gates"][0]["estimate"].update(n="20")),
-    ("verdict.json", lambda c: c["gates"][0]["estimate"].update(value=True)),
+    ("verdict.json", lambda c: c["gates"][0].update(compared={"value": 1, "low": 1, "high": 1, "n": "20"})),
+    ("verdict.json", lambda c: c["gates"][0].update(compared={"value": True, "low": 1, "high": 1, "n": 20})),
+    ("verdict.json", lambda c: c.pop("computed_from")),
 ]
 
 

@@ -31,7 +31,7 @@ from holdfast.runs.store.folder import (
 )
 from holdfast.runs.store.forms import Name, refuse_form
 from holdfast.runs.store.records import Chain, read_chain
-from holdfast.runs.stored.documents import VERDICT
+from holdfast.runs.stored.record import VERDICT
 from holdfast.runs.stored.run_manifest import about_run
 from holdfast.runs.stored.stored_runs import RunEntry, open_run
 

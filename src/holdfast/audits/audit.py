@@ -45,7 +45,7 @@ from holdfast.runs.store.folder import (
 )
 from holdfast.runs.store.forms import refuse_form
 from holdfast.runs.store.records import Chain, read_chain
-from holdfast.runs.stored.documents import VERDICT
+from holdfast.runs.stored.record import VERDICT
 from holdfast.runs.stored.run_forms import JudgedAudit, ListedAudit, consistent
 from holdfast.runs.stored.run_manifest import about_run
 

@@ -11,6 +11,7 @@ from holdfast.core.types import Mask
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.curves import Curve, accuracy_against_eps, accuracy_against_queries
 from holdfast.metrics.shares import per_class
+from holdfast.reports.json_schemas import EstimateJson
 from holdfast.reports.numbers import strict
 
 Json = dict[str, Any]
@@ -32,7 +33,7 @@ def robust_examples(evidence: Evidence) -> Mask:
     return unbroken if evidence.threat.goal is not None else unbroken & evidence["correct"].bool()
 
 
-def estimate_to_json(value: Estimate) -> Json:
+def estimate_to_json(value: Estimate) -> EstimateJson:
     """Return the value, the confidence interval and the sample size of an estimate as JSON for the summary of a run."""
     return {"value": strict(value.value), "low": strict(value.low), "high": strict(value.high), "n": value.n}
 
@@ -56,7 +57,7 @@ def _points(curve: Callable[[Evidence], Curve], evidence: Evidence, axis: str) -
         points = curve(evidence)
     except Absent:
         return []
-    return [{axis: strict(x)} | estimate_to_json(y) for x, y in zip(points.x, points.y, strict=True)]
+    return [{axis: strict(x), **estimate_to_json(y)} for x, y in zip(points.x, points.y, strict=True)]
 
 
 def per_class_to_json(evidence: Evidence, names: tuple[str, ...]) -> list[Json]:

@@ -128,7 +128,14 @@ class AnswerCheck(TypedDict):
     message: str
 
 
-class Attack(CostJson):
+class Smallest(TypedDict):
+    """Results of a minimum-norm attack; null for other attacks."""
+
+    success_rate: EstimateJson | None
+    median_distance: EstimateJson | None
+
+
+class Attack(CostJson, Smallest):
     """An attack of the suite, and its results.
 
     - `robust_accuracy`: share of robust examples after this attack and all before it
@@ -150,8 +157,6 @@ class Attack(CostJson):
     surviving_before: Natural
     surviving_after: Natural
     robust_accuracy: EstimateJson | None
-    success_rate: EstimateJson | None
-    median_distance: EstimateJson | None
     notes: list[str]
     not_tried: NotTried | None
     adaptive: bool

@@ -17,6 +17,7 @@ from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
 from holdfast.reports import detector
+from holdfast.reports import json_schemas as forms
 from holdfast.reports.across import across
 from holdfast.reports.across import table as across_table
 from holdfast.reports.certification import certification
@@ -202,14 +203,14 @@ def _noun(evidence: Evidence) -> str:
     return domain_of(evidence.threat.constraint, shape).noun
 
 
-def later_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
+def later_gate(gate: Judgement, content: Mapping[str, Any]) -> forms.Gate:
     """Return the JSON entry of the summary for a gate that was judged after the end of the run."""
     entry = _gate(gate)
-    judged: Json = strict(entry | {"message": why(entry, open_doubts(content))})
+    judged: forms.Gate = strict({**entry, "message": why(entry, open_doubts(content))})
     return judged
 
 
-def _gate(gate: Judgement) -> Json:
+def _gate(gate: Judgement) -> forms.Gate:
     claim = gate.claim
     return {
         "condition": claim.text,
@@ -221,10 +222,11 @@ def _gate(gate: Judgement) -> Json:
         "verdict": gate.verdict,
         "estimate": estimate_to_json(gate.estimate),
         "scope": gate.scope,
+        "message": "",
     }
 
 
-def _attacks(evidence: Evidence) -> list[Json]:
+def _attacks(evidence: Evidence) -> list[forms.Attack]:
     """An entry for each attack, with the robust accuracy after it and all before it."""
     chosen = judged(evidence)
     bounded = math.isfinite(evidence.threat.constraint.eps)  # else a large enough change breaks any example
@@ -238,7 +240,7 @@ def _attacks(evidence: Evidence) -> list[Json]:
         if broken_by is not None:
             not_surviving = not_surviving | not_robust & _broke(evidence, place)
             after = estimate_to_json(proportion(~not_surviving[chosen])) if chosen.any() else None
-        entries.append(_attack(record, after) | _smallest(evidence, record))
+        entries.append(_attack(record, after, _smallest(evidence, record)))
     return entries
 
 
@@ -251,9 +253,9 @@ def _broke(evidence: Evidence, place: int) -> Mask:
     return broken
 
 
-def _smallest(evidence: Evidence, record: AttackRecord) -> Json:
+def _smallest(evidence: Evidence, record: AttackRecord) -> forms.Smallest:
     """The fraction of examples and the median distance that a minimum-norm attack found; None for other attacks."""
-    missing = {"success_rate": None, "median_distance": None}
+    missing: forms.Smallest = {"success_rate": None, "median_distance": None}
     if f"{record.stage}.distance" not in evidence:
         return missing
     distance, attacked = evidence[f"{record.stage}.distance"], judged(evidence) & evidence["correct"].bool()
@@ -267,7 +269,7 @@ def _smallest(evidence: Evidence, record: AttackRecord) -> Json:
     }
 
 
-def _attack(record: AttackRecord, after: Json | None) -> Json:
+def _attack(record: AttackRecord, after: forms.EstimateJson | None, smallest: forms.Smallest) -> forms.Attack:
     return {
         "stage": record.stage,
         "name": record.name,
@@ -282,22 +284,23 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         "fits": record.fits,
         "positions": _positions(record.places),
         "search": None if record.search is None else strict(asdict(record.search)),
+        **smallest,
     }
 
 
-def _not_tried(residual: Residual | None) -> Json | None:
+def _not_tried(residual: Residual | None) -> forms.NotTried | None:
     if residual is None:
         return None
     return {"n": residual.untried, "max_success_rate": residual.at_most}
 
 
-def _positions(places: Places | None) -> Json | None:
+def _positions(places: Places | None) -> forms.Positions | None:
     if places is None:
         return None
     return {"tried": places.tried, "surviving_at_random": places.surviving_at_random}
 
 
-def _pass(record: PassRecord) -> Json:
+def _pass(record: PassRecord) -> forms.Pass:
     return {
         "stage": record.stage,
         "name": record.name,
@@ -307,7 +310,7 @@ def _pass(record: PassRecord) -> Json:
     }
 
 
-def _cost(cost: Cost) -> Json:
+def _cost(cost: Cost) -> forms.CostJson:
     return {
         "forwards": cost.forwards,
         "backwards": cost.backwards,
@@ -317,7 +320,7 @@ def _cost(cost: Cost) -> Json:
     }
 
 
-def _doubt(doubt: Doubt, output: str | None) -> Json:
+def _doubt(doubt: Doubt, output: str | None) -> forms.Doubt:
     test = doubt_test(doubt.name)
     saturated = test.advice_for_probabilities if output == "probability" else ""
     return {

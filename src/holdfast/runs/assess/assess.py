@@ -22,15 +22,7 @@ from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess import probes
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.checks import refuse_data, refuse_gates
-from holdfast.runs.assess.collecting_evidence import (
-    ADAPTIVE,
-    DOUBTS,
-    ROTATION,
-    adversarial,
-    counted_passes,
-    evidence_of,
-    with_attackers,
-)
+from holdfast.runs.assess.collecting_evidence import adversarial, evidence_of, with_attackers
 from holdfast.runs.assess.executors import executor_for
 from holdfast.runs.assess.expected_rows import expected_of
 from holdfast.runs.assess.expected_time import duration, expected_seconds
@@ -52,14 +44,22 @@ from holdfast.runs.harness.kinds.stateful import STATEFUL
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.runs.stored.commands import command_of
-from holdfast.runs.stored.documents import (
+from holdfast.runs.stored.recomputing import decided, files_of, judgements_of
+from holdfast.runs.stored.record import (
+    ADAPTIVE,
+    DOUBTS,
+    ROTATION,
     VERDICT,
-    doubt_from_json,
-    doubts_to_json,
-    judgement_from_json,
-    verdict_to_json,
+    Adapted,
+    Doubted,
+    Manifest,
+    Record,
+    adapted_from_json,
+    decided_from_json,
+    doubted_from_json,
+    manifest_from_json,
+    splits_of,
 )
-from holdfast.runs.stored.recomputing import refuse_other_doubts
 from holdfast.runs.stored.run_manifest import about_run, assess_manifest
 from holdfast.runs.stored.stored_runs import open_run
 
@@ -105,19 +105,20 @@ def assess(
         plan = plan_for(subject, data, request, target, sample, stack)
         refuse_gates(request.gates, plan, target, sample, data)
         stored, shape = None if run is None else stored_manifest(run), tuple(sample.x.shape[1:])
-        manifest: Mapping[str, Any] = assess_manifest(
-            subject, data, request, plan, target, shape, served=served, stored=stored
-        )
+        manifest = assess_manifest(subject, data, request, plan, target, shape, served=served, stored=stored)
         stopper = Stopper() if run is None else stack.enter_context(stoppable(again))
         about = about_run(request.command)
         store: Store = MemoryStore()
+        folder: RunFolder | None = None
         if run is not None:
-            store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume))
-            manifest, about = store.manifest, store.about()
+            store = folder = stack.enter_context(
+                open_run_folder(run, manifest.to_json(), about, resume=resume)
+            )
+            manifest, about = manifest_from_json(run, folder.manifest), folder.about()
             attach(served)
         job = _Job(subject, data, request, plan, target, device, manifest, served, run)
         measure = ShardMeasure(plan, target, data, device, served)
-        chosen = executor_for(request, subject, measure, manifest["digests"], opening, notify, detail)
+        chosen = executor_for(request, subject, measure, manifest.digests, opening, notify, detail)
         with chosen as executor:
             work = job.run(store, executor, stopper, progress)
             if store.document(DOUBTS) is None:
@@ -125,15 +126,15 @@ def assess(
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
             executor.pause()  # the probes run in this process, and need the memory of the workers
-            doubts_document = job.doubted(measurement, by_stage, missed)
-            adapted = job.adapted(measurement, by_stage, doubts_document) if plan.adaptive else None
-        evidence = job.evidence(work, by_stage, doubts_document, adapted)
+            doubted = job.doubted(measurement, by_stage, missed)
+            adapted = job.adapted(measurement, by_stage, doubted) if plan.adaptive else None
+        record = job.record(work, by_stage, doubted, adapted)
+        evidence = job.evidence(record)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
-        adversarial_examples = job.adversarial(store, evidence, by_stage, doubts_document)
-        gates, accepted = job.judged(evidence, store.document(VERDICT))
-        work.record(VERDICT, verdict_to_json(gates, accepted))
-        head = store.chain.head if isinstance(store, RunFolder) else None
+        adversarial_examples = job.adversarial(folder, evidence, record)
+        gates, accepted = job.judged(work, evidence, folder)
+        head = None if folder is None else folder.chain.head
         shown = about_of(manifest, {**about, **job.command(gates)}, run, head)
         return Result(evidence, gates, accepted, shown, run, adversarial_examples, request.baseline, rotation)
 
@@ -148,7 +149,7 @@ class _Job:
     plan: Plan
     target: Target
     device: torch.device
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     served: Served | None
     """connection to the server of a served model"""
     folder: Path | None
@@ -156,20 +157,20 @@ class _Job:
 
     def command(self, gates: Sequence[Judgement]) -> dict[str, str]:
         """Return the command line of a run in a folder, as when the run is opened later; nothing for one in memory."""
-        return {} if self.folder is None else {"command": command_of(self.manifest, gates)}
+        return {} if self.folder is None else {"command": command_of(self.manifest.to_json(), gates)}
 
     def run(self, store: Store, executor: Executor, stopper: Stopper, progress: Progress) -> Run:
         """Create the run whose results are written to a store. The time that earlier attempts used is subtracted from
         the time budget.
         """
-        work, budget_s = self.manifest["plan"], self.request.time_budget_s
-        spent_s = sum(store.spent(name).wall for name in work["stages"])
+        work, budget_s = self.manifest.plan, self.request.time_budget_s
+        spent_s = sum(store.spent(name).wall for name in work.stages)
         return Run(
-            tuple(work["stages"]),
+            tuple(work.stages),
             store,
             executor,
-            tuple((start, stop) for start, stop in work["shards"]),
-            work["batch_size"],
+            tuple(work.shards),
+            work.batch_size,
             math.inf if budget_s is None else time.perf_counter() + budget_s - spent_s,
             stopper,
             progress,
@@ -195,7 +196,7 @@ class _Job:
 
     def doubted(
         self, measurement: Measurement, by_stage: dict[str, Columns], missed: Sequence[str]
-    ) -> Mapping[str, Any]:
+    ) -> Doubted:
         """Measure and store the doubts, with notes on the probes for which there was no time. If the doubts are already
         stored, they are returned unchanged.
 
@@ -203,16 +204,12 @@ class _Job:
         """
         run, off = measurement.run, self.plan.doubts == "none"
         store = run.store
-        finished = self.folder is not None and store.document(VERDICT) is not None
-        if self.folder is not None and finished:
-            # all documents of a finished run are compared with its columns, the doubts too, which it must have
-            open_run(self.folder)
+        if self.folder is not None and store.document(VERDICT) is not None:
+            open_run(self.folder)  # refuses a finished run whose verdict does not follow from its files
         if (stored := store.document(DOUBTS)) is not None:
             if (columns := store.stage(FOUND)) is not None:
                 by_stage[FOUND] = columns.columns
-            if self.folder is not None and not finished:
-                refuse_other_doubts(self.folder, self.manifest, by_stage, stored)
-            return stored
+            return doubted_from_json(self.folder or Path(), stored)
         store.begin(DOUBTS, 0)
         stopwatch = Stopwatch(store, DOUBTS)
         not_measured = (
@@ -225,75 +222,66 @@ class _Job:
         measurement.confirm()
         if results.found:
             by_stage[FOUND] = results.found
-        document = doubts_to_json(
-            results.findings, results.probes, results.cost, [*missed, *not_measured], store.splits()
-        )
+        batches, halved = splits_of(store.splits())
+        broken = {name: ids.tolist() for name, ids in results.findings.missed.items()}
+        notes = [*missed, *not_measured, *halved]
+        found = Doubted(results.findings.doubts, broken, list(results.probes), notes, results.cost, batches)
         # The inputs are stored first: if the document exists, a resumed run assumes that they are complete.
         with run.stopper.finishing():
             if results.found and store.stage(FOUND) is None:  # a killed attempt may have stored it already
                 store.complete(FOUND, results.found)
-            store.record(DOUBTS, document)
+            store.record(DOUBTS, found.to_json())
             stopwatch.tick(done=True)
         run.stored(DOUBTS, None)
-        return document
+        return found
 
-    def adapted(
-        self, measurement: Measurement, by_stage: dict[str, Columns], doubts_document: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def adapted(self, measurement: Measurement, by_stage: dict[str, Columns], doubted: Doubted) -> Adapted:
         """Run the adaptive attacks that the doubts require, and record which doubts require each attack."""
-        doubts = tuple(map(doubt_from_json, doubts_document["doubts"]))
         members = {member.name for member in self.plan.adaptive}
         because = required_attacks(
-            [arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubts
+            [arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubted.doubts
         )
         stages = [s for s in self.plan.stages() if s.adaptive and s.member and s.member.name in because]
         missed = measurement.stages(stages, by_stage)
-        return measurement.run.document(
-            ADAPTIVE,
-            lambda: {
-                "reasons": {arm: list(names) for arm, names in because.items()},
-                "bypassed": list(self.target.masking.descriptions),
-                "no_detector_gradient": self.target.blind_view,
-                "unfinished": list(missed),
-                "notes": [] if because else ["no doubt requires an adaptive attack, so none was run"],
-            },
+        found = Adapted(
+            {arm: list(names) for arm, names in because.items()},
+            list(self.target.masking.descriptions),
+            self.target.blind_view,
+            list(missed),
+            [] if because else ["no doubt requires an adaptive attack, so none was run"],
         )
+        document = measurement.run.document(ADAPTIVE, lambda: vars(found))
+        return adapted_from_json(self.folder or Path(), document)
 
-    def evidence(
-        self,
-        run: Run,
-        by_stage: Mapping[str, Columns],
-        doubts_document: Mapping[str, Any],
-        adapted: Mapping[str, Any] | None,
-    ) -> Evidence:
-        """Return the evidence of the run, which consists of the columns of the stages, the doubts and the results of
-        adaptive attacks. Raises `UnsoundProof` if a certified example is broken.
+    def record(
+        self, run: Run, by_stage: Mapping[str, Columns], doubted: Doubted, adapted: Adapted | None
+    ) -> Record:
+        """Return the record of the run, which consists of its manifest, the columns of the stages, the doubts and the
+        results of adaptive attacks.
         """
         if self.served is not None:
             finish(self.served)
         sent = None if self.served is None else self.served.sent.totals
         seconds = {name: run.store.spent(name) for name in run.stages}
         nodes = run.store.document(NODES)
-        evidence = evidence_of(self.manifest, by_stage, doubts_document, seconds, adapted, sent, nodes)
+        return Record(
+            self.manifest, by_stage, doubted, adapted, seconds, sent, () if nodes is None else nodes["nodes"]
+        )
+
+    def evidence(self, record: Record) -> Evidence:
+        """Return the evidence of the run. Raises `UnsoundProof` if a certified example is broken."""
+        evidence = evidence_of(record)
         refuse_unsound(evidence)
         return evidence
 
-    def adversarial(
-        self,
-        store: Store,
-        evidence: Evidence,
-        by_stage: Mapping[str, Columns],
-        doubts_document: Mapping[str, Any],
-    ) -> Columns:
+    def adversarial(self, folder: RunFolder | None, evidence: Evidence, record: Record) -> Columns:
         """Return the adversarial examples that the run stores. In a folder, they are written to one file with the
         columns from which the verdict is computed.
         """
-        attacks = [stage.name for stage in self.plan.stages() if stage.kind.in_suite]
-        counted = counted_passes(self.manifest, by_stage, doubts_document)
-        inputs = adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
-        if isinstance(store, RunFolder):
+        inputs = adversarial(record)
+        if folder is not None:
             columns = column_files.encode(worst_case(evidence, inputs), {})
-            store.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", columns)
+            folder.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", columns)
         return inputs
 
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
@@ -309,31 +297,33 @@ class _Job:
         return table
 
     def judged(
-        self, evidence: Evidence, stored: Mapping[str, Any] | None
+        self, run: Run, evidence: Evidence, folder: RunFolder | None
     ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
-        """Judge the gates, and return them with the accepted doubts. If the request contains neither, those of the
-        stored run are used.
+        """Judge the gates, store the verdict, and return the judgements with the accepted doubts. If the request
+        contains neither gates nor accepted doubts, those of the stored run are used.
         """
-        request, claims, accepted = self.request, self.request.gates, self.request.accepted
-        if stored is not None:
-            before = tuple(map(judgement_from_json, stored["gates"]))
-            if not claims and not accepted:
-                return before, stored["accepted_doubts"]
-            claims = claims or tuple(judgement.claim for judgement in before)
-            accepted = accepted or stored["accepted_doubts"]
-        doubts = Doubts(evidence.doubts, accepted)
-        judged = (
-            judge(claim, evidence, doubts, baseline=request.baseline, before=request.before)
-            for claim in claims
-        )
-        return tuple(judged), accepted
+        claims, accepted, stored = self.request.gates, self.request.accepted, run.store.document(VERDICT)
+        before = None if stored is None else decided_from_json(self.folder or Path(), stored)
+        if before is not None:
+            accepted = accepted or before.accepted_doubts
+        doubts, baseline = Doubts(evidence.doubts, accepted), self.request.baseline
+        if before is not None and not claims:
+            gates = judgements_of(before.gates, evidence, doubts)
+        else:
+            of_training = self.request.before
+            gates = tuple(
+                judge(claim, evidence, doubts, baseline=baseline, before=of_training) for claim in claims
+            )
+        files = {} if folder is None else files_of(folder.chain)
+        run.record(VERDICT, decided(gates, accepted, files).to_json())
+        return gates, accepted
 
     def announce(self, notify: Notify, *, is_step: bool) -> None:
         """Notify the user of the notes about model and data, and of the expected cost of the run: the number of rows
         that are sent to a model server, or the time. A step of another run states neither notes nor time.
         """
         if not is_step:
-            for note in self.manifest["notes"]:
+            for note in self.manifest.notes:
                 notify(f"note: {note}")
         if self.served is not None:
             notify(self.expected_rows(self.served))
@@ -345,7 +335,7 @@ class _Job:
         """Return a message with the number of rows that the run is expected to send to the model server, and the number
         that earlier attempts sent.
         """
-        work = self.manifest["plan"]
+        work = self.manifest.plan
         rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
         earlier = served.sent.earlier
         return f"expected: {rows.description}" + (

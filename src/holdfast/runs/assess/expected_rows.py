@@ -2,7 +2,7 @@
 examples.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -28,6 +28,7 @@ from holdfast.runs.assess.served_runs import served_by
 from holdfast.runs.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
 from holdfast.runs.harness.kinds.answer_checks import CHECKED, PARTS
 from holdfast.runs.harness.kinds.proof import AT_ONCE
+from holdfast.runs.stored.record import Division
 from holdfast.runs.stored.run_manifest import work_of
 
 
@@ -125,7 +126,7 @@ def expected_of(
     plan: Plan,
     target: Target,
     n: int,
-    work: Mapping[str, Any],
+    work: Division,
     *,
     right: int | None = None,
     opening: int = 0,
@@ -133,18 +134,18 @@ def expected_of(
     """Return upper bounds on the numbers of rows that a run with given shards and a given batch size sends to a model
     server.
 
-    `work` is the entry `plan` of the manifest of the run.
+    `work` states how the run is divided.
     """
-    shards = tuple(stop - start for start, stop in work["shards"])
+    shards = tuple(stop - start for start, stop in work.shards)
     if target.smoothed is not None:
-        passes = Passes(work["batch_size"], target.smoothed.base.batches, shards)
+        passes = Passes(work.batch_size, target.smoothed.base.batches, shards)
         gates = any(claim.versus is None for claim in order.gates)
         return _smoothed(target.smoothed, n, passes, gates=gates, opening=opening)
     return expected_rows(
         plan,
         n,
         right=right,
-        passes=Passes(work["batch_size"], target.bare.batches, shards),
+        passes=Passes(work.batch_size, target.bare.batches, shards),
         randomised=target.randomised,
         gates=any(claim.versus is None for claim in order.gates),
         others=tuple(map(len, order.across)),

@@ -24,7 +24,6 @@ from holdfast.doubts.protocol import MeasurementContext, Probe, Probed, Run, pro
 from holdfast.doubts.thresholds import SAMPLE
 from holdfast.io.data.selection import concatenated
 from holdfast.io.doctor import BETTER, FILLED, Finding, misfit, names_of_labels
-from holdfast.runs.assess.collecting_evidence import DOUBTS
 from holdfast.runs.assess.measuring import Measurement
 from holdfast.runs.engine.store import Stopwatch
 from holdfast.runs.harness import (
@@ -37,6 +36,7 @@ from holdfast.runs.harness import (
     stage_passes,
     suite_columns,
 )
+from holdfast.runs.stored.record import DOUBTS
 from holdfast.threats.domains import TEXT
 
 

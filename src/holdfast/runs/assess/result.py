@@ -25,6 +25,7 @@ from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import VERDICTS, measured
 from holdfast.reports.write import write
 from holdfast.runs.harness.verdict import DISTANCES
+from holdfast.runs.stored.record import Manifest
 
 if TYPE_CHECKING:
     from holdfast.explanation.explained import Explained
@@ -260,11 +261,11 @@ def worst_case(evidence: Evidence, adversarial: Columns = MappingProxyType({})) 
 
 
 def about_of(
-    manifest: Mapping[str, Any], about: Mapping[str, Any], folder: Path | None, head: str | None
+    manifest: Manifest, about: Mapping[str, Any], folder: Path | None, head: str | None
 ) -> dict[str, Any]:
     """Return the facts of a report that are not part of the evidence, such as digests, versions, hardware and the start
     time.
     """
-    hashes = dict(manifest["digests"]) | ({} if head is None else {"chain": head})
-    facts = {name: manifest[name] for name in ("verb", "versions", "hardware")}
+    hashes = dict(manifest.digests) | ({} if head is None else {"chain": head})
+    facts = {name: getattr(manifest, name) for name in ("verb", "versions", "hardware")}
     return {**facts, **about, "hashes": hashes, **({} if folder is None else {"folder": str(folder)})}

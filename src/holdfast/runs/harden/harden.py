@@ -92,6 +92,7 @@ from holdfast.runs.harden.trainable import (
 from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.runs.stored.commands import command_of
+from holdfast.runs.stored.recomputing import files_of
 from holdfast.runs.stored.run_manifest import about_run, harden_manifest
 from holdfast.statistics.group_privacy import RowBudget
 
@@ -354,7 +355,8 @@ class _Job:
             run.record("training", {"chosen": card["chosen"]["epoch"], "weights": digest(weights)})
             run.record("after", _head(after))
             run.record("card", timeless(card))
-            run.record("verdict", {"exit_code": after.exit_code, "verdict_of": "after"})
+            decided = {"exit_code": after.exit_code, "verdict_of": "after"}
+            run.record("verdict", {**decided, "computed_from": files_of(folder.chain)})
         # the model may come from a factory and is not sent; its weights are part of the result
         distributed.broadcast(replace(result, model=NOTHING))
         return result

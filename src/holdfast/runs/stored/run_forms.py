@@ -10,99 +10,26 @@ from typing import Annotated, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from holdfast.core.errors import Interrupted, TargetError
-from holdfast.core.evidence import DoubtState
-from holdfast.core.types import Access
 from holdfast.gates.judging import Verdict
-from holdfast.runs.harness import KINDS
-from holdfast.runs.store.forms import Count, Flag, Name, Real, Whole, distinct, required
+from holdfast.runs.store.forms import Count, Name, Real, Whole, distinct, required
 
 ExitCode = Annotated[Whole, required((0, 1, 4).__contains__, "0, 1 or 4")]
 
 
-class _Step(TypedDict):
-    name: Name
-    kind: Annotated[str, required(lambda kind: kind in KINDS, "a kind of stages")]
-    attack: str
-    settings: dict[str, Any]
-    notes: list[str]
-    wave_of: str
-    adaptive: Flag
+class Size(TypedDict):
+    """The norm and the eps of a threat model."""
 
-
-class _Size(TypedDict):
     norm: str
     eps: Real
     unit: NotRequired[str]
-
-
-class _Threat(_Size):
-    per: str | None
-    limits: dict[str, Any]
-    goal: Whole | None
-    access: Access
-    queries: Count | None
-
-
-class _Config(TypedDict):
-    stages: Annotated[list[_Step], distinct("name")]
-    threat: _Threat
-    seed: Whole
-    suite: str
-    minimum_norm: Flag
 
 
 class _Named(TypedDict, total=False):
     name: str
 
 
-class _Groups(TypedDict):
-    column: str
-    names: Annotated[list[str], distinct()]
-    of: str
-    absent: list[str]
-
-
-class _Data(TypedDict):
-    name: str
-    n: NotRequired[Count]
-    sampled: NotRequired[bool]
-    classes: NotRequired[list[str] | None]
-    shape: NotRequired[list[Count]]
-    digest: NotRequired[str]
-    groups: NotRequired[_Groups]
-
-
-class _Other(TypedDict):
-    name: str
-    digest: str
-    n: NotRequired[Count]
-    member: NotRequired[bool]
-
-
-class _Model(_Named):
-    randomised: Flag
-    outputs: NotRequired[Count]
-    members: NotRequired[list[_Other]]
-
-
-class Assessed(TypedDict):
-    """Model of the file `run.json` of an assessment."""
-
-    verb: str
-    digests: dict[str, str]
-    config: _Config
-    model: _Model
-    data: _Data
-    notes: list[str]
-    versions: dict[str, str]
-    hardware: str
-    details: list[str]
-    surrogates: list[_Other]
-    other_data: list[_Other]
-
-
 class _ListedConfig(TypedDict):
-    threat: _Size
+    threat: Size
     suite: str
 
 
@@ -158,65 +85,18 @@ class JudgedAudit(TypedDict):
     gates: list[_JudgedGate]
 
 
-class _Estimate(TypedDict):
-    value: Real
-    low: Real
-    high: Real
-    n: Count
-
-
-class _Gate(TypedDict):
-    condition: str
-    estimate: _Estimate
-    verdict: Verdict
-    open_doubts: list[str]
-    scope: NotRequired[str]
-
-
-class Decided(TypedDict):
-    """Model of the file `verdict.json` of an assessment."""
-
-    gates: list[_Gate]
-    accepted_doubts: dict[str, str]
-    exit_code: ExitCode
-
-
 class Judged(TypedDict):
     """Model of `verdict.json` of a hardening, whose verdict is that of the inner run that measured the new model."""
 
     verdict_of: Literal["after"]
     exit_code: ExitCode
+    computed_from: dict[str, str]
 
 
 class Inner(TypedDict):
     """Model of a document with the chain digest of an inner run."""
 
     chain: str
-
-
-class _Cost(TypedDict):
-    forwards: Real
-    backwards: Real
-    queries: Real
-
-
-class _Doubt(TypedDict):
-    name: str
-    state: DoubtState
-    statistic: Real | None
-    threshold: Real | None
-    n: Count
-    message: str
-
-
-class Doubted(TypedDict):
-    """Model of the file `doubts.json`."""
-
-    cost: _Cost
-    doubts: list[_Doubt]
-    notes: list[str]
-    broken: dict[str, list[Whole]]
-    batches: NotRequired[dict[str, Count]]
 
 
 class Differing(TypedDict):

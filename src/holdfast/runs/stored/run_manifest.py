@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +19,6 @@ from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import goal_of
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.checks import small_eps_note, wide_bounds_note
-from holdfast.runs.assess.collecting_evidence import DOUBTS
 from holdfast.runs.assess.measuring import shards_of
 from holdfast.runs.assess.preparation import model_digest
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
@@ -27,6 +26,7 @@ from holdfast.runs.engine.identity import code_digest, hardware, versions
 from holdfast.runs.engine.resuming import repeatable
 from holdfast.runs.harness import Plan, Target
 from holdfast.runs.stored.documents import outline_to_json
+from holdfast.runs.stored.record import DOUBTS, DataCard, Division, Manifest, Other, Settings
 
 _SAMPLE = 64
 """Number of examples from which the range of the inputs is estimated."""
@@ -42,36 +42,35 @@ def assess_manifest(
     *,
     served: Served | None = None,
     stored: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the content of `run.json` of an assessment. `shape` is the shape of one input.
+) -> Manifest:
+    """Return the manifest of an assessment. `shape` is the shape of one input.
 
     `stored` is the manifest of the run in the folder, if there is one: a resumed run uses the batch size of its first
     attempt.
     """
     config = _config(request, plan, target) | _groups_identity(data)
-    return {
-        "verb": request.verb,
-        "digests": {
-            "config": digest(canonical(config)),
-            "model": model_digest(subject, target),
-            "data": data.digest,
-            "code": code_digest(),
-        },
-        "config": config,
-        "model": strict({**subject.card, "outputs": target.classes, "randomised": target.randomised}),
-        "surrogates": [_identity(surrogate) for surrogate in request.surrogates],
-        "other_data": [
-            {"name": dataset.name, "digest": dataset.digest, "n": len(dataset)} for dataset in request.across
-        ],
-        "data": _data_card(data, shape) | _sampled(request),
-        "notes": _notes(subject, data, request, plan, target, shape),
-        "details": list(target.details),
-        "versions": versions(),
-        "hardware": hardware(torch.device(request.device)),
-        "seed": plan.seed,
-        "plan": work_of(len(data), request, plan, shape, served=served, stored=stored),
-        **({"opening": dict(request.opening)} if request.opening else {}),
+    digests = {
+        "config": digest(canonical(config)),
+        "model": model_digest(subject, target),
+        "data": data.digest,
+        "code": code_digest(),
     }
+    return Manifest(
+        request.verb,
+        digests,
+        cast(Settings, config),
+        strict({**subject.card, "outputs": target.classes, "randomised": target.randomised}),
+        cast(DataCard, _data_card(data, shape) | _sampled(request)),
+        _notes(subject, data, request, plan, target, shape),
+        list(target.details),
+        [_identity(surrogate) for surrogate in request.surrogates],
+        [{"name": dataset.name, "digest": dataset.digest, "n": len(dataset)} for dataset in request.across],
+        versions(),
+        hardware(torch.device(request.device)),
+        plan.seed,
+        work_of(len(data), request, plan, shape, served=served, stored=stored),
+        dict(request.opening),
+    )
 
 
 def work_of(
@@ -82,7 +81,7 @@ def work_of(
     *,
     served: Served | None = None,
     stored: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Division:
     """Return how a run on `n` examples is divided: the shards, the batch size and the names of the stages."""
     divided = request.time_budget_s is not None or request.workers is not None
     size = request.batch_size or batch_size_for(math.prod(shape), request.device)
@@ -91,15 +90,15 @@ def work_of(
     if stored is not None:
         size = stored["plan"]["batch_size"]
     stages = plan.stages()
-    return {
-        "shards": shards_of(n, min(request.shard_size, size) if divided else request.shard_size),
-        "batch_size": size,
-        "stages": [
+    return Division(
+        shards_of(n, min(request.shard_size, size) if divided else request.shard_size),
+        size,
+        [
             *(stage.name for stage in stages if not stage.adaptive),
             DOUBTS,
             *(stage.name for stage in stages if stage.adaptive),
         ],
-    }
+    )
 
 
 def harden_manifest(
@@ -264,8 +263,8 @@ def _notes(
     return [*subject.notes, *cut, *surrogates, *notes]
 
 
-def _identity(surrogate: Subject) -> dict[str, Any]:
+def _identity(surrogate: Subject) -> Other:
     """Name, origin and digest of a surrogate model, and whether it is a member of the model."""
     name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
-    member = {"member": True} if surrogate.card.get("member") else {}
-    return {"name": name, "how": how, "digest": surrogate.digest, **member}
+    identity: Other = {"name": name, "how": how, "digest": surrogate.digest}
+    return {**identity, "member": True} if surrogate.card.get("member") else identity

@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Columns, Evidence, Seconds
+from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import RESUME, Remedy
 from holdfast.gates.judging import exit_code
 from holdfast.metrics.paired import clean_accuracy_drop, regression
@@ -19,22 +19,12 @@ from holdfast.reports import comparison as reported
 from holdfast.reports.summary import Json
 from holdfast.reports.training import training_summary
 from holdfast.reports.write import write_comparison
-from holdfast.runs.assess.collecting_evidence import (
-    ADAPTIVE,
-    DOUBTS,
-    ROTATION,
-    adversarial,
-    counted,
-    counted_passes,
-    evidence_of,
-    with_attackers,
-)
-from holdfast.runs.assess.result import ATTACKED, Result, about_of, worst_case
+from holdfast.runs.assess.collecting_evidence import adversarial, counted, evidence_of, with_attackers
+from holdfast.runs.assess.result import Result, about_of, worst_case
 from holdfast.runs.assess.served_runs import totals_in
 from holdfast.runs.engine.ray_cluster import NODES
-from holdfast.runs.harness import FOUND, KINDS
+from holdfast.runs.harness import FOUND, StageOutline
 from holdfast.runs.harness.waves import joined_waves
-from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
     read_about,
@@ -47,21 +37,28 @@ from holdfast.runs.store.forms import refuse_form
 from holdfast.runs.store.leases import spent_in
 from holdfast.runs.store.records import Chain, read_chain
 from holdfast.runs.stored.commands import command_of
-from holdfast.runs.stored.documents import VERDICT, judgement_from_json, outline_from_json
 from holdfast.runs.stored.recomputing import (
-    refuse_broken_certificates,
-    refuse_other_code,
-    refuse_other_doubts,
-    refuse_other_shares,
-    refuse_other_stages,
-    refuse_other_verdict,
+    computed_gates,
+    refuse_other,
+    refuse_other_files,
+    refuse_other_settings,
+    refuse_other_training,
+    refuse_other_worst_case,
 )
-from holdfast.runs.stored.recomputing_columns import refuse_other, refuse_other_rows
-from holdfast.runs.stored.run_forms import (
-    Assessed,
+from holdfast.runs.stored.record import (
+    ADAPTIVE,
+    DOUBTS,
+    ROTATION,
+    VERDICT,
     Decided,
+    Record,
+    adapted_from_json,
+    decided_from_json,
+    doubted_from_json,
+    manifest_from_json,
+)
+from holdfast.runs.stored.run_forms import (
     Differing,
-    Doubted,
     Inner,
     Judged,
     JudgedAudit,
@@ -185,27 +182,21 @@ def open_run(path: Path) -> Result:
     if "verdict_of" not in decided:
         return _opened(path, manifest, chain, decided)
     refuse_form(path / f"{VERDICT}.json", decided, Judged)
-    result = _opened(*_inner_run(path, chain, "after"))
-    refuse_other_code(path, decided, result)
     with consistent(path):
-        card = _consistent_card(path, manifest, chain, result)
-        command = command_of(manifest, result.gates)
-        training = training_summary(card)
-    return replace(result, about={**result.about, "command": command}, training=training)
+        return _hardened(path, manifest, chain, decided)
 
 
-def _consistent_card(path: Path, manifest: dict[str, Any], chain: Chain, after: Result) -> dict[str, Any]:
-    """Return the card of a hardening. Raises `TargetError` if its documents contradict its two measurements."""
-    from holdfast.runs.stored.recomputing_cards import StoredHardening, refuse_other_card
-
-    card, training = (recorded_document(path, chain, kind) for kind in ("card", "training"))
-    weights = chain.last("model")
-    if card is None or training is None or weights is None:
+def _hardened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
+    """The measurement of the new model of a hardening, with the verdict on its training."""
+    refuse_other_files(path, chain, decided["computed_from"])
+    card = recorded_document(path, chain, "card")
+    if card is None or chain.last("model") is None:
         raise TargetError(f"{str(path)!r} has a verdict but no card and no model; restore it from a copy")
-    sides = {"before": _opened(*_inner_run(path, chain, "before")), "after": after}
-    inner = {side: read_manifest(path / side) for side in sides}
-    refuse_other_card(StoredHardening(path, manifest, card, training, weights["digest"], inner, sides))
-    return card
+    before, after = (_opened(*_inner_run(path, chain, side)) for side in ("before", "after"))
+    refuse_other(path / f"{VERDICT}.json", "exit_code", decided["exit_code"], after.exit_code)
+    refuse_other_training(path, manifest, card, before, after)
+    command = command_of(manifest, after.gates)
+    return replace(after, about={**after.about, "command": command}, training=training_summary(card))
 
 
 def attacked_stages(path: Path) -> dict[str, Columns]:
@@ -219,10 +210,9 @@ def attacked_stages(path: Path) -> dict[str, Columns]:
         path = path / "after"
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     refuse_altered(path, chain)
-    refuse_form(path / MANIFEST, manifest, Assessed)
     with consistent(path):
-        steps = outline_from_json(manifest["config"]).steps
-        by_stage = joined_waves(steps, _stages(path, manifest, chain))
+        steps = manifest_from_json(path, manifest).outline.steps
+        by_stage = joined_waves(steps, _stages(path, steps, chain))
         return {
             step.name: by_stage[step.name] for step in steps if step.kind.in_suite and step.name in by_stage
         }
@@ -274,61 +264,55 @@ def _inner_run(
 
 
 def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
-    refuse_form(path / MANIFEST, manifest, Assessed)
-    refuse_form(path / f"{VERDICT}.json", decided, Decided)
-    doubts_json = _doubts(path, chain)
-    rotation = recorded_document(path, chain, ROTATION)
     with consistent(path):
-        return _result(path, manifest, chain, decided, doubts_json, rotation)
+        verdict = decided_from_json(path, decided)
+        refuse_other_files(path, chain, verdict.computed_from)
+        return _result(read_record(path, manifest, chain), path, chain, verdict)
 
 
-def _result(
-    path: Path,
-    manifest: dict[str, Any],
-    chain: Chain,
-    decided: dict[str, Any],
-    doubts_json: dict[str, Any],
-    rotation: dict[str, Any] | None,
-) -> Result:
-    gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
-    adapted = recorded_document(path, chain, ADAPTIVE)
-    by_stage = _stages(path, manifest, chain)
-    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json, adapted), rotation)
-    refuse_other_stages(path, manifest, chain, adapted)
-    refuse_other_doubts(path, manifest, by_stage, doubts_json, adapted)
-    refuse_other_rows(path, manifest, chain, by_stage, doubts_json, adapted)
-    if rotation is not None:
-        refuse_other_shares(path, manifest, rotation, evidence)
-    refuse_broken_certificates(path, evidence)
-    refuse_other_verdict(path, decided, evidence)
-    attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
-    counted = counted_passes(manifest, by_stage, doubts_json)
-    adversarial_inputs = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["minimum_norm"])
-    _refuse_other_worst_case(path, chain, worst_case(evidence, adversarial_inputs))
-    about = {**read_about(path), "command": command_of(manifest, gates)}
-    return Result(
-        evidence,
-        gates,
-        decided["accepted_doubts"],
-        about_of(manifest, about, path, chain.head),
-        path,
-        adversarial_inputs,
-        rotation=rotation,
+def _result(record: Record, path: Path, chain: Chain, decided: Decided) -> Result:
+    rotation = recorded_document(path, chain, ROTATION)
+    evidence = with_attackers(evidence_of(record), rotation)
+    refuse_other_settings(path, record.manifest)
+    gates, inputs = computed_gates(path, decided, evidence), adversarial(record)
+    refuse_other_worst_case(path, worst_case(evidence, inputs))
+    about = {**read_about(path), "command": command_of(record.manifest.to_json(), gates)}
+    shown = about_of(record.manifest, about, path, chain.head)
+    return Result(evidence, gates, decided.accepted_doubts, shown, path, inputs, rotation=rotation)
+
+
+def read_record(path: Path, content: Mapping[str, Any], chain: Chain) -> Record:
+    """Return the record of the run in a folder, whose manifest has this content. Raises `TargetError` if a file is
+    missing, has another form or does not match the chain.
+    """
+    manifest = manifest_from_json(path, content)
+    doubts, adapted, nodes = (recorded_document(path, chain, kind) for kind in (DOUBTS, ADAPTIVE, NODES))
+    if doubts is None:
+        raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
+    if nodes is not None:
+        refuse_form(path / f"{NODES}.json", nodes, Differing)
+    recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
+    times = {name: time for name, time in spent_in(path).items() if name in recorded}
+    return Record(
+        manifest,
+        _stages(path, manifest.outline.steps, chain),
+        doubted_from_json(path, doubts),
+        None if adapted is None else adapted_from_json(path, adapted),
+        {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()},
+        totals_in(path),
+        () if nodes is None else nodes["nodes"],
     )
 
 
-def _refuse_other_worst_case(path: Path, chain: Chain, expected: Columns) -> None:
-    """Raise `TargetError` if the file with the columns of the verdict is missing, or if a column is not the one that
-    follows from the columns of the stages.
-    """
-    file = path / f"{ATTACKED}{column_files.SUFFIX}"
-    if chain.last(ATTACKED) is None:
-        raise TargetError(f"{str(path)!r} has a verdict but no {file.name}; restore it from a copy")
-    stated = column_files.read(file).columns
-    refuse_other(file, "columns", sorted(stated), sorted(expected))
-    for name, values in expected.items():
-        digests = (column_files.content_digest({name: column}) for column in (stated[name], values))
-        refuse_other(file, f"column {name} with the digest", *digests)
+def _stages(path: Path, steps: Sequence[StageOutline], chain: Chain) -> dict[str, Columns]:
+    by_stage: dict[str, Columns] = {}
+    for step in steps:
+        stage = read_stage(path, chain, step.name)
+        columns = None if stage is None else counted(step.kind, stage, by_stage)
+        if columns is not None:
+            by_stage[step.name] = columns
+    found_by_probes = read_stage(path, chain, FOUND)
+    return by_stage if found_by_probes is None else {**by_stage, FOUND: found_by_probes.columns}
 
 
 def runs_in(parent: Path = RUNS) -> list[RunEntry]:
@@ -358,32 +342,40 @@ def run_entry(path: Path, *, checked: bool = True) -> RunEntry:
 
 def _entry(path: Path, *, checked: bool) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
-    if manifest.get("verb") == "audit":
-        return _audit_entry(path, manifest, chain)
-    refuse_form(path / MANIFEST, manifest, Listed)
+    is_audit = manifest.get("verb") == "audit"
+    refuse_form(path / MANIFEST, manifest, ListedAudit if is_audit else Listed)
     refuse_altered(path, chain)
     decided = recorded_document(path, chain, VERDICT)
     if decided is not None:
-        refuse_form(path / f"{VERDICT}.json", decided, Judged if "verdict_of" in decided else Decided)
-    outcome: tuple[int | None, float | None] = (None, None)
-    if decided is not None:
-        outcome = _outcome(path) if checked else (decided["exit_code"], None)
-    stages = manifest["plan"]["stages"]
-    return RunEntry(
+        of_run: type = Judged if "verdict_of" in decided else Decided
+        refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit if is_audit else of_run)
+    config, stages = manifest["config"], manifest["plan"]["stages"]
+    entry = RunEntry(
         path,
         manifest["verb"],
         str(read_about(path).get("created", "")),
         str(manifest["model"].get("name", "")),
         str(manifest["data"].get("name", "")),
-        threat_from_json(manifest["config"]["threat"]).text,
-        manifest["config"]["suite"],
+        "",
+        "",
         decided is not None,
         _done(stages, chain),
         len(stages),
+        gates=len((decided or {}).get("gates", ())),
+    )
+    if is_audit:  # which has neither a threat model nor a suite
+        code = None if decided is None else exit_code(gate["verdict"] for gate in decided["gates"])
+        return replace(entry, verb=f"audit {config['kind']}", exit_code=code)
+    outcome: tuple[int | None, float | None] = (None, None)
+    if decided is not None:
+        outcome = _outcome(path) if checked else (decided["exit_code"], None)
+    return replace(
+        entry,
+        threat=threat_from_json(config["threat"]).text,
+        suite=config["suite"],
         exit_code=outcome[0],
         defence=_defence(manifest["model"]),
         robust=outcome[1],
-        gates=len((decided or {}).get("gates", ())),
     )
 
 
@@ -400,30 +392,6 @@ def _done(stages: Sequence[str], chain: Chain) -> int:
     return sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
 
 
-def _audit_entry(path: Path, manifest: dict[str, Any], chain: Chain) -> RunEntry:
-    """The entry of an audit, which has neither a threat model nor a suite."""
-    refuse_form(path / MANIFEST, manifest, ListedAudit)
-    refuse_altered(path, chain)
-    decided = recorded_document(path, chain, VERDICT)
-    if decided is not None:
-        refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit)
-    stages = manifest["plan"]["stages"]
-    return RunEntry(
-        path,
-        f"audit {manifest['config']['kind']}",
-        str(read_about(path).get("created", "")),
-        manifest["model"]["name"],
-        manifest["data"]["name"],
-        "",
-        "",
-        decided is not None,
-        _done(stages, chain),
-        len(stages),
-        None if decided is None else exit_code(gate["verdict"] for gate in decided["gates"]),
-        gates=len(decided["gates"]) if decided is not None else 0,
-    )
-
-
 def _outcome(path: Path) -> tuple[int | None, float | None]:
     """The exit code and the robust accuracy as in the report; None for what the folder does not show."""
     try:
@@ -438,42 +406,6 @@ def _outcome(path: Path) -> tuple[int | None, float | None]:
         ).value  # `metrics` would compute all others, too
     except HoldfastError:
         return result.exit_code, None
-
-
-def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Columns]:
-    by_stage: dict[str, Columns] = {}
-    for step in manifest["config"]["stages"]:
-        stage = read_stage(path, chain, step["name"])
-        columns = None if stage is None else counted(KINDS[step["kind"]], stage, by_stage)
-        if columns is not None:
-            by_stage[step["name"]] = columns
-    found_by_probes = read_stage(path, chain, FOUND)
-    return by_stage if found_by_probes is None else {**by_stage, FOUND: found_by_probes.columns}
-
-
-def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
-    doubts_json = recorded_document(path, chain, DOUBTS)
-    if doubts_json is None:
-        raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
-    refuse_form(path / f"{DOUBTS}.json", doubts_json, Doubted)
-    return doubts_json
-
-
-def _evidence(
-    path: Path,
-    manifest: dict[str, Any],
-    by_stage: dict[str, Columns],
-    chain: Chain,
-    doubts_json: Mapping[str, Any],
-    adapted: Mapping[str, Any] | None,
-) -> Evidence:
-    recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
-    times = {name: time for name, time in spent_in(path).items() if name in recorded}
-    seconds = {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()}
-    nodes = recorded_document(path, chain, NODES)
-    if nodes is not None:
-        refuse_form(path / "nodes.json", nodes, Differing)
-    return evidence_of(manifest, by_stage, doubts_json, seconds, adapted, totals_in(path), nodes)
 
 
 def _resumed(path: Path) -> Remedy:
