@@ -109,7 +109,7 @@ def rewritten(folder, name, content, *, record=True):
     file.write_bytes(data)
     if record:
         from holdfast.core.chain import GENESIS, Link
-        from holdfast.runs.store.records import line_of
+        from store.forging import line_of
 
         chain, previous = folder / "chain.jsonl", GENESIS
         lines = []

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import nn
 
 from holdfast.core.chain import GENESIS, Link, digest
-from holdfast.runs.store.records import line_of
 from runs.stored import assessment
+from store.forging import line_of
 
 CANARY = "canary"
 """the file, in the current folder, that code of a file would make"""

@@ -21,10 +21,10 @@ from holdfast.runs.store.encryption import KEY_VARIABLE
 from holdfast.runs.store.folder import open_run_folder
 from holdfast.runs.store.forms import Count, Real, refuse_form
 from holdfast.runs.store.leases import Leases, spent_in
-from holdfast.runs.store.records import line_of
 from holdfast.runs.store.verify import verify
 from holdfast.runs.stored.stored_runs import open_run, runs_in
 from runs import stored
+from store.forging import line_of
 from store.test_folder import MANIFEST, SHARDS
 
 
