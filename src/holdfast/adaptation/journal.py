@@ -118,6 +118,11 @@ class Journal:
         if (self.folder / name).is_file():
             self.keep(name, content_of(self.folder / name))
 
+    def drop_written(self, name: str) -> None:
+        """Delete a file that was written to the folder, unless it is recorded."""
+        if self._store.chain.last(Path(name).stem) is None:
+            (self.folder / name).unlink(missing_ok=True)
+
     def end(self) -> None:
         """Store the outcome that follows from the steps."""
         outcome, reason = concluded(self.stored().steps) or (None, "")

@@ -35,7 +35,7 @@ from holdfast.runs.store.files import (
 )
 from holdfast.runs.store.forms import Count, Name, refuse_form, validated
 from holdfast.runs.store.journal import NAME as JOURNAL
-from holdfast.runs.store.leases import OF_LEASE, Lease, ShardTimes, leased, spent_in
+from holdfast.runs.store.leases import LEASE, OF_LEASE, Lease, ShardTimes, leased, spent_in
 from holdfast.runs.store.records import CHAIN, Chain, document, parsed, read_chain, read_document
 
 SCHEMA_VERSION = 2
@@ -263,8 +263,8 @@ def open_run_folder(
     `UsageError` if the folder contains other files, is in use, or contains another run, and `TargetError` if it cannot
     be written.
 
-    A new run that ends with `UsageError` before anything is measured leaves no folder, so that the corrected command
-    can use the same one.
+    A new run that ends with one of these errors before anything is measured leaves no folder, so that the corrected
+    command can use the same one.
     """
     refuse_used(path, resume=resume)
     # Through JSON, so that it has the types of the stored manifest with which it is compared, such as lists for
@@ -280,16 +280,18 @@ def open_run_folder(
                 clear_parts(path)  # with the lease, because unfinished files may belong to a running process
             stored = _stored_or_new_manifest(path, requested, about)
             yield RunFolder(path, stored, _started_chain(path), lease)
-    except UsageError:
+    except (UsageError, TargetError):
         if has_lease and is_new:
             _remove_unused(path)
         raise
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove the files of a run in which nothing is measured, and the folder if nothing else is in it."""
+    """Remove the files of a run in which nothing is measured, and the folder if nothing else is in it and no other
+    process has its lease by now.
+    """
     files = [*path.iterdir()]
-    of_run = [file for file in files if file.name in {ABOUT, MANIFEST, CHAIN, *OF_LEASE}]
+    of_run = [file for file in files if file.name in {ABOUT, MANIFEST, CHAIN, *OF_LEASE} - {LEASE}]
     if len(of_run) == len(files) and len(read_chain(path, repair=False).links) <= 1:
         for file in of_run:
             file.unlink()
