@@ -17,7 +17,6 @@ from typing_extensions import TypedDict
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
-from holdfast.core.remedies import OTHER_FOLDER, Remedy
 from holdfast.runs.engine.identity import code_digest, versions
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.files import MANIFEST, content_of
@@ -37,8 +36,6 @@ from holdfast.runs.stored.stored_runs import RunEntry, open_run
 
 Outcome = Literal["promoted", "not promoted", "rolled back"]
 
-FORMER = "adaptation.json"
-"""file in which version 1 of the format stored the steps, without a chain"""
 HARDENING = "harden"
 """step whose run is in a folder of this name"""
 _BEFORE = ("begin", "trigger", "quarantine", HARDENING)
@@ -139,10 +136,8 @@ def open_journal(folder: Path, config: Mapping[str, Any], *, resume: bool) -> It
     """Context manager that starts or resumes the run of an adaptation in a folder, with its lease. `config` are its
     settings, with the URL of the operator's port as `server`.
 
-    Raises `UsageError` for a folder with another run, and `TargetError` for one in an earlier format.
+    Raises `UsageError` for a folder with another run.
     """
-    if (folder / FORMER).is_file():
-        raise _former(folder, OTHER_FOLDER)
     manifest = {
         "verb": "adapt",
         "run": secrets.token_hex(8),
@@ -175,11 +170,9 @@ def is_adaptation(folder: Path) -> bool:
 
 
 def read_adaptation(folder: Path) -> Adaptation:
-    """Return the steps in a folder. Raises `TargetError` if they do not match the chain or each other, or if the format
-    is another one. The run of the hardening within it is not read.
+    """Return the steps in a folder. Raises `TargetError` if they do not match the chain or each other. The
+    run of the hardening within it is not read.
     """
-    if (folder / FORMER).is_file():
-        raise _former(folder)
     return _adaptation(folder, read_manifest(folder), read_chain(folder, repair=False))
 
 
@@ -279,12 +272,3 @@ def _refuse_other_hardening(folder: Path, steps: Sequence[Step]) -> None:
             raise TargetError(
                 f"{str(within)!r} is not the run whose chain is recorded in {HARDENING}.json; restore it from a copy"
             )
-
-
-def _former(folder: Path, *remedies: Remedy) -> TargetError:
-    return TargetError(
-        f"{str(folder / FORMER)!r} is the journal of an adaptation in format 1, which has no chain. This version "
-        "neither resumes nor shows it: end an unfinished run with the version that wrote it. A finished one is no "
-        "evidence",
-        *remedies,
-    )
