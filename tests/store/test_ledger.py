@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.rotation.pool.authentic import HEAD, LedgerHead
-from holdfast.rotation.pool.ledger import utc_now
+from holdfast.rotation.pool.ledger import HEAD, LedgerHead, utc_now
 from holdfast.rotation.pool.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
 from holdfast.runs.store import Ledger as AnyLedger
 from holdfast.runs.store.append_log import Head, LogForm

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from holdfast.adaptation.adapted import Adapted, facts_text
-from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
 from holdfast.adaptation.journal import HARDENING, OF_FILE, OF_POOL, Journal, concluded, open_journal
-from holdfast.adaptation.screening import Screened, disagreeing, screened
+from holdfast.adaptation.screening import Flagged, Screened, disagreeing, read_flagged, screened
 from holdfast.adaptation.server_state import (
     ServerState,
     approval_of,

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from holdfast.adaptation.journal import is_adaptation, open_finished
-from holdfast.adaptation.server_records import difference
+from holdfast.adaptation.journal import difference, is_adaptation, open_finished
 from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import is_audit, open_audit
 from holdfast.core.errors import TargetError, UsageError

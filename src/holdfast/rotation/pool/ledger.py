@@ -9,18 +9,19 @@ files is detected only with a `head` that is stored elsewhere. If an earlier ent
 ledger, the next process that opens the ledger detects it.
 """
 
+import hashlib
+import hmac
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
 
-from holdfast.core.chain import Link
+from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.rotation.pool.authentic import LEDGER, WAY_OUT, ledger_log
 from holdfast.rotation.pool.ledger_state import (
     Exposure,
     LedgerState,
@@ -31,10 +32,15 @@ from holdfast.rotation.pool.ledger_state import (
     Term,
     well_formed,
 )
-from holdfast.runs.store.files import content_of, refusal_in_pool, usable
+from holdfast.runs.store.append_log import AppendLog, Head, LogForm, equal
+from holdfast.runs.store.encryption import Seal
+from holdfast.runs.store.files import PRIVATE, content_of, refusal_in_pool, usable, write_atomically
 from holdfast.runs.store.locking import locked
+from holdfast.runs.store.records import document, read_document
 
-LOCK = "ledger.lock"
+LEDGER, HEAD, LOCK = "ledger.jsonl", "ledger.head", "ledger.lock"
+WAY_OUT = "restore it from a copy; until then no set of this pool is served"
+_PURPOSE = "pool ledger, schema 2"
 T = TypeVar("T")
 
 
@@ -53,7 +59,7 @@ class Ledger:
         self.path, self._now = folder / LEDGER, now
         self._thread_lock, self._has_lock = RLock(), False
         self._state = LedgerState()
-        self._log = ledger_log(folder, key, partial(take_entry, self._state, self.path))
+        self._log = ledger_log(folder, key, self._state)
 
     @classmethod
     def create(cls, folder: Path, key: bytes, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
@@ -251,14 +257,91 @@ class Ledger:
             return view(self._state)
 
 
-def take_entry(state: LedgerState, path: Path, link: Link, number: int) -> None:
-    """Update the state of a pool by an entry of its ledger. Raises `TargetError` if the entry is not allowed after the
-    entries before it.
+# --- the log
+
+
+def ledger_key(seal: Seal, pool: str) -> bytes:
+    """Return the key that authenticates the ledger of a pool. It is derived from the encryption key and the id of the
+    pool.
     """
-    try:
-        state.refuse_illegal(link.content)
-    except UsageError as error:
-        raise TargetError(
-            f"entry {number} of {str(path)!r} cannot follow those before it ({error}); {WAY_OUT}"
-        ) from error
-    state.take(link.content)
+    return seal.derived(_PURPOSE, pool)
+
+
+def ledger_log(folder: Path, key: bytes | None, state: LedgerState) -> AppendLog:
+    """Return the ledger in the folder of a pool as a log, whose entries update a state as they are read and added.
+
+    Without a `key`, only the public chain and the numbers are verified, and nothing can be added.
+    """
+
+    def take(link: Link, number: int) -> None:
+        try:
+            state.refuse_illegal(link.content)
+        except UsageError as error:
+            raise TargetError(
+                f"entry {number} of {str(folder / LEDGER)!r} cannot follow those before it ({error}); {WAY_OUT}"
+            ) from error
+        state.take(link.content)
+
+    form = LogForm(well_formed, "entry", WAY_OUT, refusal_in_pool, authenticated=True, key=key)
+    return AppendLog(folder / LEDGER, form, take, LedgerHead(folder / HEAD, key))
+
+
+@dataclass(frozen=True)
+class LedgerHead:
+    """The file with the number and the digest of the last entry of a ledger, and an HMAC of both.
+
+    Entries that are missing at the end of the ledger are detected by it. Without a `key`, the HMAC is not verified.
+    """
+
+    path: Path
+    key: bytes | None
+
+    def write(self, head: Head) -> None:
+        """Replace the stored head. Raises `OSError`."""
+        content = {"entries": head.entries, "digest": head.digest, "mac": self._mac(head)}
+        write_atomically(self.path, document(content), PRIVATE)
+
+    def read(self) -> Head | None:
+        """Return the stored head, or None if the file does not exist. Raises `TargetError` if it was not written with
+        the key of the pool.
+        """
+        with usable(self.path, refusal_in_pool):
+            if not self.path.exists():
+                return None
+        content = read_document(self.path)
+        # The content is not trusted yet: without the key the HMAC below is not verified.
+        entries, digest = content.get("entries"), content.get("digest")
+        if type(entries) is not int or entries < 1 or not isinstance(digest, str):
+            raise TargetError(f"{str(self.path)!r} does not contain the head of a ledger; {WAY_OUT}")
+        head = Head(entries, digest)
+        if self.key is not None and not equal(content.get("mac"), self._mac(head)):
+            raise TargetError(
+                f"{str(self.path)!r} was not written with the pool's key: its HMAC is wrong, so it was changed, or "
+                f"copied from another pool; {WAY_OUT}"
+            )
+        return head
+
+    def refuse_shortened(self, head: Head | None, links: Sequence[Link]) -> None:
+        """Raise `TargetError` if entries are missing at the end of a ledger, according to the stored `head`."""
+        path = self.path.with_name(LEDGER)
+        if head is None:
+            if links:
+                raise TargetError(
+                    f"{str(self.path)!r} is missing, which contains the number of entries of {path.name}; restore both "
+                    "from a copy; until then no set of this pool is served"
+                )
+        elif head.entries > max(len(links), 1):  # a first entry that a kill interrupted does not count
+            raise TargetError(
+                f"{str(path)!r} has {len(links)} entries, but {HEAD} records {head.entries}: entries at the end are "
+                f"missing; {WAY_OUT}"
+            )
+        elif links and (digest := links[head.entries - 1].digest) != head.digest:
+            raise TargetError(
+                f"entry {head.entries} of {str(path)!r} has the digest {digest[:16]}…, but {HEAD} records "
+                f"{head.digest[:16]}…: one of the two files is from another time or another pool; {WAY_OUT}"
+            )
+
+    def _mac(self, head: Head) -> str:
+        assert self.key is not None, "the head is written with the key only"
+        message = canonical({"kind": "head", "entries": head.entries, "digest": head.digest})
+        return hmac.new(self.key, message, hashlib.sha256).hexdigest()

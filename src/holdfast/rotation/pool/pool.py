@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
-from holdfast.rotation.pool.authentic import HEAD, ledger_key
-from holdfast.rotation.pool.ledger import LOCK, Ledger
+from holdfast.rotation.pool.ledger import HEAD, LOCK, Ledger, ledger_key
 from holdfast.rotation.pool.ledger_state import Role, Serving, SetRecord
 from holdfast.rotation.pool.pool_manifest import (
     NEW,

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from holdfast.core.chain import canonical, refuse_no_digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.rotation.pool.authentic import HEAD, LEDGER, LedgerHead
+from holdfast.rotation.pool.ledger import HEAD, LEDGER, LedgerHead
 from holdfast.runs.store.encryption import Seal
 from holdfast.runs.store.files import POOL_MANIFEST, content_of, refusal_in_pool, usable
 from holdfast.runs.store.forms import Name, refuse_form

@@ -1,13 +1,11 @@
 """Verifies that a pool matches its ledger, with or without the key of the pool."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.rotation.pool.authentic import LEDGER, ledger_key, ledger_log
-from holdfast.rotation.pool.ledger import take_entry
+from holdfast.rotation.pool.ledger import LEDGER, ledger_key, ledger_log
 from holdfast.rotation.pool.ledger_state import LedgerState
 from holdfast.rotation.pool.pool_manifest import NEW, SEALED, SETS, open_manifest, refuse_other_head, unsealed
 from holdfast.runs.store import columns as column_files
@@ -50,7 +48,7 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
     key = None if seal is None else ledger_key(seal, manifest["id"])
     state = LedgerState()
-    log = ledger_log(path, key, partial(take_entry, state, path / LEDGER))
+    log = ledger_log(path, key, state)
     log.read()
     if state.manifest != digest(document(manifest)):
         raise TargetError(
