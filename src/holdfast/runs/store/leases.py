@@ -30,8 +30,8 @@ from holdfast.runs.store.forms import Count, FormFault, Name, conforming
 from holdfast.runs.store.locking import locked
 
 LEASE, LOCK, TIMES = "lease.json", "lease.lock", "times.jsonl"
-OF_LEASE = frozenset((LEASE, LOCK, TIMES))
-"""names of the files of this module in a run folder"""
+OF_LEASE = frozenset((LEASE, LOCK, f"{LOCK}-journal", TIMES))
+"""names of the files of this module in a run folder; a kill may leave the journal of the lock"""
 FOREIGN_LEASE_S = 600
 """Seconds for which the lease of a process that cannot be observed, such as one on another host, is respected.
 
@@ -160,11 +160,9 @@ def leased(folder: Path) -> Iterator[Lease]:
     process has it.
     """
     place, own = folder.resolve(), Owner.myself()
-    for name in OF_LEASE:
-        if (
-            folder / name
-        ).is_symlink():  # the target of a link does not belong to the run and must not be written
-            (folder / name).unlink()
+    for file in (folder / name for name in OF_LEASE):
+        if file.is_symlink():  # the target of a link does not belong to the run and must not be written
+            file.unlink()
     with locked(folder / LOCK):
         owner = _owner_of(folder)
         if owner is not None and _is_held(folder, owner, own):
