@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.audits.audit import FINDING, judged, open_audit
-from holdfast.core.chain import GENESIS, Link, digest
+from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.runs.store.records import CHAIN, document, line_of
+from holdfast.runs.store.records import CHAIN, document
 
 Place = tuple[str | int, ...]
 
@@ -57,7 +57,8 @@ def rechain(folder: Path) -> None:
     for text in (folder / CHAIN).read_text(encoding="utf-8").splitlines():
         content = json.loads(text)["content"]
         link = Link(previous, content | {"digest": digest((folder / content["file"]).read_bytes())})
-        lines.append(line_of(link))
+        record = {"previous": link.previous, "content": link.content, "digest": link.digest}
+        lines.append(canonical(record) + b"\n")
         previous = link.digest
     (folder / CHAIN).write_bytes(b"".join(lines))
 

@@ -1,12 +1,13 @@
 """The same assessment with worker processes and on a Ray cluster: time, driver, memory, and a node that is killed."""
 
 import contextlib
+import json
 import os
 import signal
-import sqlite3
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from holdfast.io.models.models import open_model
 from holdfast.runs.engine.processes import Processes
 from holdfast.runs.engine.ray_cluster import imported_ray
 from holdfast.runs.engine.ray_tasks import RayTasks
+from holdfast.runs.store.leases import TIMES
 
 WHAT = (
     "the same assessment with two worker processes and with two tasks of Ray: columns that differ, time, the driver, "
@@ -328,7 +330,7 @@ def children(process: int) -> list[int]:
 
 
 def _bytes(run: Path) -> dict[str, bytes]:
-    beside = {"about.json", "state.sqlite"}
+    beside = {"about.json", "times.jsonl", "lease.lock"}
     return {
         path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name not in beside
     }
@@ -336,11 +338,11 @@ def _bytes(run: Path) -> dict[str, bytes]:
 
 def attempts(run: Path) -> dict[tuple[str, int], int]:
     """Number of attempts at each shard."""
-    with sqlite3.connect(f"file:{run / 'state.sqlite'}?mode=ro", uri=True) as state:
-        return {
-            (stage, shard): n
-            for stage, shard, n in state.execute("SELECT stage, shard, attempts FROM shards")
-        }
+    found = Counter[tuple[str, int]]()
+    for line in filter(None, (run / TIMES).read_text().split("\n")):
+        content = json.loads(line)
+        found[content["stage"], content["shard"]] += content["attempts"]
+    return found
 
 
 def repeated(run: Path) -> int:

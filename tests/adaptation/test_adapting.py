@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.adaptation.journal import read_adaptation
 from holdfast.api import adapting, live_pairs
 from holdfast.api.annexes import annex_of
 from holdfast.api.serving import server_setup
@@ -202,6 +201,7 @@ def test_bad_settings_are_refused(served, tmp_path):
             settings(url, folder).run(tmp_path / "changed")
     finally:
         file.write_bytes(content)
+    assert not any((tmp_path / name).exists() for name in ("alarm", "code", "changed"))
     labels = folder / "labels.csv"
     labels.write_text("request,label\nnone,1\n")
     with pytest.raises(UsageError, match="is not among the stored flagged inputs"):
@@ -215,7 +215,7 @@ def test_what_later_steps_need_is_checked_before_the_first_one(served, tmp_path,
     def refused(name, message, **more):
         with pytest.raises(UsageError, match=message) as error:
             settings(url, folder, **more).run(tmp_path / name)
-        assert not read_adaptation(tmp_path / name).steps
+        assert not (tmp_path / name).exists(), "nothing was measured"
         return error.value
 
     monkeypatch.setattr(adapting, "hardened", lambda *_, **__: 1 / 0)  # nothing is trained
@@ -225,6 +225,7 @@ def test_what_later_steps_need_is_checked_before_the_first_one(served, tmp_path,
         settings(url, folder, sample=19).run(tmp_path / "enough")
     for gate in ("transfer_success <= 0.1", "churn <= 0.1", "mce <= 1 vs baseline"):
         refused(gate[:5], f"gate '{gate}'", gates=[gate])
+    refused("budget", "the later step harden would fail: a budget of 1e-05 s is too small", budget="0.00001s")
     refused("threat", "the later step harden would fail: eps is 3", threat="linf:3")
     refused("monitor", "the later step trigger would fail: the server has no monitor", trigger="alarm")
     assert not server.adaptations.holder

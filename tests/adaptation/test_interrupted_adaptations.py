@@ -164,6 +164,7 @@ def test_files_of_others_and_calibrations_elsewhere_are_refused(place, reason, r
     assert {path for path in after if after[path] != before.get(path)} <= {
         tmp_path / "run" / "incumbent.safetensors"
     }
+    assert not (tmp_path / "run" / "guard.calibration.json").exists()
 
 
 def test_a_server_elsewhere_needs_keys(tmp_path):

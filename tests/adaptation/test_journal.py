@@ -109,7 +109,7 @@ def rewritten(folder, name, content, *, record=True):
     file.write_bytes(data)
     if record:
         from holdfast.core.chain import GENESIS, Link
-        from holdfast.runs.store.records import line_of
+        from store.forging import line_of
 
         chain, previous = folder / "chain.jsonl", GENESIS
         lines = []
@@ -170,13 +170,13 @@ def test_an_adaptation_is_no_assessment(finished, capsys):
     assert "is an adaptation, and a run of assess" in capsys.readouterr().err
 
 
-def test_a_journal_without_a_chain_is_refused_with_its_format(tmp_path):
+def test_a_folder_without_a_chain_is_no_adaptation(tmp_path):
     former = tmp_path / "former"
     former.mkdir()
     (former / "adaptation.json").write_text('{"version": 1, "outcome": "promoted"}')
-    with pytest.raises(TargetError, match="in format 1, which has no chain"):
+    with pytest.raises(TargetError, match="contains no run, audit, pool"):
         annex_of([former], "aisvs")
-    with pytest.raises(TargetError, match="in format 1"), open_journal(former, CONFIG, resume=True):
+    with pytest.raises(UsageError, match="is not a run folder"), open_journal(former, CONFIG, resume=True):
         pass
 
 

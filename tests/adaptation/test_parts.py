@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from holdfast.adaptation.flagged_inputs import read_flagged
-from holdfast.adaptation.screening import disagreeing, screened
+from holdfast.adaptation.screening import disagreeing, read_flagged, screened
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.stored_inputs import StoredRequest
 

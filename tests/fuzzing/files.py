@@ -350,7 +350,7 @@ def runs() -> Sequence[File]:
     return [
         File(path.name, path.read_bytes())
         for path in sorted(assessment().iterdir())
-        if path.name != "state.sqlite"
+        if path.name != "lease.lock"
     ]
 
 

@@ -59,7 +59,7 @@ def order(*members, gates=("robust_accuracy >= 0.1",), batch_size=None, shard_si
 def settled(run):
     """Bytes of everything that must be equal between equal runs; nothing temporary may lie beside it."""
     found = {path.relative_to(run).as_posix(): path for path in sorted(run.rglob("*")) if path.is_file()}
-    beside = {"about.json", "state.sqlite"}
+    beside = {"about.json", "times.jsonl", "lease.lock"}
     assert beside <= set(found)
     assert not [
         name for name in found if name.startswith(".") or "wal" in name or "shm" in name or "/" in name

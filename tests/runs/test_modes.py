@@ -75,7 +75,13 @@ def test_files_of_a_running_run_are_its_owners_alone(tmp_path):
     run = tmp_path / "runs" / "a"
     with interrupted(run):
         names_of_files = {path.name for path in run.rglob("*")}
-        assert {"state.sqlite", "state.sqlite-wal", "00000.safetensors", "splits.json"} <= names_of_files
+        assert {
+            "lease.json",
+            "lease.lock",
+            "times.jsonl",
+            "00000.safetensors",
+            "splits.json",
+        } <= names_of_files
         assert not open_to_others(run)
     assert not open_to_others(run) and mode(run.parent) == 0o755
 

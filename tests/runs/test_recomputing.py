@@ -15,11 +15,11 @@ from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.records import line_of
 from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.stored_runs import runs_in
 from runs import stored
 from runs.fakes import data, order, subject
+from store.forging import line_of
 from store.test_foreign import rewritten
 
 ROBUST, CLEAN = "robust_accuracy >= 0.1", "clean_accuracy >= 0.99"

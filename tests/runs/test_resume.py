@@ -195,14 +195,14 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_state_may_be_deleted_or_broken_at_will(tmp_path, whole):
-    for name, content in (("deleted", None), ("broken", b"no database" * 500)):
+def test_the_times_and_the_lease_may_be_deleted_or_damaged(tmp_path, whole):
+    for name, content in (("deleted", None), ("damaged", b'{"stage":7}\n[' * 500)):
         run = tmp_path / name
         stop_at(run, "2-pgd-again")
-        state = run / "state.sqlite"
-        state.unlink()
+        (run / "times.jsonl").unlink()
         if content is not None:
-            state.write_bytes(content)
+            (run / "times.jsonl").write_bytes(content)
+            (run / "lease.json").write_bytes(content)
         assess(subject(), data(), order(), run=run, resume=True)
         assert settled(run) == settled(whole)
 

@@ -1,22 +1,24 @@
 """Run folders, their leases and their verification."""
 
 import json
+import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Seconds
 from holdfast.runs.store.differences import differences
 from holdfast.runs.store.folder import open_run_folder
-from holdfast.runs.store.leases import FOREIGN_LEASE_S, Leases, Owner, spent_in, start_time
+from holdfast.runs.store.leases import FOREIGN_LEASE_S, Owner, ShardTimes, leased, spent_in, start_time
 from holdfast.runs.store.records import parsed
 from holdfast.runs.store.verify import verify
 
@@ -261,11 +263,10 @@ def test_a_manifest_of_another_version_is_refused(whole, tmp_path):
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from holdfast.runs.store.leases import Leases
-    leases = Leases(Path(sys.argv[1]))
-    leases.take_lease()
-    print("held", flush=True)
-    time.sleep(60)
+    from holdfast.runs.store.leases import leased
+    with leased(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(60)
 """
 
 
@@ -274,30 +275,32 @@ def test_a_lease_of_a_living_process_holds_and_of_a_dead_one_does_not(tmp_path):
         [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        mine = Leases(tmp_path)
-        with pytest.raises(UsageError, match=f"is in use by process {holder.pid} on"):
-            mine.take_lease()
+        with pytest.raises(UsageError, match=f"is in use by process {holder.pid} on"), leased(tmp_path):
+            pass
         holder.send_signal(signal.SIGKILL)
         while start_time(holder.pid) is not None:  # a zombie is dead
             time.sleep(0.01)
-        mine.take_lease()
-        mine.close(release=True)
+        with (
+            leased(tmp_path),
+            pytest.raises(UsageError, match=f"is in use by process {os.getpid()} on"),
+            leased(tmp_path),
+        ):
+            pass
+    assert not (tmp_path / "lease.json").exists()
 
 
-@pytest.mark.parametrize("other", [None, ("elsewhere", 7, "then")])
+@pytest.mark.parametrize("other", [None, {"host": "elsewhere", "pid": 7, "started": "then"}])
 def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
     run = tmp_path / "run"
     with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
-        folder.leases.begin("clean", 0)
-        with sqlite3.connect(run / "state.sqlite") as database:
-            database.execute("DELETE FROM lease")
-            if other is not None:
-                database.execute("INSERT INTO lease VALUES (1, ?, ?, ?, 5.0)", other)
-        database.close()
+        folder.lease.begin("clean", 0)
+        (run / "lease.json").unlink()
+        if other is not None:
+            (run / "lease.json").write_text(json.dumps(other))
         before = sorted(path.name for path in run.rglob("*"))
         for write in (
-            lambda: folder.leases.begin("clean", 1),
-            lambda: folder.leases.spend("clean", 0, 1.0, 1.0, done=False),
+            lambda: folder.lease.begin("clean", 1),
+            lambda: folder.lease.spend("clean", 0, Seconds(1.0, 1.0)),
             lambda: folder.keep_shard("clean", 0, SHARDS[0]),
             lambda: folder.complete("clean", SHARDS[0]),
             lambda: folder.record("doubts", {"doubts": []}),
@@ -310,10 +313,7 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
                 write()
         assert sorted(path.name for path in run.rglob("*")) == before
         assert spent_in(run)["clean"].cpu_s == 0
-    with sqlite3.connect(run / "state.sqlite") as database:
-        left = database.execute("SELECT host, pid, started, seen FROM lease").fetchall()
-    database.close()
-    assert left == ([] if other is None else [(*other, 5.0)])
+    assert (run / "lease.json").exists() == (other is not None), "the lease of another process remains"
 
 
 @pytest.mark.parametrize("name", ["other", "\u00b2", "7", "-0001"])
@@ -338,63 +338,60 @@ def test_a_process_number_that_was_used_again_is_another_process():
 
 @pytest.mark.parametrize("age, free", [(FOREIGN_LEASE_S - 60, False), (FOREIGN_LEASE_S + 60, True)])
 def test_a_lease_of_another_host_ends_with_its_signs_of_life(tmp_path, age, free):
-    leases = Leases(tmp_path)
-    with sqlite3.connect(tmp_path / "state.sqlite") as database:
-        database.execute("INSERT INTO lease VALUES (1, 'elsewhere', 1, '', ?)", (time.time() - age,))
-    database.close()
-    if free:
-        leases.take_lease()
-    else:
-        with pytest.raises(UsageError, match="is in use by process 1 on elsewhere"):
-            leases.take_lease()
-    leases.close(release=free)
+    lease = tmp_path / "lease.json"
+    lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": ""}))
+    os.utime(lease, (time.time() - age,) * 2)
+    refused = pytest.raises(UsageError, match="is in use by process 1 on elsewhere")
+    with nullcontext() if free else refused, leased(tmp_path) as taken:
+        taken.refuse_lost()
+    assert lease.exists() is not free
+
+
+def test_a_process_that_measures_renews_its_lease(tmp_path):
+    with leased(tmp_path) as lease:
+        os.utime(tmp_path / "lease.json", (0, 0))
+        lease.spend("clean", 0, Seconds(1.0, 1.0))
+        assert (tmp_path / "lease.json").stat().st_mtime > time.time() - FOREIGN_LEASE_S / 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"host": 7, "pid": 1, "started": ""}', "[" * 100_000])
+def test_a_file_that_is_no_lease_is_replaced(tmp_path, content):
+    (tmp_path / "lease.json").write_text(content)
+    with leased(tmp_path) as lease:
+        lease.refuse_lost()
 
 
 def test_time_of_every_attempt_is_added_up(tmp_path):
-    leases = Leases(tmp_path)
-    leases.take_lease()
-    for _ in range(2):
-        leases.begin("clean", 0)
-        leases.spend("clean", 0, 1.5, 2.0, done=False)
-    leases.spend("clean", 0, 0.5, 1.0, done=True)
-    assert leases.spent("clean") == spent_in(tmp_path)["clean"]
-    assert (leases.spent("clean").cpu_s, leases.spent("clean").attempts) == (3.5, 2)
-    leases.close(release=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["state.sqlite"]
-    assert spent_in(tmp_path)["clean"].wall_s == 5.0
-    assert [path.name for path in tmp_path.iterdir()] == ["state.sqlite"]
+    with leased(tmp_path) as lease:
+        for _ in range(2):
+            lease.begin("clean", 0)
+            lease.spend("clean", 0, Seconds(1.5, 2.0))
+        lease.spend("clean", 1, Seconds(0.5, 1.0))
+        lease.begin("other", 0)
+    assert spent_in(tmp_path)["clean"] == ShardTimes(3.5, 5.0, 2)
+    assert spent_in(tmp_path)["other"] == ShardTimes(0.0, 0.0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lease.lock", "times.jsonl"]
 
 
-def test_the_index_says_what_lies_in_the_folder(tmp_path):
-    with open_run_folder(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
-        for shard in (0, 1):
-            folder.leases.begin("clean", shard)
-            folder.keep_shard("clean", shard, SHARDS[shard])
-            folder.leases.spend("clean", shard, 1, 1, done=True)
-        (tmp_path / "run" / "clean" / "00000.safetensors").unlink()
-        assert folder.shards("clean").keys() == {1}
-    with sqlite3.connect(tmp_path / "run" / "state.sqlite") as database:
-        assert database.execute("SELECT shard, done FROM shards").fetchall() == [(0, 0), (1, 1)]
-    database.close()
+def test_an_incomplete_time_is_ignored_and_the_next_one_is_not(tmp_path):
+    with leased(tmp_path) as lease:
+        lease.spend("clean", 0, Seconds(1.0, 1.0))
+        lease.spend("clean", 1, Seconds(1.0, 1.0))
+    times = tmp_path / "times.jsonl"
+    times.write_bytes(times.read_bytes()[:-3])
+    with leased(tmp_path) as lease:
+        lease.spend("clean", 1, Seconds(2.0, 2.0))
+    assert spent_in(tmp_path)["clean"].cpu_s == 3
 
 
-def test_a_full_disk_under_the_state_is_said(tmp_path, monkeypatch):
-    leases = Leases(tmp_path)
+def test_a_full_disk_under_the_times_is_stated(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
-    class Full:
-        def execute(self, *_):
-            raise sqlite3.OperationalError("database or disk is full")
-
-        def close(self):
-            pass
-
-    real, leases._database = leases._database, Full()
-    with pytest.raises(
-        TargetError, match="state.sqlite' cannot be written: database or disk is full.*resume=True"
-    ):
-        leases.begin("clean", 0)
-    leases.close(release=True)
-    real.close()
+    with leased(tmp_path) as lease, monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(TargetError, match="disk is full: .*times.jsonl.*resume=True"):
+            lease.begin("clean", 0)
 
 
 def fill(run):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sqlite3
 from typing import Literal, NotRequired
 
 import pytest
@@ -15,16 +14,17 @@ from holdfast.cli.app import run as command_line
 from holdfast.cli.report import verify as verify_command
 from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import TargetError
+from holdfast.core.evidence import Seconds
 from holdfast.rotation.pool.pool import Pool
 from holdfast.runs.store import journal
 from holdfast.runs.store.encryption import KEY_VARIABLE
 from holdfast.runs.store.folder import open_run_folder
 from holdfast.runs.store.forms import Count, Real, refuse_form
-from holdfast.runs.store.leases import Leases, spent_in
-from holdfast.runs.store.records import line_of
+from holdfast.runs.store.leases import ShardTimes, leased, spent_in
 from holdfast.runs.store.verify import verify
 from holdfast.runs.stored.stored_runs import open_run, runs_in
 from runs import stored
+from store.forging import line_of
 from store.test_folder import MANIFEST, SHARDS
 
 
@@ -147,43 +147,38 @@ def test_links_and_devices_are_not_opened(run):
         verify(run)
 
 
-VIEW = (
-    "CREATE VIEW shards AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) "
-    "SELECT 'clean' stage, n cpu_s, 0 wall_s, 0 attempts FROM r"
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"stage":"clean","attempts":1,"cpu_s":"x","wall_s":1}',
+        b'{"stage":"clean","attempts":1,"cpu_s":-1.0,"wall_s":1}',
+        b'{"stage":"clean","attempts":1,"cpu_s":Infinity,"wall_s":1}',
+        b'{"stage":"../x","attempts":1,"cpu_s":1,"wall_s":1}',
+    ],
 )
-TRIGGER = "CREATE TRIGGER t AFTER INSERT ON lease BEGIN DELETE FROM lease; END"
-
-
-@pytest.mark.parametrize("what", ["view", "trigger", "text", "negative"])
-def test_an_index_that_is_not_a_runs_own_says_nothing_and_is_made_anew(tmp_path, what):
+def test_times_of_another_form_are_ignored(tmp_path, line):
     run = tmp_path / "run"
     with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
-        folder.leases.begin("clean", 0)
-        folder.leases.spend("clean", 0, 1.0, 1.0, done=True)
-    with sqlite3.connect(run / "state.sqlite") as database:
-        if what == "view":
-            database.execute("DROP TABLE shards")
-            database.execute(VIEW)
-        elif what == "trigger":
-            database.execute(TRIGGER)
-        else:
-            database.execute("UPDATE shards SET wall_s = ?", ("x" if what == "text" else -1.0,))
-    database.close()
-    found = spent_in(run)
-    assert found == {} or (what == "text" and found["clean"].wall_s == 0)
-    if what in ("view", "trigger"):
-        leases = Leases(run)
-        leases.take_lease()
-        leases.refuse_lost()
-        leases.close(release=True)
-        assert spent_in(run) == {}
+        folder.lease.spend("clean", 0, Seconds(1.0, 1.0))
+        with (run / "times.jsonl").open("ab") as file:
+            file.write(b"\n" + line)
+        folder.lease.spend("clean", 0, Seconds(1.0, 1.0))
+    assert spent_in(run) == {"clean": ShardTimes(2.0, 2.0, 0)}
 
 
-def test_an_index_that_is_a_link_is_not_followed(tmp_path):
-    (tmp_path / "state.sqlite").symlink_to(tmp_path / "another.sqlite")
-    leases = Leases(tmp_path)
-    leases.close(release=False)
-    assert not (tmp_path / "another.sqlite").exists() and not (tmp_path / "state.sqlite").is_symlink()
+@pytest.mark.parametrize("name", ["lease.json", "lease.lock", "times.jsonl"])
+def test_links_in_place_of_the_lease_and_the_times_are_not_followed(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(victim)
+    with leased(tmp_path / "run") as lease:
+        lease.begin("clean", 0)
+    assert victim.read_text() == "x" and not (tmp_path / "run" / name).is_symlink()
 
 
 def test_files_that_no_record_names_are_noted_or_refused(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 
 from holdfast.core.errors import TargetError
 from holdfast.guard.states.sqlite import SQLiteState
-from holdfast.runs.store.leases import Leases
 from holdfast.runs.store.locking import locked
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
@@ -35,7 +34,6 @@ def lock(path):
     ("name", "opened"),
     [
         ("x.lock", lock),
-        ("state.sqlite", lambda path: Leases(path.parent)),
         ("guard.sqlite", SQLiteState),
         ("control", lambda path: closing(sqlite3.connect(path)).thing.execute("SELECT * FROM x")),
     ],

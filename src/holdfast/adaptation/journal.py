@@ -17,7 +17,6 @@ from typing_extensions import TypedDict
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
-from holdfast.core.remedies import OTHER_FOLDER, Remedy
 from holdfast.runs.engine.identity import code_digest, versions
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.files import MANIFEST, content_of
@@ -37,8 +36,6 @@ from holdfast.runs.stored.stored_runs import RunEntry, open_run
 
 Outcome = Literal["promoted", "not promoted", "rolled back"]
 
-FORMER = "adaptation.json"
-"""file in which version 1 of the format stored the steps, without a chain"""
 HARDENING = "harden"
 """step whose run is in a folder of this name"""
 _BEFORE = ("begin", "trigger", "quarantine", HARDENING)
@@ -118,6 +115,11 @@ class Journal:
         if (self.folder / name).is_file():
             self.keep(name, content_of(self.folder / name))
 
+    def drop_written(self, name: str) -> None:
+        """Delete a file that was written to the folder, unless it is recorded."""
+        if self._store.chain.last(Path(name).stem) is None:
+            (self.folder / name).unlink(missing_ok=True)
+
     def end(self) -> None:
         """Store the outcome that follows from the steps."""
         outcome, reason = concluded(self.stored().steps) or (None, "")
@@ -134,10 +136,8 @@ def open_journal(folder: Path, config: Mapping[str, Any], *, resume: bool) -> It
     """Context manager that starts or resumes the run of an adaptation in a folder, with its lease. `config` are its
     settings, with the URL of the operator's port as `server`.
 
-    Raises `UsageError` for a folder with another run, and `TargetError` for one in an earlier format.
+    Raises `UsageError` for a folder with another run.
     """
-    if (folder / FORMER).is_file():
-        raise _former(folder, OTHER_FOLDER)
     manifest = {
         "verb": "adapt",
         "run": secrets.token_hex(8),
@@ -170,11 +170,9 @@ def is_adaptation(folder: Path) -> bool:
 
 
 def read_adaptation(folder: Path) -> Adaptation:
-    """Return the steps in a folder. Raises `TargetError` if they do not match the chain or each other, or if the format
-    is another one. The run of the hardening within it is not read.
+    """Return the steps in a folder. Raises `TargetError` if they do not match the chain or each other. The
+    run of the hardening within it is not read.
     """
-    if (folder / FORMER).is_file():
-        raise _former(folder)
     return _adaptation(folder, read_manifest(folder), read_chain(folder, repair=False))
 
 
@@ -276,10 +274,43 @@ def _refuse_other_hardening(folder: Path, steps: Sequence[Step]) -> None:
             )
 
 
-def _former(folder: Path, *remedies: Remedy) -> TargetError:
-    return TargetError(
-        f"{str(folder / FORMER)!r} is the journal of an adaptation in format 1, which has no chain. This version "
-        "neither resumes nor shows it: end an unfinished run with the version that wrote it. A finished one is no "
-        "evidence",
-        *remedies,
-    )
+# --- records of the server
+
+
+APPROVAL, END = "approval", "end"
+"""steps that are in the chain of the server alone: the request for an approval, and the outcome"""
+
+
+def difference(stored: Adaptation, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first difference between the steps of a finished run and the records of a server; empty if they agree.
+
+    A step may be recorded several times, because a run that is resumed sends its last one again.
+    """
+    of_run = [each for each in records if each.get("run") == stored.run]
+    if not of_run:
+        return "they have no record of this run"
+    sent: dict[str, list[bytes]] = {}
+    for each in of_run:
+        if each["kind"] == "adapt":
+            sent.setdefault(str(each.get("step")), []).append(canonical(each.get("facts")))
+    facts = {step.step: step.facts for step in stored.steps}
+    expected = {**facts, END: {"outcome": stored.outcome, "reason": stored.reason}}
+    for name, content in expected.items():
+        if name not in sent:
+            return f"they have no step {name}"
+        if any(each != canonical(content) for each in sent[name]):
+            return f"they have other facts of the step {name}"
+    order = [name for name in sent if name != APPROVAL]
+    if order != list(expected):
+        return f"they have the steps {', '.join(order)}"
+    return _other_approval(facts.get("approved", {}), of_run)
+
+
+def _other_approval(facts: Mapping[str, Any], of_run: Sequence[Mapping[str, Any]]) -> str:
+    if not facts.get("required"):
+        return ""
+    decided = [each.get("approved") for each in of_run if each["kind"] == APPROVAL]
+    approved = not facts.get("ends")
+    if approved in decided and (not approved) not in decided:
+        return ""
+    return f"they have no {'approval' if approved else 'rejection'} of the candidate"

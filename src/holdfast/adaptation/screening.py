@@ -1,4 +1,4 @@
-"""Screens labels by the nearest neighbours among trusted examples.
+"""Reads flagged inputs with their labels, and screens labels by the nearest neighbours among trusted examples.
 
 Paudice, Muñoz-González & Lupu, "Label sanitization against label flipping poisoning attacks", ECML PKDD workshops 2018,
 arXiv:1803.00992, for the nearest neighbours. Differs from the paper: labels are never changed; a flagged input whose
@@ -6,12 +6,17 @@ label disagrees with its neighbours is excluded, and training examples are refus
 labels disagree than of the trusted ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from holdfast.core.errors import UsageError
 from holdfast.core.types import Labels, Mask
+from holdfast.guard.stored_inputs import StoredInputs
+from holdfast.settings.label_files import read_labels
 from holdfast.statistics.intervals import independent_difference
 
 NEIGHBOURS = 10
@@ -68,3 +73,41 @@ def screened(points: Tensor, labels: Labels, trusted: Tensor, trusted_labels: La
     found = disagreeing(points, labels, trusted, trusted_labels)
     own = disagreeing(trusted, trusted_labels, trusted, trusted_labels, own=True)
     return Screened(len(found), int(found.sum()), len(own), int(own.sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class Flagged:
+    """Flagged inputs."""
+
+    n: int
+    """number of all flagged inputs"""
+    x: Tensor
+    """those with a label (k, *shape)"""
+    y: Labels
+    """their classes (k,)"""
+
+
+def read_flagged(
+    stored: StoredInputs | None, labels: Path | None, class_names: Sequence[str], *, strict: bool
+) -> Flagged:
+    """Return the stored inputs of a guard with the labels in a CSV file.
+
+    Raises `UsageError` for an invalid file and, if `strict`, for labels of requests that are not stored. The guard may
+    delete inputs while an adaptation runs.
+    """
+    known = {} if labels is None else read_labels(labels, class_names)
+    n, x, y = 0, [], []
+    for request in () if stored is None else stored.read():
+        n += len(request.rows)
+        for place, row in enumerate(request.rows):
+            label = known.pop((request.request, row), None)
+            if label is not None:
+                x.append(request.x[place])
+                y.append(label)
+    if known and strict:
+        request_name, row = next(iter(known))
+        raise UsageError(
+            f"{labels}: input {row} of the request {request_name!r} is not among the stored flagged inputs; remove "
+            "labels of other requests, and those of inputs that were deleted"
+        )
+    return Flagged(n, torch.stack(x) if x else torch.empty(0), torch.tensor(y, dtype=torch.int64))

@@ -36,23 +36,24 @@ PathText = Annotated[str, required(_is_path, "the path of a file")]
 SetName = Annotated[str, required(lambda text: text == "" or is_name(text), "the name of a parameter set")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Settings = Annotated[dict[str, Any], required(_names_no_file, f"settings whose values are {_NO_FILE},")]
-_KEPT = ConfigDict(extra="allow", strict=True)
 
 
-class OpeningSettings(TypedDict, total=False):
+class _Kept(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+
+
+class OpeningSettings(_Kept, total=False):
     """Settings with which the served model is opened; the others are checked when it is opened."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     model: PathText
     guard: PathText | None
     pool: PathText
     arch: PathText | None
 
 
-class ServedFile(TypedDict):
+class ServedFile(_Kept):
     """A model in a file."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     set: SetName
     digest: Annotated[str, required(lambda text: text == "" or is_name(text), "a digest")]
     reload: Literal["none", "running", "done", "failed"]
@@ -60,34 +61,30 @@ class ServedFile(TypedDict):
     settings: NotRequired[Annotated[OpeningSettings, required(_names_no_file, _NO_FILE)]]
 
 
-class ServedPool(TypedDict):
+class ServedPool(_Kept):
     """A pool."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     set: SetName
     reason: Shown
     settings: NotRequired[Annotated[OpeningSettings, required(_names_no_file, _NO_FILE)]]
 
 
-class CanaryState(TypedDict):
+class CanaryState(_Kept):
     """The canary of a server."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     state: Literal["none", "starting", "serving", "failed"]
     reason: Shown
 
 
-class Worker(TypedDict):
+class Worker(_Kept):
     """A process that answers requests."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     set: SetName
 
 
-class ServerState(TypedDict):
+class ServerState(_Kept):
     """The answer to `GET /status`: the state of a server that serves a file or a pool."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     workers: Annotated[list[Worker], Field(max_length=10_000)]
     sets: dict[SetName, dict[str, Annotated[float, Field(ge=0, le=2**53)]]]
     model: NotRequired[ServedFile]
@@ -95,29 +92,25 @@ class ServerState(TypedDict):
     canary: NotRequired[CanaryState]
 
 
-class _Share(TypedDict):
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
+class _Share(_Kept):
     value: Number
     low: Number
     high: Number
     n: Count
 
 
-class _ClassError(TypedDict):
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
+class _ClassError(_Kept):
     name: Shown
     error: _Share
 
 
-class _Accuracy(TypedDict):
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
+class _Accuracy(_Kept):
     accuracy: _Share
     calibration_error: Number
     errors: list[_ClassError]
 
 
-class _Power(TypedDict):
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
+class _Power(_Kept):
     signal: Shown
     shift: Number | None
     drop: Number | None
@@ -125,18 +118,16 @@ class _Power(TypedDict):
     errors: bool
 
 
-class Alarm(TypedDict):
+class Alarm(_Kept):
     """An alarm of a test."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     after: Count
     signal: Shown
     evidence: Shown
     view: Annotated[str, required(NEXT.__contains__, f"one of {', '.join(NEXT)}")]
 
 
-class _Test(TypedDict):
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
+class _Test(_Kept):
     name: Shown
     compares: Shown
     state: Shown
@@ -147,16 +138,14 @@ class _Test(TypedDict):
     restarted: list[Shown]
 
 
-class _Source(TypedDict):
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
+class _Source(_Kept):
     name: Shown
     n: Count
 
 
-class MonitorState(TypedDict):
+class MonitorState(_Kept):
     """The answer to `GET /monitor`: what the monitor has found."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     verdict: Literal["alarm", "no alarm"]
     alarmed: list[Shown]
     requests: Count
@@ -171,24 +160,20 @@ class MonitorState(TypedDict):
     notes: list[Shown]
 
 
-class _Run(TypedDict):
+class _Run(_Kept):
     """A run of an adaptation."""
 
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
     run: Shown
     approval: Approval | None
     by: Shown
 
 
-class _Runs(TypedDict):
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
+class _Runs(_Kept):
     runs: list[_Run]
 
 
-class LabelAnswer(TypedDict):
+class LabelAnswer(_Kept):
     """The answer to `POST /labels`."""
-
-    __pydantic_config__ = _KEPT  # type: ignore[misc]
 
     accepted: Count
     unknown: list[Shown]

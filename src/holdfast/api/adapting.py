@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from holdfast.adaptation.adapted import Adapted, facts_text
-from holdfast.adaptation.flagged_inputs import Flagged, read_flagged
-from holdfast.adaptation.journal import HARDENING, Journal, concluded, open_journal
-from holdfast.adaptation.screening import Screened, disagreeing, screened
+from holdfast.adaptation.journal import HARDENING, OF_FILE, OF_POOL, Journal, concluded, open_journal
+from holdfast.adaptation.screening import Flagged, Screened, disagreeing, read_flagged, screened
 from holdfast.adaptation.server_state import (
     ServerState,
     approval_of,
@@ -60,7 +59,7 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import mode_of, write_atomically
+from holdfast.runs.store.files import mode_of, usable, write_atomically
 from holdfast.runs.store.ownership import refuse_shared
 from holdfast.runs.store.records import read_chain
 from holdfast.runs.stored.stored_runs import new_folder
@@ -179,9 +178,9 @@ class _Adaptation:
         if taken := self.journal.stored().steps:  # the run may have been killed before it sent the last one
             self._send(taken[-1].step, taken[-1].facts)
         with suppress(_Ended):
-            self._once("begin", self._begin)
-            for step, function in self._steps():
-                self._once(step, function)
+            self._once("begin")
+            for step in (OF_FILE if self._pool is None else OF_POOL)[1:]:
+                self._once(step)
         outcome, reason = concluded(self.journal.stored().steps) or ("", "")
         if outcome != "promoted":
             self._restore_guard()
@@ -191,33 +190,14 @@ class _Adaptation:
         self._send("end", {"outcome": outcome, "reason": reason})
         self.journal.end()
 
-    def _steps(self) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """The steps after the first one."""
-        pool, port = self._pool, self.port
-        yield "trigger", self._trigger
-        yield "quarantine", self._quarantine
-        yield "harden", self._harden
-        if pool is not None:
-            yield "immunise", lambda: pool.immunise(self._hardened())
-        yield "assess", self._assess
-        yield "gates", self._judge
-        yield "shadow", self._shadow
-        yield "approved", self._approval
-        if pool is None:
-            yield "canary", self._canary
-            yield "promote", self._promote
-            yield "watch", self._watch
-            return
-        yield "measure", lambda: pool.measure(self._live_pairs())
-        again = way_out("", self.journal.folder)
-        yield "admit", lambda: pool.admit(self.progress, self.notify, again)
-        yield "promote", lambda: self._monitor_restarted(pool.promote(port))
-        yield "watch", lambda: pool.watch(self._live_pairs(), port)
+    def _of_pool(self) -> AdaptedPool:
+        assert self._pool is not None, "only a pool has this step"
+        return self._pool
 
-    def _once(self, step: str, function: Callable[[], Json]) -> None:
+    def _once(self, step: str) -> None:
         """Take a step unless it is finished. A step that ends the run is recorded as well."""
         taken = self.journal.facts(step) is not None
-        facts = self.journal.take(step, lambda: strict(function()))  # the server refuses NaN
+        facts = self.journal.take(step, lambda: strict(_STEPS[step](self)))  # the server refuses NaN
         if not taken:
             self._send(step, facts)
             self.notify(f"{step}: {facts_text(step, facts)}")
@@ -245,8 +225,17 @@ class _Adaptation:
         return Path(self._begun["model"])
 
     def _begin(self) -> Json:
-        self._begun = begun = self._described()
-        refuse_unmet(self._needs())
+        """Describe the server, and check the needs of the later steps. A run that is refused here stores nothing."""
+        stored = (_INCUMBENT, EARLIER)
+        try:
+            self._begun = begun = self._described()
+            refuse_unmet(self._needs())
+        except HoldfastError:
+            for name in stored:
+                self.journal.drop_written(name)
+            raise
+        for name in stored:
+            self.journal.keep_written(name)
         return begun
 
     def _needs(self) -> Iterator[Need]:
@@ -287,7 +276,9 @@ class _Adaptation:
             )
         refuse_shared(file)
         self._refuse_code(settings.get("arch") or "")
-        copy = self.journal.keep(_INCUMBENT, content_of_file(file, "served model"))
+        copy = self.journal.folder / _INCUMBENT
+        with usable(copy):
+            write_atomically(copy, content_of_file(file, "served model"))
         with self._stated_settings():
             opened = self._opened(copy, settings)
             guard = settings.get("guard")
@@ -300,7 +291,6 @@ class _Adaptation:
         if guard is None or place is None:
             return begun
         AdaptedGuard(Path(guard), place, self.journal.folder).store()
-        self.journal.keep_written(EARLIER)
         return {**begun, "calibration": str(place)}
 
     def _refuse_code(self, code: str) -> None:
@@ -652,7 +642,16 @@ class _Adaptation:
             time.sleep(_POLL_S)
 
     def _promote(self) -> Json:
-        """Replace the file of the served model, and wait until all workers serve it."""
+        """Let the candidate serve, and restart the monitor. The file of a served model is replaced, until all workers
+        serve it.
+        """
+        facts = self._pool.promote(self.port) if self._pool is not None else self._promote_file()
+        if "ends" not in facts:
+            with suppress(Refusal):  # a server without a monitor
+                self.port.post("/monitor/restart", {})
+        return facts
+
+    def _promote_file(self) -> Json:
         self._refuse_changed(self._status())
         guard = self._guard
         if guard is not None:
@@ -664,19 +663,12 @@ class _Adaptation:
             return {"ends": str(error)}
         if guard is not None:
             guard.accept_candidate()
-        return self._monitor_restarted(
-            {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
-        )
-
-    def _monitor_restarted(self, facts: Json) -> Json:
-        """Restart the monitor after a promotion, and return the facts about it."""
-        if "ends" not in facts:
-            with suppress(Refusal):  # a server without a monitor
-                self.port.post("/monitor/restart", {})
-        return facts
+        return {"set": self._status()["model"]["set"], "digest": self._candidate.digest}
 
     def _watch(self) -> Json:
         """Watch the promoted candidate, and put the earlier model back if it is worse than that was."""
+        if self._pool is not None:
+            return self._pool.watch(self._live_pairs(), self.port)
         if self._served_file.read_bytes() == (self.journal.folder / _INCUMBENT).read_bytes():
             self._put_back()  # the run was killed while it did so
             return {"ends": "the earlier model was put back after the promotion"}
@@ -735,6 +727,25 @@ class _Adaptation:
     def _restore_guard(self) -> None:
         if (guard := self._guard) is not None:
             guard.restore()
+
+
+_STEPS: Mapping[str, Callable[[_Adaptation], Json]] = {
+    "begin": lambda run: run._begin(),
+    "trigger": lambda run: run._trigger(),
+    "quarantine": lambda run: run._quarantine(),
+    "harden": lambda run: run._harden(),
+    "immunise": lambda run: run._of_pool().immunise(run._hardened()),
+    "assess": lambda run: run._assess(),
+    "gates": lambda run: run._judge(),
+    "shadow": lambda run: run._shadow(),
+    "approved": lambda run: run._approval(),
+    "canary": lambda run: run._canary(),
+    "measure": lambda run: run._of_pool().measure(run._live_pairs()),
+    "admit": lambda run: run._of_pool().admit(run.progress, run.notify, way_out("", run.journal.folder)),
+    "promote": lambda run: run._promote(),
+    "watch": lambda run: run._watch(),
+}
+"""The functions of all steps; `OF_FILE` and `OF_POOL` have the order of those of a server"""
 
 
 def _opening(settings: Mapping[str, Any]) -> Json:

@@ -25,8 +25,7 @@ from holdfast.io.models.models import ROTATING
 from holdfast.io.remote.operator_port import Json, OperatorPort
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation import Immunise, loaded
-from holdfast.rotation.pool.authentic import HEAD
-from holdfast.rotation.pool.ledger import NAME as LEDGER
+from holdfast.rotation.pool.ledger import HEAD, LEDGER
 from holdfast.rotation.pool.ledger_state import State
 from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
 from holdfast.rotation.pool.pool_manifest import SETS

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from holdfast.adaptation.journal import FORMER, is_adaptation, open_finished
-from holdfast.adaptation.server_records import difference
+from holdfast.adaptation.journal import difference, is_adaptation, open_finished
 from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import is_audit, open_audit
 from holdfast.core.errors import TargetError, UsageError
@@ -85,8 +84,6 @@ def _finding(folder: Path, chains: Sequence[Path]) -> FolderEvidence:
         return _pool(folder)
     if (folder / AUDIT_MARK).is_file():
         return _chains(folder)
-    if (folder / FORMER).is_file():
-        return _adaptation(folder, chains)
     if folder.is_file():
         return _file(folder)
     if not (folder / MANIFEST).is_file():

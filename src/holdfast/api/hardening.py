@@ -44,7 +44,7 @@ from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
-from holdfast.runs.harden.harden import checked, harden, refuse_unmeasured
+from holdfast.runs.harden.harden import harden, refuse_unfit, refuse_unmeasured
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
 from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
@@ -161,7 +161,7 @@ def needs_of_hardening(
         refuse_unmeasured(subject, judged, request(), tuple(map(parse, gates)), paired=True)
 
     return (
-        Need("harden", lambda: checked(subject, training, judged, request())),
+        Need("harden", lambda: refuse_unfit(subject, training, judged, request())),
         Need("gates", refuse_gates),
     )
 

@@ -25,7 +25,6 @@ from holdfast.api.verb_settings import RotateSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
-from holdfast.rotation.pool.authentic import Head
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
@@ -43,6 +42,7 @@ from holdfast.rotation.steps.rotation_run import Rotated
 from holdfast.rotation.steps.swap import Swapped
 from holdfast.rotation.steps.verdicts import Admission
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
+from holdfast.runs.store.append_log import Head
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.threats_and_attacks import ThreatLike
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from holdfast.core.errors import UsageError
@@ -44,20 +45,7 @@ class Link:
     previous: str
     content: Mapping[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the digest of the previous record and the content of this record, in hexadecimal."""
         return digest(canonical({"previous": self.previous, "content": self.content}))
-
-
-def broken_at(links: Iterable[Link], previous: str = GENESIS) -> int | None:
-    """Return the position of the first record of a hash chain that does not contain the digest of the record before it,
-    or None if the chain is intact.
-
-    The argument `previous` is the digest that the first record must contain, that of the record before these links.
-    """
-    for position, link in enumerate(links):
-        if link.previous != previous:
-            return position
-        previous = link.digest
-    return None

@@ -9,28 +9,28 @@ Principals are stored as pseudonyms and inputs as keyed digests; the key is in a
 import errno
 import hashlib
 import hmac
-import json
 import os
 import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 from typing_extensions import TypedDict
 
-from holdfast.core.chain import GENESIS, canonical
+from holdfast.core.chain import canonical
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.io.files import open_regular
 from holdfast.runs.store import files as store
+from holdfast.runs.store.append_log import BEGINNING, Head, LogForm, LogReader
 from holdfast.runs.store.files import content_of, create_private
-from holdfast.runs.store.forms import Count, Whole, refuse_form, required
+from holdfast.runs.store.forms import Count, Whole, conforming, required
 from holdfast.runs.store.locking import WAIT_S
 
 SUFFIX = ".jsonl"
@@ -38,8 +38,6 @@ SERVER = ".server"
 _NAME = re.compile(rf"([0-9]{{8}}T[0-9]{{12}}-[0-9a-f]{{6}})(\{SERVER}|\.worker-[1-9][0-9]{{0,8}})\{SUFFIX}")
 """Names of chains, with the run that wrote them. Names in a chain are compared with it before they are used as paths,
 because a folder may be from elsewhere."""
-_LINE_BYTES = 1 << 26
-"""Largest number of bytes of a record: that of a request with 400,000 inputs. A longer line is not read into memory."""
 _BEGINNING = b'{"content":{"'
 """first bytes of each record"""
 _PROBE = _BEGINNING.ljust(1 << 13)
@@ -122,10 +120,9 @@ class ChainFile:
     def __init__(self, path: Path, *, fail_open: bool = False) -> None:
         self.path, self._fail_open = path, fail_open
         self._lock = threading.Lock()
-        self.head, self.records, self.lost = GENESIS, 0, 0
-        self.flushed = (0, GENESIS)
-        """number of records that outlast a power failure, and the digest of the last one"""
-        self.lost_in_total = 0
+        self.last = self.flushed = BEGINNING
+        """the last record, and the last one that outlasts a power failure"""
+        self.lost = self.lost_in_total = 0
         with usable(path):
             with suppress(FileExistsError):  # the supervisor has created that of a worker
                 create_private(path, b"")
@@ -144,7 +141,7 @@ class ChainFile:
         with self._lock:
             now_lost = {"kind": "lost", "records": self.lost, "time": now()}
             every = [canonical(now_lost), *texts] if self.lost else texts
-            data, head = chained(self.head, every)
+            data, last = FORM.lines(every, self.last)
             try:
                 self._write(data)
             except OSError:
@@ -153,7 +150,7 @@ class ChainFile:
                 self.lost += len(texts)
                 self.lost_in_total += len(texts)
                 return
-            self.head, self.records, self.lost = head, self.records + len(every), 0
+            self.last, self.lost = last, 0
 
     def refuse_full_disk(self) -> None:
         """Write some bytes after the last record and remove them again. Raises `OSError` if that is not possible."""
@@ -179,7 +176,7 @@ class ChainFile:
     def flush(self) -> None:
         """Flush the records to the disk, so that they outlast a power failure."""
         with self._lock:
-            size, flushed = self._size, (self.records, self.head)
+            size, flushed = self._size, self.last
         if size != self._synced:
             os.fsync(self._handle)
             self._synced, self.flushed = size, flushed
@@ -204,33 +201,6 @@ def _locked(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
-    """Return records as lines of a chain file, like `chained`, from their contents."""
-    return chained(head, map(canonical, contents))
-
-
-def chained(head: str, texts: Iterable[bytes]) -> tuple[bytes, str]:
-    """Return records as lines of a chain file, each with the digest of the one before, and the digest of the last one.
-    `head` is the digest of the record before them, and `texts` are their canonical texts.
-
-    The lines equal those of `runs.store.records.line_of`.
-    """
-    parts: list[bytes] = []
-    for text in texts:
-        previous = head.encode()
-        head = hashlib.sha256(b'{"content":' + text + b',"previous":"' + previous + b'"}').hexdigest()
-        parts += (
-            b'{"content":',
-            text,
-            b',"digest":"',
-            head.encode(),
-            b'","previous":"',
-            previous,
-            b'"}\n',
-        )
-    return b"".join(parts), head
 
 
 def now() -> float:
@@ -295,68 +265,27 @@ class _Content(TypedDict):
     kind: str
 
 
-class _Record(TypedDict):
-    content: _Content
+def _check(content: Any) -> None:
+    conforming(content, _Content)
+    conforming(content, _FORMS.get(content["kind"], _Content))
 
 
-class ChainReader:
-    """Iterator over the contents of the records of a chain, from an open file, which verifies each record first.
-
-    The incomplete last line, which a kill or a write in progress leaves, is no record. Raises `TargetError` for the
-    first record that is not the canonical text of a content of a known form with the digest of the record before.
-    """
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._file, self._path = file, path
-        self.head, self.records = GENESIS, 0
-        self.size, self.rest = 0, b""
-        """number of bytes of the records, and the incomplete last line, once all records are read"""
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        while True:
-            line = self._file.readline(_LINE_BYTES)
-            if not line.endswith(b"\n"):
-                self.rest = line
-                if len(line) == _LINE_BYTES:
-                    raise self._fault(f"is longer than {_LINE_BYTES:,} bytes")
-                return
-            content = self._content(line)
-            self.records, self.size = self.records + 1, self.size + len(line)
-            yield content
-
-    def _content(self, line: bytes) -> Mapping[str, Any]:
-        try:
-            record = json.loads(line)
-            refuse_form(self._path, record, _Record)
-            content: Mapping[str, Any] = record["content"]
-            encoded, head = lines(self.head, [content])
-        except (ValueError, TargetError, RecursionError):
-            encoded = b""
-        if encoded != line:
-            raise self._fault("was changed, or a record before it was removed")
-        if content["kind"] in _FORMS:
-            refuse_form(self._path, content, _FORMS[content["kind"]])
-        self.head = head
-        return content
-
-    def _fault(self, fault: str) -> TargetError:
-        return TargetError(
-            f"record {self.records + 1} of {str(self._path)!r} {fault}; restore it from a copy"
-        )
+FORM = LogForm(_check, refused=refusal_in_audit)
+"""Form of the records of an audit chain"""
 
 
 @contextmanager
-def reading_chain(path: Path) -> Iterator[ChainReader]:
+def reading_chain(path: Path) -> Iterator[LogReader]:
     """Context manager that opens a chain for reading. Raises `TargetError` for anything else than a regular file."""
     with usable(path), os.fdopen(open_regular(path), "rb") as file:
-        yield ChainReader(file, path)
+        yield LogReader(file, path, FORM)
 
 
 def end_chain(
     path: Path, contents: Sequence[Mapping[str, Any]] = (), *, reason: str = "", wait_s: float = WAIT_S
-) -> tuple[int, int, str]:
+) -> tuple[int, Head]:
     """Add the record `interrupted` with a reason for each open request of a chain whose process has ended, and then the
-    records `contents`. Return the number of open requests, the number of records, and the digest of the last one.
+    records `contents`. Return the number of open requests and the last record.
 
     A worker whose supervisor was killed ends by itself once it has answered what it received, for which `wait_s`
     seconds are waited. An incomplete last line, which a kill may leave, is removed. The file is changed only if it is a
@@ -376,8 +305,8 @@ def end_chain(
                     errno.EBUSY, "a worker of a killed server still writes to it; end that process", str(path)
                 )
             time.sleep(_POLL_S)
-        chain, pending = ChainReader(file, path), dict[str, None]()
-        for content in chain:
+        chain, pending = LogReader(file, path, FORM), dict[str, None]()
+        for content in (link.content for link in chain):
             if content["kind"] == "started":
                 pending[content["request"]] = None
             elif content["kind"] in _ENDS:
@@ -387,14 +316,11 @@ def end_chain(
                 f"{str(path)!r} ends with {len(chain.rest)} bytes that are not the beginning of a record, and is not "
                 "changed; restore it from a copy"
             )
-        more: list[Mapping[str, Any]] = [
-            end_record("interrupted", request, reason=reason) for request in pending
-        ]
-        more += contents
-        data, head = lines(chain.head, more)
+        ends = [end_record("interrupted", request, reason=reason) for request in pending]
+        data, last = FORM.lines(map(canonical, [*ends, *contents]), chain.last)
         file.truncate(chain.size)
         file.seek(chain.size)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return len(pending), chain.records + len(more), head
+    return len(pending), last

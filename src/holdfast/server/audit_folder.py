@@ -12,6 +12,7 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, refuse_no_digest
 from holdfast.core.errors import TargetError
+from holdfast.runs.store.append_log import BEGINNING
 from holdfast.runs.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
 from holdfast.runs.store.leases import Owner
 from holdfast.runs.store.locking import locked
@@ -118,8 +119,10 @@ class AuditFolder:
             self._open.discard(path)
             return 0
         with usable(path):
-            interrupted, records, head = end_chain(path, reason=reason)
-        self.record("closed", chain=path.name, records=records, head=head, interrupted=interrupted)
+            interrupted, last = end_chain(path, reason=reason)
+        self.record(
+            "closed", chain=path.name, records=last.entries, head=last.digest, interrupted=interrupted
+        )
         self._open.discard(path)
         return interrupted
 
@@ -165,21 +168,22 @@ def _complete(path: Path) -> tuple[list[list[Any]], int]:
     for file in _chains_of(path)[0]:
         state = _ServerState(file)
         with reading_chain(file) as chain:
-            for content in chain:
-                state.take(content)
-            records, head = chain.records, chain.head
+            for link in chain:
+                state.take(link.content)
+            last = chain.last
         if state.begin is not None and not state.ended and not Owner(*state.begin["owner"]).alive():
             closed: list[dict[str, Any]] = []
             for name in state.open_workers:
-                n, *end = 0, 0, GENESIS
+                n, end = 0, BEGINNING
                 if os.path.lexists(path / name):
                     with usable(path / name):
-                        n, *end = end_chain(path / name, reason="the server was killed")
+                        n, end = end_chain(path / name, reason="the server was killed")
                 recovered += n
-                closed.append(_timed("closed", chain=name, records=end[0], head=end[1], interrupted=n))
+                facts = {"records": end.entries, "head": end.digest, "interrupted": n}
+                closed.append(_timed("closed", chain=name, **facts))
             with usable(file):
-                _, records, head = end_chain(file, [*closed, _timed("killed")])
-        earlier.append([file.name, records, head])
+                _, last = end_chain(file, [*closed, _timed("killed")])
+        earlier.append([file.name, *last])
     return earlier, recovered
 
 
@@ -304,7 +308,7 @@ def server_records(path: Path, kinds: Collection[str]) -> list[Mapping[str, Any]
     found: list[Mapping[str, Any]] = []
     for file in _chains_of(path)[0]:
         with reading_chain(file) as chain:
-            found += [content for content in chain if content["kind"] in kinds]
+            found += [link.content for link in chain if link.content["kind"] in kinds]
     return found
 
 
@@ -343,15 +347,16 @@ def _verified_chain(
     """
     digests, begun, done, lost = [GENESIS], set[str](), set[str](), 0
     with reading_chain(file) as chain:
-        for content in chain:
-            digests.append(chain.head)
+        for link in chain:
+            content = link.content
+            digests.append(link.digest)
             kind, request = content["kind"], content.get("request", "")
             fault = (kind == "started" and request in begun) or (
                 kind in _ENDS and ((request not in begun and not lost) or request in done)
             )
             if fault:
                 raise TargetError(
-                    f"record {chain.records} of {str(file)!r} states {kind} for a request that is not in progress; "
+                    f"record {len(digests) - 1} of {str(file)!r} states {kind} for a request that is not in progress; "
                     "restore it from a copy"
                 )
             if kind == "started":
@@ -362,7 +367,7 @@ def _verified_chain(
             elif kind == "lost":
                 lost += content["records"]
             take(content)
-    totals["records"] += chain.records
+    totals["records"] += chain.last.entries
     totals["open"] += len(begun - done)
     totals["lost"] += lost
     return digests

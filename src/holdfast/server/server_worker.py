@@ -427,7 +427,7 @@ class Worker:
         head, records = "", 0
         if self.chain is not None:
             self.chain.close()
-            head, records = self.chain.head, self.chain.records
+            records, head = self.chain.last
         self._send(b"X", {"head": head, "records": records})
 
     def _close_states(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from holdfast.adaptation.journal import FORMER, is_adaptation, read_adaptation
+from holdfast.adaptation.journal import is_adaptation, read_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.estimate import Estimate
@@ -136,7 +136,6 @@ def _kind(path: Path) -> Kind | None:
         MANIFEST: "run",
         POOL_MANIFEST: "pool",
         AUDIT_MARK: "chains",
-        FORMER: "adaptation",
     }
     return next((kind for mark, kind in marks.items() if (path / mark).is_file()), None)
 

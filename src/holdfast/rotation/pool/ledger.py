@@ -9,28 +9,19 @@ files is detected only with a `head` that is stored elsewhere. If an earlier ent
 ledger, the next process that opens the ledger detects it.
 """
 
+import hashlib
+import hmac
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
 
-from holdfast.core.chain import GENESIS, Link
+from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.files import open_regular, refuse_irregular
-from holdfast.rotation.pool.authentic import (
-    HEAD,
-    WAY_OUT,
-    Head,
-    LedgerKey,
-    authenticated_line,
-    read_entries,
-    read_head,
-    refuse_shortened,
-    write_head,
-)
 from holdfast.rotation.pool.ledger_state import (
     Exposure,
     LedgerState,
@@ -41,12 +32,15 @@ from holdfast.rotation.pool.ledger_state import (
     Term,
     well_formed,
 )
-from holdfast.runs.store.files import append, content_of, refusal_in_pool, usable
+from holdfast.runs.store.append_log import AppendLog, Head, LogForm, equal
+from holdfast.runs.store.encryption import Seal
+from holdfast.runs.store.files import PRIVATE, content_of, refusal_in_pool, usable, write_atomically
 from holdfast.runs.store.locking import locked
-from holdfast.runs.store.records import record_lines
+from holdfast.runs.store.records import document, read_document
 
-NAME = "ledger.jsonl"
-LOCK = "ledger.lock"
+LEDGER, HEAD, LOCK = "ledger.jsonl", "ledger.head", "ledger.lock"
+WAY_OUT = "restore it from a copy; until then no set of this pool is served"
+_PURPOSE = "pool ledger, schema 2"
 T = TypeVar("T")
 
 
@@ -61,16 +55,14 @@ class Ledger:
     Raises `UsageError` for an entry that is not allowed in the current state, and `TargetError` for a broken chain.
     """
 
-    def __init__(self, folder: Path, key: LedgerKey, now: Callable[[], str] = utc_now) -> None:
-        self.path, self._head_path, self._key, self._now = folder / NAME, folder / HEAD, key, now
+    def __init__(self, folder: Path, key: bytes, now: Callable[[], str] = utc_now) -> None:
+        self.path, self._now = folder / LEDGER, now
         self._thread_lock, self._has_lock = RLock(), False
-        self._state, self._size = LedgerState(), 0
-        self._digests: list[str] = []
+        self._state = LedgerState()
+        self._log = ledger_log(folder, key, self._state)
 
     @classmethod
-    def create(
-        cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now
-    ) -> "Ledger":
+    def create(cls, folder: Path, key: bytes, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
         """Create the ledger of a new pool, whose manifest has the digest `manifest`. The caller must have locked the
         pool.
         """
@@ -78,39 +70,36 @@ class Ledger:
         with ledger._thread_lock:
             ledger._has_lock = True
             try:
-                ledger._read_existing()
+                ledger._drop_incomplete()
+                ledger._log.repair()
                 ledger._add("begun", manifest=manifest)
             finally:
                 ledger._has_lock = False
         return ledger
 
-    def _read_existing(self) -> None:
-        """Read an existing ledger. An incomplete first entry is removed, and its head is written again."""
+    def _drop_incomplete(self) -> None:
+        """Empty a ledger with an incomplete first entry only, whose head is of a pool that was never created."""
         with usable(self.path, refusal_in_pool):
-            has_entry = self.path.exists() and b"\n" in content_of(self.path, refusal_in_pool)
-            if self.path.exists() and not has_entry:
+            if self.path.exists() and b"\n" not in content_of(self.path, refusal_in_pool):
                 os.truncate(self.path, 0)
-        if has_entry:
-            self._read()
 
     # --- views
 
     @property
     def head(self) -> str:
         """Digest of the last ledger entry, which depends on all earlier entries."""
-        return self._view(lambda _: self._last)
+        return self._view(lambda _: self._log.head)
 
     @property
     def entries(self) -> int:
         """Number of entries in the ledger."""
-        return self._view(lambda _: len(self._digests))
+        return self._view(lambda _: self._log.entries)
 
     def entry_of(self, head: str) -> int | None:
         """Return the number, counted from 1, of the ledger entry with the digest `head`, or None if there is no such
         entry.
         """
-        digests = self._view(lambda _: self._digests)
-        return digests.index(head) + 1 if head in digests else None
+        return self._view(lambda _: self._log.entry_of(head))
 
     @property
     def manifest(self) -> str | None:
@@ -241,16 +230,12 @@ class Ledger:
                 yield
                 return
             with locked(self.path.with_name(LOCK)):
-                self._read()
+                self._log.repair()
                 self._has_lock = True
                 try:
                     yield
                 finally:
                     self._has_lock = False
-
-    @property
-    def _last(self) -> str:
-        return self._digests[-1] if self._digests else GENESIS
 
     def _add(self, kind: str, **content: Any) -> None:
         entry = {"kind": kind, "at": self._now(), **content}
@@ -260,95 +245,103 @@ class Ledger:
             raise UsageError(f"the entry is invalid for the ledger: {error}") from error
         with self.alone():
             self._state.refuse_illegal(entry)
-            # Made under the lock and after the entries of other processes were read, so that the chain never forks.
-            link, number = Link(self._last, entry), len(self._digests) + 1
-            line, head = authenticated_line(link, number, self._key), Head(number, link.digest)
-            with usable(self.path, refusal_in_pool):
-                self._write(line, head)
-            self._take(link, len(line))
-
-    def _write(self, line: bytes, head: Head) -> None:
-        """Write an entry and then the head. A kill in between leaves a ledger longer than its head, which is allowed.
-
-        For the first entry, the head is written first, so that a ledger with entries always has a head.
-        """
-        if head.entries == 1:
-            write_head(self._head_path, head, self._key)
-            append(self.path, line)
-            return
-        append(self.path, line)
-        try:
-            write_head(self._head_path, head, self._key)
-        except BaseException:
-            # After an error the entry must not be in the ledger, because the caller reports that nothing was recorded.
-            with suppress(OSError):
-                os.truncate(self.path, self._size)
-            raise
-
-    def _take(self, link: Link, size: int) -> None:
-        self._state.take(link.content)
-        self._size += size
-        self._digests.append(link.digest)
+            # Added under the lock and after the entries of other processes were read, so that the chain never forks.
+            self._log.add(entry)
 
     def _view(self, view: Callable[[LedgerState], T]) -> T:
         """Read new entries, waiting for a writer if necessary, and return a view of the state."""
         with self._thread_lock:
-            if not self._has_lock and self._length() != self._size:
+            if not self._has_lock and self._log.has_changed():
                 with self.alone():
                     pass
             return view(self._state)
 
-    def _length(self) -> int:
-        with usable(self.path, refusal_in_pool):
-            try:
-                status = self.path.lstat()
-            except FileNotFoundError:
-                return 0
-        refuse_irregular(self.path, status)
-        return status.st_size
 
-    def _read(self) -> None:
-        """Verify and apply new entries, and drop an incomplete end. The caller must have the lock."""
-        length = self._length()
-        if length < self._size:
+# --- the log
+
+
+def ledger_key(seal: Seal, pool: str) -> bytes:
+    """Return the key that authenticates the ledger of a pool. It is derived from the encryption key and the id of the
+    pool.
+    """
+    return seal.derived(_PURPOSE, pool)
+
+
+def ledger_log(folder: Path, key: bytes | None, state: LedgerState) -> AppendLog:
+    """Return the ledger in the folder of a pool as a log, whose entries update a state as they are read and added.
+
+    Without a `key`, only the public chain and the numbers are verified, and nothing can be added.
+    """
+
+    def take(link: Link, number: int) -> None:
+        try:
+            state.refuse_illegal(link.content)
+        except UsageError as error:
             raise TargetError(
-                f"entry {len(self._digests)} of {str(self.path)!r} or an earlier one was removed or changed after "
-                f"it was read; {WAY_OUT}"
-            )
-        if length == self._size:
-            return
+                f"entry {number} of {str(folder / LEDGER)!r} cannot follow those before it ({error}); {WAY_OUT}"
+            ) from error
+        state.take(link.content)
+
+    form = LogForm(well_formed, "entry", WAY_OUT, refusal_in_pool, authenticated=True, key=key)
+    return AppendLog(folder / LEDGER, form, take, LedgerHead(folder / HEAD, key))
+
+
+@dataclass(frozen=True)
+class LedgerHead:
+    """The file with the number and the digest of the last entry of a ledger, and an HMAC of both.
+
+    Entries that are missing at the end of the ledger are detected by it. Without a `key`, the HMAC is not verified.
+    """
+
+    path: Path
+    key: bytes | None
+
+    def write(self, head: Head) -> None:
+        """Replace the stored head. Raises `OSError`."""
+        content = {"entries": head.entries, "digest": head.digest, "mac": self._mac(head)}
+        write_atomically(self.path, document(content), PRIVATE)
+
+    def read(self) -> Head | None:
+        """Return the stored head, or None if the file does not exist. Raises `TargetError` if it was not written with
+        the key of the pool.
+        """
         with usable(self.path, refusal_in_pool):
-            with os.fdopen(open_regular(self.path), "rb") as file:
-                file.seek(self._size)
-                data = file.read()
-            complete_lines = data[: data.rfind(b"\n") + 1]
-            if len(complete_lines) < len(data):
-                os.truncate(self.path, self._size + len(complete_lines))
-        head = read_head(self._head_path, self._key)
-        links = read_entries(
-            self.path,
-            complete_lines,
-            well_formed,
-            self._key,
-            previous=self._last,
-            first=len(self._digests) + 1,
-        )
-        refuse_shortened(self.path, head, [*self._digests, *(link.digest for link in links)])
-        for link, line in zip(links, record_lines(complete_lines), strict=True):
-            refuse_out_of_order(self._state, link, len(self._digests) + 1, self.path)
-            self._take(link, len(line) + 1)
-        if head is not None and head.entries < len(
-            self._digests
-        ):  # a writer was killed before it wrote the head
-            with suppress(OSError):
-                write_head(self._head_path, Head(len(self._digests), self._last), self._key)
+            if not self.path.exists():
+                return None
+        content = read_document(self.path)
+        # The content is not trusted yet: without the key the HMAC below is not verified.
+        entries, digest = content.get("entries"), content.get("digest")
+        if type(entries) is not int or entries < 1 or not isinstance(digest, str):
+            raise TargetError(f"{str(self.path)!r} does not contain the head of a ledger; {WAY_OUT}")
+        head = Head(entries, digest)
+        if self.key is not None and not equal(content.get("mac"), self._mac(head)):
+            raise TargetError(
+                f"{str(self.path)!r} was not written with the pool's key: its HMAC is wrong, so it was changed, or "
+                f"copied from another pool; {WAY_OUT}"
+            )
+        return head
 
+    def refuse_shortened(self, head: Head | None, links: Sequence[Link]) -> None:
+        """Raise `TargetError` if entries are missing at the end of a ledger, according to the stored `head`."""
+        path = self.path.with_name(LEDGER)
+        if head is None:
+            if links:
+                raise TargetError(
+                    f"{str(self.path)!r} is missing, which contains the number of entries of {path.name}; restore both "
+                    "from a copy; until then no set of this pool is served"
+                )
+        elif head.entries > max(len(links), 1):  # a first entry that a kill interrupted does not count
+            raise TargetError(
+                f"{str(path)!r} has {len(links)} entries, but {HEAD} records {head.entries}: entries at the end are "
+                f"missing; {WAY_OUT}"
+            )
+        elif links and (digest := links[head.entries - 1].digest) != head.digest:
+            raise TargetError(
+                f"entry {head.entries} of {str(path)!r} has the digest {digest[:16]}…, but {HEAD} records "
+                f"{head.digest[:16]}…: one of the two files is from another time or another pool; {WAY_OUT}"
+            )
 
-def refuse_out_of_order(state: LedgerState, link: Link, number: int, path: Path) -> None:
-    """Raise `TargetError` if a stored ledger entry is not allowed after the entries before it."""
-    try:
-        state.refuse_illegal(link.content)
-    except UsageError as error:
-        raise TargetError(
-            f"entry {number} of {str(path)!r} cannot follow those before it ({error}); {WAY_OUT}"
-        ) from error
+    def _mac(self, head: Head) -> str:
+        assert self.key is not None, "the head is written with the key only"
+        message = canonical({"kind": "head", "entries": head.entries, "digest": head.digest})
+        return hmac.new(self.key, message, hashlib.sha256).hexdigest()

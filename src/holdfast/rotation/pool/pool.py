@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
-from holdfast.rotation.pool.authentic import HEAD, LedgerKey
-from holdfast.rotation.pool.ledger import LOCK, Ledger
+from holdfast.rotation.pool.ledger import HEAD, LOCK, Ledger, ledger_key
 from holdfast.rotation.pool.ledger_state import Role, Serving, SetRecord
 from holdfast.rotation.pool.pool_manifest import (
     NEW,
@@ -90,7 +89,7 @@ class Pool:
             manifest: dict[str, Any] = json.loads(canonical({**identity, "about": about}))
             with usable(file, refusal_in_pool):
                 write_atomically(file, document(manifest), PRIVATE)
-            ledger = Ledger.create(path, LedgerKey.of(seal, manifest["id"]), digest(document(manifest)))
+            ledger = Ledger.create(path, ledger_key(seal, manifest["id"]), digest(document(manifest)))
         return cls(path, manifest, seal, ledger)
 
     @classmethod
@@ -103,7 +102,7 @@ class Pool:
         manifest = open_manifest(path)
         seal = existing_seal(path)
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
-        ledger = Ledger(path, LedgerKey.of(seal, manifest["id"]))
+        ledger = Ledger(path, ledger_key(seal, manifest["id"]))
         if ledger.manifest != digest(document(manifest)):
             raise TargetError(
                 f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"

@@ -10,8 +10,7 @@ from typing_extensions import TypedDict
 from holdfast.core.chain import canonical, refuse_no_digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.rotation.pool.authentic import HEAD, read_head
-from holdfast.rotation.pool.ledger import NAME as LEDGER
+from holdfast.rotation.pool.ledger import HEAD, LEDGER, LedgerHead
 from holdfast.runs.store.encryption import Seal
 from holdfast.runs.store.files import POOL_MANIFEST, content_of, refusal_in_pool, usable
 from holdfast.runs.store.forms import Name, refuse_form
@@ -80,7 +79,7 @@ def _refuse_incomplete(path: Path) -> None:
     with usable(path, refusal_in_pool):
         has_entries, has_sets = _has_entries(path / LEDGER), any((path / SETS).glob(f"*{SEALED}"))
     # Without the key, because here only the presence of entries matters.
-    head = read_head(path / HEAD, None)
+    head = LedgerHead(path / HEAD, None).read()
     for missing, expected in (
         (POOL_MANIFEST, has_entries),
         (LEDGER, has_sets or (head is not None and head.entries > 1)),

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.rotation.pool.authentic import HEAD, LedgerKey, read_entries, read_head, refuse_shortened
-from holdfast.rotation.pool.ledger import NAME as LEDGER
-from holdfast.rotation.pool.ledger import refuse_out_of_order
-from holdfast.rotation.pool.ledger_state import LedgerState, well_formed
+from holdfast.rotation.pool.ledger import LEDGER, ledger_key, ledger_log
+from holdfast.rotation.pool.ledger_state import LedgerState
 from holdfast.rotation.pool.pool_manifest import NEW, SEALED, SETS, open_manifest, refuse_other_head, unsealed
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.columns import content_digest
@@ -48,29 +46,18 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     seal = existing_seal(path) if has_key(path) else None
     if seal is not None:
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
-    key = None if seal is None else LedgerKey.of(seal, manifest["id"])
-    file, head_file = path / LEDGER, path / HEAD
-    head = read_head(head_file, key)  # read before the entries, since another process may add some
-    data = content_of(file, refusal_in_pool)
-    links = read_entries(file, data[: data.rfind(b"\n") + 1], well_formed, key)
-    digests = [link.digest for link in links]
-    refuse_shortened(file, head, digests)
+    key = None if seal is None else ledger_key(seal, manifest["id"])
     state = LedgerState()
-    for number, link in enumerate(links, 1):
-        refuse_out_of_order(state, link, number, file)
-        state.take(link.content)
+    log = ledger_log(path, key, state)
+    log.read()
     if state.manifest != digest(document(manifest)):
         raise TargetError(
             f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
         )
-    refuse_other_head(
-        path,
-        expect_head,
-        lambda entry_digest: digests.index(entry_digest) + 1 if entry_digest in digests else None,
-    )
+    refuse_other_head(path, expect_head, log.entry_of)
     opened = _refuse_files(path, state, seal, manifest)
     members = tuple((member.name, member.status) for member in state.members.values())
-    return VerifiedPool(digests[-1], len(digests), opened, key is not None, members)
+    return VerifiedPool(log.head, log.entries, opened, key is not None, members)
 
 
 def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:

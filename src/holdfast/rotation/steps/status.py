@@ -4,10 +4,10 @@ and the last ledger entry.
 
 from typing import Any
 
-from holdfast.rotation.pool.authentic import Head
 from holdfast.rotation.pool.ledger_state import SetRecord, Term
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.generator_quality import trained_generator
+from holdfast.runs.store.append_log import Head
 
 
 def head(pool: Pool) -> Head:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -172,6 +173,18 @@ def checked(
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
     refuse_unmeasured(subject, test, request, request.assessment.gates)
     return examples, further, n_threads
+
+
+def refuse_unfit(
+    subject: Subject, data: TrainingData, test: Data, request: HardenRequest, clock: Clock = time.perf_counter
+) -> None:
+    """Check all that a hardening needs, and plan its training, for which updates are timed if it has a budget. Nothing
+    is stored. Raises `UsageError` or `TargetError`, also for a budget that is too small.
+    """
+    examples, further, n_threads = checked(subject, data, test, request)
+    if request.budget_s is not None:
+        with threads(n_threads), TemporaryDirectory() as place:
+            _Job(subject, examples, further, test, request, Path(place), silent, ignore, ignore, clock, {})
 
 
 def refuse_unmeasured(

@@ -35,8 +35,7 @@ from holdfast.runs.store.files import (
 )
 from holdfast.runs.store.forms import Count, Name, refuse_form, validated
 from holdfast.runs.store.journal import NAME as JOURNAL
-from holdfast.runs.store.leases import NAME as STATE
-from holdfast.runs.store.leases import Leases
+from holdfast.runs.store.leases import LEASE, OF_LEASE, Lease, ShardTimes, leased, spent_in
 from holdfast.runs.store.records import CHAIN, Chain, document, parsed, read_chain, read_document
 
 SCHEMA_VERSION = 2
@@ -115,8 +114,8 @@ class StoredStage:
 class RunFolder:
     """The folder of a run for which this process has the lease, so that it may write to the folder."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, leases: Leases) -> None:
-        self.path, self.manifest, self.chain, self.leases = path, manifest, chain, leases
+    def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, lease: Lease) -> None:
+        self.path, self.manifest, self.chain, self.lease = path, manifest, chain, lease
 
     def stage(self, name: str) -> StoredStage | None:
         """Return a complete stage of the run, or None if it is not complete. Shard files of a complete stage that
@@ -143,13 +142,11 @@ class RunFolder:
                     columns_of_shards[shard] = column_files.read(path).columns
                 except TargetError:
                     path.unlink()
-        # The files decide which shards are finished; the database may be older or newer after a kill.
-        self.leases.reconcile(stage, columns_of_shards)
         return columns_of_shards
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
         """Write the columns of a finished shard to the run folder."""
-        self.leases.refuse_lost()
+        self.lease.refuse_lost()
         folder = self.path / stage
         with usable(folder):
             if not folder.is_dir():
@@ -167,7 +164,7 @@ class RunFolder:
         """Write the columns of a finished stage, record their digest in the chain, and then delete the shard files of
         the stage.
         """
-        self.leases.refuse_lost()
+        self.lease.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self.splits() if split["stage"] == stage]
         rows = len(columns["id"])
@@ -202,7 +199,7 @@ class RunFolder:
         """Write a file to the run folder, and record its digest in the chain. Writing the same content again changes
         nothing.
         """
-        self.leases.refuse_lost()
+        self.lease.refuse_lost()
         path = self.path / name
         recorded = self.chain.last(kind)
         if (
@@ -219,15 +216,15 @@ class RunFolder:
 
     def begin(self, stage: str, shard: int) -> None:
         """Record that an attempt to measure a shard begins."""
-        self.leases.begin(stage, shard)
+        self.lease.begin(stage, shard)
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
         """Add CPU and wall-clock time to the recorded time of a shard."""
-        self.leases.spend(stage, shard, seconds.cpu, seconds.wall, done=done)
+        self.lease.spend(stage, shard, seconds)
 
     def spent(self, stage: str) -> Seconds:
         """Return the CPU and wall-clock time of a stage, summed over all attempts."""
-        times = self.leases.spent(stage)
+        times = spent_in(self.path).get(stage, ShardTimes())
         return Seconds(times.cpu_s, times.wall_s)
 
     def about(self) -> dict[str, Any]:
@@ -236,7 +233,7 @@ class RunFolder:
 
     def add_about(self, more: Mapping[str, Any]) -> None:
         """Write values to the file of the start time, which is not in the chain."""
-        self.leases.refuse_lost()
+        self.lease.refuse_lost()
         file = self.path / ABOUT
         with usable(file):
             write_atomically(file, document((read_document(file) if file.is_file() else {}) | dict(more)))
@@ -248,7 +245,7 @@ class RunFolder:
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
         """Record that memory ran out in a shard, before the run continues with smaller batches."""
         split = Split(stage=stage, shard=shard, at=at, size=size)
-        self.leases.refuse_lost()
+        self.lease.refuse_lost()
         with usable(self.path / SPLITS):
             splits = self.splits()
             if split not in splits:
@@ -266,8 +263,8 @@ def open_run_folder(
     `UsageError` if the folder contains other files, is in use, or contains another run, and `TargetError` if it cannot
     be written.
 
-    A new run that ends with `UsageError` before anything is measured leaves no folder, so that the corrected command
-    can use the same one.
+    A new run that ends with one of these errors before anything is measured leaves no folder, so that the corrected
+    command can use the same one.
     """
     refuse_used(path, resume=resume)
     # Through JSON, so that it has the types of the stored manifest with which it is compared, such as lists for
@@ -275,27 +272,26 @@ def open_run_folder(
     requested: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
     with usable(path):
         make_private(path)
-    leases = Leases(path)
-    has_lease, refused, is_new = False, False, not (path / MANIFEST).exists()
+    has_lease, is_new = False, not (path / MANIFEST).exists()
     try:
-        leases.take_lease()
-        has_lease = True
-        with usable(path):
-            clear_parts(path)  # with the lease, because unfinished files may belong to a running process
-        yield RunFolder(path, _stored_or_new_manifest(path, requested, about), _started_chain(path), leases)
-    except UsageError:
-        refused = has_lease and is_new
-        raise
-    finally:
-        leases.close(release=has_lease)
-        if refused:
+        with leased(path) as lease:
+            has_lease = True
+            with usable(path):
+                clear_parts(path)  # with the lease, because unfinished files may belong to a running process
+            stored = _stored_or_new_manifest(path, requested, about)
+            yield RunFolder(path, stored, _started_chain(path), lease)
+    except (UsageError, TargetError):
+        if has_lease and is_new:
             _remove_unused(path)
+        raise
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove the files of a run in which nothing is measured, and the folder if nothing else is in it."""
+    """Remove the files of a run in which nothing is measured, and the folder if nothing else is in it and no other
+    process has its lease by now.
+    """
     files = [*path.iterdir()]
-    of_run = [file for file in files if file.name in (ABOUT, MANIFEST, CHAIN) or file.name.startswith(STATE)]
+    of_run = [file for file in files if file.name in {ABOUT, MANIFEST, CHAIN, *OF_LEASE} - {LEASE}]
     if len(of_run) == len(files) and len(read_chain(path, repair=False).links) <= 1:
         for file in of_run:
             file.unlink()
@@ -369,12 +365,8 @@ def refuse_used(path: Path, *, resume: bool) -> None:
         if not path.is_dir():
             return
         names = sorted(entry.name for entry in path.iterdir())
-    names_before_manifest = (ABOUT, JOURNAL)
-    run_files = [
-        n
-        for n in names
-        if n in names_before_manifest or n.startswith(STATE) or (n.startswith(".") and n.endswith(PART))
-    ]
+    names_before_manifest = OF_LEASE | {ABOUT, JOURNAL}
+    run_files = [n for n in names if n in names_before_manifest or (n.startswith(".") and n.endswith(PART))]
     if len(run_files) == len(names):
         return
     if MANIFEST not in names:

@@ -1,26 +1,45 @@
-"""Database `state.sqlite` of a run folder. It contains the lease of the run, and the number of attempts and the time of
-each shard.
+"""The lease of a run folder, which one process has at a time, and the time of each stage of the run.
 
-The hash chain does not contain these values. The database is not needed to resume a run: if it is deleted, it is
-recreated from the folder, and only the recorded times are lost. A lease belongs to a process. Because process ids are
-reused, start times of processes are compared as well.
+`lease.json` names the process that may write to the folder. It is read and replaced under a lock. Because process ids
+are reused, start times of processes are compared as well. `times.jsonl` contains a line for each attempt at a shard and
+for each time that was spent on it. The hash chain contains neither, and no run needs them to be resumed: if the files
+are deleted, only the times are lost.
 """
 
-import math
+import json
 import os
-import re
 import socket
-import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from holdfast.core.chain import canonical
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.evidence import Seconds
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
-from holdfast.runs.store.files import create_private, usable
-from holdfast.runs.store.locking import has_foreign_journal
+from holdfast.io.files import open_regular
+from holdfast.runs.store.files import content_of, create_private, usable, write_atomically
+from holdfast.runs.store.forms import Count, FormFault, Name, conforming
+from holdfast.runs.store.locking import locked
+
+LEASE, LOCK, TIMES = "lease.json", "lease.lock", "times.jsonl"
+OF_LEASE = frozenset((LEASE, LOCK, f"{LOCK}-journal", TIMES))
+"""names of the files of this module in a run folder; a kill may leave the journal of the lock"""
+FOREIGN_LEASE_S = 600
+"""Seconds for which the lease of a process that cannot be observed, such as one on another host, is respected.
+
+They are counted from the last update of the lease by that process.
+"""
+
+_OWN_LEASES: set[Path] = set()
+"""Folders of which this process has the lease."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +90,6 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else f"{boot.read_text().strip()}:{fields[19]}"
 
 
-NAME = "state.sqlite"
-FOREIGN_LEASE_S = 600
-"""Seconds for which the lease of a process that cannot be observed, such as one on another host, is respected.
-
-They are counted from the last update of the lease by that process.
-"""
-
-_OWN_LEASES: set[Path] = set()
-"""Leases of this process. A lease that could not be released because of a full disk is not included."""
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS lease (
-    one INTEGER PRIMARY KEY CHECK (one = 1), host TEXT, pid INTEGER, started TEXT, seen REAL);
-CREATE TABLE IF NOT EXISTS shards (
-    stage TEXT, shard INTEGER, attempts INTEGER DEFAULT 0, cpu_s REAL DEFAULT 0, wall_s REAL DEFAULT 0,
-    done INTEGER DEFAULT 0, PRIMARY KEY (stage, shard));
-"""
-
-
 @dataclass(frozen=True)
 class ShardTimes:
     """CPU time and wall-clock time in seconds, and number of attempts, of one stage of a run. Attempts that were killed
@@ -101,227 +101,128 @@ class ShardTimes:
     attempts: int = 0
 
 
-class Leases:
-    """Connection to the database `state.sqlite` of a run folder."""
+_Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
-        self._owner: Owner | None = None
-        for file in self._files():
-            if file.is_symlink():  # the target of a link does not belong to the run and must not be written
-                file.unlink()
-        if has_foreign_journal(self._path):
-            journal = self._path.with_name(f"{NAME}-journal")
-            with usable(journal):
-                journal.unlink()
-        try:
-            self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise self._refusal(error) from error
-            for file in self._files():  # not a database of a run; nothing in it is needed
-                file.unlink(missing_ok=True)
-            with self._reported():
-                self._open()
 
-    def _files(self) -> list[Path]:
-        return [self._path.with_name(NAME + suffix) for suffix in ("", "-wal", "-shm")]
+class _Line(TypedDict):
+    stage: Name
+    attempts: Count
+    cpu_s: _Time
+    wall_s: _Time
 
-    def _open(self) -> None:
-        with usable(self._path), suppress(FileExistsError):
-            create_private(self._path, b"")  # SQLite gives its other files the mode of this one
-        # isolation_level=None, because transactions are begun explicitly below.
-        database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None, check_same_thread=False)
-        try:
-            if not _is_ours(database):
-                raise sqlite3.DatabaseError(f"{NAME} contains other tables than those of a run")
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=NORMAL")
-            database.executescript(_SCHEMA)
-        except BaseException:
-            database.close()
-            raise
-        self._database = database
 
-    def _refusal(self, error: Exception) -> TargetError:
-        return TargetError(
-            f"{str(self._path)!r} cannot be written: {error}. Free some space, and resume",
-            RESUME,
-            OTHER_FOLDER,
-        )
+class _Owner(TypedDict):
+    host: str
+    pid: int
+    started: str
 
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._refusal(error) from error
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._reported():
-            # IMMEDIATE takes the write lock at once, so that two processes never read the lease at the same time and
-            # both take it.
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                with suppress(sqlite3.Error):  # after a full disk, SQLite has already rolled back
-                    self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+class Lease:
+    """The lease of a run folder, for which this process is the only one that writes to the folder."""
 
-    def take_lease(self) -> None:
-        """Take the lease of the run folder for this process. Raises `UsageError` if it belongs to another running
-        process.
-        """
-        own = Owner.myself()
-        with self._transaction():
-            row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
-            if row is not None and self._is_held(Owner(*row[:3]), float(row[3]), own):
-                raise UsageError(
-                    f"{str(self._path.parent)!r} is in use by process {row[1]} on {row[0]}; wait for it or stop it",
-                    OTHER_FOLDER,
-                )
-            self._database.execute(
-                "INSERT OR REPLACE INTO lease VALUES (1, ?, ?, ?, ?)",
-                (own.host, own.pid, own.started, time.time()),
-            )
-        self._owner = own
-        _OWN_LEASES.add(self._path.resolve())
-
-    @property
-    def _owner_columns(self) -> tuple[str, int, str] | tuple[None, None, None]:
-        return (None,) * 3 if self._owner is None else astuple(self._owner)
-
-    def _is_held(self, owner: Owner, last_seen: float, own: Owner) -> bool:
-        if owner == own:
-            return self._path.resolve() in _OWN_LEASES
-        if owner.host == own.host and os.name != "nt":  # on Windows, os.kill would end the process
-            return owner.alive()
-        return time.time() - last_seen < FOREIGN_LEASE_S
+    def __init__(self, folder: Path, owner: Owner, times: int) -> None:
+        self._folder, self._owner, self._times = folder, owner, times
 
     def refuse_lost(self) -> None:
         """Raise `TargetError` if this process has lost the lease, so that two processes never write to one run."""
-        with self._reported():
-            row = self._database.execute("SELECT host, pid, started FROM lease").fetchone()
-        if row is None or Owner(*row) != self._owner:
-            owner_text = "" if row is None else f", which process {row[1]} on {row[0]} has now"
+        owner = _owner_of(self._folder)
+        if owner != self._owner:
+            owner_text = "" if owner is None else f", which process {owner.pid} on {owner.host} has now"
             raise TargetError(
-                f"this process has lost the lease of {str(self._path.parent)!r}{owner_text}, so it writes no more",
+                f"this process has lost the lease of {str(self._folder)!r}{owner_text}, so it writes no more",
                 replace(RESUME, reason="when no other process uses the folder"),
                 OTHER_FOLDER,
             )
 
     def begin(self, stage: str, shard: int) -> None:
         """Record that an attempt to measure a shard begins."""
-        with self._transaction():
-            self.refuse_lost()
-            self._database.execute(
-                "INSERT INTO shards (stage, shard, attempts) VALUES (?, ?, 1) "
-                "ON CONFLICT DO UPDATE SET attempts = attempts + 1",
-                (stage, shard),
-            )
+        self._add(stage, shard, ShardTimes(attempts=1))
 
-    def spend(self, stage: str, shard: int, cpu_s: float, wall_s: float, *, done: bool) -> None:
+    def spend(self, stage: str, shard: int, seconds: Seconds) -> None:
         """Add CPU and wall-clock time to the recorded time of a shard, and update the time at which this process was
         last active.
         """
-        with self._transaction():
-            self.refuse_lost()
-            self._database.execute(
-                "INSERT INTO shards (stage, shard, cpu_s, wall_s, done) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET cpu_s = cpu_s + excluded.cpu_s, wall_s = wall_s + excluded.wall_s, "
-                "done = max(done, excluded.done)",
-                (stage, shard, cpu_s, wall_s, int(done)),
-            )
-            self._database.execute(
-                "UPDATE lease SET seen = ? WHERE host = ? AND pid = ? AND started = ?",
-                (time.time(), *self._owner_columns),
-            )
+        self._add(stage, shard, ShardTimes(seconds.cpu, seconds.wall))
+        with usable(self._folder / LEASE):
+            os.utime(self._folder / LEASE)
 
-    def reconcile(self, stage: str, shards: Iterable[int]) -> None:
-        """Update the database so that exactly the given shards of a stage, whose files are in the folder, are marked as
-        finished.
-        """
-        with self._transaction():
-            self._database.execute("UPDATE shards SET done = 0 WHERE stage = ?", (stage,))
-            self._database.executemany(
-                "INSERT INTO shards (stage, shard, done) VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET done = 1",
-                [(stage, shard) for shard in shards],
-            )
-
-    def spent(self, stage: str) -> ShardTimes:
-        """Return the time and the number of attempts of one stage of the run."""
-        with self._reported():
-            row = self._database.execute(
-                "SELECT coalesce(sum(cpu_s), 0), coalesce(sum(wall_s), 0), coalesce(sum(attempts), 0) "
-                "FROM shards WHERE stage = ?",
-                (stage,),
-            ).fetchone()
-        return ShardTimes(float(row[0]), float(row[1]), int(row[2]))
-
-    def close(self, *, release: bool) -> None:
-        """Close the database after merging its write-ahead log into the file. The lease is released if `release` is
-        true.
-        """
-        try:
-            if release:
-                _OWN_LEASES.discard(self._path.resolve())
-                self._database.execute(
-                    "DELETE FROM lease WHERE host = ? AND pid = ? AND started = ?", self._owner_columns
-                )
-            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error:  # a full disk; a lease of a dead process expires, and the log is read later
-            pass
-        finally:
-            self._database.close()
+    def _add(self, stage: str, shard: int, times: ShardTimes) -> None:
+        self.refuse_lost()
+        line = canonical({"stage": stage, "shard": shard, **vars(times)})
+        with usable(self._folder / TIMES):
+            # begins with a line feed, because a kill or a full disk may have left an incomplete line
+            os.write(self._times, b"\n" + line)
 
 
-def _is_ours(database: sqlite3.Connection) -> bool:
-    """Whether a database has only the tables of a run, and no views or triggers, which could execute statements.
-
-    Only its schema is read, before any table.
+@contextmanager
+def leased(folder: Path) -> Iterator[Lease]:
+    """Context manager in which this process has the lease of a run folder. Raises `UsageError` if another running
+    process has it.
     """
-    # The database may come from an untrusted folder; its schema must not call functions with side effects.
-    database.execute("PRAGMA trusted_schema=OFF")
-    entries = database.execute(
-        "SELECT type, name, sql, rootpage FROM sqlite_master WHERE type != 'index' OR sql NOT NULL LIMIT 99"
-    ).fetchall()
-    tables = {
-        name: " ".join(f"CREATE TABLE {name} {columns}".split())
-        for name, columns in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+) (\(.*?\));\n", _SCHEMA, re.DOTALL)
-    }
-    return all(
-        kind == "table" and root and tables.get(name) == " ".join(str(sql).split())
-        for kind, name, sql, root in entries
-    )
+    place, own = folder.resolve(), Owner.myself()
+    for file in (folder / name for name in OF_LEASE):
+        if file.is_symlink():  # the target of a link does not belong to the run and must not be written
+            file.unlink()
+    with locked(folder / LOCK):
+        owner = _owner_of(folder)
+        if owner is not None and _is_held(folder, owner, own):
+            raise UsageError(
+                f"{str(folder)!r} is in use by process {owner.pid} on {owner.host}; wait for it or stop it",
+                OTHER_FOLDER,
+            )
+        with usable(folder / LEASE):
+            write_atomically(folder / LEASE, canonical(vars(own)))
+    _OWN_LEASES.add(place)
+    times = None
+    try:
+        with usable(folder / TIMES):
+            with suppress(FileExistsError):
+                create_private(folder / TIMES, b"")
+            times = open_regular(folder / TIMES, os.O_WRONLY | os.O_APPEND)
+        yield Lease(folder, own, times)
+    finally:
+        if times is not None:
+            os.close(times)
+        _OWN_LEASES.discard(place)
+        # The lease of a process that has ended is not respected, so that it may remain on a full disk.
+        with suppress(TargetError, OSError), locked(folder / LOCK):
+            if _owner_of(folder) == own:
+                (folder / LEASE).unlink()
+
+
+def _owner_of(folder: Path) -> Owner | None:
+    """The process with the lease of a folder; None if there is none, or if the file is not that of a lease."""
+    try:
+        return Owner(**conforming(json.loads(content_of(folder / LEASE)), _Owner))
+    except (TargetError, FormFault, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _is_held(folder: Path, owner: Owner, own: Owner) -> bool:
+    if owner == own:
+        return folder.resolve() in _OWN_LEASES
+    if owner.host == own.host and os.name != "nt":  # on Windows, os.kill would end the process
+        return owner.alive()
+    return time.time() - (folder / LEASE).stat().st_mtime < FOREIGN_LEASE_S
 
 
 def spent_in(folder: Path) -> dict[str, ShardTimes]:
-    """Return the time and the number of attempts of each stage of a run, by stage. No lease is needed. The result is
-    empty if they are unknown.
+    """Return the time and the number of attempts of each stage of a run, by stage. No lease is needed.
 
-    The file may be untrusted: a database with other tables or implausible values is ignored.
+    The file may be untrusted: lines that are incomplete or have another form are ignored.
     """
-    path = folder / NAME
-    if not path.is_file() or path.is_symlink():
-        return {}
     try:
-        # reading an active log needs shared memory; reading a file at rest must not create files
-        at_rest = not path.with_name(f"{NAME}-wal").exists()
-        mode = "immutable=1" if at_rest else "mode=ro"
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as database:
-            if not _is_ours(database):
-                return {}
-            rows = database.execute(
-                "SELECT stage, sum(cpu_s), sum(wall_s), sum(attempts) FROM shards GROUP BY stage"
-            )
-            times = {str(stage): ShardTimes(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
-    except (sqlite3.Error, ValueError, TypeError, OverflowError):
+        lines = content_of(folder / TIMES).splitlines()
+    except TargetError:
         return {}  # times are optional; the evidence does not depend on them
-    return times if all(_is_plausible(spent) for spent in times.values()) else {}
-
-
-def _is_plausible(spent: ShardTimes) -> bool:
-    return all(math.isfinite(value) and value >= 0 for value in astuple(spent))
+    times: defaultdict[str, ShardTimes] = defaultdict(ShardTimes)
+    for line in lines:
+        with suppress(FormFault, ValueError, RecursionError):
+            content = conforming(json.loads(line), _Line)
+            sofar = times[content["stage"]]
+            times[content["stage"]] = ShardTimes(
+                sofar.cpu_s + content["cpu_s"],
+                sofar.wall_s + content["wall_s"],
+                sofar.attempts + content["attempts"],
+            )
+    return dict(times)

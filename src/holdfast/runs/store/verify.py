@@ -21,12 +21,10 @@ from holdfast.runs.store.files import (
 )
 from holdfast.runs.store.folder import ABOUT, SPLITS, read_manifest, read_splits
 from holdfast.runs.store.journal import NAME as ANSWERS
-from holdfast.runs.store.leases import NAME as STATE
+from holdfast.runs.store.leases import OF_LEASE
 from holdfast.runs.store.records import CHAIN, Chain, read_chain, read_document
 
-_BESIDE = frozenset(
-    (CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, STATE, f"{STATE}-wal", f"{STATE}-shm", "report.json", "curve.svg")
-)
+_BESIDE = OF_LEASE | {CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, "report.json", "curve.svg"}
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""
 _EVIDENCE = re.compile(
     r".+\.safetensors|(run|doubts|verdict|adaptive|nodes|rotation|before|after|checked(-\d+)?|training|card|finding)\.json",
