@@ -8,21 +8,18 @@ while the network is trained on real images; every batch has new samples in plac
 replaces a real image of its class, so that the classes keep their shares, and a rejected one leaves the image in place.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.trades import TRADES
 from holdfast.recipes.training.copies import COMPARED, copies, sentence_on_copies
@@ -30,7 +27,8 @@ from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.file_samples import FileSamples
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.generator import GAN
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 
 _BETA, _STEPS, _REACH = 6.0, 10, 2.5  # of the recipe trades
@@ -43,7 +41,7 @@ _ALIKE = 0.2  # smallest distance of two samples of a class, relative to that of
 
 
 @dataclass(frozen=True)
-class GeneratedData:
+class GeneratedData(LossRecipe):
     """Trains on adversarial examples of real images and of samples of a class-conditional GAN, which learns from the
     training examples during the first part of the training.
     """
@@ -69,18 +67,15 @@ class GeneratedData:
 
     keeps_state: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    in_one_process: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with a source of generated images."""
+        data = loop.data
         _refuse_other_inputs(data)
-        samples = self.further_examples(model)
-        source = _gan(model, data, rng) if samples is None else FileSamples.of(samples, data)
+        samples = self.further_examples(loop.model)
+        source = _gan(loop.model, data, loop.rng) if samples is None else FileSamples.of(samples, data)
         is_trades = self._is_trades(data)
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -97,20 +92,9 @@ class GeneratedData:
                 return TRADES(_BETA).loss(learner, batch.at(x), x_adv)
             return adversarial_cross_entropy(learner, batch.at(x), x_adv, clean=self.clean)
 
-        return trained(
-            inner,
-            loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            # with a first dimension of 1, so that none is taken for a tensor with a row for each example
-            state={_JUDGED: data.y.new_zeros(1), _COUNTS: data.y.new_zeros(1, 2), **source.state()},
-            alone=True,
-            weighted=True,
-        )
+        # with a first dimension of 1, so that none is taken for a tensor with a row for each example
+        counts = {_JUDGED: data.y.new_zeros(1), _COUNTS: data.y.new_zeros(1, 2)}
+        return replace(loop, inner=inner, loss=loss, state={**counts, **source.state()})
 
     def _is_trades(self, data: TrainingData) -> bool:
         least = _LEAST_OF_TRADES["photographs" if data.example_shape[0] == 3 else "others"]

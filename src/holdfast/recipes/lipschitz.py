@@ -10,27 +10,23 @@ the product over its layers and far too loose for a certificate: see `io/models/
 made for one.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.gradients import rise, sloped
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.gains import Confined, gain_directions, order_of, trained_layers
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, clean_inputs, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class LipschitzConstraint:
+class LipschitzConstraint(LossRecipe):
     """Limits the Lipschitz constant of each layer to `gain`, and adds a penalty on the loss's input gradient."""
 
     gain: Positive = 10.0
@@ -42,35 +38,19 @@ class LipschitzConstraint:
     """weight of the first-order increase of the loss in a step of length eps; with 0 only the constraint remains"""
     training: Training = field(default_factory=lambda: Training(weight_decay=5e-4))
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        order = order_of(threat.constraint) if self.norm == "threat" else "l2"
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with the power iterations that estimate the gains of layers."""
+        order = order_of(loop.threat.constraint) if self.norm == "threat" else "l2"
+        x = loop.data.first(1).x
 
         def confined(learner: Learner) -> Confined:
-            return Confined(trained_layers(learner.net, data.first(1).x), order, self.gain, learner.state)
+            return Confined(trained_layers(learner.net, x), order, self.gain, learner.state)
 
-        return trained(
-            clean_inputs,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            # a copy, because a recipe must not change the mode of the given model
-            state=gain_directions(deepcopy(model).eval(), data.first(1).x, order, rng.at("gain")),
-            settle=confined,
-            slope=self.weight > 0,
-            weighted=True,
-        )
+        # a copy, because a recipe must not change the mode of the given model
+        directions = gain_directions(deepcopy(loop.model).eval(), x, order, loop.rng.at("gain"))
+        return replace(loop, state=directions, settle=confined, differentiated_twice=self.weight > 0)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus its

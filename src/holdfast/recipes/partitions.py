@@ -32,7 +32,7 @@ from holdfast.io.data.streamed import Streamed
 from holdfast.io.models.ensembles import Ensemble
 from holdfast.recipes.standard import Standard
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.learner import clean_inputs, trained
+from holdfast.recipes.training.learner import trained
 
 _MEASURED = STATE + "measured"
 """loss, number of correct examples and forward passes of each trained member"""
@@ -154,10 +154,8 @@ class Partitions:
         part = Batch(taken.x, taken.y, torch.arange(len(taken), device=taken.ids.device))
         settings = replace(self.training, saving=None)
         start = restarted(model, own)
-        recipe = Standard()
-        return trained(
-            clean_inputs, recipe.loss, start, part, threat, settings, rng=own, linear=True, alone=True
-        )
+        loop = Standard(training=settings).loop(start, part, threat, rng=own)
+        return trained(replace(loop, in_one_process=True, weights_classes=False))
 
 
 def parts_of(data: TrainingData, partitions: int) -> tuple[list[Rows], Tensor]:

@@ -157,10 +157,8 @@ class Tuning:
         reach, warmup, factor = _CHOICES[k]
         pgd = PGDTraining(self.steps, reach, label_smoothing=self.label_smoothing)
         how = replace(how, warmup=warmup, weight_decay=factor * (how.decay or 0.0))
-        return trained(
-            pgd.inner, pgd.loss, model, data, threat, how,
-            rng=rng, after=after, state=state, linear=True, alone=True, weighted=True,
-        )  # fmt: skip
+        loop = pgd.loop(model, data, threat, rng=rng, after=after)
+        return trained(replace(loop, how=how, state=state, in_one_process=True))
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the compared settings with their robust accuracies on reserved examples, and the chosen ones."""
