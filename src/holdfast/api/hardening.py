@@ -34,11 +34,10 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.loaders import tensors_of
 from holdfast.io.data.memory import as_data
 from holdfast.io.data.streamed import Streamed, changing_example, open_by_index, training_data
-from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
-from holdfast.recipes import DPSGD, Denoising, PolicyTraining
+from holdfast.io.models.denoiser import with_denoiser
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import OnParts, Recipe, WithControl, WithTeacher
+from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.harden.candidates import Candidate
@@ -169,10 +168,9 @@ def _with_threat_of_recipe(settings: Harden) -> Harden:
 
     Raises `UsageError` for a budget of such a recipe.
     """
-    recipe: Any = settings.recipe
-    if isinstance(recipe, Mapping):
-        recipe = build_recipe(recipe) if recipe["use"] in names("recipes") else None
-    if not isinstance(recipe, OnParts):
+    recipe = _built(settings.recipe)
+    threat = None if recipe is None else facts_of(recipe).threat_of_training_set
+    if threat is None:
         return settings
     if settings.budget is not None:
         raise UsageError(
@@ -181,12 +179,12 @@ def _with_threat_of_recipe(settings: Harden) -> Harden:
             Remedy("budget"),
         )
     usual = type(settings).model_fields["threat"].default
-    return settings.model_copy(update={"threat": recipe.threat}) if settings.threat == usual else settings
+    return settings.model_copy(update={"threat": threat}) if settings.threat == usual else settings
 
 
 def _seed_notes(request: HardenRequest) -> tuple[str, ...]:
     """A note if the noise of a private training follows from a seed that is easily guessed."""
-    private = any(isinstance(candidate.recipe, DPSGD) for candidate in request.candidates)
+    private = any(facts_of(candidate.recipe).private for candidate in request.candidates)
     if not private or request.seed >= _SECRET:
         return ()
     note = (
@@ -201,32 +199,22 @@ def _with_denoiser(
     subject: Subject, recipe: Recipe | Mapping[str, Any], training: TrainingData, seed: int
 ) -> Subject:
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
-    if isinstance(recipe, Mapping):
-        if recipe["use"] not in names("recipes"):
-            return subject
-        recipe = build_recipe(recipe)
-    model = subject.model
-    if not isinstance(recipe, Denoising) or isinstance(model.net, DenoisedNetwork):
+    built = _built(recipe)
+    sizes = None if built is None else facts_of(built).denoiser(subject.model, training.example_shape)
+    if sizes is None:
         return subject
-    shape = training.example_shape
-    if len(shape) != 3 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
-        raise UsageError(
-            f"denoised puts a denoiser of convolutions in front of a network for images (channels, height, width), "
-            f"and the inputs have shape {shape}"
-            + (" with the channels last" if model.layout == "hwc" else ""),
-            Remedy("recipe", "gaussian-noise"),
-        )
-    sizes = {"channels": shape[0], "width": recipe.width, "depth": recipe.depth}
-    if model.rejects:
-        raise UsageError(
-            "denoised puts a denoiser in front of the network, and this model has a detector that rejects inputs; "
-            "harden the network without its detector, and combine the new one with it"
-        )
-    denoised = copy_of(model)
+    denoised = copy_of(subject.model)
     assert isinstance(denoised.net, nn.Module)
     with drawing(Draws(seed).at("denoiser")):
         denoised.net = with_denoiser(denoised.net, sizes).eval()
     return replace(subject, model=denoised, card={**subject.card, "denoiser": sizes})
+
+
+def _built(recipe: Recipe | Mapping[str, Any]) -> Recipe | None:
+    """The recipe of the settings; None for a name that stands for several, such as `auto`."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    return build_recipe(recipe) if recipe["use"] in names("recipes") else None
 
 
 def _parted(
@@ -406,9 +394,9 @@ def harden_request(
 
 def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | None:
     """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
-    if not isinstance(recipe, WithControl) or not recipe.control:
+    if not (address := facts_of(recipe).control):
         return None
-    control = resolve.open_named(recipe.control, settings, "control")
+    control = resolve.open_named(address, settings, "control")
     resolve.refuse_other_bounds(control, model, "control")
     return control
 
@@ -420,9 +408,9 @@ def _teacher(
 
     Raises `UsageError` if it takes inputs from another range, or has other classes.
     """
-    if not isinstance(recipe, WithTeacher) or not recipe.teacher:
+    if not (address := facts_of(recipe).teacher):
         return None
-    teacher, x = resolve.open_named(recipe.teacher, settings, "teacher"), training.first(1).x
+    teacher, x = resolve.open_named(address, settings, "teacher"), training.first(1).x
     resolve.refuse_other_bounds(teacher, subject.model, "teacher")
     with torch.no_grad():
         classes = copy_of(subject.model).to(x.device).eval()(x).shape[1]
@@ -434,7 +422,8 @@ def _teacher(
 def _candidate(name: str, recipe: Recipe) -> Candidate:
     """Return a candidate for a recipe given as an object, with validated settings."""
     refuse_settings(recipe, type(recipe).__name__)
-    if isinstance(recipe, WithTeacher) and not recipe.teacher and getattr(recipe, "opened", None) is not None:
+    facts = facts_of(recipe)
+    if facts.opened is not None and not facts.teacher:
         raise UsageError(
             f"{type(recipe).__name__} has an opened teacher, which a stored run cannot name; give its file instead, as "
             "in teacher='robust.safetensors,arch=net.py:make'"
@@ -463,9 +452,9 @@ def _budget_s(given: str | None, recipe: Recipe | Mapping[str, Any]) -> float | 
 
 def _refuse_two_limits(budget: str | None, recipe: Recipe) -> None:
     """Raise `UsageError` if both a budget and a number of passes are given."""
-    if budget is not None and isinstance(recipe, PolicyTraining) and recipe.passes:
+    if budget is not None and (passes := facts_of(recipe).most_passes):
         raise UsageError(
-            f"recipe.passes is {recipe.passes:g}, and the budget is {budget}, which determines the number of passes; "
+            f"recipe.passes is {passes:g}, and the budget is {budget}, which determines the number of passes; "
             "only one of both was expected",
             Remedy("budget"),
         )

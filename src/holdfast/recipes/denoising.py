@@ -14,12 +14,14 @@ from typing import Annotated, ClassVar
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.certifiers.smoothing.noise import numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, NonNegative, Steps
 from holdfast.io.models.denoiser import DEPTH, WIDTH, DenoisedNetwork
 from holdfast.recipes.training.fit import Training, Turn
@@ -44,6 +46,26 @@ class Denoising(LossRecipe):
     training: Training = field(default_factory=lambda: Training(weight_decay=0.0))
 
     uses_unlabelled: ClassVar[bool] = True
+
+    def denoiser(self, model: Classifier, shape: tuple[int, ...]) -> dict[str, int] | None:
+        """Return the sizes of an untrained denoiser, if the model has none. Raises `UsageError` for a model that cannot
+        have one.
+        """
+        if isinstance(model.net, DenoisedNetwork):
+            return None
+        if len(shape) != 3 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
+            raise UsageError(
+                f"denoised puts a denoiser of convolutions in front of a network for images (channels, height, width), "
+                f"and the inputs have shape {shape}"
+                + (" with the channels last" if model.layout == "hwc" else ""),
+                Remedy("recipe", "gaussian-noise"),
+            )
+        if model.rejects:
+            raise UsageError(
+                "denoised puts a denoiser in front of the network, and this model has a detector that rejects inputs; "
+                "harden the network without its detector, and combine the new one with it"
+            )
+        return {"channels": shape[0], "width": self.width, "depth": self.depth}
 
     def prepared(self, loop: Loop) -> Loop:
         """Return the training. Raises `UsageError` for a model without a denoiser, or settings that do not train it."""

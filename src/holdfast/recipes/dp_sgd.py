@@ -65,11 +65,8 @@ class DPSGD(LossRecipe):
     """norm to which the gradient of an example is clipped if it is larger"""
     training: Training = field(default_factory=lambda: Training(batch=512))
 
-    @property
-    def goal(self) -> Goal:
-        """Clean accuracy, at the stated epsilon."""
-        return Goal("clean_accuracy")
-
+    goal: ClassVar[Goal] = Goal("clean_accuracy")
+    private: ClassVar[bool] = True
     differentiated_twice: ClassVar[bool] = True
     in_one_process: ClassVar[bool] = True
     sets_gradients: ClassVar[bool] = True

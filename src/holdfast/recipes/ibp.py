@@ -33,6 +33,12 @@ class IBPTraining(LossRecipe):
     training: Training = field(default_factory=lambda: Training(lr=2e-3, weight_decay=0.0, warmup=0.3))
 
     weights_classes: ClassVar[bool] = True
+    proves: ClassVar[bool] = True
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the training starts with random weights."""
+        return self.initialisation != "given"
 
     def prepared(self, loop: Loop) -> Loop:
         """Return the training with bounds of the network. Raises `UsageError` for settings without bounds."""

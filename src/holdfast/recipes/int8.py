@@ -46,7 +46,7 @@ class Int8(LossRecipe):
         default_factory=lambda: Training(epochs=1, lr=1e-4, weight_decay=0.0, warmup=0.0, averaging="none")
     )
 
-    control: ClassVar[str] = ""
+    new_network: ClassVar[bool] = True
 
     def network(self, model: Classifier) -> Classifier:
         """Return the model with untrained layers of 8-bit integers."""

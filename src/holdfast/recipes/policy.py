@@ -63,6 +63,11 @@ class PolicyTraining(LossRecipe):
     in_one_process: ClassVar[bool] = True
     weights_classes: ClassVar[bool] = True
 
+    @property
+    def most_passes(self) -> float:
+        """The setting `passes`."""
+        return self.passes
+
     def prepared(self, loop: Loop) -> Loop:
         """Return the training with a policy that attacks its batches."""
         refuse_other_norms("policy", loop.threat)

@@ -49,8 +49,6 @@ class Prune(LossRecipe):
     """weight of the loss on clean inputs, relative to that on attacked ones"""
     training: Training = field(default_factory=lambda: Training(epochs=10, weight_decay=0.0, warmup=0.0))
 
-    control: ClassVar[str] = ""
-
     keeps_state: ClassVar[bool] = True
 
     linear_in_labels: ClassVar[bool] = True

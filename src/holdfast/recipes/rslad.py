@@ -8,7 +8,7 @@ one cycle.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -41,10 +41,11 @@ class RSLAD(LossRecipe):
     opened: Classifier | None = field(default=None, repr=False, metadata=UNWRITTEN)
     """the opened teacher; it is set by `harden`"""
 
-    def taught_by(self, teacher: Classifier) -> "RSLAD":
+    def taught_by(self, teacher: Classifier) -> Self:
         """Return the same recipe with the opened teacher."""
         return replace(self, opened=teacher)
 
+    needs_teacher: ClassVar[bool] = True
     linear_in_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = True
 

@@ -28,7 +28,7 @@ from holdfast.recipes.pgd_training import PGDTraining
 from holdfast.recipes.training.fit import Training, updates
 from holdfast.recipes.training.frozen import twin
 from holdfast.recipes.training.learner import Learner, trained
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, RecipeFacts
 from holdfast.recipes.training.reserved import reserved, robust_share
 
 _CHOICES = tuple(product((1.25, 2.5, 5.0), (0.1, 0.25, 0.5), (0.1, 1.0, 3.0)))
@@ -38,7 +38,7 @@ _CHOSEN, _SCORES, _TRIED = "chosen", "scores", "tried"
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(RecipeFacts):
     """Searches the step size of the attack, the growth of eps and the weight decay in short trainings, and then trains
     with the best of them.
     """

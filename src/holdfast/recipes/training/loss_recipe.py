@@ -13,9 +13,10 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy, clean_inputs, trained
+from holdfast.recipes.training.recipe import RecipeFacts
 
 
-class LossRecipe:
+class LossRecipe(RecipeFacts):
     """Recipe that trains with the common loop. A subclass is a frozen dataclass with a field `training`. It overrides
     `inner`, `loss`, or both, and `prepared` if it keeps tensors or needs more than a batch.
 

@@ -12,7 +12,7 @@ from holdfast.core.errors import LostLoss
 from holdfast.io.models.weights import digest_of_weights, written
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.overfitting import RAISED
-from holdfast.recipes.training.recipe import WithFollowUp, WithNetwork, untrained
+from holdfast.recipes.training.recipe import facts_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
@@ -85,8 +85,7 @@ class AttemptTraining:
         start = self.trainer.start(candidate.recipe)
         end_reason = ended_by(last.checkpoint, curve, candidate.recipe.training, start) or "budget"
         plans = len(last.checkpoint.plans)
-        chosen = best.checkpoint.tensors if isinstance(candidate.recipe, WithFollowUp) else {}
-        kept = without_prefix(chosen, STATE)
+        kept = without_prefix(best.checkpoint.tensors, STATE)
         return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans, kept)
 
     def resumed(
@@ -158,11 +157,11 @@ class AttemptTraining:
         return f"the best of the {last_epoch(last.curve)} epochs before is in {str(path)!r}"
 
     def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
-        new = untrained(candidate.recipe, self.subject.model)
+        new = facts_of(candidate.recipe).network(self.subject.model)
         checkpoint.put_into(new)
         name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
         card = {**self.subject.card, "name": name}
-        if isinstance(candidate.recipe, WithNetwork):
+        if facts_of(candidate.recipe).new_network:
             card["parameters"] = sum(weight.numel() for weight in new.parameters())
             card |= {"access": new.access, "output": new.output}
         assert isinstance(new.net, nn.Module)

@@ -11,7 +11,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.distributed import broadcast
 from holdfast.recipes.training.fit import updates
-from holdfast.recipes.training.recipe import Recipe, WithTeacher
+from holdfast.recipes.training.recipe import Recipe, RecipeFacts
 from holdfast.reports.numbers import plain
 from holdfast.runs.harden.pace import (
     Clock,
@@ -61,8 +61,10 @@ class Candidate:
 
     def taught_by(self, teacher: Classifier) -> "Candidate":
         """Return the same candidate, whose recipe trains on the predictions of a teacher if it needs one."""
-        recipe = self.recipe.taught_by(teacher) if isinstance(self.recipe, WithTeacher) else self.recipe
-        return replace(self, recipe=recipe)
+        if not isinstance(self.recipe, RecipeFacts):
+            return self
+        taught: Recipe = self.recipe.taught_by(teacher)
+        return replace(self, recipe=taught)
 
     def per_epoch(self, examples: int) -> int:
         """Return the number of updates of this recipe in an epoch of `examples` training examples."""

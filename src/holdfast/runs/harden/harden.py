@@ -27,16 +27,7 @@ from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
-from holdfast.recipes.training.recipe import (
-    Finished,
-    OnParts,
-    WithFollowUp,
-    WithFurtherExamples,
-    WithRowBudget,
-    goal_of,
-    trained_as,
-)
-from holdfast.recipes.training.recipe import untrained as untrained_model
+from holdfast.recipes.training.recipe import Finished, facts_of, trained_as
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat, threads
@@ -128,9 +119,10 @@ def harden(
     examples, further, n_threads = checked(subject, data, test, request)
     # also of rows that are not trained on because they equal test or held-out rows
     budgets = {
-        one.name: one.recipe.budget_on(data.fingerprints())
+        one.name: budget
         for one in request.candidates
-        if isinstance(one.recipe, WithRowBudget)
+        if facts_of(one.recipe).private
+        and (budget := facts_of(one.recipe).budget_on(data.fingerprints())) is not None
     }
     for note in request.notes:
         notify(note)
@@ -228,7 +220,7 @@ class _Job:
             request.checkpoint_every,
         )  # fmt: skip
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
-            refuse_goal(candidate.name, goal_of(candidate.recipe))
+            refuse_goal(candidate.name, facts_of(candidate.recipe).goal)
             settings = candidate.recipe.training
             if request.budget_s is not None:
                 # a scheduler is created for the planned updates
@@ -333,7 +325,7 @@ class _Job:
             self.trainer = replace(self.trainer, given_clean=accuracies_before[0])
             run.record("before", _head(before))
             trained, best = self._trained_attempts(run)
-            given = Before(before.evidence, goal_of(best.candidate.recipe))
+            given = Before(before.evidence, facts_of(best.candidate.recipe).goal)
             after = self._assessed(best.subject, self.test, "after", replace(self.assessment, before=given))
             command = command_of(folder.manifest, after.gates)
             after = replace(after, about={**after.about, "command": command})
@@ -391,9 +383,7 @@ class _Job:
 
     def _follow_up(self, best: Made) -> dict[str, Any]:
         """The entries of the card that the recipe measures after the training; empty for most recipes."""
-        recipe, control = best.candidate.recipe, self.request.control
-        if not isinstance(recipe, WithFollowUp):
-            return {}
+        control = self.request.control
         test = self.test.read(0, len(self.test)).to(self.held_out.x.device)
         inputs = test.x[:_IN_PLACE_EXAMPLES]
         finished = Finished(
@@ -406,7 +396,10 @@ class _Job:
             Draws(self.request.seed).at("follow up"),
             {name: value.to(test.x.device) for name, value in best.state.items()},
         )
-        entry, note = recipe.follow_up(finished)
+        measured = facts_of(best.candidate.recipe).follow_up(finished)
+        if measured is None:
+            return {}
+        entry, note = measured
         return {"follow_up": entry, "notes": [*self.notes, note]}
 
     def _trained_attempts(self, run: Run) -> tuple[list[Made], Made]:
@@ -460,7 +453,7 @@ class _Job:
 
     def _opened(self, weights: bytes, recipe: str) -> Classifier:
         """The new model of a recipe with weights from a file."""
-        model = untrained_model(self._candidate(recipe).recipe, self.subject.model)
+        model = facts_of(self._candidate(recipe).recipe).network(self.subject.model)
         assert isinstance(model.net, nn.Module)
         model.net.load_state_dict(safetensors.torch.load(weights))
         return of_values(model.eval())
@@ -486,7 +479,7 @@ def _further_digests(request: HardenRequest, model: Classifier, excluded: Data, 
     """
     digests = []
     for recipe in (candidate.recipe for candidate in request.candidates):
-        examples = recipe.further_examples(model) if isinstance(recipe, WithFurtherExamples) else None
+        examples = facts_of(recipe).further_examples(model)
         if examples is not None:
             refuse_judged(examples, excluded, held)
             digests.append(digest_of(examples))
@@ -495,7 +488,7 @@ def _further_digests(request: HardenRequest, model: Classifier, excluded: Data, 
 
 def _on_parts(request: HardenRequest) -> bool:
     """Whether the recipe certifies changes of the training set."""
-    return any(isinstance(candidate.recipe, OnParts) for candidate in request.candidates)
+    return any(facts_of(candidate.recipe).threat_of_training_set for candidate in request.candidates)
 
 
 def _numbered(name: str, k: int) -> str:

@@ -25,7 +25,7 @@ from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.recipes.training.overfitting import MOST_RAISED
-from holdfast.recipes.training.recipe import goal_of
+from holdfast.recipes.training.recipe import facts_of
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, size, strict
@@ -236,7 +236,7 @@ def card_of(
             "settings": _as_trained(best),
             "plan": manifest["plan"],
             "recipes_tried": recipes,
-            **verdict_entries(sides[0].evidence, sides[1].evidence, goal_of(best.candidate.recipe)),
+            **verdict_entries(sides[0].evidence, sides[1].evidence, facts_of(best.candidate.recipe).goal),
             "scope": basis(sides[0].evidence, sides[1].evidence),
             "before": {**judged(sides[0].summary()), "at_chance": at_chance},
             "after": judged(sides[1].summary()),
