@@ -30,7 +30,6 @@ from holdfast.settings.wording import complaint, place
 if TYPE_CHECKING:
     from holdfast.adaptation.adapted import Adapted
     from holdfast.api.guards import Calibrated
-    from holdfast.api.harden_generator import HardenedGenerator
     from holdfast.api.hardening import ForHardening
     from holdfast.audits.audit import AuditResult, AuditStart, PreparedAudit
     from holdfast.core.batch import Data
@@ -346,34 +345,25 @@ class Harden(
         detail: Notify = ignore,
         command: str = "",
         on_epoch: "OnEpoch | None" = None,
-    ) -> "Hardened":
+    ) -> "Hardened[Any, Any]":
         """Train a new model that is more robust, assess both, and return them. `on_epoch` is called with the
-        measurements of each epoch. The other arguments are those of `Assess.run`.
+        measurements of each epoch. The other arguments are those of `Assess.run`. With a recipe for generators, the
+        model and the measurements are a GAN and its audits.
         """
+        if self.trains_generator:
+            from holdfast.api.grad_mode import gradients
+            from holdfast.api.harden_generator import hardened_generator
+
+            with gradients():
+                return hardened_generator(
+                    self, folder, resume=resume, progress=progress, notify=notify, command=command
+                )
         from holdfast.api.hardening import hardened
 
         return hardened(
             self, folder, resume=resume, progress=progress, notify=notify, detail=detail, command=command,
             on_epoch=on_epoch,
         )  # fmt: skip
-
-    def run_generator(
-        self,
-        folder: str | Path | None = None,
-        *,
-        resume: bool = False,
-        progress: Progress = silent,
-        notify: Notify = ignore,
-        command: str = "",
-    ) -> "HardenedGenerator":
-        """Train a new generator with a recipe for generators, audit both, and return the new one with the result."""
-        from holdfast.api.grad_mode import gradients
-        from holdfast.api.harden_generator import hardened_generator
-
-        with gradients():
-            return hardened_generator(
-                self, folder, resume=resume, progress=progress, notify=notify, command=command
-            )
 
 
 class RotateSettings(
