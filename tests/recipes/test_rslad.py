@@ -19,9 +19,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import RSLAD
+from holdfast.recipes.rslad import SoftLabels
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner
-from holdfast.recipes.training.soft_labels import SoftLabels
 from holdfast.testing import fakes
 
 NET = """

@@ -6,22 +6,41 @@ ball instead of from small Gaussian noise, eps grows at first, the weights are a
 one cycle.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.types import Fraction, Inputs, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, Logits, Positive, Steps
 from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import UNWRITTEN, Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.soft_labels import SoftLabels
+
+
+class SoftLabels:
+    """Function from inputs to the logits of a fixed teacher. The last result is stored, because the attack on a batch
+    and its loss need the same one. Cost: a forward pass of the teacher for each batch.
+    """
+
+    def __init__(self, teacher: Classifier) -> None:
+        self._teacher = deepcopy(teacher).eval().requires_grad_(False)
+        self._inputs: Inputs | None = None
+        self._logits: Logits | None = None
+
+    def __call__(self, x: Inputs) -> Logits:
+        """Return the logits of the teacher for inputs, without a gradient."""
+        if self._inputs is not x or self._logits is None:
+            with torch.no_grad():
+                self._inputs, self._logits = x, self._teacher(x)
+        return self._logits
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from holdfast.runs.engine.resuming import repeatable, temporary_run_folder, way_
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.harden.assessment_budget import affordable, assessed, limit_s, sample_note
-from holdfast.runs.harden.attempt_training import AttemptTraining
+from holdfast.runs.harden.attempt_training import AttemptTraining, budget_of
 from holdfast.runs.harden.candidates import (
     Candidate,
     Evaluation,
@@ -412,22 +412,27 @@ class _Job:
         ranks: list[tuple[bool, float]] = []
         planned = self.plan["attempts"]
         metadata = weights_metadata(self.subject, self.manifest)
-        trainings = AttemptTraining(self.subject, self.trainer, self.plan, metadata, self.clock)
         for note in self.limits:
             self.notify(f"note: {note}")
         for k, attempt in enumerate(planned):
-            budget = trainings.budget(trained_models)
-            trainings = replace(trainings, trainer=replace(self.trainer, attempt=k + 1))
+            budget = budget_of(self.plan, trained_models)
             left_s = None if budget is None else budget.left_s
             if k and left_s is not None and left_s < attempt["epoch_s"]:
                 self.notes.append(untrained(attempt, left_s))
                 break
-            candidate = self._candidate(attempt["recipe"])
-            place = self.run / _numbered(CHECKPOINTS, k)
-            continued = trainings.resumed(place, candidate, attempt, budget)
+            training = AttemptTraining(
+                self.subject,
+                replace(self.trainer, attempt=k + 1),
+                self._candidate(attempt["recipe"]),
+                attempt,
+                budget,
+                self.run / _numbered(CHECKPOINTS, k),
+                metadata,
+                self.clock,
+            )
             choosing = 0 if _on_parts(self.request) else len(self.evaluated)
-            self.notify(continued or announced(attempt, left_s, choosing))
-            trained_models.append(trainings.trained(place, candidate, attempt, budget, run))
+            self.notify(training.resumed or announced(attempt, left_s, choosing))
+            trained_models.append(training.trained(run))
             if len(planned) == 1:
                 return trained_models, trained_models[0]
             assessment = replace(self.assessment, gates=(), baseline=None)
