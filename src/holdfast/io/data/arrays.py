@@ -342,7 +342,7 @@ def with_note_on_labels(data: Arrays, expected: Expected, all_labels: Array) -> 
     probe = expected.probe
     if probe is None or probe.model.remote or expected.any_label or int(all_labels.min()) != 1:
         return data
-    from holdfast.io.doctor.counting_from_one import note_on_labels  # late: it imports this module
+    from holdfast.io.doctor.readings import note_on_labels  # late: it imports this module
 
     places = np.unique(np.linspace(0, len(data) - 1, min(_LABELLED, len(data))).astype(np.int64))
     batch = data.taken(places.tolist()).read(0, len(places))

@@ -140,8 +140,7 @@ class Examined:
         """Return the largest difference between `logits` and the outputs of the first call, relative to the largest of
         these outputs.
         """
-        scale = self.logits.nan_to_num().abs().max().clamp_min(1e-12)
-        return float((logits - self.logits).nan_to_num().abs().max() / scale)
+        return relative_change(logits, self.logits)
 
     @property
     def accuracy(self) -> float:
@@ -166,6 +165,12 @@ class Examined:
             return False
         gain = accuracy - max(self.accuracy, 1 / self.logits.shape[1])
         return gain > BETTER and gain * len(self.batch) > MORE - 0.5
+
+
+def relative_change(logits: Tensor, reference: Tensor) -> float:
+    """Return the largest difference between two outputs, relative to the largest value of `reference`."""
+    scale = reference.nan_to_num().abs().max().clamp_min(1e-12)
+    return float((logits - reference).nan_to_num().abs().max() / scale)
 
 
 def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

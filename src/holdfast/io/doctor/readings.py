@@ -9,13 +9,16 @@ from collections.abc import Iterator
 
 import torch
 
-from holdfast.core.model import Bounds
+from holdfast.core.batch import Batch
+from holdfast.core.errors import TargetError
+from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.types import Inputs
+from holdfast.core.types import Inputs, Logits
 from holdfast.io.data.class_numbers import listed
 from holdfast.io.doctor.data_checks import outside
 from holdfast.io.doctor.examined import BETTER, MORE, Examined, Finding, Level, share_right
 from holdfast.io.remote.value_ranges import BYTES, NORMALISATIONS, extremes, range_of_training
+from holdfast.statistics.intervals import against_majority
 
 FILLED = 0.1
 """Smallest fraction of the bounds that the data should span; an image with 17 grey levels divided by 255 spans 0.06."""
@@ -214,3 +217,22 @@ def _wider_bounds(examined: Examined) -> tuple[Remedy, ...]:
     """Return the declaration of bounds that contain the inputs, if some are outside the bounds of the model."""
     x = examined.batch.x
     return (range_of_training(*extremes(x)),) if bool(outside(x, examined.model).any()) else ()
+
+
+def note_on_labels(
+    model: Classifier, batch: Batch, logits: Logits, highest: int, name: str
+) -> tuple[str, ...]:
+    """Return a note if labels from 1 to `highest` are those of all outputs but the first, and the model with the
+    outputs `logits` on some examples is no better than chance.
+
+    Raises `TargetError` if the model is far more accurate with 1 subtracted from the labels.
+    """
+    text = f"the labels of {name} range from 1 to {highest}, and class numbers start at 0"
+    for finding in labels_from_one(Examined(model, batch, (), logits, len(batch), moved_by=0.0)):
+        raise TargetError(f"{text}: {finding.message}; they count from 1: subtract 1")
+    classes = logits.shape[1] - model.rejects
+    result = against_majority(logits.argmax(1) == batch.y, batch.y, classes)
+    if highest != classes - 1 or not result.at_chance:
+        return ()
+    advice = "is no better on them than chance; if they count from 1, subtract 1"
+    return (f"{text}. The model, which has {classes} classes, {advice}",)
