@@ -5,7 +5,7 @@ measures the new model.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +116,15 @@ def harden(
     if run is not None:
         refuse_used(run, resume=resume)
     # Before any process is joined, because nothing is stored yet.
-    examples, further, n_threads = checked(subject, data, test, request)
-    # also of rows that are not trained on because they equal test or held-out rows
-    budgets = {
-        one.name: budget
-        for one in request.candidates
-        if facts_of(one.recipe).private
-        and (budget := facts_of(one.recipe).budget_on(data.fingerprints())) is not None
-    }
+    inputs = checked(subject, data, test, request)
     for note in request.notes:
         notify(note)
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
-        stack.enter_context(threads(n_threads))
+        stack.enter_context(threads(inputs.threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock, budgets)
-        job.report(log or EpochLog())
+        watching = _Watching(progress, notify, detail, log or EpochLog())
+        job = _Job(subject, inputs, test, request, place, watching, clock)
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
         return result
@@ -139,11 +132,22 @@ def harden(
     return replace(result, before=before, after=after, folder=None)
 
 
-def checked(
-    subject: Subject, data: TrainingData, test: Data, request: HardenRequest
-) -> tuple[TrainingExamples, list[str], int]:
-    """Check all that a hardening needs, and return the examples, the digests of further examples, and the number of
-    threads for the network. Nothing is trained or stored. Raises `UsageError` or `TargetError`.
+@dataclass(frozen=True)
+class CheckedInputs:
+    """The inputs of a hardening, after the checks."""
+
+    examples: TrainingExamples
+    further: list[str]
+    """digests of the further examples that recipes read"""
+    budgets: Mapping[str, RowBudget]
+    """privacy budgets by the name of the recipe"""
+    threads: int
+    """number of threads for the network"""
+
+
+def checked(subject: Subject, data: TrainingData, test: Data, request: HardenRequest) -> CheckedInputs:
+    """Check all that a hardening needs, and return it. Nothing is trained or stored. Raises `UsageError` or
+    `TargetError`.
     """
     refuse_untrainable(subject.model)
     freeze_others(copy_of(subject.model), request.train_only)
@@ -162,7 +166,11 @@ def checked(
             refuse_threat(threat, bounds, sample.x, target.classes)
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
     refuse_unmeasured(subject, test, request, request.assessment.gates)
-    return examples, further, n_threads
+    # also of rows that are not trained on because they equal test or held-out rows
+    private = [one for one in request.candidates if facts_of(one.recipe).private]
+    stated = {one.name: facts_of(one.recipe).budget_on(data.fingerprints()) for one in private}
+    budgets = {name: budget for name, budget in stated.items() if budget is not None}
+    return CheckedInputs(examples, further, budgets, n_threads)
 
 
 def refuse_unmeasured(
@@ -179,45 +187,52 @@ def refuse_unmeasured(
         refuse_gates(gates, plan, target, sample, test, paired=paired)
 
 
+@dataclass(frozen=True)
+class _Watching:
+    """Functions that are called during a hardening."""
+
+    progress: Progress
+    notify: Notify
+    detail: Notify
+    log: EpochLog
+
+
 class _Job:
     """A hardening that runs in a folder, by the first process or by another one."""
 
     def __init__(
         self,
         subject: Subject,
-        examples: TrainingExamples,
-        further: list[str],
+        inputs: CheckedInputs,
         test: Data,
         request: HardenRequest,
         run: Path,
-        progress: Progress,
-        notify: Notify,
-        detail: Notify,
+        watching: _Watching,
         clock: Clock,
-        budgets: Mapping[str, RowBudget],
     ) -> None:
+        examples, self.budgets = inputs.examples, inputs.budgets
+        self.watching, self.notify, self.clock = watching, watching.notify, clock
         device = distributed.own(torch.device(request.device))
         self.rest, self.held_out = examples.rest.to(device), examples.held_out.to(device)
-        inputs = self.held_out.x[:_IN_PLACE_EXAMPLES]
+        sample = self.held_out.x[:_IN_PLACE_EXAMPLES]
         prepared = tuple(
-            learner_of(model, inputs).eval().requires_grad_(False) if isinstance(model, Classifier) else model
+            learner_of(model, sample).eval().requires_grad_(False) if isinstance(model, Classifier) else model
             for model in request.threat.surrogates
         )
         request = replace(request, threat=replace(request.threat, surrogates=prepared))
         if request.teacher is not None:
-            teacher = learner_of(request.teacher.model, inputs)
+            teacher = learner_of(request.teacher.model, sample)
             request = replace(request, candidates=tuple(one.taught_by(teacher) for one in request.candidates))
         self.subject, self.request, self.run = subject, request, run
-        self.again, self.budgets = way_out(request.command, run), budgets
-        self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
-        self.model = learner_of(subject.model, inputs)
+        self.again = way_out(request.command, run)
+        self.model = learner_of(subject.model, sample)
         freeze_others(self.model, request.train_only)
-        digests = [test.digest, examples.digest, *further]
+        digests = [test.digest, examples.digest, *inputs.further]
         distributed.match_first(digests, self.model)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(
             self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock,
-            request.checkpoint_every,
+            request.checkpoint_every, replace(watching.log, again=self.again),
         )  # fmt: skip
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
             refuse_goal(candidate.name, facts_of(candidate.recipe).goal)
@@ -233,10 +248,10 @@ class _Job:
         self.test = assessed(test, n_assessed, request.seed)
         self.checked = self.held_out if self.test is test else self._held_out_sample(n_assessed)
         few = "" if _on_parts(request) else few_held_out(len(self.evaluated))
-        stated = [budget.sentence() for budget in budgets.values()]
+        stated = [budget.sentence() for budget in self.budgets.values()]
         limits = (few, sample_note(test, n_assessed, limit_s(request)), *stated)
         self.limits = [note for note in limits if note]
-        self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
+        self.notes = [*request.notes, *examples.notes, *training_notes(self.model, sample), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
         self.manifest = harden_manifest(subject, digests, self.test, request, self.plan, machine)
         self.assessment = replace(
@@ -300,10 +315,6 @@ class _Job:
             total = first_total(attempt["epochs"], candidate.per_epoch(len(self.rest)))
             refuse_unusable_schedule(self.model, candidate.recipe.training, total)
 
-    def report(self, log: EpochLog) -> None:
-        """Report the epochs of the training to a log."""
-        self.trainer = replace(self.trainer, log=replace(log, again=self.again))
-
     def _evaluated(self, examples: Batch) -> None:
         """Evaluate the given model as after an epoch, against an attack that breaks none of the examples."""
         threat = harmless(self.request.threat)
@@ -317,9 +328,9 @@ class _Job:
             open_run_folder(
                 self.run, self.manifest, about_run(self.request.command), resume=resume
             ) as folder,
-            cluster_for(self.assessment, self.detail),
+            cluster_for(self.assessment, self.watching.detail),
         ):
-            run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
+            run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.watching.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))
             accuracies_before = held_out_accuracies(self.model, self.evaluated, self.request.threat)
             self.trainer = replace(self.trainer, given_clean=accuracies_before[0])
@@ -470,11 +481,11 @@ class _Job:
             request,
             run=self.run / place,
             resume=True,
-            progress=self.progress,
+            progress=self.watching.progress,
             again=self.again,
             is_step=True,
             notify=self.notify,
-            detail=self.detail,
+            detail=self.watching.detail,
         )
 
 
