@@ -78,21 +78,13 @@ class RecipeFacts:
     """whether it has a privacy budget (`budget_on`), which needs that nobody guesses the seed"""
     proves: ClassVar[bool] = False
     """whether it is a certified training, whose checkpoint is chosen by certified accuracy"""
-
-    @property
-    def control(self) -> str:
-        """Network with which `follow_up` compares, as in `clean.pt,arch=net.py:make`; empty for none."""
-        return ""
-
-    @property
-    def teacher(self) -> str:
-        """Network whose predictions are learned, as in `robust.safetensors,arch=net.py:make`; empty for none."""
-        return ""
-
-    @property
-    def opened(self) -> Classifier | None:
-        """The opened teacher; None before it is opened."""
-        return None
+    # settings of some recipes
+    control: str = ""
+    """network with which `follow_up` compares, as in `clean.pt,arch=net.py:make`; empty for none"""
+    teacher: str = ""
+    """network whose predictions are learned, as in `robust.safetensors,arch=net.py:make`; empty for none"""
+    opened: Classifier | None = None
+    """the opened teacher; None before it is opened"""
 
     @property
     def threat_of_training_set(self) -> str | None:
