@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from holdfast.recipes.training.gains import layers, order_of
+from holdfast.recipes.lipschitz import layers, order_of
 
 _NORMS = {"linf": torch.inf, "l2": 2, "l1": 1}
 

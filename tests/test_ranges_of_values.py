@@ -12,7 +12,7 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.memory import as_data
 from holdfast.io.data.ranges import Ranges
 from holdfast.io.models.generators import open_generator
-from holdfast.recipes.training.file_samples import FileSamples
+from holdfast.recipes.generated import FileSamples
 
 UNIT = np.random.default_rng(0).random((50, 1, 4, 4)).astype("f4")
 RANGES = {"unit": UNIT, "sign": 2 * UNIT - 1, "byte": 255 * UNIT, "standard": (UNIT - 0.13) / 0.31}

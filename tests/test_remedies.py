@@ -89,8 +89,8 @@ from holdfast.io.remote.payloads import Shaped, Template
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.metrics.catalogue import estimate
 from holdfast.recipes import DPSGD, PolicyTraining
+from holdfast.recipes.lipschitz import order_of
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.gains import order_of
 from holdfast.reports.across import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import Subject
@@ -2110,7 +2110,7 @@ NOT_BUILT = {
     "core/remedies.py": "the class itself, and constants that other files use",
     "runs/engine/ray_": "a cluster",
     "runs/assess/sending.py": "a cluster",
-    "recipes/atta.py:__call__": "examples that are read by index and larger than memory",
+    "recipes/atta.py:prepared": "examples that are read by index and larger than memory",
     "api/hardening.py:_with_unlabelled": "examples that are read by index",
     "recipes/training/distributed.py": "several processes that train together",
     "recipes/training/learner.py:_refuse_foreign: Remedy('recipe', 'pgd')": "several processes that train together",

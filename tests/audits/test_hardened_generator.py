@@ -83,13 +83,14 @@ def hardened(place, factory="make", recipe="robust-gan", **settings):
 
 def test_the_card_has_both_audits_and_the_file_is_opened_again(place, tmp_path):
     result = hardened(place, gates=["latent_sensitivity <= 9"])
-    facts = result.facts
+    facts = result.after.facts
+    assert result.before.facts == facts["before"]
     assert facts["updates"] == 6
     assert len(facts["epochs"]) == 2
     assert {*facts["before"]} == {*facts["after"]} >= {"frechet", "copy_rate", "sensitivity", "discriminator"}
     assert facts["before"]["sensitivity"] != facts["after"]["sensitivity"]
-    assert result.exit_code == 0
-    written = result.write_folder(tmp_path / "robust")
+    assert result.after.exit_code == 0
+    written = result.write(tmp_path / "robust") / "generator.safetensors"
     card = json.loads((tmp_path / "robust" / "card.json").read_text())
     assert card["facts"] == facts
     audit = holdfast.audit.generator(
@@ -109,10 +110,10 @@ def test_it_resumes_to_the_same_generator(place, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             hardened(place, run=tmp_path / "run")
     again = hardened(place, run=tmp_path / "run", resume=True)
-    assert again.facts == whole.facts
+    assert again.after.facts == whole.after.facts
     assert not accepted_fields(tmp_path / "run", 4, tmp_path / "copy")
-    for name, value in whole.generator.state_dict().items():
-        assert torch.equal(value, again.generator.state_dict()[name]), name
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("finite", [0, 1])
@@ -133,18 +134,18 @@ def test_an_epoch_that_diverged_is_not_chosen(place, monkeypatch, finite):
             hardened(place, "own")
         return
     result = hardened(place, "own")
-    first, second = result.facts["epochs"]  # as in strict JSON
+    first, second = result.after.facts["epochs"]  # as in strict JSON
     assert first < np.inf
     assert second == "inf"
-    assert all(bool(value.isfinite().all()) for value in result.generator.state_dict().values())
+    assert all(bool(value.isfinite().all()) for value in result.model.state_dict().values())
 
 
 @pytest.mark.parametrize("recipe", ["robust-gan", "distil", {"use": "robust-gan", "teacher": 1.0}])
 def test_modules_of_the_user_are_trained(place, recipe, tmp_path):
     result = hardened(place, "own", recipe)
-    assert type(result.generator) is GAN
-    assert isinstance(result.generator.generator, nn.Sequential)
-    written = result.write_folder(tmp_path)
+    assert type(result.model) is GAN
+    assert isinstance(result.model.generator, nn.Sequential)
+    written = result.write(tmp_path) / "generator.safetensors"
     with pytest.raises(TargetError, match="does not state the modules; load them in a function"):
         opened_generator(str(written))
 
@@ -241,7 +242,7 @@ def test_a_classifier_and_a_generator_are_told_apart(place):
 def test_data_without_splits_are_refused(place):
     x, y = squares(300, 0)
     with pytest.raises(UsageError, match="train split"):
-        Harden(model=f"{place / 'gen.py'}:make", data=(x, y), recipe="distil").run_generator()
+        Harden(model=f"{place / 'gen.py'}:make", data=(x, y), recipe="distil").run()
     np.savez(place / "one.npz", x=x, y=y)
     with pytest.raises(
         UsageError, match="trained on the split train of the data: .*save x_train and y_train"

@@ -19,7 +19,7 @@ from holdfast.recipes import dp_sgd as recipe_module
 from holdfast.recipes.dp_sgd import noise_multiplier, refuse_unclippable, spent_epsilon
 from holdfast.recipes.training.fit import _Loop
 from holdfast.recipes.training.learner import Learner
-from holdfast.recipes.training.recipe import goal_of
+from holdfast.recipes.training.recipe import facts_of
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 
@@ -51,7 +51,7 @@ def gradients(net):
 def test_each_gradient_is_clipped_before_the_sum(net):
     model, examples = net().train(), batch()
     learner = Learner(model, model, THREAT)
-    value, right = DPSGD(max_grad_norm=0.5).loss(learner, examples, examples.x, expected=3, noise=0.0)
+    value, right = DPSGD(max_grad_norm=0.5).private_loss(learner, examples, examples.x, expected=3, noise=0.0)
     found = gradients(model)
     sums = [torch.zeros_like(weight) for weight in model.parameters()]
     for x, y in zip(examples.x, examples.y, strict=True):
@@ -72,7 +72,7 @@ def test_noise_has_the_stated_size_also_without_examples():
     learner, nothing = Learner(model, model, THREAT), batch(1)
     empty = replace(nothing, x=torch.zeros(0, 300), y=nothing.y[:0], ids=nothing.ids[:0])
     torch.manual_seed(0)
-    DPSGD(max_grad_norm=2.0).loss(learner, empty, empty.x, expected=10, noise=3.0)
+    DPSGD(max_grad_norm=2.0).private_loss(learner, empty, empty.x, expected=10, noise=3.0)
     assert float(model.net.weight.grad.std()) == pytest.approx(0.6, rel=0.03)
 
 
@@ -113,7 +113,7 @@ def test_the_noise_is_that_of_the_budget():
     # 2.4421: dp-accounting 0.6.0 (PLD) states an epsilon of 1.959 for it, and 1.998 for a noise that is 1.7 % smaller
     assert noise == pytest.approx(2.442, rel=0.02)
     assert spent_epsilon(noise, 1e-5, 0.064, 300, 0.04) <= 2
-    assert DPSGD().goal.metric == goal_of(DPSGD()).metric == "clean_accuracy"
+    assert facts_of(DPSGD()).goal.metric == "clean_accuracy"
 
 
 class Mixing(nn.Module):

@@ -8,7 +8,7 @@ from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.recipes.training.gains import Confined, gain, gain_directions, layers, order_of, trained_layers
+from holdfast.recipes.lipschitz import Confined, gain, gain_directions, layers, order_of, trained_layers
 from matrices import gains
 
 LAYERS = [

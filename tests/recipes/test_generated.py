@@ -15,9 +15,8 @@ from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.memory import as_data
 from holdfast.recipes import GeneratedData, Standard, generated
+from holdfast.recipes.generated import FileSamples, copies
 from holdfast.recipes.training import fit
-from holdfast.recipes.training.copies import copies
-from holdfast.recipes.training.file_samples import FileSamples
 from holdfast.recipes.training.fit import Saving
 from holdfast.recipes.training.generator import GAN
 from holdfast.recipes.training.recipe import Finished

@@ -17,14 +17,17 @@ from holdfast.core.threat import ThreatModel
 from holdfast.recipes import LeagueTraining, PGDTraining, PolicyTraining
 from holdfast.recipes.policy import ending_after
 from holdfast.recipes.training.attack_policies import (
+    ALTERNATIVES,
     EVERY,
+    STEPS,
     Played,
     Policy,
+    attacked,
     distance,
     features_of,
     in_words,
+    steps_of,
 )
-from holdfast.recipes.training.attack_strategies import ALTERNATIVES, STEPS, attacked, steps_of
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.recipes.training.recipe import Finished
 from holdfast.testing import fakes

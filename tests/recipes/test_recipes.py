@@ -53,9 +53,9 @@ from holdfast.recipes import (
     Standard,
     Tuning,
 )
-from holdfast.recipes.training import learner
 from holdfast.recipes.training.fit import _Loop
-from holdfast.recipes.training.learner import Learner, trained
+from holdfast.recipes.training.learner import Learner, Loop, trained
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
 from holdfast.testing import fakes
 from holdfast.testing.recipes import (
@@ -227,13 +227,18 @@ def test_at_eps_0_its_loss_is_its_own_on_the_inputs_as_they_are(recipe, monkeypa
         short = replace(short, sigma=0.0)
     if isinstance(recipe, MultiNormTraining):
         short = replace(short, others=(L2(0.0), L1(0.0)))
-    seen, measured = [], learner._loss_of
+    seen, loop_of = [], LossRecipe.loop
 
-    def measuring(loss, learner, batch, x_adv):
-        seen.append((batch.x, x_adv))
-        return measured(loss, learner, batch, x_adv)
+    def measuring(recipe, *given, **named):
+        loop = loop_of(recipe, *given, **named)
 
-    monkeypatch.setattr(learner, "_loss_of", measuring)
+        def loss(learner, batch, x_adv):
+            seen.append((batch.x, x_adv))
+            return loop.loss(learner, batch, x_adv)
+
+        return replace(loop, loss=loss)
+
+    monkeypatch.setattr(LossRecipe, "loop", measuring)
     list(short(model, data, threat, rng=Draws(0)))
     assert len(seen) >= 2
     for x, x_adv in seen:
@@ -309,7 +314,7 @@ def test_eps_grows_at_first_for_attack_and_loss_alike(overshoot):
         return Standard().loss(learner, batch, x_adv)
 
     how = replace(SHORT, epochs=2, warmup=0.5, overshoot=overshoot)  # four updates each
-    list(trained(inner, loss, model, data, ThreatModel(Linf(0.08)), how, rng=Draws(0)))
+    list(trained(Loop(model, data, ThreatModel(Linf(0.08)), how, Draws(0), None, inner, loss)))
     eps = [overshoot * value for value in (0.0, 0.02, 0.04, 0.06, 0.08, 0.08, 0.08, 0.08)]
     assert seen[::2] == seen[1::2] == pytest.approx(eps)
 

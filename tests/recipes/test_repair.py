@@ -21,7 +21,7 @@ from holdfast.recipes import FTSAM, Repair, Standard
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.follow_up import STEPS, after_repair, outcome
 from holdfast.recipes.training.learner import Learner
-from holdfast.recipes.training.recipe import Finished, goal_of
+from holdfast.recipes.training.recipe import Finished, facts_of
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
 MASK = torch.zeros(1, 6, 6)
@@ -64,8 +64,8 @@ def finished(given, new, control=None, trigger=TRIGGER):
 
 @pytest.mark.parametrize("recipe", [Repair(), FTSAM()])
 def test_the_goal_is_a_lower_success_of_the_trigger(recipe):
-    assert goal_of(recipe).metric == "trigger_success_rate"
-    assert goal_of(recipe).better == "lower"
+    assert facts_of(recipe).goal.metric == "trigger_success_rate"
+    assert facts_of(recipe).goal.better == "lower"
 
 
 @pytest.mark.parametrize("recipe", [Repair(), FTSAM()])
@@ -194,4 +194,4 @@ def test_the_card_states_what_the_repair_achieved(tmp_path, with_control):
 
 
 def test_the_standard_recipe_measures_nothing_more():
-    assert not hasattr(Standard(), "follow_up")
+    assert Standard().follow_up(None) is None

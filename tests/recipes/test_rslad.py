@@ -19,9 +19,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import RSLAD
+from holdfast.recipes.rslad import SoftLabels
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner
-from holdfast.recipes.training.soft_labels import SoftLabels
 from holdfast.testing import fakes
 
 NET = """
@@ -62,7 +62,7 @@ def test_the_loss_is_the_divergence_from_the_teacher_at_attacked_and_clean_input
     student, teacher, batch = fakes.network(1).requires_grad_(), fakes.network(0), fakes.examples(n=8)
     x_adv = (batch.x + 0.05).clamp(0, 1)
     recipe, learner = RSLAD(alpha=0.75), Learner(student, student, ThreatModel(Linf(0.1)))
-    value, _ = recipe.loss(learner, batch, x_adv, labels=SoftLabels(teacher))
+    value, _ = recipe.taught_loss(learner, batch, x_adv, labels=SoftLabels(teacher))
     p = teacher(batch.x).softmax(1)
     attacked, clean = ((p * (p.log() - student(x).log_softmax(1))).sum(1).mean() for x in (x_adv, batch.x))
     torch.testing.assert_close(value, 0.75 * attacked + 0.25 * clean)

@@ -149,12 +149,12 @@ def test_virtual_adversarial_training_learns_from_examples_without_labels():
     net, threat = fakes.network(1).requires_grad_(), ThreatModel(L2(0.5))
     held = Learner(net, twin(net), threat)
     x_adv = VAT().inner(held, blank, turn())
-    value, right = VAT(weight=0.0).loss(held, blank, x_adv, labelled=0.5)
+    value, right = VAT(weight=0.0).labelled_loss(held, blank, x_adv, labelled=0.5)
     few = some.take(torch.arange(13))
     torch.testing.assert_close(value, F.cross_entropy(net(few.x), few.y))
     assert int(right) == int((net(x_adv[:13]).argmax(1) == few.y).sum())
     none = blank.labelled(torch.full((26,), UNLABELLED))
-    smooth, right = VAT().loss(held, none, x_adv, labelled=0.5)
+    smooth, right = VAT().labelled_loss(held, none, x_adv, labelled=0.5)
     assert smooth > 0
     assert int(right) == 0
     assert torch.autograd.grad(smooth, net.net[1].weight)[0].abs().sum() > 0
@@ -379,7 +379,7 @@ def test_hat_asks_its_helper_at_the_attack_what_is_right_beyond_it():
     net, helper, some = linear(-2.0), linear(0.5), data()
     near = some.x + NEAR
     recipe = HAT(beta=2.0, gamma=0.7, beyond=3.0)
-    found, _ = recipe.loss(learner(net, EPS), some, near, helper)
+    found, _ = recipe.helped_loss(learner(net, EPS), some, near, helper=helper)
     says = (near @ W + 0.5 > 0).long()
     assert (says != some.y).any()
     exact = (
@@ -394,7 +394,9 @@ def test_atta_goes_on_where_it_was_in_the_epoch_before():
     recipe, some, net = ATTA(steps=1, step=0.4), data(), linear()
     held = Learner(net, twin(net), ThreatModel(EPS), {"kept": torch.zeros(8, 3, dtype=torch.float16)})
     rows, corner = torch.arange(8), (0.2 * W.sign()).expand(8, 3)
-    moved = [recipe.inner(held, some, replace(turn(), epoch=epoch), rows, 1.0) - some.x for epoch in range(6)]
+    moved = [
+        recipe.attacked(held, some, replace(turn(), epoch=epoch), rows, 1.0) - some.x for epoch in range(6)
+    ]
     short = [(corner - change).abs().amax().item() for change in moved]
     assert short[0] > 0.2  # it began anywhere in the ball
     for before, after in pairwise(short):
@@ -413,7 +415,7 @@ def test_atta_moves_what_it_keeps_along_with_the_image_and_back():
     held = Learner(net, twin(net), ThreatModel(EPS), {"kept": before.clone()})
     recipe = ATTA(steps=1, step=0.4, training=Training(augment="crop-flip"))
     moved, seen = moves(some, "crop-flip", place), augmented(some, "crop-flip", place)
-    x_adv = recipe.inner(held, seen, Turn(place, 3, 0.5, 1.0), torch.arange(6), 1.0)
+    x_adv = recipe.attacked(held, seen, Turn(place, 3, 0.5, 1.0), torch.arange(6), 1.0)
     further = (before.float() + 0.4 * 0.2).clamp(max=0.2)
     in_sight = moved.back(torch.ones_like(some.x), torch.zeros_like(some.x)).bool()
     assert 0.3 < in_sight.float().mean() < 1

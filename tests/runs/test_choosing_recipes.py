@@ -9,7 +9,7 @@ import holdfast
 from holdfast.core.errors import Interrupted, UsageError
 from holdfast.core.model import Classifier
 from holdfast.recipes import generated
-from holdfast.recipes.training.copies import COMPARED
+from holdfast.recipes.generated import COMPARED
 
 RECIPES = {
     "generated": {"use": "generated", "generator": 0.4, "confidence": 0.0, "steps": 1},

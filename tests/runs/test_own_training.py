@@ -380,10 +380,12 @@ def test_a_resumed_training_states_where_it_continues_and_what_is_left_of_the_bu
     candidate = Candidate("pgd", Standard(training=PLAIN), {})
     attempt, budget = {"recipe": "pgd", "epochs": 4.0}, AttemptBudget(60.0, 8.0)
     trainer = SimpleNamespace(start=lambda recipe: None)
-    trainings = AttemptTraining(trainable(), trainer, {}, {}, None)
+    training_of_attempt = AttemptTraining(
+        trainable(), trainer, candidate, attempt, budget, tmp_path, {}, None
+    )
 
     def message(its_budget=budget):
-        return trainings.resumed(tmp_path, candidate, attempt, its_budget)
+        return replace(training_of_attempt, budget=its_budget).resumed
 
     plan = TrainingPlan(0, 0.0, 36, 9)
     end = Checkpoint(1, 4, {}, {}, 1.0, 9, (plan,))

@@ -23,7 +23,7 @@ from holdfast.io.data.data import Names
 from holdfast.io.data.expected import Expected, FirstTable
 from holdfast.io.data.ranges import Ranges
 from holdfast.io.data.selection import Selection, selected
-from holdfast.io.doctor.single_outputs import unlike_a_logit
+from holdfast.io.doctor.behaviour import unlike_a_logit
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import Subject

@@ -1,7 +1,7 @@
 """Opens what the hardening of a generator needs, trains it, and writes the new generator."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from holdfast.api.recipe_building import built
 from holdfast.api.verb_settings import Harden
 from holdfast.audits.audit import AuditResult, audited
 from holdfast.audits.finding import Images
-from holdfast.audits.generator.audit import needs_of
-from holdfast.audits.generator.hardening import GeneratorHardening, measure, trainable
+from holdfast.audits.generator.audit import finding_of_steps, needs_of
+from holdfast.audits.generator.hardening import BEFORE, GeneratorHardening, measure, trainable
+from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
@@ -25,39 +26,28 @@ from holdfast.generators.opening import FILE, bundled_generators, content_of, na
 from holdfast.io.models.factories import names_code
 from holdfast.io.models.weights import written
 from holdfast.recipes.training.robust_gan import RobustLosses
+from holdfast.reports.audit import audit_markdown, audit_to_json, headline
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.files import BY_UMASK, write_atomically
+from holdfast.runs.harden.hardened import CardForm, Hardened
 from holdfast.runs.store.folder import refuse_used
-from holdfast.settings.grammar import is_folder, seconds
+from holdfast.settings.grammar import seconds
 
 KIND = "hardened-generator"
 """Kind of the run, in `holdfast.core.catalogue.AUDITS`."""
 
 
-@dataclass(frozen=True, repr=False)
-class HardenedGenerator(AuditResult):
-    """A new generator, and the result of the audits before and after its training."""
+HardenedGenerator = Hardened[GAN, AuditResult]
+"""A new generator with the audits before and after. `holdfast audit generator` opens its file if it is an
+`holdfast.generators.ImageGAN`."""
 
-    generator: GAN | None = None
-    """the trained generator, with the same classes as the given one"""
 
-    def write_folder(self, folder: str | Path) -> Path:
-        """Write the weights and the card to a folder, and return the path of the weights, which `holdfast audit
-        generator` opens if the generator is a `holdfast.generators.ImageGAN`.
-        """
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        net = self.generator
-        if isinstance(net, ImageGAN):
-            content = content_of(net, "gan", net.arguments)
-        else:
-            assert net is not None
-            content = written(net, {})
-        write_atomically(place / FILE, content, BY_UMASK)
-        for name in ("card.json", "card.md"):
-            self.write(place / name)
-        return place / FILE
+def _files(hardened: HardenedGenerator, place: Path) -> dict[str, bytes]:
+    return {
+        FILE: hardened.weights,
+        "card.json": audit_to_json(hardened.card).encode(),
+        "card.md": audit_markdown(hardened.card).encode(),
+    }
 
 
 @gradients()
@@ -108,14 +98,21 @@ def hardened_generator(
         writes=True,  # the trained generator is read from the stored steps
     )
     trained: list[GAN] = []
+    given: list[dict[str, Any]] = []
 
     def audit(run: Run) -> Images:
         images, new = measure(run, work)
         trained.append(new)
+        steps = StoredSteps(request.manifest(), run.store, Path())
+        given.append(finding_of_steps(steps.within(BEFORE)).to_json())
         return images
 
-    result = audited(request, audit, place, resume=resume, progress=progress, notify=notify)
-    return HardenedGenerator(result.content, result.folder, trained[-1])
+    after = audited(request, audit, place, resume=resume, progress=progress, notify=notify)
+    before = AuditResult({**after.content, **given[-1], "pictures": [], "gates": [], "gate_verdict": None})
+    new = trained[-1]
+    weights = content_of(new, "gan", new.arguments) if isinstance(new, ImageGAN) else written(new, {})
+    card, form = after.summary(), CardForm(_files, headline)
+    return Hardened(new, before, after, (), card, weights, after.folder, form=form)
 
 
 def _losses(spec: Mapping[str, Any]) -> tuple[str, RobustLosses]:
@@ -139,9 +136,3 @@ def _audit_settings(settings: Harden) -> AuditGenerator:
         if name in AuditGenerator.model_fields and name not in ("gates", "output")
     }
     return AuditGenerator(**shared, split="train", held_out=settings.data)
-
-
-def folders_of(outputs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the folders and the report files among outputs."""
-    folders = [output for output in outputs if is_folder(output)]
-    return folders, [output for output in outputs if output not in folders]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from holdfast.api import expecting, resolve
 from holdfast.api.checked_settings import group_of
 from holdfast.api.grad_mode import gradients
+from holdfast.api.harden_generator import hardened_generator
 from holdfast.api.plans import assess_request, baseline_evidence, examples_to_fit, listed_attacks
 from holdfast.api.recipe_building import build_recipe, candidates, refuse_unheld, settings_of
 from holdfast.api.references import beside
@@ -35,13 +36,12 @@ from holdfast.io.data.expected import Expected
 from holdfast.io.data.loaders import tensors_of
 from holdfast.io.data.memory import as_data
 from holdfast.io.data.streamed import Streamed, changing_example, open_by_index, training_data
-from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
-from holdfast.recipes import DPSGD, Denoising, PolicyTraining
+from holdfast.io.models.denoiser import with_denoiser
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import OnParts, Recipe, WithControl, WithTeacher
+from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.runs.assess.request import HardenRequest, Subject
-from holdfast.runs.engine.progress import Notify, ignore
+from holdfast.runs.engine.progress import Notify, ignore, silent
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden, refuse_unfit, refuse_unmeasured
@@ -115,10 +115,15 @@ def hardened(
     notify: Notify = ignore,
     held_out: Batch | None = None,
     **reporting: Any,
-) -> Hardened:
+) -> Hardened[Any, Any]:
     """Open the model and the data of a hardening, and take the steps of the run. Examples that are equal to one of
-    `held_out` are not trained on.
+    `held_out` are not trained on. A recipe for generators trains a GAN instead.
     """
+    if settings.trains_generator:
+        progress = reporting.get("progress", silent)
+        return hardened_generator(
+            settings, folder, resume=resume, progress=progress, notify=notify, command=command
+        )
     place, settings = resolve.folder_of(folder, resume=resume), _with_threat_of_recipe(settings)
     settings.refuse_unusable_cluster()
     with gradients():
@@ -171,10 +176,9 @@ def _with_threat_of_recipe(settings: Harden) -> Harden:
 
     Raises `UsageError` for a budget of such a recipe.
     """
-    recipe: Any = settings.recipe
-    if isinstance(recipe, Mapping):
-        recipe = build_recipe(recipe) if recipe["use"] in names("recipes") else None
-    if not isinstance(recipe, OnParts):
+    recipe = _built(settings.recipe)
+    threat = None if recipe is None else facts_of(recipe).threat_of_training_set
+    if threat is None:
         return settings
     if settings.budget is not None:
         raise UsageError(
@@ -184,7 +188,7 @@ def _with_threat_of_recipe(settings: Harden) -> Harden:
         )
     usual = type(settings).model_fields["threat"].default
     return (
-        settings.model_copy(update={"threat": parse_threat(recipe.threat)})
+        settings.model_copy(update={"threat": parse_threat(threat)})
         if str(settings.threat) == usual
         else settings
     )
@@ -192,7 +196,7 @@ def _with_threat_of_recipe(settings: Harden) -> Harden:
 
 def _seed_notes(request: HardenRequest) -> tuple[str, ...]:
     """A note if the noise of a private training follows from a seed that is easily guessed."""
-    private = any(isinstance(candidate.recipe, DPSGD) for candidate in request.candidates)
+    private = any(facts_of(candidate.recipe).private for candidate in request.candidates)
     if not private or request.seed >= _SECRET:
         return ()
     note = (
@@ -207,32 +211,22 @@ def _with_denoiser(
     subject: Subject, recipe: Recipe | Mapping[str, Any], training: TrainingData, seed: int
 ) -> Subject:
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
-    if isinstance(recipe, Mapping):
-        if recipe["use"] not in names("recipes"):
-            return subject
-        recipe = build_recipe(recipe)
-    model = subject.model
-    if not isinstance(recipe, Denoising) or isinstance(model.net, DenoisedNetwork):
+    built = _built(recipe)
+    sizes = None if built is None else facts_of(built).denoiser(subject.model, training.example_shape)
+    if sizes is None:
         return subject
-    shape = training.example_shape
-    if len(shape) != 3 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
-        raise UsageError(
-            f"denoised puts a denoiser of convolutions in front of a network for images (channels, height, width), "
-            f"and the inputs have shape {shape}"
-            + (" with the channels last" if model.layout == "hwc" else ""),
-            Remedy("recipe", "gaussian-noise"),
-        )
-    sizes = {"channels": shape[0], "width": recipe.width, "depth": recipe.depth}
-    if model.rejects:
-        raise UsageError(
-            "denoised puts a denoiser in front of the network, and this model has a detector that rejects inputs; "
-            "harden the network without its detector, and combine the new one with it"
-        )
-    denoised = copy_of(model)
+    denoised = copy_of(subject.model)
     assert isinstance(denoised.net, nn.Module)
     with drawing(Draws(seed).at("denoiser")):
         denoised.net = with_denoiser(denoised.net, sizes).eval()
     return replace(subject, model=denoised, card={**subject.card, "denoiser": sizes})
+
+
+def _built(recipe: Recipe | Mapping[str, Any]) -> Recipe | None:
+    """The recipe of the settings; None for a name that stands for several, such as `auto`."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    return build_recipe(recipe) if recipe["use"] in names("recipes") else None
 
 
 def _parted(
@@ -412,9 +406,9 @@ def harden_request(
 
 def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | None:
     """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
-    if not isinstance(recipe, WithControl) or not recipe.control:
+    if not (address := facts_of(recipe).control):
         return None
-    control = resolve.open_named(recipe.control, settings, "control")
+    control = resolve.open_named(address, settings, "control")
     resolve.refuse_other_bounds(control, model, "control")
     return control
 
@@ -426,9 +420,9 @@ def _teacher(
 
     Raises `UsageError` if it takes inputs from another range, or has other classes.
     """
-    if not isinstance(recipe, WithTeacher) or not recipe.teacher:
+    if not (address := facts_of(recipe).teacher):
         return None
-    teacher, x = resolve.open_named(recipe.teacher, settings, "teacher"), training.first(1).x
+    teacher, x = resolve.open_named(address, settings, "teacher"), training.first(1).x
     resolve.refuse_other_bounds(teacher, subject.model, "teacher")
     with torch.no_grad():
         classes = copy_of(subject.model).to(x.device).eval()(x).shape[1]
@@ -440,7 +434,8 @@ def _teacher(
 def _candidate(name: str, recipe: Recipe) -> Candidate:
     """Return a candidate for a recipe given as an object, with validated settings."""
     refuse_settings(recipe, type(recipe).__name__)
-    if isinstance(recipe, WithTeacher) and not recipe.teacher and getattr(recipe, "opened", None) is not None:
+    facts = facts_of(recipe)
+    if facts.opened is not None and not facts.teacher:
         raise UsageError(
             f"{type(recipe).__name__} has an opened teacher, which a stored run cannot name; give its file instead, as "
             "in teacher='robust.safetensors,arch=net.py:make'"
@@ -469,9 +464,9 @@ def _budget_s(given: str | None, recipe: Recipe | Mapping[str, Any]) -> float | 
 
 def _refuse_two_limits(budget: str | None, recipe: Recipe) -> None:
     """Raise `UsageError` if both a budget and a number of passes are given."""
-    if budget is not None and isinstance(recipe, PolicyTraining) and recipe.passes:
+    if budget is not None and (passes := facts_of(recipe).most_passes):
         raise UsageError(
-            f"recipe.passes is {recipe.passes:g}, and the budget is {budget}, which determines the number of passes; "
+            f"recipe.passes is {passes:g}, and the budget is {budget}, which determines the number of passes; "
             "only one of both was expected",
             Remedy("budget"),
         )

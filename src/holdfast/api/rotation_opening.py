@@ -15,7 +15,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.io.models.cards import trained_by
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.recipe import Recipe, WithNetwork, WithOwnState, WithTeacher
+from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
@@ -115,7 +115,7 @@ def _candidate(settings: RotateSettings) -> Candidate:
         )
     recipe = build_recipe(spec)
     refuse_other_network(recipe, str(spec["use"]))
-    if isinstance(recipe, WithOwnState | WithTeacher):
+    if facts_of(recipe).keeps_state or facts_of(recipe).needs_teacher:
         raise UsageError(
             f"the recipe {spec['use']} needs another network, further examples or values of its own besides the "
             "weights, and the sets of a pool are trained from weights and examples alone",
@@ -132,7 +132,7 @@ def _candidate(settings: RotateSettings) -> Candidate:
 
 def refuse_other_network(recipe: Recipe, name: str) -> None:
     """Raise `UsageError` for a recipe whose network is not that of the sets of a pool."""
-    if isinstance(recipe, WithNetwork):
+    if facts_of(recipe).new_network:
         raise UsageError(
             f"the recipe {name} returns another network than the given one, and the sets of a pool have one network",
             Remedy("recipe", "standard"),

@@ -30,7 +30,6 @@ from holdfast.settings.groups import Flag, Section, SettingGroup
 if TYPE_CHECKING:
     from holdfast.adaptation.adapted import Adapted
     from holdfast.api.guards import Calibrated
-    from holdfast.api.harden_generator import HardenedGenerator
     from holdfast.api.hardening import ForHardening
     from holdfast.audits.audit import AuditResult, AuditStart, PreparedAudit
     from holdfast.core.batch import Data
@@ -231,22 +230,11 @@ class Harden(
         detail: Notify = ignore,
         command: str = "",
         on_epoch: "OnEpoch | None" = None,
-    ) -> "Hardened":
+    ) -> "Hardened[Any, Any]":
         """Train a new model that is more robust, assess both, and return them. `on_epoch` is called with the
-        measurements of each epoch. The other arguments are those of `Assess.run`.
+        measurements of each epoch. The other arguments are those of `Assess.run`. With a recipe for generators, the
+        model and the measurements are a GAN and its audits.
         """
-
-    @carried_out_by("holdfast.api.harden_generator:hardened_generator")
-    def run_generator(
-        self,
-        folder: str | Path | None = None,
-        *,
-        resume: bool = False,
-        progress: Progress = silent,
-        notify: Notify = ignore,
-        command: str = "",
-    ) -> "HardenedGenerator":
-        """Train a new generator with a recipe for generators, audit both, and return the new one with the result."""
 
 
 class RotateSettings(

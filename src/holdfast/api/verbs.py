@@ -108,7 +108,7 @@ def harden(
     progress: Progress = silent,
     on_epoch: "OnEpoch | None" = None,
     **settings: Any,
-) -> "Hardened":
+) -> "Hardened[Any, Any]":
     """Train a new model that is more robust than `model`, and assess both. The given model is never changed.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. If `data` is an address, its
@@ -121,13 +121,10 @@ def harden(
     stored in that folder, and `resume` continues the run in it. `on_epoch` is called with the measurements of each
     epoch (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be
     resumed.
-    With a recipe for generators, such as `robust-gan`, `model` is a GAN, and the result is a
-    `holdfast.api.harden_generator.HardenedGenerator`: the trained one, and the audits before and after.
+    With a recipe for generators, such as `robust-gan`, `model` is a GAN, and so is that of the result; `before` and
+    `after` are then audits.
     """
     checked = Harden(**given(model=model, data=data, threat=threat, recipe=recipe, **settings))
-    if checked.trains_generator:
-        trained: Any = checked.run_generator(run, resume=resume, progress=progress)
-        return trained  # type: ignore[no-any-return]
     return checked.run(run, resume=resume, progress=progress, on_epoch=on_epoch)
 
 

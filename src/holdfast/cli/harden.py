@@ -66,14 +66,15 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
 
 def _hardened_generator(settings: Harden, voice: Voice, *, run: str | None, resume: bool) -> int:
     """Train a new generator, write its folders, and print the result of the audits before and after."""
-    from holdfast.api.harden_generator import folders_of
     from holdfast.cli.audit import tell_audit
     from holdfast.cli.running import finished_run
+    from holdfast.generators.opening import FILE
+    from holdfast.settings.grammar import is_folder
 
-    folders, files = folders_of(settings.output)
+    files = [output for output in settings.output if not is_folder(output)]
     refuse_reports(files, AUDIT_SUFFIXES)
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
-        for place in folders:
-            voice.say(f"generator: {result.write_folder(place)}")
-        tell_audit(result.summary(), files, voice, folder)
-    return int(result.exit_code)
+        for place in filter(is_folder, settings.output):
+            voice.say(f"generator: {result.write(place) / FILE}")
+        tell_audit(result.after.summary(), files, voice, folder)
+    return int(result.after.exit_code)

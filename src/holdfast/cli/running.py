@@ -75,8 +75,6 @@ def finished_run(
             result: Any
             if isinstance(settings, AuditVerb):
                 result = settings.run(folder, **shared)
-            elif isinstance(settings, Harden) and settings.trains_generator:
-                result = settings.run_generator(folder, **shared)
             else:
                 result = settings.run(folder, **shared, detail=voice.say if voice.verbose else ignore)
         yield result, folder

@@ -9,33 +9,30 @@ loses robustness.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import IN_MEMORY_BYTES, Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.batch import IN_MEMORY_BYTES, Batch
 from holdfast.core.constraints import L1, L2, Linf
-from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
-from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.recipes.training.augment import moves
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 _BYTES = 2  # of a stored value
 
 
 @dataclass(frozen=True)
-class ATTA:
+class ATTA(LossRecipe):
     """Trains on adversarial examples that are stored from epoch to epoch and improved by a few steps each time."""
 
     steps: Steps = 2
@@ -50,15 +47,14 @@ class ATTA:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    in_one_process: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with a stored change of each example. Raises `UsageError` for settings that change an
+        example in another way.
+        """
+        data = loop.data
         if self.training.cutmix:
             raise UsageError(
                 f"atta stores the perturbation of each image, and cutmix={self.training.cutmix:g} would replace a part "
@@ -81,26 +77,14 @@ class ATTA:
             )
         # each change in multiples of the full eps, with a relative error of at most a thousandth
         state = {"kept": torch.zeros(shape, dtype=torch.float16, device=data.ids.device)}
-        lookup, unit = Lookup(data.ids), threat.constraint.eps or 1.0
+        lookup, unit = Lookup(data.ids), loop.threat.constraint.eps or 1.0
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-            return self.inner(learner, batch, turn, lookup.rows(batch.ids), unit)
+            return self.attacked(learner, batch, turn, lookup.rows(batch.ids), unit)
 
-        return trained(
-            inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            state=state,
-            alone=True,
-            weighted=True,
-        )
+        return replace(loop, inner=inner, state=state)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
+    def attacked(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent that starts from the stored changes of the
         previous epoch, and store the new changes.
 

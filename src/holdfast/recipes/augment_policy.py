@@ -7,24 +7,22 @@ Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Re
 training of the network, as a bandit over single augmentations, and its reward is robust accuracy.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.augment import cut_and_mixed, drawn_moves, refuse_augmentation
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 from holdfast.recipes.training.reserved import reserved, robust_share
 
@@ -40,7 +38,7 @@ _PREFERENCES, _CURRENT, _BASELINE, _UPDATES = "preferences", "current", "baselin
 
 
 @dataclass(frozen=True)
-class AugmentPolicy:
+class AugmentPolicy(LossRecipe):
     """PGD adversarial training that draws an augmentation for every few updates from a distribution, and moves the
     distribution towards augmentations after which reserved examples are classified more robustly.
     """
@@ -61,27 +59,28 @@ class AugmentPolicy:
 
     keeps_state: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        refuse_augmentation(data.first(1).x, "shift", 0.0)
+    in_one_process: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with a policy that chooses the augmentation by reserved examples."""
+        example = loop.data.first(1).x
+        refuse_augmentation(example, "shift", 0.0)
         if self.training.augment != "none" or self.training.cutmix:
             raise UsageError(
                 "augment-policy learns which augmentation is used, and recipe.training sets one; leave "
                 "recipe.training.augment and recipe.training.cutmix out",
                 Remedy("recipe", "pgd"),
             )
-        rest, held_out = reserved(data, rng)
-        zeros = data.first(1).x.new_zeros(1, len(AUGMENTATIONS), dtype=torch.float64)
+        rest, held_out = reserved(loop.data, loop.rng)
+        zeros = example.new_zeros(1, len(AUGMENTATIONS), dtype=torch.float64)
         # with a first dimension of 1, so that none is taken for a tensor with a row for each example
-        state = {_PREFERENCES: zeros, _CURRENT: data.y.new_full((1,), -1), _BASELINE: zeros[:, :2].clone()}
-        state |= {_UPDATES: torch.zeros_like(zeros)}
+        state = {
+            _PREFERENCES: zeros,
+            _CURRENT: loop.data.y.new_full((1,), -1),
+            _BASELINE: zeros[:, :2].clone(),
+            _UPDATES: torch.zeros_like(zeros),
+        }
         mixed: list[tuple[Batch, float]] = []
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -104,19 +103,7 @@ class AugmentPolicy:
             ]
             return values[0] + values[1], hits(logits, own.y)
 
-        return trained(
-            inner,
-            loss,
-            model,
-            rest,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            state=state,
-            alone=True,
-            weighted=True,
-        )
+        return replace(loop, data=rest, inner=inner, loss=loss, state=state)
 
     def _choose(self, learner: Learner, held_out: Batch, rng: Draws) -> None:
         """Learn from the robust accuracy after the updates with the current augmentation, and draw the next one."""

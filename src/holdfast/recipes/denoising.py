@@ -8,31 +8,29 @@ Differs from the paper: both terms are trained at once instead of one after the 
 noise grows with the warm-up of `training`, the weights are averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.certifiers.smoothing.noise import numbered_noise
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
-from holdfast.core.threat import ThreatModel
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, NonNegative, Steps
 from holdfast.io.models.denoiser import DEPTH, WIDTH, DenoisedNetwork
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class Denoising:
+class Denoising(LossRecipe):
     """Trains a denoiser in front of the network, which itself is not changed."""
 
     sigma: NonNegative = 0.25
@@ -47,16 +45,31 @@ class Denoising:
     """number of layers of the denoiser, if the model has none yet"""
     training: Training = field(default_factory=lambda: Training(weight_decay=0.0))
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        if not isinstance(model.net, DenoisedNetwork):
+    uses_unlabelled: ClassVar[bool] = True
+
+    def denoiser(self, model: Classifier, shape: tuple[int, ...]) -> dict[str, int] | None:
+        """Return the sizes of an untrained denoiser, if the model has none. Raises `UsageError` for a model that cannot
+        have one.
+        """
+        if isinstance(model.net, DenoisedNetwork):
+            return None
+        if len(shape) != 3 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
+            raise UsageError(
+                f"denoised puts a denoiser of convolutions in front of a network for images (channels, height, width), "
+                f"and the inputs have shape {shape}"
+                + (" with the channels last" if model.layout == "hwc" else ""),
+                Remedy("recipe", "gaussian-noise"),
+            )
+        if model.rejects:
+            raise UsageError(
+                "denoised puts a denoiser in front of the network, and this model has a detector that rejects inputs; "
+                "harden the network without its detector, and combine the new one with it"
+            )
+        return {"channels": shape[0], "width": self.width, "depth": self.depth}
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training. Raises `UsageError` for a model without a denoiser, or settings that do not train it."""
+        if not isinstance(loop.model.net, DenoisedNetwork):
             raise UsageError(
                 "denoised trains a denoiser, and the model has none; put an untrained one in front of its network, as "
                 "harden does: Classifier(DenoisedNetwork(net, channels=3)), from holdfast.io.models.denoiser"
@@ -68,9 +81,7 @@ class Denoising:
                 "compiled is true, and this recipe reads the denoised images inside the network, which is not possible "
                 "in a compiled one; leave recipe.training.compiled out"
             )
-        return trained(
-            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, unlabelled=True
-        )
+        return loop
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the inputs of a batch with Gaussian noise, which are not clipped to the valid range."""

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from annotated_types import Gt, Lt
@@ -28,16 +28,15 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.goal import Goal
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Install, Remedy
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Positive
 from holdfast.recipes.training.fit import Training, drawing, updates
-from holdfast.recipes.training.learner import Learner, clean_inputs, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.statistics.group_privacy import RowBudget, row_budget
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ _PRECISION, _LARGEST = 0.01, math.log(1e6)
 
 
 @dataclass(frozen=True)
-class DPSGD:
+class DPSGD(LossRecipe):
     """Trains with differential privacy on clean inputs: clipped gradients with noise, for a stated epsilon and
     delta.
     """
@@ -66,35 +65,20 @@ class DPSGD:
     """norm to which the gradient of an example is clipped if it is larger"""
     training: Training = field(default_factory=lambda: Training(batch=512))
 
-    @property
-    def goal(self) -> Goal:
-        """Clean accuracy, at the stated epsilon."""
-        return Goal("clean_accuracy")
+    goal: ClassVar[Goal] = Goal("clean_accuracy")
+    private: ClassVar[bool] = True
+    differentiated_twice: ClassVar[bool] = True
+    in_one_process: ClassVar[bool] = True
+    sets_gradients: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        self._refuse_unsound(data)
-        refuse_unclippable(model, data.first(_COMPARED))
-        return trained(
-            clean_inputs,
-            partial(self.loss, expected=min(self.training.batch, len(data)), noise=self.noise(len(data))),
-            model,
-            data,
-            threat,
-            replace(self.training, precision="float32"),  # the norms must be exact
-            rng=rng,
-            after=after,
-            slope=True,
-            alone=True,
-            private=True,
-        )
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with its noise. Raises `UsageError` if the guarantee would not hold."""
+        n = len(loop.data)
+        self._refuse_unsound(loop.data)
+        refuse_unclippable(loop.model, loop.data.first(_COMPARED))
+        loss = partial(self.private_loss, expected=min(self.training.batch, n), noise=self.noise(n))
+        # the norms must be exact
+        return replace(loop, loss=loss, how=replace(self.training, precision="float32"))
 
     def budget_on(self, fingerprints: Sequence[bytes]) -> RowBudget:
         """Return the privacy budget of a training on rows with these hashes of their inputs."""
@@ -105,7 +89,7 @@ class DPSGD:
         steps = self.training.epochs * updates(n, self.training.batch)
         return noise_multiplier(self.epsilon, self.delta, min(self.training.batch / n, 1.0), steps)
 
-    def loss(
+    def private_loss(
         self, learner: Learner, batch: Batch, x: Inputs, *, expected: int, noise: float
     ) -> tuple[Tensor, Tensor]:
         """Set the gradients of a batch, clipped and with noise, and return the mean loss and the number of correct

@@ -8,28 +8,26 @@ that was clipped to the box has a gradient that leads back into it, which the pa
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Bounds, Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
+from holdfast.core.model import Bounds
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 _DELTA = "delta"
 _EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation is not clipped: it is used on other images
 
 
 @dataclass(frozen=True)
-class FreeTraining:
+class FreeTraining(LossRecipe):
     """Adversarial training that updates weights and perturbation with the gradient of the same backward pass."""
 
     replays: Steps = 8
@@ -40,31 +38,14 @@ class FreeTraining:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        delta = {_DELTA: torch.zeros_like(data.first(self.training.batch).x)}
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            state=delta,
-            replays=self.replays,
-            linear=True,
-            alone=True,
-            weighted=True,
-        )
+    linear_in_labels: ClassVar[bool] = True
+    in_one_process: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training, with a perturbation that continues from batch to batch."""
+        delta = torch.zeros_like(loop.data.first(self.training.batch).x)
+        return replace(loop, state={_DELTA: delta}, replays=self.replays)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the inputs of a batch with the current perturbation, which a hook updates during the backward pass of

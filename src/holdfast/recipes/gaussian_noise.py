@@ -8,27 +8,23 @@ Classifiers", NeurIPS 2020, arXiv:2006.04062. Differs from the papers: the noise
 the weights are averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
 from holdfast.certifiers.smoothing.noise import numbered_noise
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(LossRecipe):
     """Trains on inputs with Gaussian noise, as randomised smoothing with the same `sigma` needs."""
 
     sigma: NonNegative = 0.25
@@ -41,28 +37,11 @@ class GaussianNoise:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        linear = not self.stability
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=linear,
-            weighted=True,
-        )
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training, whose divergence is not linear in the labels."""
+        return replace(loop, linear_in_labels=not self.stability)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the noisy copies of a batch, (copies n, *features), which are not clipped to the valid range."""

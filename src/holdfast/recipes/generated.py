@@ -8,30 +8,120 @@ while the network is trained on real images; every batch has new samples in plac
 replaces a real image of its class, so that the classes keep their shares, and a rejected one leaves the image in place.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.io.data.ranges import Ranges
 from holdfast.recipes.trades import TRADES
-from holdfast.recipes.training.copies import COMPARED, copies, sentence_on_copies
 from holdfast.recipes.training.divergences import kullback_leibler
-from holdfast.recipes.training.file_samples import FileSamples
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.generator import GAN
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
+from holdfast.statistics.nearest import copy_threshold, nearest_example
+
+COMPARED = 500
+"""largest number of generated examples, and of test examples, whose nearest training example is searched"""
+_PIECE = 1_000  # training examples that are compared at once
+
+
+def copies(generated: Batch, test: Batch, data: TrainingData, rng: Draws) -> dict[str, Any]:
+    """Return the distances (L2) from generated examples to the nearest training example, beside those from test
+    examples: both medians, and the share of the generated examples that are nearer than 99 % of every second
+    test example, which an audit of a generator counts as copies.
+    """
+    sides = [_drawn(batch, rng) for batch in (generated, test)]
+    both = torch.cat([side.x.flatten(1).float() for side in sides])
+    nearest = both.new_full((len(both),), torch.inf)
+    rows = torch.split(torch.arange(len(data), device=data.ids.device), _PIECE)
+    with data.reading(rows, rng.at("reading")) as parts:
+        for part in parts:
+            distances, _ = nearest_example(both, part.x.to(both))
+            nearest = torch.minimum(nearest, distances)
+    own, others = nearest[: len(sides[0])], nearest[len(sides[0]) :]
+    return {
+        "generated": len(own),
+        "test": len(others),
+        "median_generated": float(own.median()),
+        "median_test": float(others.median()),
+        "nearer": float((own < copy_threshold(others)).double().mean()),
+    }
+
+
+def _drawn(batch: Batch, rng: Draws) -> Batch:
+    order: Tensor = rng.at("compared").bits(batch.ids).argsort()
+    return batch.take(order[:COMPARED])
+
+
+def sentence_on_copies(found: dict[str, Any]) -> str:
+    """Return a sentence on the distances of `copies`, without a full stop."""
+    return (
+        f"the median distance to the nearest training example is {found['median_generated']:.3g} for "
+        f"{found['generated']:,} generated images and {found['median_test']:.3g} for {found['test']:,} test examples; "
+        f"{100 * found['nearer']:.1f} % of the generated images are nearer than 99 % of every second test example"
+    )
+
+
+_COMPARED = 1000  # training examples whose range of values is compared
+
+
+@dataclass(frozen=True)
+class FileSamples:
+    """Generated images from a file, of which one of the class of each example is drawn at random."""
+
+    images: Batch
+    order: Tensor
+    """rows of the images, sorted by class"""
+    ends: Tensor
+    """number of images of all classes up to each class"""
+
+    @classmethod
+    def of(cls, images: Batch, data: TrainingData) -> "FileSamples":
+        """Return the images on the device of the training data. Raises `UsageError` for images of another shape or
+        range of values, or if a class of the data has none.
+        """
+        if images.example_shape != data.example_shape:
+            raise UsageError(
+                f"the generated images have shape {images.example_shape}, and the training examples "
+                f"{data.example_shape}; give images of the same shape"
+            )
+        ranges = Ranges.of(images.x, data.first(_COMPARED).x)
+        ranges.refuse("the generated images have", "the training examples have")
+        missing = sorted(set(data.y[data.y != UNLABELLED].tolist()) - set(images.y.tolist()))
+        if missing:
+            raise UsageError(
+                f"no generated image is of class {', '.join(map(str, missing))}, which the training examples have; "
+                "give images of all classes"
+            )
+        images = images.to(data.ids.device)
+        return cls(
+            images,
+            images.y.argsort(stable=True),
+            images.y.bincount(minlength=int(data.y.max()) + 1).cumsum(0),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that change in training, which are none."""
+        return {}
+
+    def accepted(self, batch: Batch, rng: Draws, least: float) -> tuple[Inputs, Tensor]:
+        """Return an image of the class of each example, which are all accepted."""
+        last = self.ends[batch.y]
+        first = torch.where(batch.y > 0, self.ends[(batch.y - 1).clamp(min=0)], 0)
+        place = first + (rng.uniform(batch.ids, dtype=torch.float64) * (last - first)).long()
+        return self.images.x[self.order[place]], torch.ones_like(batch.y, dtype=torch.bool)
+
 
 _BETA, _STEPS, _REACH = 6.0, 10, 2.5  # of the recipe trades
 _LEAST_OF_TRADES = {"photographs": 30, "others": 60}  # epochs from which the recipe `auto` chooses trades
@@ -43,7 +133,7 @@ _ALIKE = 0.2  # smallest distance of two samples of a class, relative to that of
 
 
 @dataclass(frozen=True)
-class GeneratedData:
+class GeneratedData(LossRecipe):
     """Trains on adversarial examples of real images and of samples of a class-conditional GAN, which learns from the
     training examples during the first part of the training.
     """
@@ -69,18 +159,15 @@ class GeneratedData:
 
     keeps_state: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    in_one_process: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with a source of generated images."""
+        data = loop.data
         _refuse_other_inputs(data)
-        samples = self.further_examples(model)
-        source = _gan(model, data, rng) if samples is None else FileSamples.of(samples, data)
+        samples = self.further_examples(loop.model)
+        source = _gan(loop.model, data, loop.rng) if samples is None else FileSamples.of(samples, data)
         is_trades = self._is_trades(data)
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
@@ -97,20 +184,9 @@ class GeneratedData:
                 return TRADES(_BETA).loss(learner, batch.at(x), x_adv)
             return adversarial_cross_entropy(learner, batch.at(x), x_adv, clean=self.clean)
 
-        return trained(
-            inner,
-            loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            # with a first dimension of 1, so that none is taken for a tensor with a row for each example
-            state={_JUDGED: data.y.new_zeros(1), _COUNTS: data.y.new_zeros(1, 2), **source.state()},
-            alone=True,
-            weighted=True,
-        )
+        # with a first dimension of 1, so that none is taken for a tensor with a row for each example
+        counts = {_JUDGED: data.y.new_zeros(1), _COUNTS: data.y.new_zeros(1, 2)}
+        return replace(loop, inner=inner, loss=loss, state={**counts, **source.state()})
 
     def _is_trades(self, data: TrainingData) -> bool:
         least = _LEAST_OF_TRADES["photographs" if data.example_shape[0] == 3 else "others"]

@@ -7,24 +7,23 @@ attack starts from a random point of the ball instead of from small Gaussian noi
 averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 _N_TESTED, _MIN_ACCURACY = (
     1_000,
@@ -33,7 +32,7 @@ _N_TESTED, _MIN_ACCURACY = (
 
 
 @dataclass(frozen=True)
-class HAT:
+class HAT(LossRecipe):
     """Adds to TRADES a loss at points outside the ball, whose labels are the predictions of the original model."""
 
     beta: NonNegative = 2.5
@@ -49,33 +48,14 @@ class HAT:
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        helper = deepcopy(model).eval().requires_grad_(False)
-        _refuse_untaught(helper, data)
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
 
-        def loss(learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-            return self.loss(learner, batch, x_adv, helper)
-
-        return trained(
-            self.inner,
-            loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            weighted=True,
-        )
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with the given model as the helper."""
+        helper = deepcopy(loop.model).eval().requires_grad_(False)
+        _refuse_untaught(helper, loop.data)
+        return replace(loop, loss=partial(self.helped_loss, helper=helper))
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
@@ -83,8 +63,8 @@ class HAT:
         """
         return learner.most_divergent(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
-    def loss(
-        self, learner: Learner, batch: Batch, x_adv: Inputs, helper: Classifier
+    def helped_loss(
+        self, learner: Learner, batch: Batch, x_adv: Inputs, *, helper: Classifier
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, which is the sum of the three terms of the recipe, and the number of correct
         examples.

@@ -7,23 +7,20 @@ inputs, which gives robust soft labels as in RSLAD (Zi et al., ICCV 2021, arXiv:
 warm-up of eps, and the new model is the exponential average of the weights (`training.averaging=swa` for their mean).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import GROWN, Learner, hits, trained
+from holdfast.recipes.training.learner import GROWN, Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.weights import ema
 
 _TEACHER, _UPDATES = "teacher.", "updates"
@@ -31,7 +28,7 @@ _TEACHER, _UPDATES = "teacher.", "updates"
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(LossRecipe):
     """Adversarial training, averaged weights, and distillation from the averaged weights."""
 
     distilled: Fraction = 0.5
@@ -44,31 +41,15 @@ class Hybrid:
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        device = data.ids.device
-        teacher = {_TEACHER + name: value.detach().clone() for name, value in model.state_dict().items()}
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            state={**teacher, _UPDATES: torch.zeros((), dtype=torch.int64, device=device)},
-            settle=self.settle,
-            linear=True,
-            weighted=True,
-        )
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with the given weights as those of the first teacher."""
+        weights = loop.model.state_dict().items()
+        teacher = {_TEACHER + name: value.detach().clone() for name, value in weights}
+        n_updates = torch.zeros((), dtype=torch.int64, device=loop.data.ids.device)
+        return replace(loop, state={**teacher, _UPDATES: n_updates}, settle=self.settle)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""

@@ -7,31 +7,21 @@ weight of 0.25 (0.5 or 0 in the papers), the learning rate follows one cycle, th
 uses its running statistics in the bounds.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative
-from holdfast.recipes.training.bounds import (
-    BoundedLoss,
-    Initialisation,
-    initialised,
-    live_graph,
-    refuse_without_bounds,
-)
+from holdfast.recipes.training.bounds import BoundedLoss, Initialisation, with_bounds
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.learner import Learner, clean_inputs, trained
+from holdfast.recipes.training.learner import Learner, Loop
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class IBPTraining:
+class IBPTraining(LossRecipe):
     """Minimises an upper bound of the loss over all inputs of the ball, computed by interval bound propagation."""
 
     clean: Fraction = 0.25
@@ -42,26 +32,19 @@ class IBPTraining:
     """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
     training: Training = field(default_factory=lambda: Training(lr=2e-3, weight_decay=0.0, warmup=0.3))
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        refuse_without_bounds(threat, self.training)
-        start = initialised(model, self.initialisation, rng)
-        bounded = BoundedLoss(
-            live_graph(data.first(8).x), self.clean, self.regularisation, self.training.overshoot
-        )
-        loss = partial(self.loss, bounded)
-        return trained(
-            clean_inputs, loss, start, data, threat, self.training, rng=rng, after=after, weighted=True
-        )
+    weights_classes: ClassVar[bool] = True
+    proves: ClassVar[bool] = True
 
-    def loss(
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the training starts with random weights."""
+        return self.initialisation != "given"
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with bounds of the network. Raises `UsageError` for settings without bounds."""
+        return with_bounds(loop, self.initialisation, self.bounded_loss, self.clean, self.regularisation)
+
+    def bounded_loss(
         self, bounded: BoundedLoss, learner: Learner, batch: Batch, x_adv: Inputs
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of examples that the bounds prove to be classified

@@ -8,30 +8,27 @@ attack starts from a random point of the ball instead of from small Gaussian noi
 averaged, and the learning rate follows one cycle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Gt, Lt
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, Steps
 from holdfast.recipes.training.distributed import average
 from holdfast.recipes.training.divergences import kullback_leibler, weighted_gaps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class IKL:
+class IKL(LossRecipe):
     """Replaces the divergence of TRADES by a squared error of logit gaps and a cross-entropy with soft labels."""
 
     alpha: NonNegative = 4.0
@@ -48,32 +45,15 @@ class IKL:
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        x = data.first(1).x
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with uniform mean predictions of the classes."""
+        x = loop.data.first(1).x
         with torch.no_grad():
-            classes = deepcopy(model).eval()(x).shape[1]
+            classes = deepcopy(loop.model).eval()(x).shape[1]
         means = torch.full((classes, classes), 1 / classes, device=x.device, dtype=x.dtype)
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            state={"means": means, "seen": means.clone()},
-            settle=_settled,
-            weighted=True,
-        )
+        return replace(loop, state={"means": means, "seen": means.clone()}, settle=_settled)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean

@@ -8,24 +8,22 @@ Robustness", ICLR 2019, arXiv:1904.08444, find that rounding alone amplifies att
 measured once, before it.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.io.models.int8 import int8_layers, layers_of, packed, set_ranges, with_int8
 from holdfast.recipes.training.compression import after_compression, bytes_of, compressed, uncompressed
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 
 _MEASURED = 512
@@ -33,7 +31,7 @@ _MEASURED = 512
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(LossRecipe):
     """Rounds weights and inputs of linear and convolutional layers to 8 bits, and trains the network with the rounding
     on attacked inputs.
     """
@@ -48,40 +46,25 @@ class Int8:
         default_factory=lambda: Training(epochs=1, lr=1e-4, weight_decay=0.0, warmup=0.0, averaging="none")
     )
 
-    control: ClassVar[str] = ""
+    new_network: ClassVar[bool] = True
 
     def network(self, model: Classifier) -> Classifier:
         """Return the model with untrained layers of 8-bit integers."""
         return _rounded(model, trained=False)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        new = _rounded(model, trained=True)
-        layers, chosen = int8_layers(new.net), rng.at("ranges").bits(data.ids).argsort()[:_MEASURED]
-        batch = data.take(chosen.sort().values)
-        inputs = batch.x, threat.constraint.sample(batch, model.bounds, rng.at("ranges"))
-        set_ranges(layers, deepcopy(model).eval(), inputs)
-        checkpoints = trained(
-            self.inner,
-            self.loss,
-            new,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=uncompressed(after),
-            linear=True,
-            weighted=True,
-        )
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training of the rounded network, with the ranges of its layers on some training examples."""
+        new, rng = _rounded(loop.model, trained=True), loop.rng.at("ranges")
+        layers, chosen = int8_layers(new.net), rng.bits(loop.data.ids).argsort()[:_MEASURED]
+        batch = loop.data.take(chosen.sort().values)
+        inputs = batch.x, loop.threat.constraint.sample(batch, loop.model.bounds, rng)
+        set_ranges(layers, deepcopy(loop.model).eval(), inputs)
         names = [f"net.{name}" if name else "net" for name in layers]
-        return compressed(checkpoints, lambda weights, _: packed(weights, names))
+        published = partial(compressed, compress=lambda weights, _: packed(weights, names))
+        return replace(loop, model=new, after=uncompressed(loop.after), published=published)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy of the rounded

@@ -5,27 +5,25 @@ paper: the weights are averaged, and the learning rate follows one cycle. It use
 threat, and its gain in robustness is modest.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import gradient_of
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Steps
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 _PLACE = "place"  # state with the seed of an update's projections, the same for every evaluation of the loss
 
 
 @dataclass(frozen=True)
-class JacobianRegularisation:
+class JacobianRegularisation(LossRecipe):
     """Adds half of `weight` times the squared Frobenius norm of the Jacobian of the logits to the cross-entropy."""
 
     weight: NonNegative = 0.01
@@ -34,29 +32,12 @@ class JacobianRegularisation:
     """number of random directions of the logits from which the norm is estimated; each costs a second backward pass"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        state = {_PLACE: torch.zeros((), dtype=torch.int64)}
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            state=state,
-            slope=True,
-            weighted=True,
-        )
+    differentiated_twice: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with the seed of an update's projections."""
+        return replace(loop, state={_PLACE: torch.zeros((), dtype=torch.int64)})
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the clean inputs of a batch, and store the seed of the random directions with which the penalty is

@@ -7,16 +7,17 @@ are drawn with equal probability, half of them from the past. The policies are t
 "LAS-AT: Adversarial Training with Learnable Attack Strategy", CVPR 2022, arXiv:2203.06616).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.attacks.parts.ascent import descend
-from holdfast.core.batch import Batch, TrainingData
+from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.meter import margin
@@ -27,7 +28,8 @@ from holdfast.core.types import Inputs, Mask, NonNegative, Steps
 from holdfast.recipes.training import attack_policies as policies
 from holdfast.recipes.training.attack_policies import Played, Policy
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 
 SIDES = 2
@@ -45,7 +47,7 @@ _CONVERGED = 0.1  # distance of two policies up to which they count as one strat
 
 
 @dataclass(frozen=True)
-class LeagueTraining:
+class LeagueTraining(LossRecipe):
     """Trains two networks against two learned attack policies, in which each side also meets past versions of the
     other one, and returns the network that is more robust on held-out examples.
     """
@@ -60,46 +62,48 @@ class LeagueTraining:
 
     keeps_state: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        policies.refuse_other_norms("league", threat)
+    in_one_process: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training of the population, whose more robust network is the new model."""
+        policies.refuse_other_norms("league", loop.threat)
+        data, model, how = loop.data, loop.model, self.training
         n = min(_HELD_OUT, len(data) // _SHARE)
-        order = rng.at("held out").bits(data.ids).argsort()
+        order = loop.rng.at("held out").bits(data.ids).argsort()
         held_out, rest = data.take(order[: n or len(data)]), data.subset(order[n:].sort().values)
-        attackers = [Policy.new(rng.at("attacker", k), data.ids.device) for k in range(SIDES)]
+        attackers = [Policy.new(loop.rng.at("attacker", k), data.ids.device) for k in range(SIDES)]
         state = {
             _PAST: torch.stack([attacker.parameters for attacker in attackers]).repeat(self.past, 1, 1),
             _TAKEN: torch.zeros((), dtype=torch.int64, device=data.ids.device),
         }
         for k, attacker in enumerate(attackers):
             state |= attacker.state(_POLICY.format(k))
-        play, how = _Play(self, attackers, state), self.training
         if how.saving is not None:
             save = how.saving.save
             how = replace(how, saving=replace(how.saving, save=lambda within: save(_published(within, 0))))
         population = deepcopy(model)
         assert isinstance(model.net, nn.Module)  # other models are not trained
         population.net = Members(model.net, SIDES + self.past)
-        checkpoints = trained(
-            play.inner, play.loss, population, rest, threat, how, rng=rng,
-            after=None if after is None else _unpublished(after), state=state,
-            settle=lambda learner: lambda: play.settle(learner), alone=True, weighted=True,
-        )  # fmt: skip
+        play = _Play(self, attackers, state)
 
-        def chosen() -> Iterator[Checkpoint]:
-            for checkpoint in checkpoints:
-                networks = _networks(model, checkpoint.tensors, range(SIDES))
-                own = rng.at("cross-play", checkpoint.epoch)
-                yield _published(checkpoint, most_robust(networks, attackers, held_out, threat, own))
+        def chosen(checkpoint: Checkpoint) -> Checkpoint:
+            networks = _networks(model, checkpoint.tensors, range(SIDES))
+            own = loop.rng.at("cross-play", checkpoint.epoch)
+            return _published(checkpoint, most_robust(networks, attackers, held_out, loop.threat, own))
 
-        return chosen()
+        return replace(
+            loop,
+            model=population,
+            data=rest,
+            how=how,
+            after=None if loop.after is None else _unpublished(loop.after),
+            inner=play.inner,
+            loss=play.loss,
+            state=state,
+            settle=lambda learner: partial(play.settle, learner),
+            published=chosen,
+        )
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the robust accuracy of each network against each policy, also of past ones, and how different the

@@ -56,6 +56,11 @@ class MultiNormTraining(LossRecipe):
     linear_in_labels: ClassVar[bool] = True
     weights_classes: ClassVar[bool] = True
 
+    @property
+    def further_norms(self) -> tuple[Constraint, ...]:
+        """The other norms."""
+        return self.others
+
     def check(self, threat: ThreatModel) -> None:
         """Raise `UsageError` if there are no other norms."""
         if not self.others:

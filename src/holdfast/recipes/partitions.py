@@ -32,14 +32,15 @@ from holdfast.io.data.streamed import Streamed
 from holdfast.io.models.ensembles import Ensemble
 from holdfast.recipes.standard import Standard
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.learner import clean_inputs, trained
+from holdfast.recipes.training.learner import trained
+from holdfast.recipes.training.recipe import RecipeFacts
 
 _MEASURED = STATE + "measured"
 """loss, number of correct examples and forward passes of each trained member"""
 
 
 @dataclass(frozen=True)
-class Partitions:
+class Partitions(RecipeFacts):
     """Divides the training set into parts by the content of each example, and trains one member on each part. The new
     model predicts the class with the most votes, which few added or removed examples provably do not change.
     """
@@ -52,9 +53,10 @@ class Partitions:
     )
 
     goal: ClassVar[Goal] = Goal("certified_accuracy")
+    new_network: ClassVar[bool] = True
 
     @property
-    def threat(self) -> str:
+    def threat_of_training_set(self) -> str:
         """Threat of the assessments if no other is given: changes of a fifth as many examples as there are parts."""
         return f"training-set:{max(self.partitions // 5, 1)}"
 
@@ -154,10 +156,8 @@ class Partitions:
         part = Batch(taken.x, taken.y, torch.arange(len(taken), device=taken.ids.device))
         settings = replace(self.training, saving=None)
         start = restarted(model, own)
-        recipe = Standard()
-        return trained(
-            clean_inputs, recipe.loss, start, part, threat, settings, rng=own, linear=True, alone=True
-        )
+        loop = Standard(training=settings).loop(start, part, threat, rng=own)
+        return trained(replace(loop, in_one_process=True, weights_classes=False))
 
 
 def parts_of(data: TrainingData, partitions: int) -> tuple[list[Rows], Tensor]:

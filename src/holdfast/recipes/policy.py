@@ -9,19 +9,16 @@ look-ahead; a moving baseline is subtracted, and an entropy bonus added; eps gro
 and the learning rate follows one cycle. The description of the paper was implemented, not its code.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint, TrainingPlan
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import TrainingPlan
 from holdfast.core.errors import UsageError
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, Steps
 from holdfast.recipes.training.attack_policies import (
     REACH,
@@ -34,7 +31,8 @@ from holdfast.recipes.training.attack_policies import (
     refuse_other_norms,
 )
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 from holdfast.recipes.training.update_plans import Pacing
 
@@ -44,7 +42,7 @@ _USUAL = 8.0  # passes of an example in an update, in the first plan
 
 
 @dataclass(frozen=True)
-class PolicyTraining:
+class PolicyTraining(LossRecipe):
     """Adversarial training in which a policy chooses the attack on each example, beside a random and a fixed one."""
 
     strategy: Literal["learned", "random", "fixed"] = "learned"
@@ -62,32 +60,35 @@ class PolicyTraining:
 
     keeps_state: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        refuse_other_norms("policy", threat)
-        device = data.ids.device
+    in_one_process: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    @property
+    def most_passes(self) -> float:
+        """The setting `passes`."""
+        return self.passes
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with a policy that attacks its batches."""
+        refuse_other_norms("policy", loop.threat)
+        device, how = loop.data.ids.device, self.training
         passes = torch.zeros((), dtype=torch.float64, device=device)
-        policy = Policy.new(rng.at("policy"), device)
-        how = self.training
+        policy = Policy.new(loop.rng.at("policy"), device)
         if self.passes:
             if how.pacing is not None:
                 raise UsageError(
                     f"passes is {self.passes:g}, and a budget of time is given; expected one of both"
                 )
-            how = replace(how, pacing=ending_after(self.passes * len(data), passes, _USUAL * how.batch))
+            how = replace(how, pacing=ending_after(self.passes * len(loop.data), passes, _USUAL * how.batch))
         play = _Play(self, policy, passes)
-        settle = (lambda learner: lambda: play.settle(learner)) if self.strategy == "learned" else None
-        return trained(
-            play.inner, play.loss, model, data, threat, how, rng=rng, after=after,
-            state={**policy.state(_POLICY), _PASSES: passes}, settle=settle, alone=True, weighted=True,
-        )  # fmt: skip
+        return replace(
+            loop,
+            how=how,
+            inner=play.inner,
+            loss=play.loss,
+            state={**policy.state(_POLICY), _PASSES: passes},
+            settle=(lambda learner: partial(play.settle, learner)) if self.strategy == "learned" else None,
+        )
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the passes of the training and the strategies that were chosen."""

@@ -6,8 +6,9 @@ Not to Prune: Exploring the Efficacy of Pruning for Model Compression", 2017, ar
 a cubic curve. Differs from the papers: the training is adversarial, and one threshold holds for all layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -15,16 +16,15 @@ from annotated_types import Gt, Lt
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from holdfast.core.batch import Batch, TrainingData
+from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import STATE, Checkpoint
-from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.compression import after_compression, bytes_of, compressed, uncompressed
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.recipe import Finished
 
 _DONE, _MASK = "done", "kept."
@@ -34,7 +34,7 @@ _ROUNDS = 100
 
 
 @dataclass(frozen=True)
-class Prune:
+class Prune(LossRecipe):
     """Sets the smallest weights to zero, and trains the others on attacked inputs."""
 
     sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
@@ -49,20 +49,14 @@ class Prune:
     """weight of the loss on clean inputs, relative to that on attacked ones"""
     training: Training = field(default_factory=lambda: Training(epochs=10, weight_decay=0.0, warmup=0.0))
 
-    control: ClassVar[str] = ""
-
     keeps_state: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        weights = prunable(model)
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with a mask for each tensor of weights."""
+        weights, model = prunable(loop.model), loop.model
         # a state dict has a tensor for each name of a shared weight, and the last one is loaded
         names = {id(weight): name for name, weight in weights.items()}
         aliases = {
@@ -71,29 +65,18 @@ class Prune:
             if id(weight) in names
         }
         state = {_MASK + name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-        state[_DONE] = torch.zeros((), dtype=torch.float64, device=data.ids.device)
-        checkpoints = trained(
-            self.inner,
-            self.loss,
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=uncompressed(after),
-            state=state,
-            settle=self.settle,
-            linear=True,
-            weighted=True,
-        )
+        state[_DONE] = torch.zeros((), dtype=torch.float64, device=loop.data.ids.device)
 
-        def finished(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+        def pruned(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
             """The weights of a checkpoint, pruned as far as in the new model."""
             kept = {name: checkpoint.tensors[STATE + _MASK + name].clone() for name in weights}
             prune(kept, tensors, self.sparsity)
             return tensors | {alias: tensors[alias] * kept[name] for alias, name in aliases.items()}
 
-        return compressed(checkpoints, finished)
+        published = partial(compressed, compress=pruned)
+        return replace(
+            loop, after=uncompressed(loop.after), state=state, settle=self.settle, published=published
+        )
 
     def settle(self, learner: Learner) -> Callable[[], None]:
         """Return the function that sets the pruned weights to zero after each update, and prunes further ones."""

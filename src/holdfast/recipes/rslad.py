@@ -6,28 +6,45 @@ ball instead of from small Gaussian noise, eps grows at first, the weights are a
 one cycle.
 """
 
-from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
+from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Fraction, Inputs, Positive, Steps
+from holdfast.core.types import Fraction, Inputs, Logits, Positive, Steps
 from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import UNWRITTEN, Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
-from holdfast.recipes.training.soft_labels import SoftLabels
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
+
+
+class SoftLabels:
+    """Function from inputs to the logits of a fixed teacher. The last result is stored, because the attack on a batch
+    and its loss need the same one. Cost: a forward pass of the teacher for each batch.
+    """
+
+    def __init__(self, teacher: Classifier) -> None:
+        self._teacher = deepcopy(teacher).eval().requires_grad_(False)
+        self._inputs: Inputs | None = None
+        self._logits: Logits | None = None
+
+    def __call__(self, x: Inputs) -> Logits:
+        """Return the logits of the teacher for inputs, without a gradient."""
+        if self._inputs is not x or self._logits is None:
+            with torch.no_grad():
+                self._inputs, self._logits = x, self._teacher(x)
+        return self._logits
 
 
 @dataclass(frozen=True)
-class RSLAD:
+class RSLAD(LossRecipe):
     """Trains on the divergence from the predictions of a robust teacher, at clean and at attacked inputs."""
 
     teacher: str = ""
@@ -43,19 +60,16 @@ class RSLAD:
     opened: Classifier | None = field(default=None, repr=False, metadata=UNWRITTEN)
     """the opened teacher; it is set by `harden`"""
 
-    def taught_by(self, teacher: Classifier) -> "RSLAD":
+    def taught_by(self, teacher: Classifier) -> Self:
         """Return the same recipe with the opened teacher."""
         return replace(self, opened=teacher)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
+    needs_teacher: ClassVar[bool] = True
+    linear_in_labels: ClassVar[bool] = True
+    uses_unlabelled: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with the predictions of the teacher. Raises `UsageError` without a teacher."""
         if self.opened is None:
             raise UsageError(
                 "rslad learns from a robust teacher, and none is given",
@@ -63,20 +77,13 @@ class RSLAD:
                 Remedy("recipe", "pgd"),
             )
         labels = SoftLabels(self.opened)
-        return trained(
-            partial(self.inner, labels=labels),
-            partial(self.loss, labels=labels),
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            linear=True,
-            unlabelled=True,
+        return replace(
+            loop,
+            inner=partial(self.attacked, labels=labels),
+            loss=partial(self.taught_loss, labels=labels),
         )
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn, *, labels: SoftLabels) -> Inputs:
+    def attacked(self, learner: Learner, batch: Batch, turn: Turn, *, labels: SoftLabels) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence from the teacher's
         prediction for the clean inputs.
         """
@@ -89,7 +96,7 @@ class RSLAD:
             loss=lambda logits, _: kullback_leibler(logits, taught),
         )
 
-    def loss(
+    def taught_loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, *, labels: SoftLabels
     ) -> tuple[Tensor, Tensor]:
         """Return the mean weighted divergence from the teacher's predictions for the clean inputs, and the number of

@@ -8,31 +8,21 @@ grows linearly while the weight of the clean loss falls to 0, the learning rate 
 averaged, batch norm uses its running statistics in the bounds, and no ReLU is shrunk.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.bounds import (
-    BoundedLoss,
-    Initialisation,
-    initialised,
-    live_graph,
-    refuse_without_bounds,
-)
+from holdfast.recipes.training.bounds import BoundedLoss, Initialisation, with_bounds
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, trained
+from holdfast.recipes.training.learner import Learner, Loop
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class SABR:
+class SABR(LossRecipe):
     """Minimises an upper bound of the loss over a small box around an attacked point of the ball."""
 
     ratio: Fraction = 0.3
@@ -49,24 +39,17 @@ class SABR:
     """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
     training: Training = field(default_factory=lambda: Training(lr=2e-3, weight_decay=0.0, warmup=0.3))
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        refuse_without_bounds(threat, self.training)
-        start = initialised(model, self.initialisation, rng)
-        bounded = BoundedLoss(
-            live_graph(data.first(8).x), self.clean, self.regularisation, self.training.overshoot
-        )
-        loss = partial(self.loss, bounded)
-        return trained(
-            self.inner, loss, start, data, threat, self.training, rng=rng, after=after, weighted=True
-        )
+    weights_classes: ClassVar[bool] = True
+    proves: ClassVar[bool] = True
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the training starts with random weights."""
+        return self.initialisation != "given"
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with bounds of the network. Raises `UsageError` for settings without bounds."""
+        return with_bounds(loop, self.initialisation, self.bounded_loss, self.clean, self.regularisation)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the centres of the boxes: attacked inputs within the ball that remains without the radius of a box."""
@@ -75,7 +58,7 @@ class SABR:
         nearer = replace(learner, threat=replace(learner.threat, constraint=smaller))
         return nearer.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
-    def loss(
+    def bounded_loss(
         self, bounded: BoundedLoss, learner: Learner, batch: Batch, x_adv: Inputs
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of examples that the bounds prove to be classified

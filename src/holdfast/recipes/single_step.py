@@ -8,29 +8,26 @@ ball at the end. Differs from the papers: any norm, eps grows at first, the weig
 follows one cycle.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy, trained
+from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
+from holdfast.recipes.training.loss_recipe import LossRecipe
 from holdfast.recipes.training.overfitting import N_HELD_OUT, RAISED, OverfittingGuard
 
 
 @dataclass(frozen=True)
-class SingleStep:
+class SingleStep(LossRecipe):
     """Adversarial training with a single gradient step on each batch, which needs two passes for each update."""
 
     noise: NonNegative = 2.0
@@ -47,32 +44,19 @@ class SingleStep:
     """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        first = rng.at("guarded").bits(data.ids).argsort()
+    linear_in_labels: ClassVar[bool] = True
+    weights_classes: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with a guard on examples that are not used for training."""
+        data = loop.data
+        first = loop.rng.at("guarded").bits(data.ids).argsort()
         n = N_HELD_OUT if self.guard and len(data) > 2 * N_HELD_OUT else 0
-        held_out, trained_on = data.take(first[:n]), data.subset(first[n:].sort().values)
-        state = {RAISED: torch.zeros((), dtype=torch.int64, device=data.ids.device)}
-        return trained(
-            self.inner,
-            self.loss,
-            model,
-            trained_on,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            state=state,
-            guard=partial(OverfittingGuard, held_out=held_out) if n else None,
-            linear=True,
-            weighted=True,
+        return replace(
+            loop,
+            data=data.subset(first[n:].sort().values),
+            state={RAISED: torch.zeros((), dtype=torch.int64, device=data.ids.device)},
+            guard=partial(OverfittingGuard, held_out=data.take(first[:n])) if n else None,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:

@@ -28,7 +28,7 @@ from holdfast.recipes.pgd_training import PGDTraining
 from holdfast.recipes.training.fit import Training, updates
 from holdfast.recipes.training.frozen import twin
 from holdfast.recipes.training.learner import Learner, trained
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, RecipeFacts
 from holdfast.recipes.training.reserved import reserved, robust_share
 
 _CHOICES = tuple(product((1.25, 2.5, 5.0), (0.1, 0.25, 0.5), (0.1, 1.0, 3.0)))
@@ -38,7 +38,7 @@ _CHOSEN, _SCORES, _TRIED = "chosen", "scores", "tried"
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(RecipeFacts):
     """Searches the step size of the attack, the growth of eps and the weight decay in short trainings, and then trains
     with the best of them.
     """
@@ -157,10 +157,8 @@ class Tuning:
         reach, warmup, factor = _CHOICES[k]
         pgd = PGDTraining(self.steps, reach, label_smoothing=self.label_smoothing)
         how = replace(how, warmup=warmup, weight_decay=factor * (how.decay or 0.0))
-        return trained(
-            pgd.inner, pgd.loss, model, data, threat, how,
-            rng=rng, after=after, state=state, linear=True, alone=True, weighted=True,
-        )  # fmt: skip
+        loop = pgd.loop(model, data, threat, rng=rng, after=after)
+        return trained(replace(loop, how=how, state=state, in_one_process=True))
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
         """Return the compared settings with their robust accuracies on reserved examples, and the chosen ones."""

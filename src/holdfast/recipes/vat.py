@@ -10,28 +10,25 @@ unlabelled examples are in the same batches; eps grows at first, the weights are
 one cycle.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.core.batch import UNLABELLED, Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.threat import ThreatModel
+from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.learner import Learner, hits, trained
+from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.loss_recipe import LossRecipe
 
 
 @dataclass(frozen=True)
-class VAT:
+class VAT(LossRecipe):
     """Penalises the change of the prediction in the worst direction around each example, labelled or not."""
 
     weight: NonNegative = 1.0
@@ -42,28 +39,14 @@ class VAT:
     """length of the finite difference, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
-    def __call__(
-        self,
-        model: Classifier,
-        data: TrainingData,
-        threat: ThreatModel,
-        *,
-        rng: Draws,
-        after: Checkpoint | None = None,
-    ) -> Iterator[Checkpoint]:
-        labelled = int((data.y != UNLABELLED).sum())
-        return trained(
-            self.inner,
-            partial(self.loss, labelled=max(labelled, 1) / len(data)),
-            model,
-            data,
-            threat,
-            self.training,
-            rng=rng,
-            after=after,
-            unlabelled=True,
-            alone=labelled < len(data),  # a process would know the labels of its own share only
-        )
+    uses_unlabelled: ClassVar[bool] = True
+
+    def prepared(self, loop: Loop) -> Loop:
+        """Return the training with the share of the examples that have labels."""
+        n, labelled = len(loop.data), int((loop.data.y != UNLABELLED).sum())
+        loss = partial(self.labelled_loss, labelled=max(labelled, 1) / n)
+        # several processes would each know the labels of their own share only
+        return replace(loop, loss=loss, in_one_process=labelled < n)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the inputs of a batch after a step of length eps in the direction that changes the prediction most
@@ -81,7 +64,7 @@ class VAT:
             nearby = model.bounds.clamp(torch.add(x, direction, alpha=self.reach * constraint.eps))
         return constraint.project(torch.add(x, direction, alpha=constraint.eps), x, model.bounds)
 
-    def loss(
+    def labelled_loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, *, labelled: float
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy of the

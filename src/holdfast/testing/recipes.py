@@ -21,7 +21,7 @@ from holdfast.io.data.streamed import Streamed
 from holdfast.io.models.denoiser import with_denoiser
 from holdfast.recipes import Denoising
 from holdfast.recipes.training.fit import Training, drawing
-from holdfast.recipes.training.recipe import Recipe, goal_of, trained_as, untrained
+from holdfast.recipes.training.recipe import Recipe, facts_of, trained_as
 from holdfast.testing.fakes import SHAPE, examples, labelled, network
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
@@ -62,7 +62,7 @@ _TRIGGER = Trigger((torch.arange(math.prod(SHAPE)).view(SHAPE) < 4).double(), to
 
 def threat_for(recipe: Recipe, eps: float) -> ThreatModel:
     """Return the threat model of the laws for a recipe: a ball, or a trigger if the recipe removes one."""
-    if goal_of(recipe).metric == "trigger_success_rate":
+    if facts_of(recipe).goal.metric == "trigger_success_rate":
         return ThreatModel(Stamped("trigger.npz", trigger_text(_TRIGGER)), goal=0)
     return ThreatModel(Linf(eps), surrogates=(_SURROGATE,))
 
@@ -148,7 +148,7 @@ def learns(recipe: Recipe) -> None:
     assert checkpoints[-1].measured["loss"] < checkpoints[0].measured["loss"]
     with torch.no_grad():
         n_correct_before = (model(data.x).argmax(1) == data.y).sum()
-        new = untrained(recipe, model)
+        new = facts_of(recipe).network(model)
         checkpoints[-1].put_into(new)
         assert (new(data.x).argmax(1) == data.y).sum() > n_correct_before
 

@@ -15,8 +15,8 @@ from holdfast.core.types import Labels, Rows
 from holdfast.io.data.arrays import Arrays, ranges_of_features
 from holdfast.io.data.class_numbers import listed
 from holdfast.io.data.pictures import Pictures
-from holdfast.io.doctor.examined import Finding, outside
-from holdfast.io.remote.value_ranges import BYTES, extremes, pixel_divisor, scaling
+from holdfast.io.doctor.examined import Finding
+from holdfast.io.remote.value_ranges import BYTES, extremes, outside, pixel_divisor, scaling
 
 SAMPLE = 256
 """Number of examples in the sample that the checks use."""
@@ -72,7 +72,7 @@ def _misfits(data: Data, model: Classifier) -> list[int]:
     if isinstance(data, Arrays):
         for start in range(0, len(data), _CHUNK):
             batch = data.read(start, min(start + _CHUNK, len(data)))
-            misfit = outside(batch.x, model).flatten(1).any(1) | (batch.y < 0)
+            misfit = outside(batch.x, model.bounds).flatten(1).any(1) | (batch.y < 0)
             if model.classes is not None:
                 misfit |= batch.y >= model.classes
             misfits += (start + misfit.nonzero().flatten()).tolist()
@@ -87,7 +87,7 @@ def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:
     scale.
     """
     divisor = pixel_divisor(*extremes(sample), sample.dim())
-    if bool(outside(sample, model).any()) and model.bounds.width <= 1 and divisor is not None:
+    if bool(outside(sample, model.bounds).any()) and model.bounds.width <= 1 and divisor is not None:
         return x / divisor
     return x
 
@@ -113,7 +113,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     """
     low, high = extremes(x)
     text = f"inputs range from {low:.4g} to {high:.4g}"
-    if bool(outside(x, model).any()):
+    if bool(outside(x, model.bounds).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
             way_out, remedies = data.pixels.advice(high)
         elif isinstance(data, Arrays) and data.x.ndim == 2 and data.units is None:

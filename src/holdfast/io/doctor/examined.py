@@ -23,16 +23,6 @@ STEADY = 1e-4
 """Largest change of an output that can be due to rounding, relative to the largest logit."""
 
 
-_ROUNDING = 1e-6  # share of the range that a value may be outside the bounds, as float32 rounds
-
-
-def outside(x: Tensor, model: Classifier) -> Tensor:
-    """Return the mask of the values of `x` that are outside the bounds of the model by more than rounding."""
-    low, high = model.bounds.like(x)
-    slack = _ROUNDING * (high - low)
-    return (x < low - slack) | (x > high + slack)
-
-
 @dataclass(frozen=True)
 class Finding:
     """The result of one check of `holdfast doctor`: a problem, a warning, or the statement that nothing is wrong."""
@@ -150,8 +140,7 @@ class Examined:
         """Return the largest difference between `logits` and the outputs of the first call, relative to the largest of
         these outputs.
         """
-        scale = self.logits.nan_to_num().abs().max().clamp_min(1e-12)
-        return float((logits - self.logits).nan_to_num().abs().max() / scale)
+        return relative_change(logits, self.logits)
 
     @property
     def accuracy(self) -> float:
@@ -176,6 +165,12 @@ class Examined:
             return False
         gain = accuracy - max(self.accuracy, 1 / self.logits.shape[1])
         return gain > BETTER and gain * len(self.batch) > MORE - 0.5
+
+
+def relative_change(logits: Tensor, reference: Tensor) -> float:
+    """Return the largest difference between two outputs, relative to the largest value of `reference`."""
+    scale = reference.nan_to_num().abs().max().clamp_min(1e-12)
+    return float((logits - reference).nan_to_num().abs().max() / scale)
 
 
 def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Logits
 from holdfast.io.data.class_numbers import listed
-from holdfast.io.doctor.examined import BETTER, MORE, Examined, Finding, Level, outside, share_right
-from holdfast.io.remote.value_ranges import BYTES, NORMALISATIONS, extremes, range_of_training
+from holdfast.io.doctor.examined import BETTER, MORE, Examined, Finding, Level, share_right
+from holdfast.io.remote.value_ranges import BYTES, NORMALISATIONS, extremes, outside, range_of_training
 from holdfast.statistics.intervals import against_majority
 
 FILLED = 0.1
@@ -234,4 +234,4 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
 def _wider_bounds(examined: Examined) -> tuple[Remedy, ...]:
     """Return the declaration of bounds that contain the inputs, if some are outside the bounds of the model."""
     x = examined.batch.x
-    return (range_of_training(*extremes(x)),) if bool(outside(x, examined.model).any()) else ()
+    return (range_of_training(*extremes(x)),) if bool(outside(x, examined.model.bounds).any()) else ()

@@ -32,7 +32,7 @@ from holdfast.io.doctor.data_checks import (
     strange_classes,
     without_estimates,
 )
-from holdfast.io.doctor.examined import BETTER, STEADY, Examined, Finding, outputs_of
+from holdfast.io.doctor.examined import BETTER, STEADY, Examined, Finding, outputs_of, relative_change
 from holdfast.io.doctor.readings import units
 from holdfast.io.models.declarations import LAYOUT
 from holdfast.io.remote.counting import InspectionCounter, inspection_counter, rows_of_calls
@@ -157,13 +157,13 @@ def _moved(model: Classifier, x: Tensor, logits: Tensor, server: InspectionCount
             f"not checked: another batch would exceed the {server.most} rows that doctor sends at most"
         )
         return 0.0, Finding("steadiness", "warning", description)
-    reversed_change = _change(outputs_of(model, x.flip(0)).flip(0), logits)
+    reversed_change = relative_change(outputs_of(model, x.flip(0)).flip(0), logits)
     if reversed_change <= STEADY:
         description = f"the same inputs get the same outputs, in any order (on {len(x)} examples)"
         return reversed_change, Finding("steadiness", "good", description)
     fits = server.remaining // _size(model) * _size(model) >= len(x)
     # NaN, with which both comparisons are false, if too few rows are left for the test
-    repeated_change = _change(outputs_of(model, x), logits) if fits else torch.nan
+    repeated_change = relative_change(outputs_of(model, x), logits) if fits else torch.nan
     if repeated_change > STEADY:
         return repeated_change, Finding(
             "randomness",
@@ -184,9 +184,3 @@ def _moved(model: Classifier, x: Tensor, logits: Tensor, server: InspectionCount
 
 def _size(model: Classifier) -> int:
     return 1 if model.batches is None else model.batches.size
-
-
-def _change(logits: Tensor, reference: Tensor) -> float:
-    """Return the largest difference between two outputs, relative to the largest value of `reference`."""
-    scale = reference.nan_to_num().abs().max().clamp_min(1e-12)
-    return float((logits - reference).nan_to_num().abs().max() / scale)

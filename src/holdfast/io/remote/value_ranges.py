@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Placeholder, Remedy
 
@@ -22,8 +23,16 @@ BYTES = Remedy(
     "bounds", (0, 255), reason="if the model was trained on values from 0 to 255 (eps is then on that scale)"
 )
 """bounds of a model whose inputs are bytes"""
+_ROUNDING = 1e-6  # share of the range that a value may be outside the bounds, as float32 rounds
 _FEWEST_LEVELS = 2  # a smaller largest value is more likely an outlier of values in [0, 1]
 _NEAR_255 = 128  # bytes of real images are rarely all in the lower half of their range
+
+
+def outside(x: Tensor, bounds: Bounds) -> Tensor:
+    """Return the mask of the values of `x` that are outside the bounds by more than rounding."""
+    low, high = bounds.like(x)
+    slack = _ROUNDING * (high - low)
+    return (x < low - slack) | (x > high + slack)
 
 
 def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:

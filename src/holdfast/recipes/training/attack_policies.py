@@ -8,23 +8,96 @@ and not the input, so that it is small and the same for images and tables.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.ascent import gradient
+from holdfast.attacks.parts.losses import cross_entropy, dlr
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import lead_of
 from holdfast.core.model import Model
+from holdfast.core.per_example import spread
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
-from holdfast.recipes.training.attack_strategies import ALTERNATIVES, STEPS, attacked, steps_of
+from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Turn
 from holdfast.recipes.training.learner import Learner
+
+_LOSSES: Final = ("cross-entropy", "dlr", "kl")
+STEPS: Final = (1, 2, 4, 7, 10)
+"""numbers of gradient steps"""
+_STEP_SIZES: Final = (0.25, 0.5, 1.0)  # in multiples of eps
+_STARTS: Final = ("near", "anywhere")
+_NEAR = 0.1  # of the way to a random point of the ball: at the input itself, the divergence has no gradient
+
+ALTERNATIVES: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("loss", _LOSSES),
+    ("steps", tuple(map(str, STEPS))),
+    ("step size", tuple(f"{size:g} eps" for size in _STEP_SIZES)),
+    ("start", _STARTS),
+)
+"""parts of a strategy, each with its alternatives; the start is a random point of the ball, or near the input"""
+_LOSS, _STEP, _SIZE, _START = range(len(ALTERNATIVES))
+
+
+def steps_of(choices: Tensor) -> Tensor:
+    """Return the number of steps of each strategy, int64 (n). A strategy is a row of `choices` (n, parts), with the
+    position of the chosen alternative of each part.
+    """
+    return torch.tensor(STEPS, device=choices.device)[choices[:, _STEP]]
+
+
+def attacked(
+    model: Model,
+    batch: Batch,
+    constraint: Constraint,
+    choices: Tensor,
+    clean: Logits,
+    rng: Draws,
+    *,
+    whole: bool = False,
+) -> Inputs:
+    """Return the inputs of a batch after the attack of each example's strategy in `choices` (n, parts), which is
+    gradient ascent without a choice among its points.
+
+    `clean` are the logits of the clean inputs. Examples whose attack has ended are left out of the passes; with
+    `whole`, each pass contains the whole batch, as batch norm with the statistics of the batch needs it. Cost: as many
+    forwards and backwards of an example as its strategy has steps.
+    """
+    anywhere = constraint.sample(batch, model.bounds, rng.at("start"))
+    share = torch.where(choices[:, _START] == 0, _NEAR, 1.0).to(batch.x)
+    x_adv = torch.lerp(batch.x, anywhere, spread(share, batch.x))
+    n_steps = steps_of(choices)
+    sizes = (
+        constraint.eps
+        * torch.tensor(_STEP_SIZES, dtype=batch.x.dtype, device=batch.x.device)[choices[:, _SIZE]]
+    )
+    for step in range(int(n_steps.max())):
+        moving = n_steps > step
+        rows = torch.arange(len(batch), device=batch.x.device) if whole else moving.nonzero()[:, 0]
+        part, x = batch.take(rows), x_adv[rows]
+        grad = _gradient(model, part.at(x), choices[rows, _LOSS], clean[rows])
+        climb = constraint.steepest(grad, x, model.bounds)
+        stepped = x + climb * spread((sizes * moving)[rows].to(x), x)
+        x_adv = x_adv.index_copy(0, rows, constraint.project(stepped, part.x, model.bounds))
+    return x_adv
+
+
+def _gradient(model: Model, batch: Batch, losses: Tensor, clean: Logits) -> Inputs:
+    """The gradient of the chosen loss of each example."""
+
+    def loss(logits: Logits, examples: Batch) -> PerExample:
+        values = (cross_entropy(logits, examples), dlr(logits, examples), kullback_leibler(logits, clean))
+        return torch.stack(values).gather(0, losses[None])[0]
+
+    return gradient(model, batch, loss)[0]
+
 
 _N_FEATURES, _HIDDEN = 5, 16
 _SIZES = [len(alternatives) for _, alternatives in ALTERNATIVES]

@@ -9,8 +9,8 @@ NeurIPS 2021, arXiv:2103.17268.
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -31,7 +31,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, PerExample
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.learner import GROWN, Learner
+from holdfast.recipes.training.learner import GROWN, Learner, Loop
 
 TAU = 0.5
 """tau of Shi et al.: the ratios below which the regularisation is positive"""
@@ -119,6 +119,22 @@ class BoundedLoss:
         if self.regularisation and warm < 1:
             loss = loss + self.regularisation * (1 - warm) * regularisation(graph, bounds)
         return loss, (margins > 0).all(1).sum()
+
+
+def with_bounds(
+    loop: Loop,
+    initialisation: Initialisation,
+    loss: Callable[[BoundedLoss, Learner, Batch, Inputs], tuple[Tensor, Tensor]],
+    clean: float,
+    regularisation: float,
+) -> Loop:
+    """Return a certified training, whose `loss` gets the bounds of the network. Raises `UsageError` for settings with
+    which bounds cannot be computed.
+    """
+    refuse_without_bounds(loop.threat, loop.how)
+    start = initialised(loop.model, initialisation, loop.rng)
+    bounded = BoundedLoss(live_graph(loop.data.first(8).x), clean, regularisation, loop.how.overshoot)
+    return replace(loop, model=start, loss=partial(loss, bounded))
 
 
 def warmed(learner: Learner, overshoot: float) -> float:

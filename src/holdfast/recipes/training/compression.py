@@ -5,7 +5,7 @@ Attacks on a compressed network are made through the network itself, and on the 
 are transferred (Ye et al., "Adversarial Robustness vs. Model Compression, or Both?", ICCV 2019, arXiv:1903.12561).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,17 +28,16 @@ _TRAINED = STATE + "trained."
 
 
 def compressed(
-    checkpoints: Iterator[Checkpoint], compress: Callable[[dict[str, Tensor], Checkpoint], dict[str, Tensor]]
-) -> Iterator[Checkpoint]:
-    """Yield the checkpoints of a training with compressed weights of the new model, which `compress` returns from the
+    checkpoint: Checkpoint, compress: Callable[[dict[str, Tensor], Checkpoint], dict[str, Tensor]]
+) -> Checkpoint:
+    """Return the checkpoint of a training with compressed weights of the new model, which `compress` returns from the
     averaged weights, or from the last ones without an average. `uncompressed` restores the others.
     """
-    for checkpoint in checkpoints:
-        weights = without_prefix(checkpoint.tensors, AVERAGE if checkpoint.averaged else WEIGHTS)
-        tensors = {_TRAINED + name: value for name, value in checkpoint.tensors.items()}
-        # clones, because tensors of a file may not share memory
-        new = {WEIGHTS + name: value.clone() for name, value in compress(weights, checkpoint).items()}
-        yield replace(checkpoint, tensors=tensors | new)
+    weights = without_prefix(checkpoint.tensors, AVERAGE if checkpoint.averaged else WEIGHTS)
+    tensors = {_TRAINED + name: value for name, value in checkpoint.tensors.items()}
+    # clones, because tensors of a file may not share memory
+    new = {WEIGHTS + name: value.clone() for name, value in compress(weights, checkpoint).items()}
+    return replace(checkpoint, tensors=tensors | new)
 
 
 def uncompressed(checkpoint: Checkpoint | None) -> Checkpoint | None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -136,47 +135,53 @@ LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
 correctly"""
 
 
-def trained(
-    inner: InnerOf,
-    loss: LossOf,
-    model: Classifier,
-    data: TrainingData,
-    threat: ThreatModel,
-    how: Training,
-    *,
-    rng: Draws,
-    after: Checkpoint | None = None,
-    state: dict[str, Tensor] | None = None,
-    guard: Callable[[Learner], EpochGuard] | None = None,
-    replays: int = 1,
-    settle: Callable[[Learner], Callable[[], None]] | None = None,
-    linear: bool = False,
-    unlabelled: bool = False,
-    slope: bool = False,
-    alone: bool = False,
-    weighted: bool = False,
-    private: bool = False,
-) -> Iterator[Checkpoint]:
-    """Train a copy of a model with the attack `inner` and the loss `loss` of a recipe, and yield a checkpoint after
-    each epoch.
+@dataclass(frozen=True)
+class Loop:
+    """One training in the common loop: its network, its examples and its settings, and what a recipe adds to them."""
 
-    `inner` and `loss` get the threat model with its current eps. `guard` and `settle` return, for a learner, the
-    arguments of `fit` of the same names. The flags declare properties of the recipe. `linear`: its loss is linear in
-    the label (up to terms without a gradient), so that labels can be mixed. `unlabelled`: it learns from examples
-    without labels. `slope`: its loss contains a gradient, so that a pass is differentiated twice. `alone`: it must
-    train in one process, because it stores data of all examples. `weighted`: it averages the losses of examples by
-    `Learner.mean` and `Learner.mean_cross_entropy`, which weight them by their classes. `private`: its loss sets the
-    gradients itself, and batches are random samples (`fit`). Settings that contradict these
+    model: Classifier
+    """network at the start, of which a copy is trained"""
+    data: TrainingData
+    threat: ThreatModel
+    how: Training
+    rng: Draws
+    after: Checkpoint | None
+    """checkpoint from which the training continues; None at the start"""
+    inner: InnerOf
+    loss: LossOf
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """tensors that the recipe keeps from one update to the next, and which are part of each checkpoint"""
+    guard: Callable[[Learner], EpochGuard] | None = None
+    """function that returns the `guard` of `fit` for a learner"""
+    settle: Callable[[Learner], Callable[[], None]] | None = None
+    """function that returns for a learner the function that is called after each update"""
+    replays: int = 1
+    """number of consecutive updates on each batch"""
+    published: Callable[[Checkpoint], Checkpoint] | None = None
+    """function that returns the checkpoint with the weights of the new model, if the loop trains other ones"""
+    linear_in_labels: bool = False
+    differentiated_twice: bool = False
+    weights_classes: bool = False
+    uses_unlabelled: bool = False
+    in_one_process: bool = False
+    sets_gradients: bool = False
+    """these six as in `LossRecipe`"""
+
+
+def trained(loop: Loop) -> Iterator[Checkpoint]:
+    """Train a copy of a model as the loop states, and yield a checkpoint after each epoch.
+
+    `inner` and `loss` get the threat model with its current eps. Settings that contradict the properties of the loss
     raise `UsageError` before the first update. So does an optimiser, a scheduler or weights that do not fit the model.
     """
-    _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
-    net = deepcopy(model).train()
-    refuse_unusable(net, how, data, replays)
+    data, how = loop.data, loop.how
+    _refuse_foreign(loop)
+    net = deepcopy(loop.model).train()
+    refuse_unusable(net, how, data, loop.replays)
     # before `twin`, because the copy shares the memory of the weights
     lay_out(net, how.layout)
-    state_tensors = {GROWN: torch.zeros((), device=data.ids.device), **(state or {})}
-    learner = Learner(net, twin(net, how.attack_statistics), threat, state_tensors)
-    learner = _with_class_weights(learner, data, how.class_weights, weighted=weighted)
+    state = {GROWN: torch.zeros((), device=data.ids.device), **loop.state}
+    learner = _with_class_weights(Learner(net, twin(net, how.attack_statistics), loop.threat, state), loop)
     for copied in (learner.net, learner.frozen) if how.compiled else ():
         have_compiled(copied)
     forwards = Forwards()
@@ -186,48 +191,44 @@ def trained(
 
     for copied in (learner.net, learner.frozen):
         copied.register_forward_pre_hook(count)
-    return fit(
+
+    def inner(batch: Batch, turn: Turn) -> Inputs:
+        learner.state[GROWN].fill_(turn.grown)
+        return loop.inner(learner.with_current_eps, batch, turn)
+
+    checkpoints = fit(
         net,
         data,
-        partial(_attacked, inner, learner),
-        partial(_loss_of, loss, learner),
+        inner,
+        lambda batch, x_adv: loop.loss(learner.with_current_eps, batch, x_adv),
         how,
-        rng=rng,
-        after=after,
+        rng=loop.rng,
+        after=loop.after,
         state=learner.state,
-        guard=None if guard is None else guard(learner),
-        replays=replays,
-        settle=None if settle is None else settle(learner),
+        guard=None if loop.guard is None else loop.guard(learner),
+        replays=loop.replays,
+        settle=None if loop.settle is None else loop.settle(learner),
         forwards=forwards,
-        private=private,
+        private=loop.sets_gradients,
     )
+    return checkpoints if loop.published is None else map(loop.published, checkpoints)
 
 
-def _attacked(inner: InnerOf, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-    learner.state[GROWN].fill_(turn.grown)
-    return inner(learner.with_current_eps, batch, turn)
-
-
-def _loss_of(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-    return loss(learner.with_current_eps, batch, x_adv)
-
-
-def _refuse_foreign(
-    data: TrainingData, how: Training, *, linear: bool, unlabelled: bool, slope: bool, alone: bool
-) -> None:
+def _refuse_foreign(loop: Loop) -> None:
     """Raise `UsageError` for data or settings that the recipe's loss does not support."""
-    if alone and processes() > 1:
+    data, how = loop.data, loop.how
+    if loop.in_one_process and processes() > 1:
         raise UsageError(
             f"this recipe needs all examples in one process, and {processes()} processes share them; start one "
             "process",
             Remedy("recipe", "pgd"),
         )
-    if how.compiled and slope:
+    if how.compiled and loop.differentiated_twice:
         raise UsageError(
             "compiled is true, and the loss of this recipe contains a gradient, which needs two backward passes "
             "through the network; a compiled network supports only one; leave recipe.training.compiled out"
         )
-    if how.cutmix and not linear:
+    if how.cutmix and not loop.linear_in_labels:
         raise UsageError(
             f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
             "mixed in it; leave recipe.training.cutmix out",
@@ -236,7 +237,7 @@ def _refuse_foreign(
     refuse_augmentation(data.first(1).x, how.augment, how.cutmix)
     refuse_few(min(how.batch, len(data)))
     n = int((data.y == UNLABELLED).sum())
-    if n and not unlabelled:
+    if n and not loop.uses_unlabelled:
         raise UsageError(
             f"{n:,} of {len(data):,} training examples have no label, and this recipe uses only labelled ones; leave "
             "them out",
@@ -244,17 +245,16 @@ def _refuse_foreign(
         )
 
 
-def _with_class_weights(
-    learner: Learner, data: TrainingData, given: tuple[float, ...] | None, *, weighted: bool
-) -> Learner:
+def _with_class_weights(learner: Learner, loop: Loop) -> Learner:
     """The learner with the given weights of the classes, divided by their mean over the training examples.
 
     Raises `UsageError` if the recipe does not weight examples, if a weight is not positive, or if their number is not
     that of the classes.
     """
+    data, given = loop.data, loop.how.class_weights
     if given is None:
         return learner
-    if not weighted:
+    if not loop.weights_classes:
         raise UsageError(
             f"class_weights are {list(given)}, and the loss of this recipe does not weight examples by their classes; "
             "leave recipe.training.class_weights out",

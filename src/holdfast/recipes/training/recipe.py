@@ -5,12 +5,13 @@ it is called.
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
 from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.goal import Goal
 from holdfast.core.model import Classifier
@@ -43,15 +44,6 @@ class Recipe(Protocol):
         """
 
 
-@runtime_checkable
-class WithGoal(Protocol):
-    """Protocol of a recipe that has another goal than a higher robust accuracy."""
-
-    @property
-    def goal(self) -> Goal:
-        """Metric by which the new model is compared with the given one."""
-
-
 @dataclass(frozen=True)
 class Finished:
     """A finished training, about which a recipe may measure more than the metrics before and after it."""
@@ -68,93 +60,89 @@ class Finished:
     """state of the recipe in the checkpoint of the new model"""
 
 
-@runtime_checkable
-class WithFurtherExamples(Protocol):
-    """Protocol of a recipe that reads further examples from a file of the user, which must not contain test
-    examples.
+class RecipeFacts:
+    """What a hardening asks of a recipe beside its training, with the answers of most recipes. `LossRecipe` inherits
+    them, and a recipe overrides those that differ.
     """
 
-    def further_examples(self, model: Classifier) -> Batch | None:
-        """Return these examples, read for a model; None if no file is given."""
-
-
-@runtime_checkable
-class WithControl(Protocol):
-    """Protocol of a recipe whose follow-up may compare the new model with another network."""
-
-    @property
-    def control(self) -> str:
-        """Network for comparison, as in `clean.pt,arch=net.py:make`; empty for none."""
-
-
-@runtime_checkable
-class WithFollowUp(Protocol):
-    """Protocol of a recipe that measures more after its training, which the card of the new model states."""
-
-    def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
-        """Return the entry `follow_up` of the card, and a sentence on it. No network is changed."""
-
-
-@runtime_checkable
-class WithTeacher(Protocol):
-    """Protocol of a recipe that trains on the predictions of another network."""
+    goal: ClassVar[Goal] = Goal()
+    """metric by which the new model is compared with the given one"""
+    keeps_state: ClassVar[bool] = False
+    """whether its weights are only of use with other tensors of its checkpoints or with further examples; `rotate`
+    refuses it, because the sets of a pool contain weights only"""
+    new_network: ClassVar[bool] = False
+    """whether the new model has another network than the given one; `network` returns it"""
+    needs_teacher: ClassVar[bool] = False
+    """whether it trains on the predictions of another network, which `taught_by` receives"""
+    private: ClassVar[bool] = False
+    """whether it has a privacy budget (`budget_on`), which needs that nobody guesses the seed"""
+    proves: ClassVar[bool] = False
+    """whether it is a certified training, whose checkpoint is chosen by certified accuracy"""
+    # settings of some recipes
+    control: str = ""
+    """network with which `follow_up` compares, as in `clean.pt,arch=net.py:make`; empty for none"""
+    teacher: str = ""
+    """network whose predictions are learned, as in `robust.safetensors,arch=net.py:make`; empty for none"""
+    opened: Classifier | None = None
+    """the opened teacher; None before it is opened"""
 
     @property
-    def teacher(self) -> str:
-        """The other network, as in `robust.safetensors,arch=net.py:make`; empty for none."""
+    def threat_of_training_set(self) -> str | None:
+        """Threat of the assessments if no other is given, of a recipe whose certificate needs that a training example
+        influences only its part of the training set; None for other recipes. The held-out examples of such a recipe
+        are chosen by their content, and choose no checkpoint.
+        """
+        return None
 
-    def taught_by(self, teacher: Classifier) -> Recipe:
-        """Return the same recipe with the opened network."""
+    @property
+    def further_norms(self) -> tuple[Constraint, ...]:
+        """Norms for which it trains, beside that of the threat model."""
+        return ()
 
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the training starts with other weights than the given ones."""
+        return False
 
-def goal_of(recipe: Recipe) -> Goal:
-    """Return the goal of a recipe, which is a higher robust accuracy if the recipe declares no other."""
-    return recipe.goal if isinstance(recipe, WithGoal) else Goal()
+    @property
+    def most_passes(self) -> float:
+        """Number of forward passes of each training example after which the training ends; 0 for no limit."""
+        return 0.0
 
-
-@runtime_checkable
-class WithOwnState(Protocol):
-    """Protocol of a recipe whose weights are only of use with other tensors of its checkpoints or with further
-    examples. `rotate` refuses it, because the sets of a pool contain weights only.
-    """
-
-    keeps_state: ClassVar[bool]
-
-
-@runtime_checkable
-class WithNetwork(Protocol):
-    """Protocol of a recipe whose new model has another network than the given one."""
+    def taught_by(self, teacher: Classifier) -> Self:
+        """Return the same recipe with the opened teacher."""
+        return self
 
     def network(self, model: Classifier) -> Classifier:
-        """Return the untrained new model, whose weights the checkpoints of the recipe contain."""
+        """Return the model into which the checkpoints are loaded, which is a copy of the given one here."""
+        return deepcopy(model)
 
-
-def untrained(recipe: Recipe, model: Classifier) -> Classifier:
-    """Return the model into which the checkpoints of a recipe are loaded: a copy of the given one, if the recipe
-    declares no other.
-    """
-    return recipe.network(model) if isinstance(recipe, WithNetwork) else deepcopy(model)
-
-
-@runtime_checkable
-class WithRowBudget(Protocol):
-    """Protocol of a recipe with a privacy budget."""
-
-    def budget_on(self, fingerprints: Sequence[bytes]) -> RowBudget:
-        """Return the budget of a training on rows with these hashes of their inputs. It goes into the card, and is
-        stated before the training.
+    def denoiser(self, model: Classifier, shape: tuple[int, ...]) -> dict[str, int] | None:
+        """Return the sizes of the denoiser that is put in front of a model for inputs of this shape before it is
+        trained; None for none.
         """
+        return None
+
+    def further_examples(self, model: Classifier) -> Batch | None:
+        """Return the examples of a file of the user, which must not contain test examples; None without a file."""
+        return None
+
+    def budget_on(self, fingerprints: Sequence[bytes]) -> RowBudget | None:
+        """Return the privacy budget of a training on rows with these hashes of their inputs, which is stated before the
+        training and goes into the card; None for a recipe that is not `private`.
+        """
+        return None
+
+    def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str] | None:
+        """Return the entry `follow_up` of the card with what is measured after the training, and a sentence on it. No
+        network is changed. None for no entry.
+        """
+        return None
 
 
-@runtime_checkable
-class OnParts(Protocol):
-    """Protocol of a recipe whose certificate needs that a training example influences only its part of the training
-    set. The held-out examples are then chosen by their content, and choose no checkpoint.
-    """
-
-    @property
-    def threat(self) -> str:
-        """Threat of the assessments if no other is given."""
+def facts_of(recipe: Recipe) -> RecipeFacts:
+    """Return what a recipe declares; a recipe that declares nothing is like most recipes."""
+    return recipe if isinstance(recipe, RecipeFacts) else RecipeFacts()
 
 
 def trained_as(recipe: Recipe, how: Training) -> Recipe:

@@ -28,6 +28,7 @@ from holdfast.io.remote.value_ranges import (
     BYTES,
     before_normalisation,
     extremes,
+    outside,
     pixel_divisor,
     range_of_training,
 )
@@ -168,11 +169,9 @@ def refuse_batch(
         raise TargetError(
             f"{name} contains NaN or infinity, first in row {int(batch.ids[row])}; replace or remove such rows"
         )
-    low, high = bounds.like(x)
-    # Normalised data and conversions to float32 leave the bounds by rounding.
-    slack = 1e-6 * (high - low)
-    if ((x < low - slack) | (x > high + slack)).any():
-        raise _out_of_range(x, low, high, name)
+    # normalised data and conversions to float32 leave the bounds by rounding
+    if outside(x, bounds).any():
+        raise _out_of_range(x, *bounds.like(x), name)
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         ends = _range_of_labels(batch if whole is None else whole)
         raise off_range(*ends, classes, name, remote=remote)

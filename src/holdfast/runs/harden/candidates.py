@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.distributed import broadcast
 from holdfast.recipes.training.fit import updates
-from holdfast.recipes.training.recipe import Recipe, WithTeacher
+from holdfast.recipes.training.recipe import Recipe, RecipeFacts
 from holdfast.reports.numbers import plain
 from holdfast.runs.harden.pace import (
     Clock,
@@ -61,8 +61,10 @@ class Candidate:
 
     def taught_by(self, teacher: Classifier) -> "Candidate":
         """Return the same candidate, whose recipe trains on the predictions of a teacher if it needs one."""
-        recipe = self.recipe.taught_by(teacher) if isinstance(self.recipe, WithTeacher) else self.recipe
-        return replace(self, recipe=recipe)
+        if not isinstance(self.recipe, RecipeFacts):
+            return self
+        taught: Recipe = self.recipe.taught_by(teacher)
+        return replace(self, recipe=taught)
 
     def per_epoch(self, examples: int) -> int:
         """Return the number of updates of this recipe in an epoch of `examples` training examples."""
@@ -115,9 +117,11 @@ def attempts(
     required epochs fit into the budget that remains after the planning. The later attempts are the stronger candidates
     of which one epoch fits into the budget; they are used if doubts are raised against the model of the attempt before.
     If there are several candidates, the entry `fitting_epochs` of the first attempt gives the number of epochs that fit
-    for each timed candidate, which may be fractional. Raises `UsageError` if not even one epoch fits at the speed of
-    the fastest measured update; with `anyway`, if not even one such update fits. A training whose epoch may fit is
-    started and ends within the budget.
+    for each timed candidate, which may be fractional. All candidates are timed up to the first one whose epochs show
+    that no later one can reach its smallest number of epochs; later ones are timed while a share of the budget is left
+    for a second training. Raises `UsageError` if not even one epoch fits at the speed of the fastest measured update;
+    with `anyway`, if not even one such update fits. A training whose epoch may fit is started and ends within the
+    budget.
     """
     if budget_s is None:
         requested = [
@@ -126,14 +130,25 @@ def attempts(
         ]
         return requested, 0.0
     import_optimisers()
-    started = clock()
-    paces = list(_paces(candidates, budget_s, model, data, threat, evaluation, clock, anyway=anyway))
-    # Broadcast, because all processes of a distributed training must choose the same recipes.
+    started, planned, evaluation_time = clock(), list[_Planned](), None
+    for k, candidate in enumerate(candidates):  # each is slower than the one before
+        per_epoch = candidate.per_epoch(len(data))
+        measured = pace(candidate.recipe, model, data, threat, budget_s, clock)
+        if measured.least_s(1 if anyway else per_epoch) <= budget_s:
+            evaluation_time = evaluation_time or _timed_evaluation(evaluation, budget_s, clock)
+            look_s, n_held_out = evaluation_time
+            measured = replace(measured, epoch=measured.epoch + look_s, held_out=n_held_out)
+        epochs = epochs_fitting(budget_s, measured, per_epoch)
+        planned.append(_Planned(candidate, measured, per_epoch, epochs))
+        could_be_chosen = any(epochs >= later.least for later in candidates[k + 1 :])
+        # broadcast, because all processes of a distributed training must choose the same recipes
+        in_time = broadcast(clock() - started) <= _PLANNING * budget_s
+        # a later one may still be trained second
+        if not could_be_chosen and not (epochs >= 1 and in_time):
+            break
     spent_s = broadcast(clock() - started)
     planned = [
-        _Planned(one, measured, size, epochs_fitting(budget_s - spent_s, measured, size))
-        for one, measured in zip(candidates, paces, strict=False)
-        for size in (one.per_epoch(len(data)),)
+        replace(one, epochs=epochs_fitting(budget_s - spent_s, one.pace, one.per_epoch)) for one in planned
     ]
     fastest = planned[0]
     times = (fastest.pace, fastest.per_epoch, spent_s)
@@ -175,40 +190,6 @@ def _reason(planned: Sequence[_Planned], chosen: int, untimed: Sequence[Candidat
 
 def _epochs(n: float) -> str:
     return "1 epoch" if n == 1 else f"{plain(n)} epochs"
-
-
-def _paces(
-    candidates: Sequence[Candidate],
-    budget_s: float,
-    model: Classifier,
-    data: TrainingData,
-    threat: ThreatModel,
-    evaluation: Evaluation,
-    clock: Clock,
-    *,
-    anyway: bool,
-) -> Iterator[Pace]:
-    """Yield the timing of each candidate that could fit. Each candidate is slower than the one before.
-
-    All candidates are timed up to the first one whose epochs show that no later one can reach its smallest number of
-    epochs. Later ones may still follow as a second training, and are timed while a share of the budget is left for it.
-    """
-    evaluation_time: tuple[float, int] | None = None
-    start = clock()
-    for k, candidate in enumerate(candidates):
-        measured = pace(candidate.recipe, model, data, threat, budget_s, clock)
-        per_epoch = candidate.per_epoch(len(data))
-        if measured.least_s(1 if anyway else per_epoch) <= budget_s:
-            if evaluation_time is None:
-                evaluation_time = _timed_evaluation(evaluation, budget_s, clock)
-            look_s, n_held_out = evaluation_time
-            measured = replace(measured, epoch=measured.epoch + look_s, held_out=n_held_out)
-        yield measured
-        epochs = epochs_fitting(budget_s, measured, per_epoch)
-        could_be_chosen = any(epochs >= later.least for later in candidates[k + 1 :])
-        in_time = broadcast(clock() - start) <= _PLANNING * budget_s
-        if not could_be_chosen and not (epochs >= 1 and in_time):
-            return
 
 
 def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int]:

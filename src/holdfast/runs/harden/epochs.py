@@ -16,7 +16,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Saving, Training
-from holdfast.recipes.training.recipe import Recipe, trained_as, untrained
+from holdfast.recipes.training.recipe import Recipe, facts_of, trained_as
 from holdfast.recipes.training.update_plans import most_evaluations
 from holdfast.runs.engine.progress import EpochMeasures, Step
 from holdfast.runs.engine.run import Run
@@ -24,7 +24,7 @@ from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
 from holdfast.runs.harden.epoch_log import EpochLog
-from holdfast.runs.harden.held_out import CERTIFIED, held_out_shares, proved_accuracy
+from holdfast.runs.harden.held_out import held_out_shares, proved_accuracy
 from holdfast.runs.harden.pace import Clock, smaller
 
 STAGES = ["before", "training", "after"]
@@ -80,8 +80,7 @@ class Trainer:
         """Return the clean accuracy on the held-out examples with which a training starts, or None if the recipe starts
         with other weights than the given ones.
         """
-        is_given = not isinstance(recipe, CERTIFIED) or recipe.initialisation == "given"
-        return self.given_clean if is_given else None
+        return None if facts_of(recipe).starts_anew else self.given_clean
 
     def course(
         self,
@@ -100,7 +99,7 @@ class Trainer:
             return curve
         # Below every score, so that the first epoch is always stored as the best one.
         highest = max((point.score for point in curve), default=(-1.0, -1.0))
-        evaluated_model = untrained(candidate.recipe, self.model)
+        evaluated_model = facts_of(candidate.recipe).network(self.model)
         within = checkpoints.saved_within(place, last_epoch(curve), settings.batch)
         latest = within or last
         after = None if latest is None else latest.checkpoint

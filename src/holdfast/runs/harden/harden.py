@@ -5,7 +5,7 @@ measures the new model.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,16 +28,7 @@ from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
-from holdfast.recipes.training.recipe import (
-    Finished,
-    OnParts,
-    WithFollowUp,
-    WithFurtherExamples,
-    WithRowBudget,
-    goal_of,
-    trained_as,
-)
-from holdfast.recipes.training.recipe import untrained as untrained_model
+from holdfast.recipes.training.recipe import Finished, facts_of, trained_as
 from holdfast.reports.training import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat, threads
@@ -51,7 +42,7 @@ from holdfast.runs.engine.resuming import repeatable, temporary_run_folder, way_
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.harden.assessment_budget import affordable, assessed, limit_s, sample_note
-from holdfast.runs.harden.attempt_training import AttemptTraining
+from holdfast.runs.harden.attempt_training import AttemptTraining, budget_of
 from holdfast.runs.harden.candidates import (
     Candidate,
     Evaluation,
@@ -127,21 +118,15 @@ def harden(
     if run is not None:
         refuse_used(run, resume=resume)
     # Before any process is joined, because nothing is stored yet.
-    examples, further, n_threads = checked(subject, data, test, request)
-    # also of rows that are not trained on because they equal test or held-out rows
-    budgets = {
-        one.name: one.recipe.budget_on(data.fingerprints())
-        for one in request.candidates
-        if isinstance(one.recipe, WithRowBudget)
-    }
+    inputs = checked(subject, data, test, request)
     for note in request.notes:
         notify(note)
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
-        stack.enter_context(threads(n_threads))
+        stack.enter_context(threads(inputs.threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, further, test, request, place, progress, notify, detail, clock, budgets)
-        job.report(log or EpochLog())
+        watching = _Watching(progress, notify, detail, log or EpochLog())
+        job = _Job(subject, inputs, test, request, place, watching, clock)
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
         return result
@@ -149,11 +134,22 @@ def harden(
     return replace(result, before=before, after=after, folder=None)
 
 
-def checked(
-    subject: Subject, data: TrainingData, test: Data, request: HardenRequest
-) -> tuple[TrainingExamples, list[str], int]:
-    """Check all that a hardening needs, and return the examples, the digests of further examples, and the number of
-    threads for the network. Nothing is trained or stored. Raises `UsageError` or `TargetError`.
+@dataclass(frozen=True)
+class CheckedInputs:
+    """The inputs of a hardening, after the checks."""
+
+    examples: TrainingExamples
+    further: list[str]
+    """digests of the further examples that recipes read"""
+    budgets: Mapping[str, RowBudget]
+    """privacy budgets by the name of the recipe"""
+    threads: int
+    """number of threads for the network"""
+
+
+def checked(subject: Subject, data: TrainingData, test: Data, request: HardenRequest) -> CheckedInputs:
+    """Check all that a hardening needs, and return it. Nothing is trained or stored. Raises `UsageError` or
+    `TargetError`.
     """
     refuse_untrainable(subject.model)
     freeze_others(copy_of(subject.model), request.train_only)
@@ -172,7 +168,11 @@ def checked(
             refuse_threat(threat, bounds, sample.x, target.classes)
         further = _further_digests(request, subject.model, request.excluded or test, examples.held_out)
     refuse_unmeasured(subject, test, request, request.assessment.gates)
-    return examples, further, n_threads
+    # also of rows that are not trained on because they equal test or held-out rows
+    private = [one for one in request.candidates if facts_of(one.recipe).private]
+    stated = {one.name: facts_of(one.recipe).budget_on(data.fingerprints()) for one in private}
+    budgets = {name: budget for name, budget in stated.items() if budget is not None}
+    return CheckedInputs(examples, further, budgets, n_threads)
 
 
 def refuse_unfit(
@@ -181,10 +181,11 @@ def refuse_unfit(
     """Check all that a hardening needs, and plan its training, for which updates are timed if it has a budget. Nothing
     is stored. Raises `UsageError` or `TargetError`, also for a budget that is too small.
     """
-    examples, further, n_threads = checked(subject, data, test, request)
+    inputs = checked(subject, data, test, request)
     if request.budget_s is not None:
-        with threads(n_threads), TemporaryDirectory() as place:
-            _Job(subject, examples, further, test, request, Path(place), silent, ignore, ignore, clock, {})
+        with threads(inputs.threads), TemporaryDirectory() as place:
+            watching = _Watching(silent, ignore, ignore, EpochLog())
+            _Job(subject, inputs, test, request, Path(place), watching, clock)
 
 
 def refuse_unmeasured(
@@ -201,48 +202,55 @@ def refuse_unmeasured(
         refuse_gates(gates, plan, target, sample, test, paired=paired)
 
 
+@dataclass(frozen=True)
+class _Watching:
+    """Functions that are called during a hardening."""
+
+    progress: Progress
+    notify: Notify
+    detail: Notify
+    log: EpochLog
+
+
 class _Job:
     """A hardening that runs in a folder, by the first process or by another one."""
 
     def __init__(
         self,
         subject: Subject,
-        examples: TrainingExamples,
-        further: list[str],
+        inputs: CheckedInputs,
         test: Data,
         request: HardenRequest,
         run: Path,
-        progress: Progress,
-        notify: Notify,
-        detail: Notify,
+        watching: _Watching,
         clock: Clock,
-        budgets: Mapping[str, RowBudget],
     ) -> None:
+        examples, self.budgets = inputs.examples, inputs.budgets
+        self.watching, self.notify, self.clock = watching, watching.notify, clock
         device = distributed.own(torch.device(request.device))
         self.rest, self.held_out = examples.rest.to(device), examples.held_out.to(device)
-        inputs = self.held_out.x[:_IN_PLACE_EXAMPLES]
+        sample = self.held_out.x[:_IN_PLACE_EXAMPLES]
         prepared = tuple(
-            learner_of(model, inputs).eval().requires_grad_(False) if isinstance(model, Classifier) else model
+            learner_of(model, sample).eval().requires_grad_(False) if isinstance(model, Classifier) else model
             for model in request.threat.surrogates
         )
         request = replace(request, threat=replace(request.threat, surrogates=prepared))
         if request.teacher is not None:
-            teacher = learner_of(request.teacher.model, inputs)
+            teacher = learner_of(request.teacher.model, sample)
             request = replace(request, candidates=tuple(one.taught_by(teacher) for one in request.candidates))
         self.subject, self.request, self.run = subject, request, run
-        self.again, self.budgets = way_out(request.command, run), budgets
-        self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
-        self.model = learner_of(subject.model, inputs)
+        self.again = way_out(request.command, run)
+        self.model = learner_of(subject.model, sample)
         freeze_others(self.model, request.train_only)
-        digests = [test.digest, examples.digest, *further]
+        digests = [test.digest, examples.digest, *inputs.further]
         distributed.match_first(digests, self.model)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(
             self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock,
-            request.checkpoint_every,
+            request.checkpoint_every, replace(watching.log, again=self.again),
         )  # fmt: skip
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
-            refuse_goal(candidate.name, goal_of(candidate.recipe))
+            refuse_goal(candidate.name, facts_of(candidate.recipe).goal)
             settings = candidate.recipe.training
             if request.budget_s is not None:
                 # a scheduler is created for the planned updates
@@ -255,10 +263,10 @@ class _Job:
         self.test = assessed(test, n_assessed, request.seed)
         self.checked = self.held_out if self.test is test else self._held_out_sample(n_assessed)
         few = "" if _on_parts(request) else few_held_out(len(self.evaluated))
-        stated = [budget.sentence() for budget in budgets.values()]
+        stated = [budget.sentence() for budget in self.budgets.values()]
         limits = (few, sample_note(test, n_assessed, limit_s(request)), *stated)
         self.limits = [note for note in limits if note]
-        self.notes = [*request.notes, *examples.notes, *training_notes(self.model, inputs), *self.limits]
+        self.notes = [*request.notes, *examples.notes, *training_notes(self.model, sample), *self.limits]
         self.trainer = replace(self.trainer, held_out=self.evaluated)
         self.manifest = harden_manifest(subject, digests, self.test, request, self.plan, machine)
         self.assessment = replace(
@@ -322,10 +330,6 @@ class _Job:
             total = first_total(attempt["epochs"], candidate.per_epoch(len(self.rest)))
             refuse_unusable_schedule(self.model, candidate.recipe.training, total)
 
-    def report(self, log: EpochLog) -> None:
-        """Report the epochs of the training to a log."""
-        self.trainer = replace(self.trainer, log=replace(log, again=self.again))
-
     def _evaluated(self, examples: Batch) -> None:
         """Evaluate the given model as after an epoch, against an attack that breaks none of the examples."""
         threat = harmless(self.request.threat)
@@ -339,15 +343,15 @@ class _Job:
             open_run_folder(
                 self.run, self.manifest, about_run(self.request.command), resume=resume
             ) as folder,
-            cluster_for(self.assessment, self.detail),
+            cluster_for(self.assessment, self.watching.detail),
         ):
-            run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
+            run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.watching.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))
             accuracies_before = held_out_accuracies(self.model, self.evaluated, self.request.threat)
             self.trainer = replace(self.trainer, given_clean=accuracies_before[0])
             run.record("before", _head(before))
             trained, best = self._trained_attempts(run)
-            given = Before(before.evidence, goal_of(best.candidate.recipe))
+            given = Before(before.evidence, facts_of(best.candidate.recipe).goal)
             after = self._assessed(best.subject, self.test, "after", replace(self.assessment, before=given))
             command = command_of(folder.manifest, after.gates)
             after = replace(after, about={**after.about, "command": command})
@@ -406,9 +410,7 @@ class _Job:
 
     def _follow_up(self, best: Made) -> dict[str, Any]:
         """The entries of the card that the recipe measures after the training; empty for most recipes."""
-        recipe, control = best.candidate.recipe, self.request.control
-        if not isinstance(recipe, WithFollowUp):
-            return {}
+        control = self.request.control
         test = self.test.read(0, len(self.test)).to(self.held_out.x.device)
         inputs = test.x[:_IN_PLACE_EXAMPLES]
         finished = Finished(
@@ -421,7 +423,10 @@ class _Job:
             Draws(self.request.seed).at("follow up"),
             {name: value.to(test.x.device) for name, value in best.state.items()},
         )
-        entry, note = recipe.follow_up(finished)
+        measured = facts_of(best.candidate.recipe).follow_up(finished)
+        if measured is None:
+            return {}
+        entry, note = measured
         return {"follow_up": entry, "notes": [*self.notes, note]}
 
     def _trained_attempts(self, run: Run) -> tuple[list[Made], Made]:
@@ -434,22 +439,27 @@ class _Job:
         ranks: list[tuple[bool, float]] = []
         planned = self.plan["attempts"]
         metadata = weights_metadata(self.subject, self.manifest)
-        trainings = AttemptTraining(self.subject, self.trainer, self.plan, metadata, self.clock)
         for note in self.limits:
             self.notify(f"note: {note}")
         for k, attempt in enumerate(planned):
-            budget = trainings.budget(trained_models)
-            trainings = replace(trainings, trainer=replace(self.trainer, attempt=k + 1))
+            budget = budget_of(self.plan, trained_models)
             left_s = None if budget is None else budget.left_s
             if k and left_s is not None and left_s < attempt["epoch_s"]:
                 self.notes.append(untrained(attempt, left_s))
                 break
-            candidate = self._candidate(attempt["recipe"])
-            place = self.run / _numbered(CHECKPOINTS, k)
-            continued = trainings.resumed(place, candidate, attempt, budget)
+            training = AttemptTraining(
+                self.subject,
+                replace(self.trainer, attempt=k + 1),
+                self._candidate(attempt["recipe"]),
+                attempt,
+                budget,
+                self.run / _numbered(CHECKPOINTS, k),
+                metadata,
+                self.clock,
+            )
             choosing = 0 if _on_parts(self.request) else len(self.evaluated)
-            self.notify(continued or announced(attempt, left_s, choosing))
-            trained_models.append(trainings.trained(place, candidate, attempt, budget, run))
+            self.notify(training.resumed or announced(attempt, left_s, choosing))
+            trained_models.append(training.trained(run))
             if len(planned) == 1:
                 return trained_models, trained_models[0]
             assessment = replace(self.assessment, gates=(), baseline=None)
@@ -475,7 +485,7 @@ class _Job:
 
     def _opened(self, weights: bytes, recipe: str) -> Classifier:
         """The new model of a recipe with weights from a file."""
-        model = untrained_model(self._candidate(recipe).recipe, self.subject.model)
+        model = facts_of(self._candidate(recipe).recipe).network(self.subject.model)
         assert isinstance(model.net, nn.Module)
         model.net.load_state_dict(safetensors.torch.load(weights))
         return of_values(model.eval())
@@ -487,11 +497,11 @@ class _Job:
             request,
             run=self.run / place,
             resume=True,
-            progress=self.progress,
+            progress=self.watching.progress,
             again=self.again,
             is_step=True,
             notify=self.notify,
-            detail=self.detail,
+            detail=self.watching.detail,
         )
 
 
@@ -501,7 +511,7 @@ def _further_digests(request: HardenRequest, model: Classifier, excluded: Data, 
     """
     digests = []
     for recipe in (candidate.recipe for candidate in request.candidates):
-        examples = recipe.further_examples(model) if isinstance(recipe, WithFurtherExamples) else None
+        examples = facts_of(recipe).further_examples(model)
         if examples is not None:
             refuse_judged(examples, excluded, held)
             digests.append(digest_of(examples))
@@ -510,7 +520,7 @@ def _further_digests(request: HardenRequest, model: Classifier, excluded: Data, 
 
 def _on_parts(request: HardenRequest) -> bool:
     """Whether the recipe certifies changes of the training set."""
-    return any(isinstance(candidate.recipe, OnParts) for candidate in request.candidates)
+    return any(facts_of(candidate.recipe).threat_of_training_set for candidate in request.candidates)
 
 
 def _numbered(name: str, k: int) -> str:

@@ -2,16 +2,17 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.model import Classifier
@@ -24,7 +25,7 @@ from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.recipes.training.overfitting import MOST_RAISED
-from holdfast.recipes.training.recipe import goal_of
+from holdfast.recipes.training.recipe import facts_of
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
@@ -44,13 +45,54 @@ MODEL = WEIGHTS
 """Name of the file with the new model."""
 
 
-@dataclass(frozen=True)
-class Hardened:
-    """The result of a hardening: the new model, its training, and the measurements of the original and new models."""
+ModelT = TypeVar("ModelT", default=Classifier)
+ResultT = TypeVar("ResultT", default=Result)
 
-    model: Classifier
-    before: Result
-    after: Result
+
+@dataclass(frozen=True)
+class CardForm:
+    """How the card of a new model is shown."""
+
+    files: Callable[[Any, Path], Mapping[str, bytes]]
+    """function that returns the files of a `Hardened` for a folder, by name"""
+    line: Callable[[Mapping[str, Any]], str]
+    """function from the card to one line"""
+
+
+def _files(hardened: "Hardened", place: Path) -> dict[str, bytes]:
+    card = {**hardened.card, "opened_by": hardened.opened_by(place)}
+    return {
+        MODEL: hardened.weights,
+        **({} if hardened.program is None else {PROGRAM: hardened.program}),
+        CARD: document(card),
+        "card.md": as_markdown(card).encode(),
+        "curve.svg": curve_svg(card["curve"], card["chosen"]).encode(),
+    }
+
+
+def _line(card: Mapping[str, Any]) -> str:
+    before, after = (card[side]["metrics"] for side in ("before", "after"))
+    names, at_chance = compared_metrics(card), card["before"]["at_chance"]
+    metrics = [
+        f"{name} {'' if at_chance else percent(before[name]['value']) + ' → '}{percent(after[name]['value'])}"
+        for name in names
+    ]
+    epoch = checkpoint_text(card["chosen"], card["epochs"])
+    text = f"{card['recipe']}: {', '.join(metrics)} ({epoch})"
+    if at_chance:
+        text += f"; the given model was at chance ({names[0]} {percent(before[names[0]]['value'])})"
+    return text
+
+
+@dataclass(frozen=True)
+class Hardened(Generic[ModelT, ResultT]):
+    """The result of a hardening: the new model, its training, and the measurements of the original and new models. The
+    model is a classifier with assessments, or a GAN with audits.
+    """
+
+    model: ModelT
+    before: ResultT
+    after: ResultT
     curve: tuple[Point, ...]
     """training curve of the new model, with one point for each epoch that was evaluated"""
     card: Mapping[str, Any]
@@ -60,36 +102,30 @@ class Hardened:
     folder: Path | None = None
     program: bytes | None = None
     """content of the file with the program of a member of an ensemble, with which it is opened without its code"""
+    form: CardForm = CardForm(_files, _line)
 
     def opened_by(self, folder: Path) -> str:
         """Return the command line that assesses the new model in the file in `folder`."""
         return _placed(self.card["opened_by"], folder)
 
     def write(self, folder: str | Path) -> Path:
-        """Write the weights, the card and the training curve of the new model to a folder. Return the path of the
-        folder.
+        """Write the weights and the card of the new model to a folder, and its training curve if there is one. Return
+        the path of the folder.
 
         The folder is created if it does not exist. On the card, the command that opens the model contains `folder` as
         given.
         """
         place = Path(folder)
-        card = {**self.card, "opened_by": self.opened_by(place)}
         with usable(place):
             place.mkdir(parents=True, exist_ok=True)
-            for name, content in {
-                MODEL: self.weights,
-                **({} if self.program is None else {PROGRAM: self.program}),
-                CARD: document(card),
-                "card.md": as_markdown(card).encode(),
-                "curve.svg": curve_svg(self.card["curve"], self.card["chosen"]).encode(),
-            }.items():
+            for name, content in self.form.files(self, place).items():
                 write_atomically(place / name, content, BY_UMASK)
         return place
 
     @property
     def verdict(self) -> TrainingVerdict:
         """Whether the new model is better than the given one by the metric of the recipe: `improved`, `no difference
-        shown` or `worse`.
+        shown` or `worse`. For a generator, the verdict of the audit of the new one.
         """
         verdict: TrainingVerdict = self.card["verdict"]
         return verdict
@@ -100,17 +136,7 @@ class Hardened:
         return tuple(self.card["notes"])
 
     def __str__(self) -> str:
-        before, after = (self.card[side]["metrics"] for side in ("before", "after"))
-        names, at_chance = compared_metrics(self.card), self.card["before"]["at_chance"]
-        metrics = [
-            f"{name} {'' if at_chance else percent(before[name]['value']) + ' → '}{percent(after[name]['value'])}"
-            for name in names
-        ]
-        epoch = checkpoint_text(self.card["chosen"], self.card["epochs"])
-        text = f"{self.card['recipe']}: {', '.join(metrics)} ({epoch})"
-        if at_chance:
-            text += f"; the given model was at chance ({names[0]} {percent(before[names[0]]['value'])})"
-        return text
+        return self.form.line(self.card)
 
 
 @dataclass(frozen=True)
@@ -232,7 +258,7 @@ def card_of(
             "settings": _as_trained(best),
             "plan": manifest["plan"],
             "recipes_tried": recipes,
-            **verdict_entries(sides[0].evidence, sides[1].evidence, goal_of(best.candidate.recipe)),
+            **verdict_entries(sides[0].evidence, sides[1].evidence, facts_of(best.candidate.recipe).goal),
             "scope": basis(sides[0].evidence, sides[1].evidence),
             "before": {**judged(sides[0].summary()), "at_chance": at_chance},
             "after": judged(sides[1].summary()),

@@ -22,13 +22,10 @@ from holdfast.core.model import Classifier
 from holdfast.core.pieces import PIECE, results_in_pieces
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.recipes import SABR, IBPTraining
 from holdfast.recipes.training.fit import drawing
-from holdfast.recipes.training.recipe import Recipe
+from holdfast.recipes.training.recipe import Recipe, facts_of
 
 D = TypeVar("D", bound=TrainingData)
-CERTIFIED = (IBPTraining, SABR)
-"""The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
 _ONE_OF = 64  # by content, one training example of this many is held out on average
@@ -168,7 +165,7 @@ def proved_accuracy(
     """Return the share of the held-out examples for which CROWN-IBP proves that no input of the threat model is
     misclassified; None if none of the recipes is a certified training.
     """
-    if not any(isinstance(recipe, CERTIFIED) for recipe in recipes):
+    if not any(facts_of(recipe).proves for recipe in recipes):
         return None
     mode = model.training
     prover = CrownIBP().ready(model.eval(), held_out.take(torch.arange(min(_TRACED, len(held_out)))), threat)

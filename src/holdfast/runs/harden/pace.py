@@ -26,20 +26,13 @@ from holdfast.runs.harden.checkpoints import BEST, LAST, save
 from holdfast.runs.harden.held_out import harmless
 
 _WARM = 2  # examples of the update before anything is timed, in each process: batch norm needs two
-_SHORT = 3  # updates in the shorter trial
-_LEAST_EXAMPLES = 512  # smallest number of examples in it: guards need more than 256
-_LEAST, _MOST = 2, 400  # smallest and largest number of further updates in the longer trial
-_TRIED, _TRIED_MOST = (
-    0.01,
-    0.025,
-)  # share of the budget for each of the two trials; the second one up to _TRIED_S
-_TRIED_S = 1.0  # seconds in which a busy machine is measured as on average
+_MOST = 400  # largest number of updates in a trial
+_TRIED, _TRIED_MOST = 0.02, 0.05  # shares of the budget for all trials; the second one up to _TRIED_S
+_TRIED_S = 2.0  # seconds in which a busy machine is measured as on average
 _MARGINAL = 0.25  # smallest time of an update, relative to that of one with its share of the fixed costs
+_COMPILED = 4  # smallest number of updates in the last trial of a compiled network, since each trial compiles it again
 _NEGLIGIBLE_LR = 1e-9  # a learning rate so small that the loss cannot diverge
-_TRIALS = (
-    3  # smallest number of trials of a single slow update, since a busy machine may be slow for a moment
-)
-_AGAIN = 0.05  # largest share of the budget for all these trials; later plans correct a slow measurement
+_AGAIN = 0.05  # largest share of the budget for an update that is timed twice
 _RETIMED = 0.4  # share of the budget above which a first update is timed once more
 _HOPELESS = 4.0  # budgets that an epoch of such updates takes, above which it is not, since no epoch can fit
 _SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
@@ -122,8 +115,7 @@ def smaller(batch: int, error: BaseException) -> int:
 @dataclass(frozen=True)
 class _Trial:
     seconds: float
-    updates: int
-    examples: int
+    updates: float
     last: Checkpoint
 
     @property
@@ -141,67 +133,49 @@ def _paced(
     budget_s: float,
     clock: Clock,
 ) -> Pace:
-    """Measure two trials of different length; costs that are the same in both are counted once for each epoch.
+    """Measure trials of one batch, of two, of four and so on, as far as they take a share of the budget. The difference
+    of the last two contains no fixed costs of a training, such as a compilation.
 
     An update on a few examples is not timed: it imports parts of torch, which takes seconds, and selects kernels. The
     labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
-    model, and no guard adds a step. If an update is slow, single ones are timed and include the fixed costs.
+    model, and no guard adds a step.
     """
-    settings = recipe.training
-    short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size, trial=True)
-    rows, least_examples = (
-        torch.arange(len(data), device=data.ids.device),
-        max(_SHORT * size, _LEAST_EXAMPLES),
-    )
-    n_updates, each_s = updates(len(data), size), list[float]()
+    compiled, n_batches = recipe.training.compiled, updates(len(data), size)
+    timed = trained_as(recipe, replace(recipe.training, epochs=1, lr=_NEGLIGIBLE_LR, batch=size, trial=True))
+    rows, trials = torch.arange(len(data), device=data.ids.device), list[_Trial]()
 
     def trial(n: int) -> _Trial:
         part = with_predicted_labels(model, data.subset(rows[:n]))
         start = clock()
-        *_, last = trained_as(recipe, short_settings)(model, part, harmless(threat), rng=Draws(0))
+        *_, last = timed(model, part, harmless(threat), rng=Draws(0))
         seconds = broadcast(clock() - start)  # all processes take the same decisions
-        done = _Trial(seconds, updates(len(part), size), len(part), last)
-        if n >= size:
-            each_s.append(done.each)
-        return done
+        # a recipe may hold examples back, and use a batch for several updates
+        n_updates = last.updates / trials[0].last.updates if trials and last.updates else updates(n, size)
+        return _Trial(seconds, n_updates, last)
 
     trial(min(_WARM * processes(), size))
-    update_trial = trial(size)  # allocates memory, so it is slower than the next ones
-    spent_s = update_trial.seconds
-    is_long = spent_s > _RETIMED * budget_s and n_updates * spent_s <= _HOPELESS * budget_s
-    if settings.compiled or spent_s <= _AGAIN * budget_s or is_long:
-        update_trial = trial(size)
-        spent_s += update_trial.seconds
-    if not settings.compiled and updates(least_examples, size) * update_trial.seconds > _trial_s(budget_s):
-        update_trial = _typical(update_trial, lambda: trial(size), spent_s, budget_s)
-        kept_s = _saving_s(update_trial.last, update_trial.examples, len(data), clock)
-        update = update_trial.seconds
-        return Pace(update, update * n_updates + kept_s, fastest=min(each_s))
-    short = trial(least_examples)
-    update, fixed_s = short.each, 0.0
-    n_more = min(int(_trial_s(budget_s) / max(update, 1e-9)), _MOST)
-    if n_more >= _LEAST:
-        # The difference of two trials does not contain the fixed costs of a training, such as the first compilation.
-        update = _marginal_s(short, trial(least_examples + n_more * size))
-        fixed_s = 0.0 if settings.compiled else max(short.seconds - short.updates * update, 0.0)
-    kept_s = _saving_s(short.last, short.examples, len(data), clock)
-    return Pace(update, update * n_updates + fixed_s + kept_s, fastest=min(each_s))
-
-
-def _trial_s(budget_s: float) -> float:
-    """Seconds of a budget for each of the two trials."""
-    return max(_TRIED * budget_s, min(_TRIED_S, _TRIED_MOST * budget_s))
-
-
-def _typical(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
-    """The median of several trials: the first one, and repetitions as far as the budget allows."""
-    trials, total_s = [trial], trial.seconds
-    while len(trials) < _TRIALS or total_s < _trial_s(budget_s):
-        if spent_s + trials[-1].seconds > _AGAIN * budget_s:
+    trials.append(trial(size))  # allocates memory, so it is slower than the next ones
+    spent_s = trials[0].seconds
+    is_long = spent_s > _RETIMED * budget_s and n_batches * spent_s <= _HOPELESS * budget_s
+    if compiled or spent_s <= _AGAIN * budget_s or is_long:
+        trials.append(trial(size))
+        spent_s += trials[1].seconds
+    n, limit_s = 1, max(_TRIED * budget_s, min(_TRIED_S, _TRIED_MOST * budget_s))
+    while n < min(_MOST, n_batches):
+        is_in_time = spent_s + 2 * trials[-1].seconds <= limit_s
+        if not is_in_time and not (compiled and n < _COMPILED):
             break
-        trials.append(repeat())
-        spent_s, total_s = spent_s + trials[-1].seconds, total_s + trials[-1].seconds
-    return sorted(trials, key=lambda each: each.seconds)[(len(trials) - 1) // 2]
+        n *= 2
+        trials.append(trial(min(n, n_batches) * size))
+        spent_s += trials[-1].seconds
+    fastest_s = min(each.each for each in trials)
+    before, last = trials[-2:] if len(trials) > 1 else (trials[0], trials[0])
+    update_s = fastest_s
+    if last.updates > before.updates:
+        more_s = (last.seconds - before.seconds) / (last.updates - before.updates)
+        update_s = max(more_s, _MARGINAL * last.each)  # on a busy machine it may be too small by chance
+    kept_s = _saving_s(last.last, min(n * size, len(data)), len(data), clock)
+    return Pace(update_s, update_s * n_batches + kept_s, fastest=fastest_s)
 
 
 def with_predicted_labels(model: Classifier, data: D) -> D:
@@ -219,13 +193,6 @@ def with_predicted_labels(model: Classifier, data: D) -> D:
         )
     model.train(mode)
     return data.labelled(torch.where(data.y == UNLABELLED, data.y, predictions))
-
-
-def _marginal_s(short: _Trial, long: _Trial) -> float:
-    """Seconds for each update, from the difference of two trials. On a busy machine it may be too small by chance."""
-    if long.updates == short.updates:
-        return long.each
-    return max((long.seconds - short.seconds) / (long.updates - short.updates), _MARGINAL * long.each)
 
 
 def _saving_s(checkpoint: Checkpoint, n_trial: int, n_all: int, clock: Clock) -> float:

@@ -21,9 +21,8 @@ from holdfast.io.models.keras_models import KerasNet
 from holdfast.io.models.linear_texts import LinearTexts
 from holdfast.io.models.processed_images import ProcessedImages
 from holdfast.io.models.text_models import TextEstimator, TextFunction
-from holdfast.recipes import MultiNormTraining
 from holdfast.recipes.training.fit import drawing
-from holdfast.recipes.training.recipe import Recipe
+from holdfast.recipes.training.recipe import Recipe, facts_of
 
 _NAMED = 3  # frozen parameters that a message names
 
@@ -223,5 +222,5 @@ def learner_of(model: Classifier, x: Inputs) -> Classifier:
 
 def threats_of(threat: ThreatModel, recipes: Sequence[Recipe]) -> list[ThreatModel]:
     """Return the given threat model, followed by a copy of it for each other norm that the recipes train for."""
-    others = [norm for recipe in recipes if isinstance(recipe, MultiNormTraining) for norm in recipe.others]
+    others = [norm for recipe in recipes for norm in facts_of(recipe).further_norms]
     return [threat, *(replace(threat, constraint=norm) for norm in others)]

@@ -16,7 +16,7 @@ from holdfast.io.doctor import spread_examples
 from holdfast.io.functions import function_digest
 from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served
-from holdfast.recipes.training.recipe import goal_of
+from holdfast.recipes.training.recipe import facts_of
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.checks import small_eps_note, wide_bounds_note
 from holdfast.runs.assess.measuring import shards_of
@@ -116,7 +116,7 @@ def harden_manifest(
     """
     constraint = request.threat.constraint
     surrogates = request.assessment.surrogates
-    declared = {item.name: goal_of(item.recipe) for item in request.candidates}
+    declared = {item.name: facts_of(item.recipe).goal for item in request.candidates}
     goals = {name: vars(goal) for name, goal in declared.items() if goal != Goal()}
     config = strict(
         {
