@@ -527,6 +527,7 @@ def in_a_process(arguments):
     return subprocess.run([sys.executable, "-P", "-m", "holdfast", *arguments], check=False).returncode
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_worker_and_a_cluster_leave_the_bytes_of_one_process(in_folder):
     pytest.importorskip("ray", reason='Ray is not installed: pip install "holdfast-ml[scale]"')
