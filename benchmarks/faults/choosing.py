@@ -64,7 +64,7 @@ def faults(tree: Path, seed: int = 0) -> list[Place]:
             found[place.fault.kind].append(place)
     drawn = []
     for kind, places in found.items():
-        some = random.Random(f"{seed} {kind}").sample(places, CANDIDATES)
+        some = random.Random(f"{seed} {kind}").sample(places, min(CANDIDATES, len(places)))
         drawn += sorted(some, key=lambda place: (place.fault.file, place.lineno))
     return drawn
 

@@ -25,8 +25,8 @@ MOST = 1.02
 """CPU time over that of the earlier version"""
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("holdfast", "holdfast.attacks", "holdfast.recipes", "holdfast.rotation", "holdfast.testing")
-WITHOUT_WEIGHTS = ("Denoising",)
-"""recipes that need another network; the results contain a hardening with them"""
+WITHOUT_WEIGHTS = ("Denoising", "FTSAM", "MaskedWords", "Partitions", "Repair")
+"""recipes that need another network or threat; the results contain a hardening with all but that for texts"""
 VERBS_WITH_HELP = [
     *(
         "assess",

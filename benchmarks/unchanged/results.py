@@ -113,7 +113,7 @@ rules:
 _VARIES = re.compile(r"(_s|_at|wall|cpu|time|seconds|version|digest|started|finished|code|command|path|run)$")
 """keys whose values differ from run to run or from version to version"""
 
-_INPUTS = ("net.py", "texts.csv", "rows.npz", "others.npz", "split.npz", "stream.npz")
+_INPUTS = ("net.py", "texts.csv", "rows.npz", "others.npz", "split.npz", "stream.npz", "drill.npz")
 _RATE = 0.05
 """false-positive rate of the guard"""
 
@@ -166,6 +166,16 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
             f"--set recipe.training.epochs=1 {_JSON}"
         ),
     ),
+    **{
+        f"harden {recipe}": (
+            "data poison mnist-mini --attack badnets,target=1,rate=0.1 -o drill.npz --seed 0",
+            (
+                f"harden mnist-cnn mnist-mini --recipe {recipe} --threat trigger:drill.trigger.npz -n 32 "
+                f"--set recipe.training.epochs=1 {_JSON}"
+            ),
+        )
+        for recipe in ("repair", "ft-sam")
+    },
     "audit backdoor": (f"audit backdoor net.py:trained rows.npz {_TRUSTED}",),
     "audit poison": (f"audit poison split.npz --model net.py:make --suspects suspects.csv {_TRUSTED}",),
     "audit membership": (
