@@ -89,8 +89,9 @@ def _environment(source: Path) -> dict[str, str]:
     return {**os.environ, **folders, "PYTHONPATH": f"{source}{os.pathsep}{ROOT}"}
 
 
-def save(folder: Path, commit: str | None, kinds: list[str]) -> None:
-    """Compute what is missing in the folder, one file an item."""
+def save(folder: Path, commit: str | None, kinds: list[str]) -> int:
+    """Compute what is missing in the folder, one file an item; 1 if an item failed."""
+    failed = 0
     with sources(commit) as source:
         for item in items():
             *kind, name = (part.replace(" ", "-") for part in item)
@@ -98,10 +99,16 @@ def save(folder: Path, commit: str | None, kinds: list[str]) -> None:
             if file.exists() or (kinds and item[0] not in kinds):
                 continue
             before = _children()
-            content = computed(item, source)
+            try:
+                content = computed(item, source)
+            except subprocess.CalledProcessError:
+                failed = 1
+                print(f"failed: {' '.join(item)}", flush=True)
+                continue
             print(f"{' '.join(item)}: {_children() - before:.1f} s", flush=True)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return failed
 
 
 def compare(before: Path, after: Path) -> int:
@@ -233,8 +240,7 @@ def main() -> int:
     starting.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()
     if given.command == "save":
-        save(given.folder, given.of, given.only)
-        return 0
+        return save(given.folder, given.of, given.only)
     if given.command == "compare":
         return compare(given.before, given.after)
     return (timed if given.command == "time" else started)(given.commit, given.rounds)
