@@ -16,9 +16,10 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Two test processes with one thread each: small networks gain nothing from more. Tests start hundreds of processes, which
+# Two test processes with one thread each: small networks gain nothing from more. Each begins with one half of the tests
+# (worksteal), so that fixtures of a file are made once. Tests start hundreds of processes, which
 # would compile the package each time if the environment disabled bytecode files.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=12 --durations-min=5
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=12 --durations-min=5
 
 help:
 	@echo 'make demo                assess the bundled network, offline, in about a minute, and print the path of the report'
