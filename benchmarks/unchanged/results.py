@@ -110,7 +110,7 @@ rules:
   energy: {action: flag}
   squeezing: {action: label_only}
 """
-_VARIES = re.compile(r"(_s|_at|wall|cpu|time|seconds|version|digest|started|finished|code|command|path|run)$")
+_VARIES = re.compile(r"(_s|_at|wall|cpu|time|version|digest|started|finished|code|command|path|run)$|seconds")
 """keys whose values differ from run to run or from version to version"""
 
 _INPUTS = ("net.py", "texts.csv", "rows.npz", "others.npz", "split.npz", "stream.npz", "drill.npz")
