@@ -33,8 +33,9 @@ MODULES = (
     "holdfast.io.limited.tables",
     "holdfast.io.limited.weights",
     "holdfast.runs.engine.worker",
+    "holdfast.server.server_worker",
 )
-"""modules that are imported once; none starts a thread"""
+"""modules that are imported once, if their libraries are installed; none starts a thread"""
 _LENGTH = struct.Struct("<Q")
 _MOST_FILES = 32
 """largest number of open files that a process is given"""
@@ -177,7 +178,8 @@ sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
 from importlib import import_module
 import fork_server
 for name in {MODULES!r}:
-    import_module(name)
+    with fork_server.suppress(ImportError):
+        import_module(name)
 del sys.path[0]
 fork_server.run_as_main(fork_server.serve(sys.argv[1]))
 """
@@ -227,8 +229,7 @@ class ForkServer:
 
     def Popen(self, command, **options):
         """A process that runs a command of the form `python -P -c CODE …`."""
-        if command[:3] != [sys.executable, "-P", "-c"] or "server_worker" in command[3]:
-            return subprocess.Popen(command, **options)
+        assert command[:3] == [sys.executable, "-P", "-c"]
         return Copy(self._connected(), command, **options)
 
     def run(self, command, *, input, stdout, stderr, env, timeout, check):
