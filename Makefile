@@ -1,6 +1,6 @@
 # Everything is installed into .venv, which is created on first use and updated only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serve demo-loop test check static docs quick slow fuzz bench gpu benchmarks-page check-servers figures bundled lock data clean
+.PHONY: help demo demo-serve demo-loop test test-slow check static docs quick slow fuzz bench gpu benchmarks-page check-servers figures bundled lock data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -16,17 +16,19 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Two test processes with one thread each: small networks gain nothing from more. Tests start hundreds of processes, which
+# Two test processes with one thread each: small networks gain nothing from more. Each begins with one half of the tests
+# (worksteal), so that fixtures of a file are made once. Tests start hundreds of processes, which
 # would compile the package each time if the environment disabled bytecode files.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=12 --durations-min=5
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=12 --durations-min=5
 
 help:
 	@echo 'make demo                assess the bundled network, offline, in about a minute, and print the path of the report'
 	@echo 'make demo-serve          serve the bundled network with a guard, and print the command that attacks it'
 	@echo 'make demo-loop           attack a served network, let it be hardened and replaced, and attack it again, in five minutes'
-	@echo 'make test [HASHES=1]     all checks and tests (about 35 minutes on two cores)'
-	@echo 'make check               format, lint, types, layers, documentation, quick tests (about 7 minutes)'
-	@echo 'make quick               quick tests only (about 8 minutes)'
+	@echo 'make test [HASHES=1]     all checks, and all tests but the following (about 17 minutes on two cores)'
+	@echo 'make test-slow           tests of tutorials, browsers, Ray clusters, damaged files and the gallery (about 7 minutes)'
+	@echo 'make check               format, lint, types, layers, documentation, quick tests (about 6 minutes)'
+	@echo 'make quick               quick tests only (about 4 minutes)'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds until it is stopped'
 	@echo 'make bench [PEERS=dir]   run the benchmarks and write dated records'
@@ -103,7 +105,10 @@ quick: $(DEV)
 	$(PYTEST) -m 'not slow and not gpu'
 
 slow: $(DEV)
-	$(PYTEST) -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not long and not gpu'
+
+test-slow: $(DEV)
+	$(PYTEST) -m 'long and slow and not gpu'
 
 # ARGS='onnx pt2 --mutations 1000': those formats only, and that many files of each.
 fuzz: $(DEV)

@@ -1,6 +1,8 @@
 """What every test stands on: fixed examples for the properties, one thread, and the real data where it is."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,12 +14,18 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 import gc
 import pkgutil
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from shelf import Shelf
+
 ROOT = Path(__file__).resolve().parents[1]
+STARTING = ("holdfast.io.limited.calling", "holdfast.runs.engine.children")
+"""modules that start processes"""
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("fixed")
@@ -52,6 +60,40 @@ def data_folder() -> Path:
 def models_folder() -> Path:
     """Real networks of other people (`HOLDFAST_MODELS`); the test is skipped where they are absent."""
     return _folder("HOLDFAST_MODELS", "models")
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Shelf"]:
+    """Finished runs that tests read, made once for all processes of the tests. A test must not change them."""
+    from shelf import Shelf
+
+    root = tmp_path_factory.getbasetemp()
+    shared = Shelf((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shelf")
+    yield shared
+    shared.refuse_changes()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _copies_of_a_process() -> Iterator[None]:
+    """Start limited processes and workers as copies of one that has imported torch; `new_processes` undoes this."""
+    if sys.platform != "linux":
+        yield
+        return
+    from fork_server import ForkServer
+
+    server = ForkServer()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in STARTING:
+            patch.setattr(f"{module}.subprocess", server)
+        yield
+    server.close()
+
+
+@pytest.fixture
+def new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start limited processes and workers as users do, by a new process of Python."""
+    for module in STARTING:
+        monkeypatch.setattr(f"{module}.subprocess", subprocess)
 
 
 @pytest.fixture

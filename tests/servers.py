@@ -55,7 +55,7 @@ class Server:
         self.script, self.dies_after, self.most = list(script), dies_after, most
         self.form = form
         self.refuses, self.delay, self.key = refuses, delay, key
-        self.refused, self.under_way, self.most_under_way, self._counting = 0, 0, 0, threading.Lock()
+        self.refused, self.under_way, self.most_under_way, self.counting = 0, 0, 0, threading.Lock()
         tensors = metadata or FLOATS
         self.metadata = {
             "name": "small",
@@ -81,14 +81,14 @@ class Server:
     @contextlib.contextmanager
     def counted(self):
         """While a request is under way."""
-        with self._counting:
+        with self.counting:
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
         try:
             time.sleep(self.delay)
             yield
         finally:
-            with self._counting:
+            with self.counting:
                 self.under_way -= 1
 
     def url(self, path="/v2/models/small"):
@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body):
         rows = self.given(body)
-        with self.served._counting:
+        with self.served.counting:
             self.served.rows += np.asarray(rows).reshape(len(rows), -1).tolist()
             self.served.sizes.append(len(rows))
             self.served.bodies.append(body)

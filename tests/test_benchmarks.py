@@ -67,12 +67,12 @@ def test_the_rate_beyond_the_references_own_is_over_all_pairs_of_runs():
         return [torch.tensor([c == "." for c in code]) for code in broken]
 
     theirs, mine = runs("xx..", "x..."), runs("x...", "x..x")
-    assert standard._rate(theirs, mine) == 12.5  # one of four, in two of the four pairs
-    assert standard._own_rate(theirs) == 12.5
-    assert standard._own_rate(theirs[:1]) == 0.0
+    assert standard.broken_rate(theirs, mine) == 12.5  # one of four, in two of the four pairs
+    assert standard.own_rate(theirs) == 12.5
+    assert standard.own_rate(theirs[:1]) == 0.0
     same = runs("xx..", "xx..", "xx..")
-    assert standard._jackknifed(same, same) == 0.0
-    assert standard._jackknifed([*theirs, *theirs[:1]], [*mine, *mine[:1]]) > 0
+    assert standard.jackknifed(same, same) == 0.0
+    assert standard.jackknifed([*theirs, *theirs[:1]], [*mine, *mine[:1]]) > 0
 
 
 def test_the_measurement_on_an_accelerator_records_what_it_has_even_if_a_part_fails_or_is_late(tmp_path):

@@ -15,6 +15,7 @@ FILES = {"pt2": 60, "run": 80, "yaml": 120}
 """how many are damaged of the formats that take long; of others 160"""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_damaged_file_is_opened_or_refused_within_its_limits(form, tmp_path):

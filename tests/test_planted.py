@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from holdfast.attacks import PGD
+from holdfast.attacks import PGD, pgd
 from holdfast.attacks.parts import ascent
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -158,17 +158,15 @@ def test_restarts_that_forget_are_seen():
         laws.breaks_all_that_a_weaker_one_breaks(Forgetful(1), Forgetful(3), Linf)
 
 
-# --- bugs in what attacks stand on
+# --- bugs in what attacks stand on: the owner, the name and the wrong value of an attribute
 
 
-def moves_feasible_points(monkeypatch):
+def moves_feasible_points():
     project = Linf.project
-    monkeypatch.setattr(
-        Linf, "project", lambda self, x_adv, x, box: x + 0.999 * (project(self, x_adv, x, box) - x)
-    )
+    return (Linf, "project", lambda self, x_adv, x, box: x + 0.999 * (project(self, x_adv, x, box) - x))
 
 
-def box_after_ball(monkeypatch):
+def box_after_ball():
     """The usual shortcut: shrink to the ball, then clamp; inside, yet not the nearest point."""
 
     def shortcut(self, x_adv, x, box):
@@ -176,63 +174,61 @@ def box_after_ball(monkeypatch):
         size = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
         return box.clamp(x + delta * (self.eps / size).clamp_max(1))
 
-    monkeypatch.setattr(L2, "project", shortcut)
+    return (L2, "project", shortcut)
 
 
-def no_box(monkeypatch):
-    monkeypatch.setattr(Linf, "project", lambda self, x_adv, x, box: x_adv.clamp(x - self.eps, x + self.eps))
+def no_box():
+    return (Linf, "project", lambda self, x_adv, x, box: x_adv.clamp(x - self.eps, x + self.eps))
 
 
-def sign_step_under_l2(monkeypatch):
-    monkeypatch.setattr(L2, "steepest", Linf.steepest)
+def sign_step_under_l2():
+    return (L2, "steepest", Linf.steepest)
 
 
-def gaussian_start_outside(monkeypatch):
+def gaussian_start_outside():
     def sample(self, batch, bounds, rng):
         return batch.x + self.eps * rng.normal(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
 
-    monkeypatch.setattr(L2, "sample", sample)
+    return (L2, "sample", sample)
 
 
-def batch_wide_radius(monkeypatch):
+def batch_wide_radius():
     within = L1.within
-    monkeypatch.setattr(
+    return (
         L1,
         "within",
         lambda self, x_adv, x, box, radius: within(self, x_adv, x, box, radius.amax().expand_as(radius)),
     )
 
 
-def seed_by_position(monkeypatch):
+def seed_by_position():
     bits = Draws.bits
-    monkeypatch.setattr(Draws, "bits", lambda self, ids, *shape: bits(self, torch.arange(len(ids)), *shape))
+    return (Draws, "bits", lambda self, ids, *shape: bits(self, torch.arange(len(ids)), *shape))
 
 
-def seed_by_batch_size(monkeypatch):
+def seed_by_batch_size():
     bits = Draws.bits
-    monkeypatch.setattr(
-        Draws, "bits", lambda self, ids, *shape: bits(Draws(self.key ^ len(ids)), ids, *shape)
-    )
+    return (Draws, "bits", lambda self, ids, *shape: bits(Draws(self.key ^ len(ids)), ids, *shape))
 
 
-def last_iterate(monkeypatch):
-    monkeypatch.setattr("holdfast.attacks.pgd.ascend", partial(ascent.ascend, keep="last"))
+def last_iterate():
+    return (pgd, "ascend", partial(ascent.ascend, keep="last"))
 
 
-def margin_over_the_wrong_axis(monkeypatch):
+def margin_over_the_wrong_axis():
     def margin(logits, batch):
         own = logits.gather(1, batch.y[:, None])[:, 0]
         return own - logits.amax(0)[: len(batch)].amax()
 
-    monkeypatch.setattr(ascent, "margin", margin)
+    return (ascent, "margin", margin)
 
 
-def margin_upside_down(monkeypatch):
+def margin_upside_down():
     margin = ascent.margin
-    monkeypatch.setattr(ascent, "margin", lambda logits, batch: -margin(logits, batch))
+    return (ascent, "margin", lambda logits, batch: -margin(logits, batch))
 
 
-def one_query_too_many(monkeypatch):
+def one_query_too_many():
     start = Metered.__init__
 
     def generous(self, model, batch, threat):
@@ -243,14 +239,14 @@ def one_query_too_many(monkeypatch):
             threat if threat.queries is None else replace(threat, queries=threat.queries + 1),
         )
 
-    monkeypatch.setattr(Metered, "__init__", generous)
+    return (Metered, "__init__", generous)
 
 
-def forgets_when_cut_short(monkeypatch):
-    monkeypatch.setattr(Metered, "adversarial", lambda self: self._batch.x.clone())
+def forgets_when_cut_short():
+    return (Metered, "adversarial", lambda self: self._batch.x.clone())
 
 
-def believes_the_attack(monkeypatch):
+def believes_the_attack():
     """The harness takes whatever comes back from an attack for a success."""
     judged = verdict.votes
 
@@ -258,7 +254,7 @@ def believes_the_attack(monkeypatch):
         logits, right, fresh = judged(target, batch, x, seen)
         return (logits, right, fresh) if x is batch.x else (logits, right * 0, fresh * 0)
 
-    monkeypatch.setattr(verdict, "votes", believing)
+    return (verdict, "votes", believing)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +283,7 @@ def believes_the_attack(monkeypatch):
 )
 def test_a_planted_bug_breaks_its_law(plant, law, monkeypatch):
     law()
-    plant(monkeypatch)
+    monkeypatch.setattr(*plant())
     with pytest.raises(AssertionError):
         law()
 

@@ -18,7 +18,7 @@ from reports import made
 FOLDER = Path(__file__).parent / "browser"
 HOSTILE = "<script>alert(1)</script><img src=//example.invalid/x onerror=alert(2)>"
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [pytest.mark.browser, pytest.mark.long, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def page(name):
     return (TUTORIALS / f"{name}.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_block_of_hardening_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -38,6 +39,7 @@ def test_every_block_of_hardening_runs(tmp_path, monkeypatch):
     assert (tmp_path / "hardened" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_block_of_the_page_on_own_recipes_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -50,6 +52,7 @@ def test_every_block_of_the_page_on_own_recipes_runs(tmp_path, monkeypatch):
     assert (tmp_path / "curve.csv").read_text().count("\n") == 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_code_on_training_data_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -59,6 +62,7 @@ def test_the_code_on_training_data_runs(tmp_path, monkeypatch):
         exec(compile(block, "training-data.md", "exec"), names)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -80,6 +84,7 @@ def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -100,6 +105,7 @@ def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     assert [one.name for one in pool.ledger.members if one.state == "candidate"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
     testing = pytest.importorskip("fastapi.testclient")
@@ -137,6 +143,7 @@ def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
     assert first.answers == {pool.pseudonym("alice"): 1} and second.answers == {pool.pseudonym("bob"): 1}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_block_of_estimators_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("skops")
@@ -150,6 +157,7 @@ def test_every_block_of_estimators_runs(tmp_path, monkeypatch, capsys):
         assert run(shlex.split(line)) == 0, (line, capsys.readouterr().out)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_command_of_audit_membership_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -164,6 +172,7 @@ def test_every_command_of_audit_membership_runs(tmp_path, monkeypatch, capsys):
     assert rates[0] > 0.6 and rates[1] > 0.6 and rates[2] < 0.1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_block_of_tables_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
@@ -200,6 +209,7 @@ def test_every_block_of_text_runs(tmp_path, monkeypatch, capsys):
     exec(compile(code, "text.md", "exec"), {})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_block_of_keras_runs(tmp_path):
     """In a process of its own, for the back end is chosen when keras is imported; in one, for that takes seconds."""
@@ -225,6 +235,7 @@ raise SystemExit(run({shlex.split(line)!r}))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_service_of_served_models_answers_as_its_commands_expect(tmp_path, monkeypatch):
     testing = pytest.importorskip("fastapi.testclient")
@@ -245,6 +256,7 @@ def test_the_service_of_served_models_answers_as_its_commands_expect(tmp_path, m
         assert (np.argmax(answer["predictions"], 1) == arrays["y"]).mean() > 0.85
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_commands_of_backdoors_run(tmp_path, monkeypatch, capsys):
     """On 8 x 8 images instead of MNIST, and without the audit itself, whose controls are trained for minutes."""
@@ -276,6 +288,7 @@ def test_the_commands_of_backdoors_run(tmp_path, monkeypatch, capsys):
     assert "the given trigger no longer works" in (tmp_path / "repaired" / "card.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_generator_with_a_backdoor_samples_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

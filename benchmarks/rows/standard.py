@@ -30,13 +30,13 @@ def measured() -> Outcome:
         except Absent as why:
             notes.append(f"{name}: {why}")
             continue
-        missed, own = _rate(theirs, mine), _own_rate(theirs)
+        missed, own = broken_rate(theirs, mine), own_rate(theirs)
         if len(theirs) == 1:
             notes.append(f"{name}: one seed, so the reference's own rate is not known and counts as 0")
         table.append({
             "setting": name, "seeds": len(theirs), **cells, "missed, points": missed, "reference's own, points": own,
-            "only ours broke, points": _rate(mine, theirs),
-            **({"standard error of the excess": _jackknifed(theirs, mine)} if len(theirs) > 2 else {}),
+            "only ours broke, points": broken_rate(mine, theirs),
+            **({"standard error of the excess": jackknifed(theirs, mine)} if len(theirs) > 2 else {}),
         })  # fmt: skip
         claims.append(
             Claim(f"{name}: missed beyond the reference's own rate, points <= 0.1", missed - own, 0.1)
@@ -86,21 +86,21 @@ def _verdicts(case: Case, sha256: str) -> dict[str, Any]:
     return known
 
 
-def _rate(broke: list[torch.Tensor], missed: list[torch.Tensor]) -> float:
+def broken_rate(broke: list[torch.Tensor], missed: list[torch.Tensor]) -> float:
     """Points of examples that one run of `broke` breaks and one of `missed` does not, over all pairs."""
     return mean(_missed(a, b) for a, b in product(broke, missed))
 
 
-def _own_rate(theirs: list[torch.Tensor]) -> float:
+def own_rate(theirs: list[torch.Tensor]) -> float:
     """The same between the reference's own runs; 0 where there is only one."""
     return mean(_missed(a, b) for a, b in permutations(theirs, 2)) if len(theirs) > 1 else 0.0
 
 
-def _jackknifed(theirs: list[torch.Tensor], mine: list[torch.Tensor]) -> float:
+def jackknifed(theirs: list[torch.Tensor], mine: list[torch.Tensor]) -> float:
     """Standard error of the rate beyond the reference's own, a run of each side left out in turn; as many of both."""
     n = len(theirs)
     kept = [(theirs[:k] + theirs[k + 1 :], mine[:k] + mine[k + 1 :]) for k in range(n)]
-    return math.sqrt(n - 1) * pstdev(_rate(r, o) - _own_rate(r) for r, o in kept)
+    return math.sqrt(n - 1) * pstdev(broken_rate(r, o) - own_rate(r) for r, o in kept)
 
 
 def _missed(reference: torch.Tensor, other: torch.Tensor) -> float:

@@ -300,6 +300,7 @@ def test_an_untrained_control_is_left_out_and_named(batch, folder, sizes, poison
     assert "p" not in fewer.facts and any("Give 1 more network that" in reason for reason in fewer.reasons)
 
 
+@pytest.mark.slow
 def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch):
     monkeypatch.setattr(measurements, "GROUP", 2)
     asked, model = request(batch, folder), Classifier(trained(100, poisoned=True))
@@ -320,6 +321,7 @@ def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, mo
     assert searched[:3] == [(0, 1), (2, 3), (2, 3)] and (0, 1) not in searched[1:]
 
 
+@pytest.mark.slow
 def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, monkeypatch):
     cache = SizeCache(tmp_path / "sizes.json")
     asked = request(batch, folder, sizes=cache)
@@ -423,6 +425,7 @@ def arrays(batch):
     return batch.x.numpy(), batch.y.numpy()
 
 
+@pytest.mark.slow
 def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monkeypatch, capsys):
     from holdfast.cli.app import run as command
     from holdfast.io.data.trigger_files import read_trigger

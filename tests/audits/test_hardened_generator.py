@@ -81,6 +81,7 @@ def hardened(place, factory="make", recipe="robust-gan", **settings):
     )
 
 
+@pytest.mark.slow
 def test_the_card_has_both_audits_and_the_file_is_opened_again(place, tmp_path):
     result = hardened(place, gates=["latent_sensitivity <= 9"])
     facts = result.after.facts
@@ -99,6 +100,7 @@ def test_the_card_has_both_audits_and_the_file_is_opened_again(place, tmp_path):
     assert audit.metrics["frechet"].value == pytest.approx(facts["after"]["frechet"])
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_same_generator(place, tmp_path, monkeypatch):
     whole = hardened(place, run=tmp_path / "whole")
 

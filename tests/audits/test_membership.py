@@ -265,6 +265,7 @@ def test_the_table_has_a_column_for_the_chosen_rate_and_only_examples_that_are_f
     assert not any(table["title"].startswith("Most exposed") for table in nothing["tables"])
 
 
+@pytest.mark.slow
 def test_the_training_of_a_hardened_folder_is_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (x, y), (x_test, y_test) = examples(800), examples(100, 1)
@@ -527,6 +528,7 @@ def in_a_process(arguments):
     return subprocess.run([sys.executable, "-P", "-m", "holdfast", *arguments], check=False).returncode
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_worker_and_a_cluster_leave_the_bytes_of_one_process(in_folder):
     pytest.importorskip("ray", reason='Ray is not installed: pip install "holdfast-ml[scale]"')

@@ -374,6 +374,7 @@ def test_trusted_examples_of_other_classes_or_shapes_are_refused(data):
         with_trusted(batch_of(x, y), batch_of(x, y))
 
 
+@pytest.mark.slow
 def test_the_command_writes_suspects_and_judges_the_gate(data, trusted, tmp_path, capsys):
     x, y, rows = stamped(*data, 60)
     np.savez(tmp_path / "train.npz", x_train=x, y_train=y, x_test=trusted[0], y_test=trusted[1])

@@ -220,6 +220,7 @@ def folder(tmp_path_factory):
     return hardened, place
 
 
+@pytest.mark.slow
 def test_harden_returns_an_ensemble_that_opens_from_its_folder_without_code(folder, tmp_path):
     hardened, place = folder
     assert hardened.folder is not None and holdfast.verify(hardened.folder).complete
@@ -240,6 +241,7 @@ def test_harden_returns_an_ensemble_that_opens_from_its_folder_without_code(fold
     assert assessed.evidence["certified"].tolist() == result.evidence["certified"][:50].tolist()
 
 
+@pytest.mark.slow
 def test_an_ensemble_with_other_members_is_refused(folder, tmp_path):
     import safetensors
     from safetensors.torch import load_file, save_file

@@ -32,13 +32,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A pool that was collected and has a generator, and what was said of that."""
-    path = tmp_path_factory.mktemp("made") / "pool"
-    assert run([*COLLECT, "--run", str(path)]) == 0
-    assert run(["rotate", "train", str(path), *QUICK]) == 0
-    return path
+def make_pool(folder):
+    """Collect a pool that has a generator."""
+    assert run([*COLLECT, "--run", str(folder / "pool")]) == 0
+    assert run(["rotate", "train", str(folder / "pool"), *QUICK]) == 0
+
+
+@pytest.fixture
+def made(shelf):
+    return shelf.folder("pool", make_pool) / "pool"
 
 
 @pytest.fixture

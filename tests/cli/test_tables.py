@@ -123,6 +123,7 @@ def test_rules_are_drafted_from_the_data(capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["make", "forest", "lightgbm"])
 def test_a_model_with_categories_is_assessed_by_rules(factory, capsys):
     if factory != "make":
@@ -141,6 +142,7 @@ def test_a_model_with_categories_is_assessed_by_rules(factory, capsys):
     assert json.loads(Path("again.json").read_text())["metrics"] == report["metrics"]
 
 
+@pytest.mark.slow
 def test_a_target_class_is_given_by_its_name(capsys):
     drafted(country={"cost": 0.1})
     assert assess("model.py:make", threat="table:rules.yaml,goal=targeted:no") == 0
@@ -161,6 +163,7 @@ def test_doctor_checks_a_model_with_categories_by_rules(capsys):
     assert "accuracy is 100.0%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_network_is_assessed_and_hardened_by_rules():
     drafted(age={"change": "none"})
     frame = pd.read_csv("payments.csv").fillna({"age": 1})
@@ -178,6 +181,7 @@ def test_a_network_is_assessed_and_hardened_by_rules():
     assert card["threat"] == "table:rules.yaml,eps=0.1"
 
 
+@pytest.mark.slow
 def test_changed_rules_do_not_continue_a_run(capsys):
     drafted()
     assert assess("model.py:make", "--run", "run") == 0

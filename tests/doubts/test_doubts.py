@@ -148,6 +148,7 @@ def raised(module, **options):
     return {doubt.name for doubt in findings(module, **options).doubts if doubt.state == "raised"}
 
 
+@pytest.mark.slow
 def test_an_honest_network_raises_nothing(net):
     result = findings(net)
     assert [doubt.name for doubt in result.doubts] == [

@@ -74,6 +74,7 @@ def test_a_model_is_explained(stored):
     assert holdfast.report(folder).explain(3).title == result.explain(3).title
 
 
+@pytest.mark.slow
 def test_a_run_with_random_transformations_is_explained_by_their_mean(tmp_path):
     result = holdfast.assess(
         "mnist-cnn", "mnist-mini", "linf:0.1", "quick", n=10, doubts=False, transform="rotate=15", run=tmp_path / "a"
@@ -89,10 +90,10 @@ def run_of_several(name, run):
     return run
 
 
-@pytest.fixture(scope="module")
-def composed(tmp_path_factory):
+@pytest.fixture
+def composed(shelf):
     """A run of an ensemble."""
-    return run_of_several("ensemble:mean", tmp_path_factory.mktemp("composed") / "run")
+    return shelf.folder("ensemble", lambda folder: run_of_several("ensemble:mean", folder / "run")) / "run"
 
 
 def test_an_ensemble_is_opened_from_its_run(composed):

@@ -290,7 +290,7 @@ def test_folders_that_cannot_be_imported_are_refused(tmp_path: Path, folder: Pat
         {"y": np.arange(1)},
         {"y": np.zeros(100_001, np.uint8)},
         {"height": 33},
-        {"height": 16_000, "width": 16_000},
+        pytest.param({"height": 16_000, "width": 16_000}, marks=pytest.mark.slow),  # 256 million pixels
     ],
 )
 def test_archives_of_strips_that_are_not_as_expected_are_refused(

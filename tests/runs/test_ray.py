@@ -34,9 +34,12 @@ from runs.test_workers import Broken, Deadly, Greedy, asked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = RayOptions(timeout_s=180.0)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"
+    ),
+    pytest.mark.long,
+]
 
 
 @pytest.fixture(scope="session")

@@ -251,7 +251,7 @@ class Talkative(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_pipes_of_a_worker_are_its_own(one, tmp_path, monkeypatch):
+def test_pipes_of_a_worker_are_its_own(one, tmp_path, monkeypatch, new_processes):
     (tmp_path / "sitecustomize.py").write_text("print('printed by Python before the worker starts')\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))

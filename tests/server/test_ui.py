@@ -340,6 +340,7 @@ def test_traffic_is_the_difference_of_samples(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.long
 def test_the_page_in_a_browser(browser, tmp_path):
     server = supervisor(tmp_path, flagged=flagged(tmp_path / "inputs", 6), reloadable=True)
     add_key(tmp_path / "keys.json", HOSTILE[0], ["infer"])

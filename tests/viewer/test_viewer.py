@@ -381,6 +381,7 @@ def test_code_that_opens_the_weights_of_a_run_is_not_run_from_its_folder(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.long
 def test_the_pages_in_a_browser(browser, runs, tmp_path, concluded):
     pytest.importorskip("cryptography")
     _others(runs)

@@ -38,7 +38,9 @@ class KolmogorovSmirnov:
     def update(self, batch: Signals) -> Alarm | None:
         """Add the signals of further samples, and return the first alarm among them, if there is one."""
         for window in self.windows.completed(batch):
-            p = np.array([_p_value(a, b) for a, b in zip(self._sorted.T, window.values.T, strict=True)])
+            p = np.array(
+                [two_sample_p_value(a, b) for a, b in zip(self._sorted.T, window.values.T, strict=True)]
+            )
             limit = self.alpha * WINDOW / HORIZON / len(p)
             column = int(p.argmin())
             if p[column] <= limit:
@@ -52,7 +54,7 @@ class KolmogorovSmirnov:
         return None
 
 
-def _p_value(ordered: Array, window: Array) -> float:
+def two_sample_p_value(ordered: Array, window: Array) -> float:
     """The asymptotic p-value, which is not below the exact one for continuous columns, and larger with ties."""
     from scipy.special import kolmogorov
 

@@ -66,7 +66,7 @@ class ConformalMartingale:
             rates = np.array((*RATES, min(RATES[0], 1 / self._n)))[:, None, None]
             mean = self._wealth.mean(2, keepdims=True)
             stakes = (1 - rates) * self._wealth + rates * mean
-            self._wealth = stakes * _factors(self._p_values(row, tie))
+            self._wealth = stakes * betting_factors(self.p_values(row, tie))
             wealth = self._wealth.sum((0, 2))
             column = int(wealth.argmax())
             if wealth[column] >= limit:
@@ -74,7 +74,7 @@ class ConformalMartingale:
                 return Alarm(self._n, self.reference.names[column], self.reference.view_of(column), evidence)
         return None
 
-    def _p_values(self, row: Array, ties: Array) -> Array:
+    def p_values(self, row: Array, ties: Array) -> Array:
         """Smoothed p-value of a sample for each column. It is then a part of the values."""
         p = np.empty(len(row))
         for column, value in enumerate(row.tolist()):
@@ -85,7 +85,7 @@ class ConformalMartingale:
         return p
 
 
-def _factors(p: Array) -> Array:
+def betting_factors(p: Array) -> Array:
     """Factors (columns, bets) of the stakes for p-values (columns,). Each has the mean 1 for uniform p-values."""
     small, large = p.clip(_SMALLEST), (1 - p).clip(_SMALLEST)
     return np.stack([np.ones_like(p), 1.5 - p, 0.5 + p, 0.5 / np.sqrt(small), 0.5 / np.sqrt(large)], axis=1)

@@ -49,13 +49,13 @@ class MMD:
             sample = self.reference.at(order.argsort()[:WINDOW].numpy())
             for view, columns in self.reference.views.items():
                 points = np.concatenate([sample.values[:, columns], window.values[:, columns]])
-                p = _p_value(points, len(sample), rng.at("permutations", view))
+                p = permutation_p_value(points, len(sample), rng.at("permutations", view))
                 if p <= limit:
                     return Alarm(self.windows.n_tested, view, view, f"p = {p:.2g}, at most {limit:.2g}")
         return None
 
 
-def _p_value(points: Array, n: int, rng: Draws) -> float:
+def permutation_p_value(points: Array, n: int, rng: Draws) -> float:
     """p-value of the hypothesis that the first `n` points have the distribution of the others."""
     x = torch.from_numpy(points).double()
     distances = torch.cdist(x, x)
