@@ -104,13 +104,13 @@ def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp
     sent = []
     prepared = replace(setup(tmp_path).worker, monitor=reference())
     worker = server_worker.Worker(
-        prepared, None, lambda kind, content: sent.append(kind), mmap(-1, MEMORY_BYTES)
+        prepared, None, lambda kind, content: sent.append(content["type"]), mmap(-1, MEMORY_BYTES)
     )
     for name in ("a", "b"):
         worker.reservoir.add([outcome(samples(1), name)])
         worker.report()
     worker.batcher.close()
-    assert sent == [b"T", b"M", b"T"]
+    assert sent == ["Report", "Observations", "Report"]
 
 
 def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(monkeypatch):

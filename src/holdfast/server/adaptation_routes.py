@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from holdfast.server.canary import Candidate
+from holdfast.server.generation import Candidate
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey
 from holdfast.server.protocol_v2 import JSON, compact
@@ -50,7 +50,7 @@ def answer(content: Mapping[str, Any], status: int = 200) -> Response:
 
 def adaptation_routes(supervisor: Supervisor, reading: Permitted, changing: Permitted) -> list[Route]:
     """Return the routes. `reading` and `changing` decide whether a request is permitted."""
-    adaptations, canary = supervisor.adaptations, supervisor.canary
+    adaptations, weights = supervisor.adaptations, supervisor.weights
 
     async def runs(request: Request) -> Response:
         reading(request, "adapt", "approve")
@@ -71,12 +71,12 @@ def adaptation_routes(supervisor: Supervisor, reading: Permitted, changing: Perm
         model, digest = body.get("model"), body.get("digest")
         if not isinstance(model, str) or not isinstance(digest, str):
             raise Refused(400, "model (the path of a file) or digest (that of the model in it) is missing")
-        canary.request(Candidate(run, model, digest))
+        weights.request_canary(Candidate(run, model, digest))
         return answer({"requested": True}, 202)
 
     async def end(request: Request) -> Response:
         changing(request, "adapt")
-        canary.end("requested by the operator")
+        weights.end_canary("requested by the operator")
         return answer({"requested": True}, 202)
 
     async def reload(request: Request) -> Response:

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.adaptation.server_state import Approval
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey
-from holdfast.server.swapping import Record
+from holdfast.server.served_weights import Record
 
 HELD_S = 60.0
 """seconds after its last sign of life for which a run holds the server"""

@@ -3,11 +3,9 @@
 import socket
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -32,6 +30,7 @@ from holdfast.server.operator_authentication import (
 from holdfast.server.protocol_v2 import JSON, compact
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.ui import ui_routes
+from holdfast.server.uvicorn_server import UvicornServer
 from holdfast.server.whole_messages import ASGIApplication
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -72,7 +71,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIAppli
     """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope of the
     request.
     """
-    sessions, access = OperatorSessions(keys), _Access(supervisor.setup.admin_hosts, keys)
+    sessions, access = OperatorSessions(keys), _Access(supervisor.setup.worker.admin_hosts, keys)
     permitted, changing = access.permitted, access.changing
 
     async def metrics(request: Request) -> Response:
@@ -126,17 +125,9 @@ class AdminServer:
     """The operator's port, served by a thread of the supervisor."""
 
     def __init__(self, supervisor: Supervisor, listener: socket.socket, keys: KeyFile | None) -> None:
-        config = uvicorn.Config(
-            admin_application(supervisor, keys),
-            http=limited_protocol(_CONNECTIONS, _HEADER_S, MOST_BODY, errors=ErrorLog()),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-        self._server, self._listener = _Quiet(config), listener
+        protocol = limited_protocol(_CONNECTIONS, _HEADER_S, MOST_BODY, errors=ErrorLog())
+        self._server = UvicornServer.of(admin_application(supervisor, keys), protocol)
+        self._listener = listener
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}, name="admin", daemon=True
         )
@@ -159,12 +150,3 @@ class AdminServer:
         if self._thread.is_alive():
             self._thread.join()
         self._listener.close()
-
-
-class _Quiet(uvicorn.Server):
-    """A server of uvicorn that leaves signals to the supervisor."""
-
-    @contextmanager
-    def capture_signals(self) -> Any:
-        """Do not handle signals."""
-        yield

@@ -2,7 +2,6 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
 
 from holdfast.server.answering_requests import ServedSet
 
@@ -22,8 +21,8 @@ class AnswerCounts:
             counts[principal] = counts.get(principal, 0) + rows
         self.arrived.set()
 
-    def taken(self) -> list[list[Any]]:
+    def taken(self) -> list[tuple[str, int, dict[str, int]]]:
         """Return name of the set, epoch and numbers by principal since the last call, and begin at zero again."""
         with self._lock:
             counts, self._counts = self._counts, {}
-        return [[name, epoch, principals] for (name, epoch), principals in counts.items()]
+        return [(name, epoch, principals) for (name, epoch), principals in counts.items()]

@@ -26,7 +26,7 @@ from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Signals
 from holdfast.monitoring.watching import Watch
 from holdfast.runs.engine.progress import Notify
-from holdfast.server.swapping import Record, lower_priority
+from holdfast.server.served_weights import Record, lower_priority
 from holdfast.server.telemetry import Telemetry
 
 DECISIVE = ("martingale",)
