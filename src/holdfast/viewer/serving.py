@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from holdfast.server.host_names import HostNames
 from holdfast.server.http_refusals import Refused
+from holdfast.server.page_shell import page_headers
 from holdfast.server.uvicorn_server import UvicornServer
 from holdfast.server.worker_processes import bound_socket
 from holdfast.viewer.pages import NoPage, Site
@@ -22,19 +23,9 @@ HOST = "127.0.0.1"
 """the only address of the server, because the pages have no login"""
 _PAUSE_S = 5.0
 """pause between two searches for new runs"""
-_POLICY = (
-    "default-src 'none'; style-src {style}; img-src data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
-)
-_HEADERS = {
-    "content-security-policy": _POLICY.format(style="'self'"),
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
-# a report contains its style sheet, and a policy with its hash that is stricter than this one
-_REPORT_HEADERS = _HEADERS | {"content-security-policy": _POLICY.format(style="'unsafe-inline'")}
+_HEADERS = page_headers()
+_REPORT_HEADERS = page_headers("'unsafe-inline'")
+"""headers of a report, which contains its style sheet, and a policy with its hash that is stricter than this one"""
 
 
 def site_application(site: Site) -> Starlette:
