@@ -2,7 +2,6 @@
 that arrive later.
 """
 
-import base64
 import math
 import queue
 import threading
@@ -26,6 +25,7 @@ from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Signals
 from holdfast.monitoring.watching import Watch
 from holdfast.runs.engine.progress import Notify
+from holdfast.server.messages import Observations
 from holdfast.server.served_weights import Record, lower_priority
 from holdfast.server.telemetry import Telemetry
 
@@ -97,23 +97,23 @@ class LiveMonitor:
 
     # --- what workers report
 
-    def received(self, content: Mapping[str, Any], *, canary: bool) -> None:
+    def received(self, seen: Observations, *, canary: bool) -> None:
         """Take the report of a worker. The samples of a canary are not tested."""
         with self._lock:
-            for request, classes, confidences, flagged in content["predictions"]:
-                entry = _Remembered([int(k) for k in classes], [float(c) for c in confidences])
-                self._forget(str(request))
-                self._remembered[str(request)] = entry
+            for request, classes, confidences, flagged in seen.predictions:
+                entry = _Remembered(classes, confidences)
+                self._forget(request)
+                self._remembered[request] = entry
                 self._remembered_inputs += len(entry.classes)
                 self._requests += 1
-                self._flagged += bool(flagged)
+                self._flagged += flagged
                 if not canary:
                     self._confidences.extend(entry.confidences)
             while max(len(self._remembered), self._remembered_inputs) > _REMEMBERED:
                 self._forget(next(iter(self._remembered)))
-        if content["signals"] and not canary and not self._changing:
+        if seen.signals and not canary and not self._changing:
             names, views = self.reference.signals.names, self.reference.signals.views
-            values = np.frombuffer(base64.b64decode(content["signals"]), "<f8")
+            values = np.frombuffer(seen.signals, "<f8")
             try:
                 self._inbox.put_nowait(Signals(names, values.reshape(-1, len(names)), views))
             except queue.Full:

@@ -7,7 +7,7 @@ must not unpickle what a worker sends, which parses the requests of clients.
 import json
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -133,16 +133,38 @@ class Report(Struct, tag=True, frozen=True):
     """seconds since the last probe of readiness; None before the first one"""
 
 
-class Observations(Struct, tag=True, frozen=True):
-    """What the monitor compares with its reference and with labels; see `Reservoir.taken`."""
+Prediction = tuple[str, Sequence[int], Sequence[float], bool]
+"""name of a request, its predicted classes, their confidences, and whether the guard flagged it"""
 
-    content: dict[str, Any]
+
+class Observations(Struct, tag=True, frozen=True):
+    """What the monitor compares with its reference and with labels."""
+
+    signals: bytes
+    """signals of sampled inputs, row by row, as 64-bit numbers: 32 bits round probabilities near 1"""
+    predictions: Sequence[Prediction]
+    left_out: int = 0
+    """number of further requests"""
 
 
 class Samples(Struct, tag=True, frozen=True):
-    """The sampled inputs; see `SampledInputs.content`."""
+    """The sampled inputs, with one value in each sequence for each input."""
 
-    content: dict[str, Any]
+    number: int
+    """that of the question"""
+    shape: Sequence[int]
+    """shape of all inputs (n, *features)"""
+    x: bytes
+    """their values as 32-bit numbers"""
+    principals: Sequence[str]
+    ages: Sequence[float]
+    """seconds since they arrived"""
+    requests: Sequence[tuple[str, int]]
+    """name of the request, and row of the input in it"""
+    sets: Sequence[str]
+    """name of the set that answered"""
+    failed: Sequence[bool]
+    """whether the model failed"""
 
 
 class Drained(Struct, tag=True, frozen=True):

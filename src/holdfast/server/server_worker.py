@@ -312,8 +312,8 @@ class Worker:
         if self.reservoir is None or time.monotonic() < self._next_observed_s:
             return
         self._next_observed_s = time.monotonic() + _REPORT_S
-        if (content := self.reservoir.taken()) is not None:
-            self.send(messages.Observations(content))
+        if (observations := self.reservoir.taken()) is not None:
+            self.send(observations)
 
     def _observe(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         assert self.reservoir is not None, "there is a monitor"
@@ -488,7 +488,7 @@ def _take(worker: Worker, message: messages.ToWorker) -> None:
         case messages.AnnounceEnd():
             worker.announce_end()
         case messages.SendSamples():
-            worker.send(messages.Samples({"number": message.number, **worker.sampled.content()}))
+            worker.send(worker.sampled.answer(message.number))
         case messages.SampleInputs():
             worker.sampled.limit(message.most_bytes)
         case messages.Drain():

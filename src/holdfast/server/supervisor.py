@@ -261,9 +261,9 @@ class Supervisor:
                 self.weights.unusable(worker, notice.epoch, notice.reason)
             case messages.Observations():
                 if self.live is not None:
-                    self.live.received(notice.content, canary=worker.generation.candidate is not None)
+                    self.live.received(notice, canary=worker.generation.candidate is not None)
             case messages.Samples():
-                self.sampled.received(notice.content)
+                self.sampled.received(notice)
             case messages.Drained():
                 worker.drained = True
 
