@@ -58,7 +58,7 @@ _DISCARDED = 4
 """largest size of what is read of it, in multiples of the largest body"""
 _READ = "read"
 """key in the state of a request whose body was read"""
-_REASONS = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
+REASONS = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
 
 
 @dataclass(eq=False)
@@ -268,7 +268,7 @@ class ServedModel:
     async def of_http(self, request: Request, error: Exception) -> Response:
         """Return the response for a path or a method that does not exist."""
         assert isinstance(error, HTTPException)
-        reason = _REASONS.get(error.status_code, "the request is not valid")
+        reason = REASONS.get(error.status_code, "the request is not valid")
         headers = dict(error.headers or {})
         return await self.refused(request, replace_reason(error.status_code, reason, headers))
 
