@@ -149,7 +149,6 @@ def test_runs_hold_the_server_one_at_a_time():
     with pytest.raises(Refused, match="does not wait"):
         adaptations.approve("b", approved=True, by="operator")
     assert [run["approval"] for run in adaptations.runs()] == ["rejected", None]
-    adaptations.poll()
     facts = {"run": "b", "approved": False, "principal": "~operator", "own": False}
     assert records[-1] == ("approval", facts)
     for run, step, facts in (

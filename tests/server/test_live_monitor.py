@@ -149,7 +149,6 @@ def test_shifted_requests_raise_an_alarm_and_those_of_a_canary_do_not(live):
     live.received(content, canary=False)
     until(lambda: live.summary()["alarmed"] == ["martingale"])
     until(lambda: any("alarm of martingale" in text for text in live.warnings))
-    live.poll()
     assert ("alarm", "martingale") in [(kind, facts["test"]) for kind, facts in live.records]
     live.restart()
     assert live.summary()["stream"]["n"] == 0 and live.summary()["verdict"] == "no alarm"

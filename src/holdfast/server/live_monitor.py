@@ -50,7 +50,7 @@ class _Remembered:
 
 
 class LiveMonitor:
-    """The tests and the labelled predictions of a server. All methods may be called by any thread."""
+    """The tests and the labelled predictions of a server. All methods may be called by any thread, as `record` is."""
 
     def __init__(
         self,
@@ -69,7 +69,6 @@ class LiveMonitor:
         self._inbox: queue.Queue[Signals | None] = queue.Queue(_WAITING)
         self._changing = self._renewing = False
         self._powers: dict[str, Power] = {}
-        self._owed: list[tuple[str, dict[str, Any]]] = []
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._remembered_inputs = 0
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
@@ -181,9 +180,7 @@ class LiveMonitor:
                 where = f"{line(alarm.signal)} ({alarm.evidence})"  # with names of columns of a file
                 text = f"alarm of {name} after {alarm.after} samples, on {where}"
                 self._warn(f"note: {text}")
-                with self._lock:
-                    facts = {"test": name, "after": alarm.after, "signal": alarm.signal}
-                    self._owed.append(("alarm", facts))
+                self._record("alarm", test=name, after=alarm.after, signal=alarm.signal)
 
     def _measure_power(self) -> None:
         lower_priority()
@@ -193,13 +190,6 @@ class LiveMonitor:
             if self._closed or powers is not self._powers:
                 return
             powers[name] = watch.power(name)
-
-    def poll(self) -> None:
-        """Write alarms to the audit chain. Called by the supervisor."""
-        with self._lock:
-            owed, self._owed = self._owed, []
-        for kind, facts in owed:
-            self._record(kind, **facts)
 
     def close(self) -> None:
         """End the threads. May be called several times."""
@@ -213,7 +203,7 @@ class LiveMonitor:
     def restart(self) -> None:
         """Restart all tests, as after a change of the model."""
         with self._lock:
-            self._owed.append(("monitor", {"state": "restarted", "after": self._watch.n}))
+            self._record("monitor", state="restarted", after=self._watch.n)
             self._begin()
             self._confidences.clear()
 

@@ -29,6 +29,7 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.guard.detectors.features import LastFeatures
 from holdfast.guard.guard import GuardPipeline
+from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.released_scores import release_of
 from holdfast.guard.states.sqlite import SQLiteState
@@ -102,29 +103,11 @@ class Worker:
         self._row_s, self._beat_s = 0.0, math.inf
         self._leaving, self._last = threading.Event(), False
         self._lost, self._observed = 0, (0, 0)
-        self.chain = (
-            None if chain is None else ChainFile(chain, fail_open=settings.on_audit_failure == "answer")
-        )
-        audit: Audit = NoAudit()
-        if self.chain is not None:
-            assert setup.audit_key is not None
-            audit = ChainAudit(self.chain, setup.audit_key)
+        fail_open = settings.on_audit_failure == "answer"
+        self.chain = None if chain is None else ChainFile(chain, fail_open=fail_open)
         keys = setup.keys
         self._limits = None if keys is None else SQLiteState(keys.with_name(f"{keys.name}.quota"))
-        self.answering = Answerer(
-            ServedSet(self._pristine, setup.set_name, 1),
-            setup.guard(opened.guard_digest),
-            audit,
-            None if self._limits is None else Quotas(self._limits),
-            self.telemetry,
-            settings.on_guard_failure == "answer",
-            self.ledger.add if setup.rotating else lambda served, principal, rows: None,
-            self.device,
-            self.errors,
-            logged=partial(log_requests, setup.audit_key),
-            features=LastFeatures(self._pristine.net, setup.monitor.layer if setup.monitor else None),
-            release=release_of(settings.scores),
-        )
+        self.answering = self._answerer(setup.guard(opened.guard_digest))
         guard = self.answering.guard
         self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
         self.batcher: Batcher[Job, Answer] = Batcher(
@@ -154,6 +137,28 @@ class Worker:
             self.answering.timing = self.served.timing = self.profile
         self.served.readiness.checks = self._checks()
         self.server = self._server()
+
+    def _answerer(self, guard: RequestGuard) -> Answerer:
+        """Return the function that answers batches with this guard."""
+        setup = self.setup
+        audit: Audit = NoAudit()
+        if self.chain is not None:
+            assert setup.audit_key is not None
+            audit = ChainAudit(self.chain, setup.audit_key)
+        return Answerer(
+            ServedSet(self._pristine, setup.set_name, 1),
+            guard,
+            audit,
+            None if self._limits is None else Quotas(self._limits),
+            self.telemetry,
+            setup.settings.on_guard_failure == "answer",
+            self.ledger.add if setup.rotating else lambda served, principal, rows: None,
+            self.device,
+            self.errors,
+            logged=partial(log_requests, setup.audit_key),
+            features=LastFeatures(self._pristine.net, setup.monitor.layer if setup.monitor else None),
+            release=release_of(setup.settings.scores),
+        )
 
     def _checks(self) -> list[Check]:
         """Return the checks of the audit chain, of the states of the guard and of limits, and of the model."""

@@ -84,8 +84,9 @@ class Supervisor:
             self._warn,
         )
         key = setup.worker.audit_key
+        self._records: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self.adaptations = Adaptations(
-            self._record,
+            self._record_soon,
             key.pseudonym if key else str,
             keys=setup.worker.keys,
             single_operator=setup.settings.single_operator,
@@ -95,7 +96,7 @@ class Supervisor:
         self.live = (
             None
             if monitor is None
-            else LiveMonitor(monitor, self._record, self.telemetry, self._warn, setup.renewed)
+            else LiveMonitor(monitor, self._record_soon, self.telemetry, self._warn, setup.renewed)
         )
         self._monitored = setup.worker.digest
         self._drain_s = seconds(setup.settings.drain, "drain")
@@ -207,10 +208,11 @@ class Supervisor:
         if not self._stopping and (self._started or self.setup.pool is not None):
             self.weights.poll(self.adaptations.holder)
             self._follow_model()
-        self.adaptations.poll()
         self._sample()
-        if self.live is not None:
-            self.live.poll()
+        with suppress(queue.Empty):
+            while True:
+                kind, facts = self._records.get_nowait()
+                self._record(kind, **facts)
         if self._listener is not None:
             self.weights.stand_in_for_workers(self._listener, stopping=self._stopping)
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
@@ -387,6 +389,10 @@ class Supervisor:
                 self._audit.record(kind, **facts)
             except TargetError as error:
                 self._warn(f"note: {error}")
+
+    def _record_soon(self, kind: str, **facts: Any) -> None:
+        """Add a record with the next step, as another thread may not write to the chain."""
+        self._records.put((kind, facts))
 
     def _sample(self) -> None:
         """Let the workers sample inputs while a run of `holdfast adapt` holds the server, and forget them after it."""
