@@ -17,9 +17,8 @@ from holdfast.core.model import Classifier
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel
-from holdfast.server.server_setup import ServerSetup, WorkerSetup
+from holdfast.server.server_setup import ServerSettings, ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
-from holdfast.settings.serve_settings import ServerSettings
 
 
 class Loading:

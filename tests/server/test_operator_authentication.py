@@ -15,10 +15,9 @@ from holdfast.io.remote.operator_port import OperatorPort, Refusal, Unanswered
 from holdfast.server.admin import AdminServer
 from holdfast.server.keys import KeyFile, add_key, revoke_key
 from holdfast.server.operator_authentication import OperatorSessions
-from holdfast.server.server_setup import ServerSetup, WorkerSetup
+from holdfast.server.server_setup import ServerSettings, ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.worker_processes import bound_socket
-from holdfast.settings.serve_settings import ServerSettings
 
 
 def opened():

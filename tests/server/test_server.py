@@ -19,9 +19,8 @@ from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel, no_rules
-from holdfast.server.server_setup import HUNG_S, ServerSetup, WorkerSetup
+from holdfast.server.server_setup import HUNG_S, ServerSettings, ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
-from holdfast.settings.serve_settings import ServerSettings
 from waiting import until
 
 from .small import FEATURES, network, pool, request

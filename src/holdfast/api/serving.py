@@ -35,11 +35,11 @@ from holdfast.server.keys import read_keys
 from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.proxy import UpstreamModel
-from holdfast.server.server_setup import HUNG_S, ServerSetup, WorkerSetup
+from holdfast.server.server_setup import HUNG_S, ServerSettings, ServerSetup, WorkerSetup
 from holdfast.settings.grammar import parse_every, seconds
 from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.guard_settings import read_guard_settings
-from holdfast.settings.serve_settings import RequestLimits, ServerSettings
+from holdfast.settings.serve_settings import RequestLimits
 from holdfast.settings.values import address_of
 
 _BUNDLED_SHAPE = (1, 28, 28)

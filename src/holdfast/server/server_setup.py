@@ -13,10 +13,14 @@ from holdfast.server.host_names import HostNames
 from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.protocol_v2 import Signature
-from holdfast.settings.serve_settings import ServerSettings, is_public
+from holdfast.settings.serve_settings import ProxySettings, RequestLimits, ServeOptions, is_public
 
 HUNG_S = 30.0
 """least number of seconds without progress after which a worker is replaced"""
+
+
+class ServerSettings(RequestLimits, ProxySettings, ServeOptions):
+    """The settings of `holdfast serve` that a running server reads. Those of its model are only used to open it."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from mmap import mmap
 from pathlib import Path
@@ -36,7 +37,6 @@ from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.rotation.live import loaded
 from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
 from holdfast.server import messages
-from holdfast.server.answer_counts import AnswerCounts
 from holdfast.server.answering_requests import (
     Answer,
     Answerer,
@@ -87,6 +87,28 @@ _OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
+
+
+@dataclass(eq=False)
+class AnswerCounts:
+    """Numbers of answered inputs by epoch and principal since the last report, for the ledger of the pool."""
+
+    arrived: threading.Event = field(default_factory=threading.Event)
+    _counts: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, served: ServedSet, principal: str, rows: int) -> None:
+        """Count the answers to one request. May be called by any thread."""
+        with self._lock:
+            counts = self._counts.setdefault((served.name, served.epoch), {})
+            counts[principal] = counts.get(principal, 0) + rows
+        self.arrived.set()
+
+    def taken(self) -> list[tuple[str, int, dict[str, int]]]:
+        """Return name of the set, epoch and numbers by principal since the last call, and begin at zero again."""
+        with self._lock:
+            counts, self._counts = self._counts, {}
+        return [(name, epoch, principals) for (name, epoch), principals in counts.items()]
 
 
 class Worker:

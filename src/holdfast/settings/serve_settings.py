@@ -252,10 +252,6 @@ class RequestLimits(SettingGroup):
     )
 
 
-class ServerSettings(RequestLimits, ProxySettings, ServeOptions):
-    """The settings of `holdfast serve` that a running server reads. Those of its model are only used to open it."""
-
-
 def _trigger(value: object, field: ValidationInfo) -> object:
     if isinstance(value, str) and value not in (ALARM, NOW):
         try:
