@@ -14,11 +14,11 @@ from benchmarks.load import Seen
 from benchmarks.networks import network
 from benchmarks.throughput import Contestant
 from holdfast.core.model import Classifier
-from holdfast.server.app import ConnectionLimits
 from holdfast.server.audit_chain import AuditKey
+from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel
-from holdfast.server.server_worker import ServingSetup
-from holdfast.server.supervisor import ServerSetup, Supervisor
+from holdfast.server.server_setup import ServerSettings, ServerSetup, WorkerSetup
+from holdfast.server.supervisor import Supervisor
 
 
 class Loading:
@@ -50,21 +50,23 @@ def _opened(name: str) -> LoadedModel:
 
 
 def setup(
-    folder: Path, name: str, shape: tuple[int, ...], *, audited: bool = True, **settings: object
+    folder: Path,
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    audited: bool = True,
+    pool: LivePool | None = None,
+    profile: bool = False,
+    **more: object,
 ) -> ServerSetup:
     """The setup of a server of a network with one worker, whose audit is in a folder."""
     audit = folder / "audit" if audited else None
-    pool = settings.pop("pool", None)
-    worker = ServingSetup(
-        partial(_opened, name),
-        name,
-        shape,
-        threads=1,
-        limits=ConnectionLimits(max_latency_s=5.0),
-        audit_key=None if audit is None else AuditKey.of(audit),
-        **settings,
+    settings = ServerSettings(
+        port=0, max_latency="5s", audit=None if audit is None else str(audit), profile=profile
     )
-    return ServerSetup(worker, port=0, pool=pool, audit=audit)
+    key = None if audit is None else AuditKey.of(audit)
+    worker = WorkerSetup(partial(_opened, name), name, shape, settings, threads=1, audit_key=key, **more)
+    return ServerSetup(worker, pool)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -94,7 +93,7 @@ def _monitored(folder: Path) -> Iterator[tuple[Contestant, LiveMonitor]]:
     reference = live_reference(Monitor(model=NAME, reference="mnist-mini"))
     folder.mkdir()
     prepared = setup(folder, NAME, SHAPE, set_name="file", monitor=reference)
-    with running(replace(prepared, monitor=reference)) as server:
+    with running(prepared) as server:
         monitor = server.live
         assert monitor is not None
         until = time.monotonic() + _POWER_S

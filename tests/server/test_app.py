@@ -21,7 +21,7 @@ from holdfast.guard.protocol import NoRules
 from holdfast.guard.released_scores import release_of
 from holdfast.guard.rules import InputSchema, Rule
 from holdfast.server.answering_requests import Answerer, ChainAudit, ServedSet
-from holdfast.server.app import ConnectionLimits, ServedModel, application
+from holdfast.server.app import ServedModel, application
 from holdfast.server.audit_chain import AuditKey, ChainFile
 from holdfast.server.batching import Batcher
 from holdfast.server.error_log import ErrorLog, shown
@@ -29,6 +29,7 @@ from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.openapi import openapi_document
 from holdfast.server.profile import OTHER, PARTS, PROFILED, WALL, Profile, profile_text
 from holdfast.server.telemetry import MetricTotals, Telemetry
+from holdfast.settings.serve_settings import RequestLimits
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request
 
@@ -75,7 +76,7 @@ class Here:
             Batcher(self.answering, max_rows=8, max_latency_s=5.0),
             keys,
             None,
-            limits or ConnectionLimits(),
+            limits or RequestLimits(),
         )
         self.app = application(self.served)
 
@@ -226,7 +227,7 @@ def test_a_slow_body_is_refused_and_the_connection_closed():
         yield b"{"
         await asyncio.sleep(10)
 
-    response = Here(limits=ConnectionLimits(body_timeout_s=0.02))("POST", INFER, headers=JSON, content=slow())
+    response = Here(limits=RequestLimits(body_timeout="0.02s"))("POST", INFER, headers=JSON, content=slow())
     assert error(response) == (408, "the body did not arrive in time")
     assert response.headers["connection"] == "close"
 

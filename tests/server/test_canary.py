@@ -1,5 +1,7 @@
 """A candidate serves as a canary beside the served model, and runs of `holdfast adapt` hold the server."""
 
+import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -11,10 +13,11 @@ from holdfast.api.verb_settings import Doctor
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.canary import Canary
+from holdfast.server.generation import Generation
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.supervisor import Supervisor
+from holdfast.server.traffic import SetCounts
 from holdfast.server.worker_processes import bound_socket
 from waiting import until
 
@@ -43,8 +46,8 @@ class Operator:
         return self.client.get("/status").json()
 
     def canary(self, state):
-        until(lambda: self.server.canary.status()["state"] == state)
-        return self.server.canary.status()
+        until(lambda: self.server.status()["canary"]["state"] == state)
+        return self.server.status()["canary"]
 
 
 @pytest.fixture
@@ -87,10 +90,10 @@ def test_a_canary_answers_a_share_and_ends_without_a_failed_request(tmp_path, op
         until(lambda: operator.status()["sets"][name]["requests"] > 20)
         sets = operator.status()["sets"]
         assert sets.keys() == {name, ready.worker.set_name} and sets[name]["model_failures"] == 0
-        worker = next(each for each in server._workers if each.canary)
-        worker.child.process.kill()
+        worker = next(each for each in operator.status()["workers"] if each["set"] == name)
+        os.kill(worker["pid"], signal.SIGKILL)
         assert "ended with status" in operator.canary("failed")["reason"]
-        assert len(server._workers) == 2  # and it is not replaced
+        assert len(operator.status()["workers"]) == 2  # and it is not replaced
         assert operator.status()["sets"][name]["requests"] > 20
         load.failures.clear()  # connections to the killed process
         operator.post("/canary", run="a", **new)
@@ -126,7 +129,7 @@ def test_candidates_that_cannot_serve(tmp_path, operated):
             assert operator.post("/canary", run="a", **body).status_code == 202
             assert reason in operator.canary("failed")["reason"]
         assert operator.post("/canary", run="a", model=1, digest="").status_code == 400
-        assert server.not_ready() == {} and len(server._workers) == 1
+        assert server.not_ready() == {} and len(operator.status()["workers"]) == 1
 
 
 def test_runs_hold_the_server_one_at_a_time():
@@ -146,7 +149,6 @@ def test_runs_hold_the_server_one_at_a_time():
     with pytest.raises(Refused, match="does not wait"):
         adaptations.approve("b", approved=True, by="operator")
     assert [run["approval"] for run in adaptations.runs()] == ["rejected", None]
-    adaptations.poll()
     facts = {"run": "b", "approved": False, "principal": "~operator", "own": False}
     assert records[-1] == ("approval", facts)
     for run, step, facts in (
@@ -162,28 +164,31 @@ def test_runs_hold_the_server_one_at_a_time():
 
 
 def test_requests_are_counted_for_the_set_of_a_pool_that_served():
-    workers = [SimpleNamespace(name=name, set_name="") for name in ("one", "two")]
-    counted = {"one": 0.0, "two": 0.0}
+    def worker(name, serves):
+        return SimpleNamespace(name=name, generation=serves, set_name=serves.name)
 
-    class Totals:
-        def of(self, worker):
-            return {("holdfast_requests_total", ("200",)): (counted[worker],)}
+    def swap(name):
+        counts.follow(Generation(name))
+        for each in workers:
+            each.set_name = each.generation.name
 
-    ignored = [lambda *_, **__: None] * 4
-    canary = Canary(workers, Totals(), *ignored, None, "", lambda: None)
-    canary.follow("first")
-    counted |= {"one": 3.0, "two": 4.0}
-    assert canary.sets()["first"]["requests"] == 7
-    canary.follow("second")
+    def requests():
+        return {name: each["requests"] for name, each in counts.sums().items()}
+
+    workers = [worker(name, Generation("first")) for name in ("one", "two")]
+    counted = {"one": 3.0, "two": 4.0, "three": 2.0}
+    values = {("holdfast_requests_total", ("200",)): counted}
+    totals = SimpleNamespace(of=lambda name: {key: (each[name],) for key, each in values.items()})
+    counts = SetCounts(totals, workers)
+    assert requests() == {"first": 7}
+    swap("second")
     counted["one"] += 5
-    canary.left(workers.pop(1), "it died")
-    workers.append(SimpleNamespace(name="three", set_name=""))
-    counted["three"] = 2.0
-    canary.follow("second")
-    assert {name: counts["requests"] for name, counts in canary.sets().items()} == {"first": 7, "second": 7}
+    counts.left(workers.pop(1))
+    workers.append(worker("three", workers[0].generation))
+    assert requests() == {"first": 7, "second": 7}
     for k in range(60):
-        canary.follow(f"set {k}")
-    assert len(canary.sets()) == 51, "the newest are kept"
+        swap(f"set {k}")
+    assert len(requests()) == 51, "the newest are kept"
 
 
 def test_requests_of_the_operator(tmp_path, operated):

@@ -10,10 +10,11 @@ import uvicorn
 
 from holdfast.guard.protocol import NoRules
 from holdfast.server.answering_requests import Answerer, ServedSet
-from holdfast.server.app import ConnectionLimits, ServedModel, application
+from holdfast.server.app import ServedModel, application
 from holdfast.server.batching import Batcher
 from holdfast.server.connections import JoinedWrites, limited_protocol
 from holdfast.server.error_log import LOGGER
+from holdfast.settings.serve_settings import RequestLimits
 
 from .small import SIGNATURE, network
 
@@ -27,7 +28,7 @@ async def serving(
     """The port of a server in this loop."""
     answer = Answerer(ServedSet(network(), "s", 1), NoRules())
     batcher = Batcher(answer, max_rows=8, max_latency_s=5.0)
-    served = ServedModel(SIGNATURE, batcher, limits=limits or ConnectionLimits())
+    served = ServedModel(SIGNATURE, batcher, limits=limits or RequestLimits())
     protocol = limited_protocol(most, header_timeout_s, served.max_body, refused, write_timeout_s)
     config = uvicorn.Config(
         application(served), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False

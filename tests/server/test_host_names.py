@@ -49,12 +49,12 @@ def test_only_names_that_are_no_public_names_are_accepted():
 def test_both_ports_refuse_other_names():
     here = Here()
     operator = SimpleNamespace(
-        setup=SimpleNamespace(admin_hosts=HostNames(), flagged=None),
+        setup=SimpleNamespace(worker=SimpleNamespace(admin_hosts=HostNames()), flagged=None),
         totals=SimpleNamespace(text=lambda: b""),
         status=dict,
         request_swap=pytest.fail,
         adaptations=None,
-        canary=None,
+        weights=None,
     )
 
     def status(app, method, path, host, **content):
@@ -92,13 +92,20 @@ def test_the_names_follow_from_the_addresses_and_from_the_setting(tmp_path):
         ]
 
     local = setup()
-    assert accepted(local.worker.hosts) == accepted(local.admin_hosts) == ["x", "0.0.0.0"]
+    assert accepted(local.worker.hosts) == accepted(local.worker.admin_hosts) == ["x", "0.0.0.0"]
     named = setup(accepted_hosts=["Model.example"])
-    assert accepted(named.worker.hosts) == accepted(named.admin_hosts) == ["x", "model.example", "0.0.0.0"]
+    assert (
+        accepted(named.worker.hosts)
+        == accepted(named.worker.admin_hosts)
+        == ["x", "model.example", "0.0.0.0"]
+    )
     add_key(tmp_path / "keys", "alice", ["infer"])
     public = {"host": "0.0.0.0", "keys": str(tmp_path / "keys")}
     everyone = setup(**public)
-    assert len(accepted(everyone.worker.hosts)) == 4 and accepted(everyone.admin_hosts) == ["x", "0.0.0.0"]
+    assert len(accepted(everyone.worker.hosts)) == 4 and accepted(everyone.worker.admin_hosts) == [
+        "x",
+        "0.0.0.0",
+    ]
     assert "evil.example" not in accepted(setup(**public, accepted_hosts=["model.example"]).worker.hosts)
     for name in ("a:80", "*.example", "http://a", "a b", "[::1]"):
         with pytest.raises(UsageError, match="accepted_hosts is .*; a host name without a port"):

@@ -1,6 +1,5 @@
 """The monitor of a running server: samples of requests, alarms, labels, and what is refused."""
 
-import base64
 import json
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from holdfast.server import server_worker
 from holdfast.server.answering_requests import Answer, Job, Outcome
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.live_monitor import LiveMonitor
+from holdfast.server.messages import Observations, decoded_by_supervisor
 from holdfast.server.reservoir import Reservoir
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
 from waiting import until
@@ -31,6 +31,7 @@ from waiting import until
 from .small import CLASSES, FEATURES, network, request
 from .test_canary import Operator
 from .test_reloading import contents, prepared
+from .test_sampled_inputs import received
 from .test_server import JSON, running, setup
 
 
@@ -72,7 +73,7 @@ def reported(x, names, action=Action.ALLOW):
     reservoir.add(
         [outcome(row[None], name, action) for row, name in zip(x, names, strict=True)],
     )
-    return json.loads(json.dumps(reservoir.taken()))
+    return received(reservoir.taken())
 
 
 def test_a_worker_samples_few_inputs_and_reports_each_prediction():
@@ -82,9 +83,9 @@ def test_a_worker_samples_few_inputs_and_reports_each_prediction():
             [outcome(x[4 * k : 4 * k + 2], f"r{k}"), Outcome(Job(Incoming(x, "c", "lost")))],
         )
     content = reservoir.taken()
-    n = len(base64.b64decode(content["signals"])) // 8 // len(reference().signals.names)
-    assert 1 <= n < 40 and len(content["predictions"]) == 50 and content["left_out"] == 0
-    name, classes, confidences, flagged = content["predictions"][3]
+    n = len(content.signals) // 8 // len(reference().signals.names)
+    assert 1 <= n < 40 and len(content.predictions) == 50 and content.left_out == 0
+    name, classes, confidences, flagged = content.predictions[3]
     best = network()(x[12:14]).softmax(1).max(1)
     assert (name, classes, flagged) == ("r3", best.indices.tolist(), False)
     assert confidences == pytest.approx(best.values.tolist(), abs=1e-5)
@@ -96,7 +97,7 @@ def test_too_many_requests_are_left_out_and_counted():
     for k in range(45):
         reservoir.add([outcome(samples(1), f"{k}.{i}") for i in range(50)])
     content = reservoir.taken()
-    assert (len(content["predictions"]), content["left_out"]) == (2000, 250)
+    assert (len(content.predictions), content.left_out) == (2000, 250)
 
 
 def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp_path, monkeypatch):
@@ -104,13 +105,13 @@ def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp
     sent = []
     prepared = replace(setup(tmp_path).worker, monitor=reference())
     worker = server_worker.Worker(
-        prepared, None, lambda kind, content: sent.append(kind), mmap(-1, MEMORY_BYTES)
+        prepared, None, lambda kind, content: sent.append(content["type"]), mmap(-1, MEMORY_BYTES)
     )
     for name in ("a", "b"):
         worker.reservoir.add([outcome(samples(1), name)])
         worker.report()
     worker.batcher.close()
-    assert sent == [b"T", b"M", b"T"]
+    assert sent == ["Report", "Observations", "Report"]
 
 
 def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(monkeypatch):
@@ -148,7 +149,6 @@ def test_shifted_requests_raise_an_alarm_and_those_of_a_canary_do_not(live):
     live.received(content, canary=False)
     until(lambda: live.summary()["alarmed"] == ["martingale"])
     until(lambda: any("alarm of martingale" in text for text in live.warnings))
-    live.poll()
     assert ("alarm", "martingale") in [(kind, facts["test"]) for kind, facts in live.records]
     live.restart()
     assert live.summary()["stream"]["n"] == 0 and live.summary()["verdict"] == "no alarm"
@@ -178,17 +178,19 @@ def test_predictions_of_large_requests_are_forgotten_earlier(live, monkeypatch):
     monkeypatch.setattr("holdfast.server.live_monitor._REMEMBERED", 10)
     for name in "abc":
         entry = [name, [0] * 4, [0.5] * 4, False]
-        live.received({"predictions": [entry, entry], "signals": ""}, canary=False)
+        live.received(Observations(b"", [entry, entry]), canary=False)
     assert list(live._remembered) == ["b", "c"]
     live.label({"b": [0] * 4})
-    live.received({"predictions": [["d", [0] * 6, [0.5] * 6, False]], "signals": ""}, canary=False)
+    live.received(Observations(b"", [("d", [0] * 6, [0.5] * 6, False)]), canary=False)
     assert list(live._remembered) == ["c", "d"]
 
 
 def test_a_report_that_is_invalid_raises(live):
-    for content in ({"predictions": [[1]], "signals": ""}, {"predictions": [], "signals": "AAAA"}):
-        with pytest.raises(ValueError, match="unpack|buffer"):
-            live.received(content, canary=False)
+    with pytest.raises(ValueError, match="buffer"):
+        live.received(Observations(b"abc", []), canary=False)
+    content = json.dumps({"type": "Observations", "signals": "", "predictions": [[1]]})
+    with pytest.raises(ValueError, match="Expected"):
+        decoded_by_supervisor(b"M" + content.encode())
 
 
 def deep(seed=0):
@@ -223,7 +225,7 @@ def test_a_change_of_embeddings_alone_raises_an_alarm(monkeypatch):
     assert "embeddings: feature 7" in compared.signals.names
     reservoir = Reservoir(compared)
     reservoir.add([outcome(samples(1), "r")])
-    assert reservoir.taken()["signals"] == "", "an input without its embedding is not sampled"
+    assert reservoir.taken().signals == b"", "an input without its embedding is not sampled"
     monitor = LiveMonitor(compared, lambda kind, **facts: None, Telemetry(), lambda text: None)
     monitor.start()
     try:

@@ -15,8 +15,8 @@ from holdfast.io.remote.operator_port import OperatorPort, Refusal, Unanswered
 from holdfast.server.admin import AdminServer
 from holdfast.server.keys import KeyFile, add_key, revoke_key
 from holdfast.server.operator_authentication import OperatorSessions
-from holdfast.server.server_worker import ServingSetup
-from holdfast.server.supervisor import ServerSetup, Supervisor
+from holdfast.server.server_setup import ServerSettings, ServerSetup, WorkerSetup
+from holdfast.server.supervisor import Supervisor
 from holdfast.server.worker_processes import bound_socket
 
 
@@ -29,8 +29,9 @@ class Server:
 
     def __init__(self, folder, *, keys=True, port=0, **settings):
         file = folder / "keys.json"
-        worker = ServingSetup(opened, "model", (4,), set_name="file", keys=file if keys else None)
-        self.supervisor = Supervisor(ServerSetup(worker, port=0, settings={"model": "m"}, **settings))
+        chosen = ServerSettings(keys=str(file) if keys else None, **settings)
+        worker = WorkerSetup(opened, "model", (4,), chosen, set_name="file")
+        self.supervisor = Supervisor(ServerSetup(worker, opening={"model": "m"}))
         listener = bound_socket("127.0.0.1", port)
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -391,7 +392,6 @@ def test_a_run_is_not_approved_with_a_key_that_posted_it(served, tmp_path):
         port, adaptations = OperatorPort(single.url, key), single.supervisor.adaptations
         adaptations._record = lambda kind, **facts: records.append((kind, facts))
         assert port.post("/approval", posted(port, "own"))["approved"] is True
-        adaptations.poll()
     assert records[-1] == ("approval", {"run": "own", "approved": True, "principal": "op", "own": True})
 
 

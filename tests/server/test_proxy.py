@@ -482,9 +482,9 @@ def test_the_guard_is_compared_with_the_upstream_model(tmp_path):
     flowers = Flowers()
     with listening(flowers.app) as url:
         worker = setup(tmp_path, f"{url}/v2/models/flowers", rules="{energy: {threshold: 0}}").worker
-        assert (worker.name, worker.version, worker.signature.classes) == ("flowers", "7", 3)
+        assert (worker.name, worker.signature.version, worker.signature.classes) == ("flowers", "7", 3)
         named = setup(tmp_path, f"{url}/v2/models/flowers/", name="plants", model_version="2").worker
-        assert (named.name, named.version) == ("plants", "2")
+        assert (named.name, named.signature.version) == ("plants", "2")
         wrong = {
             "inputs.dtype is float32, and the upstream model takes float64": {"dtype": "float32"},
             "set outputs to probability": {"outputs": "logit", "rules": "{energy: {threshold: 0}}"},
@@ -517,7 +517,7 @@ def test_workers_are_replaced_although_the_upstream_server_has_ended(tmp_path):
         assert httpx.post(proxy, json=_content(X)).status_code == 503
         os.kill(server.status()["workers"][0]["pid"], signal.SIGKILL)
         until(lambda: server.totals.value("holdfast_worker_restarts_total") == 1)
-        until(lambda: any(worker.ready for worker in server._workers))
+        until(lambda: server.status()["ready"])
         with listening(own.app, port):
             response = httpx.post(proxy, json=_content(X))
             assert torch.equal(scores(response).reshape(expected.shape), expected)

@@ -242,7 +242,8 @@ def test_a_lost_state_is_a_failing_check_also_where_it_refuses_no_request(tmp_pa
         check.run()
     worker.report()
     worker.batcher.close()
-    assert not sent[-1]["checks"]["state"]["refuses"] and "removed" in sent[-1]["checks"]["state"]["failure"]
+    state = sent[-1]["checks"]["state"]
+    assert not state["refuses"] and "removed" in state["failure"]
     assert worker.served.readiness.probe() == ""
 
 
@@ -307,7 +308,7 @@ def loaded_connection(address, stop, lost, answered):
 @pytest.mark.slow
 def test_no_request_is_lost_at_the_end_with_busy_connections_and_a_probe_every_second(tmp_path):
     lost, answered, probes, stop = [], [], [], threading.Event()
-    with running(setup(tmp_path, workers=2), drain_delay_s=1.0) as (server, url, _):
+    with running(setup(tmp_path, workers=2, drain_delay="1s")) as (server, url, _):
         threads = [
             threading.Thread(target=loaded_connection, args=(server.address, stop, lost, answered))
             for _ in range(8)
@@ -333,7 +334,8 @@ def test_no_request_is_lost_at_the_end_with_busy_connections_and_a_probe_every_s
 
 @pytest.mark.slow
 def test_a_reload_is_given_up_at_the_end_and_the_port_stays_open(tmp_path):
-    with running(setup(tmp_path, workers=2), drain_delay_s=100.0, reloadable=True) as (server, url, messages):
+    prepared = setup(tmp_path, workers=2, drain_delay="100s")
+    with running(prepared, reloadable=True) as (server, url, messages):
         server.request_swap("test")
         until(lambda: len(server.status()["workers"]) == 3)
         server.stop()

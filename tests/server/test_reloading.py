@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -24,10 +24,13 @@ from holdfast.core.model import Classifier
 from holdfast.guard.calibration import Calibration, write_calibration
 from holdfast.server import server_signals as signals
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.generation import Candidate, Generation, PoolSet
+from holdfast.server.http_refusals import Refused
 from holdfast.server.loaded_model import LoadedModel, refuse_damaged
-from holdfast.server.reloading import Reloading, ServedVersion
-from holdfast.server.server_worker import ServingSetup
-from holdfast.server.supervisor import ServerSetup, Supervisor
+from holdfast.server.messages import Opened, Prepare, decoded_by_worker
+from holdfast.server.served_weights import ServedWeights
+from holdfast.server.server_setup import ServerSetup, WorkerSetup
+from holdfast.server.supervisor import Supervisor
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.settings.guard_settings import read_guard_settings
 from waiting import until
@@ -116,6 +119,13 @@ def contents(folder, pattern):
     ]
 
 
+def most_workers(server, most):
+    """Note the largest number of workers until a reload is done."""
+    while server.status()["model"]["reload"] != "done":
+        most[0] = max(most[0], len(server.status()["workers"]))
+        time.sleep(0.002)
+
+
 @pytest.mark.slow
 def test_a_model_is_reloaded_under_load_and_an_unusable_or_unannounced_file_never_serves(tmp_path):
     ready, file = prepared(tmp_path, audit=str(tmp_path / "audit"), workers=2)
@@ -135,11 +145,13 @@ def test_a_model_is_reloaded_under_load_and_an_unusable_or_unannounced_file_neve
 
             answers(0)
             write(file, 1)
-            begin_worker, most = server._reloading._begin_worker, []
-            server._reloading._begin_worker = lambda: (most.append(len(server._workers)), begin_worker())[1]
+            most = [0]
+            watching = threading.Thread(target=most_workers, args=(server, most))
+            watching.start()
             status = reloaded("done")
+            watching.join()
             names[1] = status["set"]
-            assert status["epoch"] == 2 and names[1] != names[0] and most == [2, 2]
+            assert status["epoch"] == 2 and names[1] != names[0] and most == [3]
             assert [worker["set"] for worker in server.status()["workers"]] == [names[1]] * 2
             assert load.failures == []
 
@@ -153,7 +165,7 @@ def test_a_model_is_reloaded_under_load_and_an_unusable_or_unannounced_file_neve
             answers(1)
             assert load.answers[2] == 0
             names[2] = reloaded("done")["set"]
-            until(lambda: sum(worker.ready for worker in server._workers) == 2)
+            until(lambda: [worker["started"] for worker in server.status()["workers"]] == [True] * 2)
             assert server.totals.value("holdfast_reload_failing") == 0
             answers(2)
     # the requests of the killed worker, at most one of each client
@@ -183,14 +195,13 @@ def stuck():
 
 @pytest.mark.slow
 def test_a_worker_that_makes_no_progress_is_replaced_and_its_requests_are_interrupted(tmp_path):
-    ready = setup(tmp_path, hung_s=2.0, max_rows=1)
-    ready = replace(ready, worker=replace(ready.worker, opening=stuck))
+    ready = setup(tmp_path, opening=stuck, hung_s=2.0, max_rows=1)
     with running(ready) as (server, url, messages):
 
         def replaced(n):
             until(lambda: server.totals.value("holdfast_worker_hangs_total") >= n)
             until(lambda: server.totals.value("holdfast_worker_restarts_total") >= n)
-            until(lambda: any(worker.ready for worker in server._workers))
+            until(lambda: server.status()["ready"])
             assert httpx.post(url, content=request(X), headers=JSON).status_code == 200
 
         with pytest.raises(httpx.TransportError):
@@ -254,7 +265,7 @@ def test_a_damaged_model_is_refused():
 
 @pytest.mark.slow
 def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monkeypatch):
-    worker, terminal = ServingSetup(stuck, "small", (FEATURES,), set_name="file"), [True]
+    worker, terminal = WorkerSetup(stuck, "small", (FEATURES,), set_name="file"), [True]
     monkeypatch.setattr(signals, "has_terminal", lambda: terminal[0])
     monkeypatch.setattr(signals, "in_foreground", lambda: True)
     server = Supervisor(ServerSetup(worker, reloadable=True))
@@ -304,48 +315,70 @@ def test_sighup_directly_after_the_start_reloads_the_model_and_does_not_end_the_
 
 
 class Fake:
-    """A worker without a process."""
+    """A worker without a process. `process` and `child` are itself."""
 
-    def __init__(self):
-        self.generation, self.ready, self.retiring, self.error, self.sent, self.set_name = (
-            0,
-            True,
-            False,
-            None,
-            [],
-            "",
-        )
-        self.canary, self.child, self.process = False, self, self
+    def __init__(self, number, generation):
+        self.name, self.generation, self.ready, self.opened = f"worker-{number}", generation, True, False
+        self.retiring = self.drained = False
+        self.error, self.sent, self.killed = None, [], False
+        self.child = self.process = self
 
-    def send(self, content):
-        self.sent.append(content)
+    @property
+    def set_name(self):
+        return self.generation.name if self.opened else ""
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def retire(self):
+        self.retiring = True
 
     def kill(self):
         self.killed = True
 
 
-def reloading(n=2):
-    """The reloads of a server with fake workers, the messages, the metrics, and the records."""
-    workers, messages, records, telemetry = [Fake() for _ in range(n)], [], [], Telemetry()
+class Weights:
+    """The served weights of a server with fake workers, its messages, metrics and records."""
 
-    def begin():
-        workers.append(Fake())
-        return workers[-1]
+    def __init__(self, n=2):
+        self.workers, self.messages, self.records = [], [], []
+        self.telemetry, self.totals = Telemetry(), MetricTotals()
+        self.totals.follow("supervisor", self.telemetry.memory)
+        worker = WorkerSetup(stuck, "small", (FEATURES,), set_name="old", digest="old")
+        self.state = ServedWeights(
+            ServerSetup(worker, reloadable=True, opening={"model": "m.pt"}, candidate=lambda file: worker),
+            self.workers,
+            self.begin,
+            self.totals,
+            self.telemetry,
+            lambda kind, **facts: self.records.append((kind, facts)),
+            self.messages.append,
+            self.messages.append,
+        )
+        for _ in range(n):
+            self.state.opened(self.begin(self.state.serving), Opened("old", 3))
 
-    return (
-        Reloading(
-            ServedVersion("old", "old", classes=3),
-            workers,
-            telemetry,
-            lambda kind, **facts: records.append(facts),
-            messages.append,
-            messages.append,
-            begin_worker=begin,
-        ),
-        workers,
-        messages,
-        records,
-    )
+    def begin(self, generation, setup=None):
+        self.workers.append(Fake(len(self.workers), generation))
+        return self.workers[-1]
+
+    def poll(self):
+        """Take one step, and return the newest worker."""
+        self.state.poll("a")
+        return self.workers[-1]
+
+    def end(self, worker, cause=""):
+        """Let a worker end, and return whether no other one starts in its place."""
+        self.workers.remove(worker)
+        return self.state.left(worker, cause or str(worker.error))
+
+    @property
+    def reload(self):
+        return self.state.status({})["model"]
+
+    @property
+    def failing(self):
+        return self.totals.value("holdfast_reload_failing")
 
 
 @pytest.mark.parametrize(
@@ -353,55 +386,115 @@ def reloading(n=2):
     [("new", 4, "a model with 4 classes, and 3 are served"), ("new", 3, "")],
 )
 def test_the_first_worker_of_a_reload_announces_a_model_with_the_same_outputs(digest, classes, reason):
-    state, workers, messages, records = reloading()
-    state.request("a test")
-    state.poll()
-    assert state.testing and len(workers) == 3
-    new = workers[2]
-    state.opened(new, {"digest": digest, "classes": classes})
+    server = Weights()
+    server.state.request("a test")
+    new = server.poll()
+    assert server.state.testing and len(server.workers) == 3
+    server.state.opened(new, Opened(digest, classes))
     if reason:
-        workers.remove(new)
-        assert state.left(new, str(new.error)) and reason in messages[-1]
-        assert "all workers serve the model from before" in messages[-1] and not records
-        assert state.version.name == "old" and state.status()["reload"] == "failed"
+        assert new.killed and not new.sent
+        assert server.end(new) and reason in server.messages[-1]
+        assert "all workers serve the model from before" in server.messages[-1] and not server.records
+        assert server.reload["set"] == "old" and server.reload["reload"] == "failed"
         return
-    assert (state.version.name, records[0]["set"], new.error) == ("old", "new", None)
-    assert state.ready(new) and state.version.name == "new" and state.old == workers[:2]
+    assert server.reload["set"] == "old" and server.records[0][1]["set"] == "new" and new.error is None
+    assert server.state.ready(new) and server.reload["set"] == "new"
+    assert server.state.old == server.workers[:2]
 
 
 def test_a_worker_with_another_model_than_the_announced_one_is_refused():
-    state, workers, messages, _ = reloading()
-    state.opened(workers[0], {"digest": "other", "classes": 3})
-    assert "its file has changed" in str(workers[0].error) and not workers[0].sent
-    state.request("a test")
-    state.poll()
-    state.opened(workers[2], {"digest": "new", "classes": 3})
-    state.ready(workers[2])
-    del workers[0]  # it was retired
-    state.poll()
-    assert len(workers) == 3 and not state.testing
-    state.opened(workers[2], {"digest": "newer", "classes": 3})
-    failed = workers.pop()
-    assert state.left(failed, str(failed.error))
-    assert "1 of 2 workers serve the model from before" in messages[-1]
+    server = Weights()
+    first = server.begin(server.state.serving)
+    server.state.opened(first, Opened("other", 3))
+    assert "its file has changed" in str(first.error) and not first.sent
+    assert not server.end(first)
+    server.state.request("a test")
+    new = server.poll()
+    server.state.opened(new, Opened("new", 3))
+    server.state.ready(new)
+    del server.workers[0]  # it was retired
+    second = server.poll()
+    assert len(server.workers) == 3 and not server.state.testing
+    server.state.opened(second, Opened("newer", 3))
+    assert server.end(second)
+    assert "1 of 2 workers serve the model from before" in server.messages[-1]
 
 
 def test_the_metric_of_failed_reloads_is_cleared_by_the_next_one():
-    state, workers, _, _ = reloading(1)
-    totals = MetricTotals()
+    server = Weights(1)
+    server.state.request("a test")
+    server.end(server.poll(), "the file is missing")
+    assert server.failing == 1
+    server.state.request("again")
+    new = server.poll()
+    server.state.opened(new, Opened("old", 3))  # only the guard has changed
+    assert server.state.ready(new) and server.reload["epoch"] == 1 and not server.records
+    del server.workers[0]
+    server.poll()
+    assert server.failing == 0 and server.reload["reload"] == "done"
 
-    def failing():
-        totals.follow("supervisor", state._telemetry.memory)
-        return totals.value("holdfast_reload_failing")
 
-    state.request("a test")
-    state.poll()
-    state.left(workers.pop(), "the file is missing")
-    assert failing() == 1
-    state.request("again")
-    state.poll()
-    state.opened(workers[1], {"digest": "old", "classes": 3})  # only the guard has changed
-    assert state.ready(workers[1]) and state.status()["epoch"] == 1
-    del workers[0]
-    state.poll()
-    assert failing() == 0 and state.status()["reload"] == "done"
+def test_a_worker_that_began_before_a_reload_serves_the_new_model_and_is_replaced():
+    server = Weights(1)
+    late = server.begin(server.state.serving)
+    server.state.request("a test")
+    new = server.poll()
+    server.state.opened(new, Opened("new", 3))
+    server.state.ready(new)
+    server.state.opened(late, Opened("new", 3))
+    assert late.sent[-1].name == "new" and late.error is None and late in server.state.old
+
+
+def test_a_canary_that_dies_is_not_replaced_and_a_reload_ends_one_that_serves():
+    server = Weights(1)
+    candidate = Candidate("a", "/c.pt", "wanted")
+    for state in ("failed", "serving"):
+        server.state.request_canary(candidate)
+        worker = server.poll()
+        with pytest.raises(Refused, match="there is a canary already"):
+            server.state.request_canary(candidate)
+        server.state.opened(worker, Opened("wanted", 3))
+        assert not server.state.ready(worker)
+        if state == "failed":
+            assert server.end(worker, "it died")
+        assert server.state.status({})["canary"]["state"] == state
+    server.state.request("a test")
+    server.poll()
+    assert worker.retiring and server.reload["reload"] == "running"
+    worker.drained = True
+    assert server.end(worker) and server.state.status({})["canary"]["state"] == "none"
+    assert server.poll().generation is server.state.following
+    assert [facts.get("state") for _, facts in server.records] == [None, "failed", None, "ended"]
+
+
+def test_a_worker_that_begins_during_a_swap_is_sent_the_next_set_before_it_serves_it():
+    server = Weights(0)
+    answers = {
+        "first": Generation("first", pooled=PoolSet({})),
+        "next": Generation("next", 2, pooled=PoolSet({})),
+    }
+    due = [answers["next"]]
+    server.state.pool = SimpleNamespace(
+        alarm="",
+        pool=SimpleNamespace(ahead=()),
+        write=lambda now=False: None,
+        due=lambda serving: due.pop(),
+        test=lambda following: None,
+        commit=lambda following, serving: True,
+    )
+    server.state.serving = answers["first"]
+    old = server.begin(answers["first"])
+    server.poll()
+    until(lambda: server.poll() and old.sent)
+    starting = server.begin(answers["first"])
+    starting.ready = False
+    server.state.loaded(old, 2)
+    assert [decoded(each) for each in old.sent] == [("next", 2), 2]
+    assert [decoded(each) for each in starting.sent] == [("next", 2), 2]
+    assert answers["first"].state == "retired" and starting.generation is answers["next"]
+
+
+def decoded(message):
+    """Name and epoch of a set that a worker is sent, or the epoch that it is to serve."""
+    message = decoded_by_worker(message) if isinstance(message, bytes) else message
+    return (message.name, message.epoch) if isinstance(message, Prepare) else message.epoch

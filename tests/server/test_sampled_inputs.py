@@ -5,6 +5,7 @@ import json
 import time
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -50,12 +51,17 @@ def sent(sampled, principal, n, value=0.0, **more):
 
 def kept(sampled):
     """The first value of each sampled input, by client."""
-    content = json.loads(json.dumps(sampled.content()))
-    x = sampled_inputs._decoded(content["x"])
+    sent = received(sampled.answer(1))
+    x = np.frombuffer(sent.x, "<f4").reshape(sent.shape)
     return {
-        name: [x[k, 0] for k, owner in enumerate(content["principals"]) if owner == name]
-        for name in dict.fromkeys(content["principals"])
+        name: [x[k, 0] for k, owner in enumerate(sent.principals) if owner == name]
+        for name in dict.fromkeys(sent.principals)
     }
+
+
+def received(message):
+    """A message as the supervisor receives it."""
+    return msgspec.json.decode(json.dumps(msgspec.to_builtins(message)), type=type(message))
 
 
 def test_nothing_is_kept_without_a_run(sampled):
@@ -97,8 +103,8 @@ def test_a_client_that_sends_often_is_not_sampled_often(monkeypatch):
 def test_inputs_on_which_the_model_fails_are_kept_apart(sampled):
     sent(sampled, "a", 2, 100.0, failed=True)
     sent(sampled, "a", 50)
-    content = sampled.content()
-    assert sorted(x for x in kept(sampled)["a"] if x >= 100) == [100, 101] and sum(content["failed"]) == 2
+    failed = sampled.answer(1).failed
+    assert sorted(x for x in kept(sampled)["a"] if x >= 100) == [100, 101] and sum(failed) == 2
 
 
 def test_inputs_that_were_refused_before_the_model_are_left_out(sampled):
@@ -120,12 +126,12 @@ def test_inputs_of_another_shape_are_left_out(sampled):
 
 def test_answers_are_joined_with_pseudonyms_and_classes(sampled):
     sent(sampled, "a", 2)
-    content = json.loads(json.dumps(sampled.content()))
+    answer = received(sampled.answer(0))
     collected = CollectedSamples(AuditKey(bytes(32)).pseudonym)
 
     def ask(number):
         for k in (number - 1, number, number):
-            collected.received({**content, "number": k})
+            collected.received(msgspec.structs.replace(answer, number=k))
         return 2
 
     with np.load(io.BytesIO(collected.collected(ask, lambda request, row: 7))) as arrays:

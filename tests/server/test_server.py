@@ -18,9 +18,9 @@ from holdfast.rotation.pool.pool import Pool
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.live_pool import LivePool
-from holdfast.server.loaded_model import LoadedModel
-from holdfast.server.server_worker import ServingSetup
-from holdfast.server.supervisor import ServerSetup, Supervisor
+from holdfast.server.loaded_model import LoadedModel, no_rules
+from holdfast.server.server_setup import HUNG_S, ServerSettings, ServerSetup, WorkerSetup
+from holdfast.server.supervisor import Supervisor
 from waiting import until
 
 from .small import FEATURES, network, pool, request
@@ -29,17 +29,19 @@ JSON = {"content-type": "application/json"}
 X = torch.rand(1, FEATURES, generator=torch.Generator().manual_seed(3))
 
 
-def setup(tmp_path, *, workers=1, live=None, **settings):
+def setup(tmp_path, *, opening=None, live=None, guard=no_rules, hung_s=HUNG_S, **settings):
     audit = tmp_path / "audit"
-    worker = ServingSetup(
-        opened,
+    worker = WorkerSetup(
+        opening or opened,
         "small",
         (FEATURES,),
+        ServerSettings(port=0, audit=str(audit), **settings),
         set_name="" if live else "file",
         audit_key=AuditKey.of(audit),
-        **settings,
+        guard=guard,
+        hung_s=hung_s,
     )
-    return ServerSetup(worker, port=0, workers=workers, pool=live, audit=audit)
+    return ServerSetup(worker, live)
 
 
 @contextmanager
@@ -82,12 +84,12 @@ def test_a_client_that_retries_sees_no_failure_when_workers_are_killed(tmp_path)
         for thread in threads:
             thread.start()
         for kill in range(2):
-            until(lambda: sum(worker.ready for worker in server._workers) == 2)
+            until(lambda: [worker["started"] for worker in server.status()["workers"]] == [True] * 2)
             count = len(answered)
             until(lambda count=count: len(answered) > count + 20)
             os.kill(server.status()["workers"][kill % 2]["pid"], signal.SIGKILL)
             until(lambda n=kill + 1: server.totals.value("holdfast_worker_restarts_total") == n)
-        until(lambda: sum(worker.ready for worker in server._workers) == 2)
+        until(lambda: [worker["started"] for worker in server.status()["workers"]] == [True] * 2)
         stop.set()
         for thread in threads:
             thread.join(60)
@@ -227,9 +229,9 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(live, monkeypatch):
 @pytest.mark.slow
 def test_a_model_that_cannot_be_opened_is_reported_and_no_worker_has_the_key_of_the_pool(monkeypatch):
     monkeypatch.setenv("HOLDFAST_POOL_KEY", "secret")
-    prepared = ServerSetup(ServingSetup(unusable, "small", (FEATURES,), set_name="file"), port=0)
+    worker = WorkerSetup(unusable, "small", (FEATURES,), ServerSettings(port=0), set_name="file")
     with pytest.raises(TargetError, match="this model is missing"):
-        Supervisor(prepared).start()
+        Supervisor(ServerSetup(worker)).start()
 
 
 def opened():

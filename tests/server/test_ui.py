@@ -19,8 +19,8 @@ from holdfast.server.admin import admin_application
 from holdfast.server.flagged_inputs import FlaggedInputs
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key, read_keys, revoke_key
-from holdfast.server.server_worker import ServingSetup
-from holdfast.server.supervisor import ServerSetup, Supervisor
+from holdfast.server.server_setup import ServerSetup, WorkerSetup
+from holdfast.server.supervisor import Supervisor
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.server.traffic import Traffic
 from holdfast.server.ui_sessions import SESSION_S, Sessions
@@ -83,8 +83,8 @@ def flagged(folder, n=3, shape=(3, 8, 8), request="a"):
 
 
 def supervisor(tmp_path, **settings):
-    worker = ServingSetup(opened, HOSTILE[0], (4,), set_name="file")
-    server = Supervisor(ServerSetup(worker, port=0, **settings))
+    worker = WorkerSetup(opened, HOSTILE[0], (4,), set_name="file")
+    server = Supervisor(ServerSetup(worker, **settings))
     server.live, server.adaptations = Monitor(), Runs()
     return server
 

@@ -44,6 +44,7 @@ from holdfast.guard.decisions import Action, Incoming, RequestDecision
 from holdfast.guard.detectors.detector_protocol import Fitted, Observation
 from holdfast.guard.detectors.features import features_of
 from holdfast.guard.guard import GuardPipeline
+from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import QUERIES
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.io.data.arrays import selected_rows
@@ -67,7 +68,7 @@ _FITTED_SHARE = 5
 
 
 @dataclass(frozen=True)
-class Guard:
+class Guard(RequestGuard):
     """A guard with its settings: decides about the requests to a model before and after the model is called.
 
     `decision = guard.before(x, principal=key)`, then, if `decision.answered`, `outputs = model(decision.x)` and
@@ -113,28 +114,9 @@ class Guard:
         checked = check_guard_settings(settings, "Guard.from_settings()")
         return cls(checked, ready_guard(checked, None, None))._logged()
 
-    def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
-        """Return the decision about the inputs (n, *shape) of a request before the model is called; see
-        `GuardPipeline.before`.
-        """
-        return self.pipeline.before(x, principal=principal)
-
     def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
         """Return the decisions about several requests before the model is called."""
         return self.pipeline.before_many(requests)
-
-    def after(
-        self,
-        decision: RequestDecision,
-        outputs: Tensor,
-        features: Tensor | None = None,
-        *,
-        network: Callable[[Tensor], Tensor] | None = None,
-    ) -> RequestDecision:
-        """Return the final decision about a request, given the outputs (n, classes) of the model; see
-        `GuardPipeline.after`.
-        """
-        return self.pipeline.after(decision, outputs, features, network=network)
 
     def after_many(
         self,
@@ -144,7 +126,7 @@ class Guard:
         *,
         network: Callable[[Tensor], Tensor] | None = None,
     ) -> list[RequestDecision]:
-        """Return the final decisions about several requests; see `GuardPipeline.after_many`."""
+        """Return the final decisions about several requests, given the outputs of the model for each."""
         return self.pipeline.after_many(decisions, outputs, features, network=network)
 
     @property

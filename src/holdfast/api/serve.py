@@ -12,7 +12,7 @@ from holdfast.core.remedies import Install
 from holdfast.runs.engine.progress import Notify, ignore
 
 if TYPE_CHECKING:
-    from holdfast.server.supervisor import ServerSetup
+    from holdfast.server.server_setup import ServerSetup
 
 _NEEDED = ("httpcore", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
@@ -60,14 +60,14 @@ def serve_until_stopped(settings: Serve, *, notify: Notify = ignore) -> None:
     from holdfast.server.supervisor import Supervisor
     from holdfast.server.worker_processes import bound_socket
 
-    said = warn = notify
-    if setup.worker.log_format == "json":
+    said, warn, options = notify, notify, setup.settings
+    if options.log_format == "json":
         log_to_stderr("json")
         notify = lambda text: said(json_line("info", text))  # noqa: E731
         warn = lambda text: said(json_line("warning", text))  # noqa: E731
     for note in setup.notes:
         notify(f"note: {note}")
-    listener = bound_socket(setup.admin_host, setup.admin_port)
+    listener = bound_socket(options.admin_host, options.admin_port)
     keys = None if setup.worker.keys is None else KeyFile(setup.worker.keys)
     supervisor = Supervisor(setup, notify, warn)
     admin = AdminServer(supervisor, listener, keys)
@@ -76,10 +76,10 @@ def serve_until_stopped(settings: Serve, *, notify: Notify = ignore) -> None:
             admin.start()
             supervisor.start()
             served = f"http://{_shown(supervisor.address)}/v2/models/{setup.worker.name}"
-            notify(f"serving {served} with {setup.workers} worker{'s' if setup.workers > 1 else ''}")
+            notify(f"serving {served} with {options.workers} worker{'s' if options.workers > 1 else ''}")
             notify(f"metrics: http://{_shown(listener.getsockname())}/metrics")
             supervisor.run()
-            if setup.worker.profile:
+            if options.profile:
                 notify(profile_text(supervisor.totals))
             if lost := supervisor.totals.value("holdfast_audit_lost_total"):
                 warn(f"note: {lost:,.0f} audit records could not be written")

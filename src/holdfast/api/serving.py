@@ -23,28 +23,24 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.guard.protocol import RequestGuard
-from holdfast.guard.released_scores import release_of
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.monitoring.reference import Reference
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.triggers import Trigger
-from holdfast.server.app import ConnectionLimits
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.flagged_inputs import FlaggedInputs
-from holdfast.server.host_names import HostNames
+from holdfast.server.generation import NAME_DIGITS
 from holdfast.server.keys import read_keys
 from holdfast.server.live_pool import LivePool
 from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.proxy import UpstreamModel
-from holdfast.server.reloading import NAME_DIGITS
-from holdfast.server.server_worker import HUNG_S, ServingSetup
-from holdfast.server.supervisor import ServerSetup
+from holdfast.server.server_setup import HUNG_S, ServerSettings, ServerSetup, WorkerSetup
 from holdfast.settings.grammar import parse_every, seconds
 from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.guard_settings import read_guard_settings
-from holdfast.settings.serve_settings import RequestLimits, ServeOptions, is_public
+from holdfast.settings.serve_settings import RequestLimits
 from holdfast.settings.values import address_of
 
 _BUNDLED_SHAPE = (1, 28, 28)
@@ -67,70 +63,38 @@ def server_setup(settings: Serve) -> ServerSetup:
     served = _served(settings, address)
     guard, notes = _guard(settings.guard, served)
     signature = None if served.upstream is None else served.upstream.signature
-    keys = _keys(settings)
-    audit = None if settings.audit is None else Path(settings.audit)
+    if settings.keys is not None:
+        read_keys(Path(settings.keys))  # to refuse an invalid file
     reference, renewed = _monitored(settings, served)
-    worker = ServingSetup(
+    worker = WorkerSetup(
         opening=served.opening,
         name=signature.name if signature is not None else settings.name or _name_of(address),
         shape=served.shape,
-        version=settings.model_version if signature is None else signature.version,
+        # the examples of the monitor are opened here, and may be an object that cannot be sent to a worker
+        settings=composed(ServerSettings, settings).model_copy(update={"monitor": None}),
         set_name=served.set_name,
         digest=served.digest,
         device=device_of(settings.device),
         threads=_threads(settings.workers),
-        max_rows=settings.max_rows,
-        limits=_connection_limits(settings),
-        drain_s=seconds(settings.drain, "drain"),
         hung_s=_hung_s(settings, served),
         guard=guard,
-        guard_fails_open=settings.on_guard_failure == "answer",
-        keys=keys,
-        quotas=None if keys is None else keys.with_name(f"{keys.name}.quota"),
-        audit_key=None if audit is None else AuditKey.of(audit),
-        audit_fails_open=settings.on_audit_failure == "answer",
+        audit_key=None if settings.audit is None else AuditKey.of(Path(settings.audit)),
         signature=signature,
-        forwards=tuple(name.lower() for name in settings.forward_headers),
-        hosts=_host_names(settings, everything=is_public(settings.host) and not settings.accepted_hosts),
-        profile=settings.profile,
-        log_format=settings.log_format,
-        release=release_of(settings.scores),
         monitor=reference,
     )
+    version = settings.model_version if signature is None else signature.version
+    single = {"single_operator": True} if settings.single_operator else {}
     return ServerSetup(
         worker,
-        settings.host,
-        settings.port,
-        settings.admin_host,
-        settings.admin_port,
-        settings.workers,
         served.pool,
-        audit,
-        {**served.about, "name": worker.name, "version": worker.version, **_single_operator(settings)},
+        {**served.about, "name": worker.name, "version": version, **single},
         reloadable=served.reloadable,
-        settings=_settings_of(settings, served),
-        monitor=reference,
+        opening=_settings_of(settings, served),
         renewed=renewed,
         candidate=None if served.model is None else partial(_candidate, worker, served.model),
         notes=(*notes, *(() if reference is None else reference.notes)),
-        admin_hosts=_host_names(settings),
         flagged=None if settings.guard is None else _flagged(Path(settings.guard)),
-        single_operator=settings.single_operator,
-        drain_delay_s=_drain_delay_s(settings.drain_delay),
     )
-
-
-def _keys(settings: Serve) -> Path | None:
-    """The file of keys, whose content is tested."""
-    if settings.keys is None:
-        return None
-    keys = Path(settings.keys)
-    read_keys(keys)
-    return keys
-
-
-def _single_operator(settings: Serve) -> dict[str, bool]:
-    return {"single_operator": True} if settings.single_operator else {}
 
 
 def _refuse_url(address: str | None) -> None:
@@ -146,28 +110,6 @@ def _flagged(guard: Path) -> FlaggedInputs | None:
     stored = input_storage(settings, guard)
     return (
         None if stored is None else FlaggedInputs(stored, min(settings.inputs.low), max(settings.inputs.high))
-    )
-
-
-def _drain_delay_s(text: str | None) -> float | None:
-    if text is None or text == "0s":
-        return None if text is None else 0.0
-    return seconds(text, "drain_delay")
-
-
-def _host_names(options: ServeOptions, *, everything: bool = False) -> HostNames:
-    names = (*options.accepted_hosts, options.host, options.admin_host)
-    return HostNames(frozenset(name.lower().removesuffix(".") for name in names), everything)
-
-
-def _connection_limits(limits: RequestLimits) -> ConnectionLimits:
-    return ConnectionLimits(
-        max_body=limits.max_body,
-        body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
-        header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
-        write_timeout_s=seconds(limits.body_timeout, "body_timeout"),
-        max_connections=limits.max_connections,
-        max_latency_s=seconds(limits.max_latency, "max_latency"),
     )
 
 
@@ -353,7 +295,7 @@ def _settings_of(settings: Serve, served: _Served) -> dict[str, Any]:
     return {**about, **guard}
 
 
-def _candidate(worker: ServingSetup, model: Doctor, file: str) -> ServingSetup:
+def _candidate(worker: WorkerSetup, model: Doctor, file: str) -> WorkerSetup:
     """Return the setup of a worker that serves the model in another file, whose code is not run: the path is that of a
     request.
     """

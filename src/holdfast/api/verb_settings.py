@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from holdfast.runs.assess.result import Result
     from holdfast.runs.harden.epoch_log import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
-    from holdfast.server.supervisor import ServerSetup
+    from holdfast.server.server_setup import ServerSetup
 
 
 class _Measured(VerbSettings):

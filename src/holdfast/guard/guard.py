@@ -20,6 +20,7 @@ from holdfast.guard.decisions import Action, Incoming, Mode, RequestDecision, Ro
 from holdfast.guard.detectors.detector_protocol import Detector, Fitted, Observation
 from holdfast.guard.detectors.query_clusters import Fail
 from holdfast.guard.observed import ObservedRate
+from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule, all_finite
 
 REFUSED_TEXT = "the request was refused"
@@ -120,7 +121,7 @@ class _Draft:
 
 
 @dataclass(frozen=True)
-class GuardPipeline:
+class GuardPipeline(RequestGuard):
     """The rules of a guard in their order, with the state of the query detector.
 
     Scores are recorded in the decisions, and must not be returned to clients.
@@ -199,14 +200,6 @@ class GuardPipeline:
         used = {name: self.detectors[name] for name in self._after}
         return {name: each for name, each in used.items() if not isinstance(each, Fitted) or each.fitted}
 
-    def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
-        """Return the decision about the inputs (n, *shape) of one request before the model is called.
-
-        The field `x` of the result contains the inputs for the model. A refused request, whose field `answered` is
-        False, must not be given to the model.
-        """
-        return self.before_many([Incoming(x, principal)])[0]
-
     def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
         """Return the decisions about several requests, with one call of each rule for all of them.
 
@@ -222,22 +215,6 @@ class GuardPipeline:
                 for draft, decision in zip(drafts, decisions, strict=True)
             ]
         return decisions
-
-    def after(
-        self,
-        decision: RequestDecision,
-        outputs: Tensor,
-        features: Tensor | None = None,
-        *,
-        network: Callable[[Tensor], Tensor] | None = None,
-    ) -> RequestDecision:
-        """Return the final decision about one request, given the outputs (n, classes) of the model.
-
-        `features` (n, d) are the activations for the Mahalanobis distance on features, and `network` the function from
-        inputs to outputs, for detectors that need further forward passes.
-        """
-        every = None if features is None else [features]
-        return self.after_many([decision], [outputs], every, network=network)[0]
 
     def after_many(
         self,

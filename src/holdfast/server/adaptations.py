@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.adaptation.server_state import Approval
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey
-from holdfast.server.swapping import Record
+from holdfast.server.served_weights import Record
 
 HELD_S = 60.0
 """seconds after its last sign of life for which a run holds the server"""
@@ -49,7 +49,7 @@ class Adaptation:
 
 
 class Adaptations:
-    """The newest runs. All methods may be called by any thread; `poll` writes what happened to the audit chain."""
+    """The newest runs. All methods may be called by any thread, as `record` is."""
 
     def __init__(
         self,
@@ -67,7 +67,6 @@ class Adaptations:
         self._keys, self._single_operator = keys, single_operator
         self._lock = threading.Lock()
         self._runs: list[Adaptation] = []
-        self._owed: list[tuple[str, dict[str, Any]]] = []
 
     @property
     def holder(self) -> str | None:
@@ -105,7 +104,7 @@ class Adaptations:
             adaptation.steps.append({"step": step, "time": time.time(), "facts": dict(facts)})
             if step == APPROVAL and adaptation.approval is None:
                 adaptation.approval = "pending"
-            self._owed.append(("adapt", {"run": run, "step": step, "facts": dict(facts)}))
+            self._record("adapt", run=run, step=step, facts=dict(facts))
 
     def release(self, run: object) -> None:
         """Let other runs begin, because this one has ended."""
@@ -146,8 +145,7 @@ class Adaptations:
                 raise Refused(409, self._second_key(name))
             by = by if key is None else key.name
             found.approval, found.by = "approved" if approved else "rejected", by
-            facts = {"run": name, "approved": approved, "principal": self._pseudonym(by), "own": own}
-            self._owed.append(("approval", facts))
+            self._record("approval", run=name, approved=approved, principal=self._pseudonym(by), own=own)
 
     def _second_key(self, run: str) -> str:
         file = f" --file {shlex.quote(str(self._keys))}" if self._keys is not None else ""
@@ -160,13 +158,6 @@ class Adaptations:
         """Return the runs for the operator, the newest first."""
         with self._lock:
             return [each.document() for each in self._runs]
-
-    def poll(self) -> None:
-        """Write what happened to the audit chain. Called by the supervisor."""
-        with self._lock:
-            owed, self._owed = self._owed, []
-        for kind, facts in owed:
-            self._record(kind, **facts)
 
     def _found(self, run: str) -> Adaptation | None:
         return next((each for each in self._runs if each.run == run), None)

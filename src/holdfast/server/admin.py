@@ -1,14 +1,17 @@
-"""The port of the operator: metrics for Prometheus, the state of the server, swaps and reloads, and the page `/ui`."""
+"""The port of the operator: metrics for Prometheus, the state of the server, swaps, reloads and canaries, runs of
+`holdfast adapt`, the monitor, stored and sampled inputs, and the page `/ui`.
+"""
 
+import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,14 +19,14 @@ from starlette.routing import Route
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.server.adaptation_routes import MOST_BODY, adaptation_routes, body_of
+from holdfast.server.app import REASONS
 from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
-from holdfast.server.flagged_inputs import flagged_routes
-from holdfast.server.host_names import HostNames
+from holdfast.server.flagged_inputs import MOST
+from holdfast.server.generation import Candidate
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ADMIN, ApiKey, KeyFile
-from holdfast.server.monitor_routes import monitor_routes
+from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.operator_authentication import (
     OperatorAuthentication,
     OperatorSessions,
@@ -32,24 +35,32 @@ from holdfast.server.operator_authentication import (
 from holdfast.server.protocol_v2 import JSON, compact
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.ui import ui_routes
+from holdfast.server.uvicorn_server import UvicornServer
 from holdfast.server.whole_messages import ASGIApplication
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _CONNECTIONS, _HEADER_S = 64, 10.0
 _STARTED_S = 10.0
+_MOST_BODY = 1 << 20
+"""largest number of bytes of a request"""
+_BYTES = "application/octet-stream"
 
 
 @dataclass(frozen=True)
-class _Access:
-    """Decides which requests are permitted."""
+class _Operated:
+    """The requests of an operator to one server, and which of them are permitted."""
 
-    hosts: HostNames
+    supervisor: Supervisor
     keys: KeyFile | None
+    sessions: OperatorSessions
 
     def refuse_other_host(self, request: Request) -> None:
-        self.hosts.refuse_other(request.scope["headers"])
+        self.supervisor.setup.worker.admin_hosts.refuse_other(request.scope["headers"])
 
     def permitted(self, request: Request, *scopes: str) -> ApiKey | None:
+        """Return the key of a request, None on a server without keys. Raises `Refused` for a key without any of the
+        scopes.
+        """
         self.refuse_other_host(request)
         if self.keys is None:
             return None
@@ -61,82 +72,191 @@ class _Access:
         return self.keys.authenticated(None if header is None else header.encode("latin-1"), *scopes)
 
     def changing(self, request: Request, *scopes: str) -> ApiKey | None:
+        """Return the key of a request that changes the server, which no web page may send."""
         key = self.permitted(request, *scopes)
         # a page in the operator's browser could send this request without a key
         if "origin" in request.headers:
             raise Refused(403, "requests of web pages are not accepted")
         return key
 
+    # --- the server
+
+    async def metrics(self, request: Request) -> Response:
+        self.permitted(request, "metrics")
+        return Response(self.supervisor.totals.text(), media_type=METRICS_TYPE)
+
+    async def status(self, request: Request) -> Response:
+        key = self.permitted(request, "metrics", "adapt")
+        return _answer(self.supervisor.status(detailed=key is None or key.permits("adapt")))
+
+    async def swap(self, request: Request) -> Response:
+        self.changing(request, ADMIN)
+        try:
+            self.supervisor.request_swap("requested by the operator")
+        except UsageError as error:
+            raise Refused(409, str(error)) from error
+        return _answer({"requested": True}, 202)
+
+    async def session(self, request: Request) -> Response:
+        self.refuse_other_host(request)
+        body = await _body_of(request)
+        host = request.headers.get("host", "")
+        return _answer(self.sessions.begin(body.get("key"), body.get("nonce"), host))
+
+    # --- runs of holdfast adapt
+
+    async def runs(self, request: Request) -> Response:
+        self.permitted(request, "adapt", "approve")
+        return _answer({"runs": self.supervisor.adaptations.runs()})
+
+    async def step(self, request: Request) -> Response:
+        key = self.changing(request, "adapt")
+        body, adaptations = await _body_of(request), self.supervisor.adaptations
+        adaptations.took(body.get("run"), body.get("step"), body.get("facts", {}), key)
+        if body.get("ended") is True:
+            adaptations.release(body.get("run"))
+        return _answer({"run": body.get("run")})
+
+    async def begin_canary(self, request: Request) -> Response:
+        key = self.changing(request, "adapt")
+        body = await _body_of(request)
+        run = self.supervisor.adaptations.note_request(body.get("run"), key)
+        model, digest = body.get("model"), body.get("digest")
+        if not isinstance(model, str) or not isinstance(digest, str):
+            raise Refused(400, "model (the path of a file) or digest (that of the model in it) is missing")
+        self.supervisor.weights.request_canary(Candidate(run, model, digest))
+        return _answer({"requested": True}, 202)
+
+    async def end_canary(self, request: Request) -> Response:
+        self.changing(request, "adapt")
+        self.supervisor.weights.end_canary("requested by the operator")
+        return _answer({"requested": True}, 202)
+
+    async def reload(self, request: Request) -> Response:
+        key = self.changing(request, "adapt")
+        run = self.supervisor.adaptations.note_request((await _body_of(request)).get("run"), key)
+        if not self.supervisor.setup.reloadable:
+            raise Refused(409, "the server does not serve a file that could be reloaded")
+        self.supervisor.request_swap(f"requested by the run {run}")
+        return _answer({"requested": True}, 202)
+
+    async def approve(self, request: Request) -> Response:
+        key = self.changing(request, "approve")
+        body = await _body_of(request)
+        self.supervisor.adaptations.approve(body.get("run"), body.get("approved"), key)
+        return _answer({"run": body.get("run"), "approved": body.get("approved")})
+
+    # --- the monitor, and inputs
+
+    @property
+    def live(self) -> LiveMonitor:
+        if self.supervisor.live is None:
+            raise Refused(409, "the server has no monitor; start it with --monitor DATA")
+        return self.supervisor.live
+
+    async def monitor(self, request: Request) -> Response:
+        self.permitted(request, "metrics", "adapt")
+        return _answer(await run_in_threadpool(self.live.summary))
+
+    async def labels(self, request: Request) -> Response:
+        self.changing(request, "labels")
+        given = (await _body_of(request)).get("labels")
+        if not isinstance(given, dict):
+            raise Refused(400, 'labels is no object, as in {"labels": {"REQUEST": [3]}}')
+        return _answer(self.live.label(given))
+
+    async def restart_monitor(self, request: Request) -> Response:
+        self.changing(request, "adapt")
+        self.live.restart()
+        return _answer({"restarted": True})
+
+    async def samples(self, request: Request) -> Response:
+        self.permitted(request, "adapt")
+        return Response(await run_in_threadpool(self.supervisor.samples), media_type=_BYTES)
+
+    def flagged(self, request: Request) -> Response:
+        self.permitted(request, "adapt")
+        flagged = self.supervisor.setup.flagged
+        if flagged is None:
+            raise Refused(
+                409,
+                "the guard stores no inputs; its settings need store: {inputs: flagged}, then restart the server",
+            )
+        text = request.query_params.get("n", str(MOST))
+        n = int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(MOST)) else 0
+        if not 1 <= n <= MOST:
+            raise Refused(400, f"n is {text[:20]!r}; expected 1 to {MOST} inputs, as in n=100")
+        try:
+            return Response(flagged.npz(n), media_type=_BYTES)
+        except (TargetError, OSError) as error:
+            raise Refused(409, f"the stored inputs cannot be read: {error}") from error
+
 
 def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIApplication:
     """Return the ASGI application of the operator's port. With `keys`, requests need a key with the scope of the
     request.
     """
-    sessions, access = OperatorSessions(keys), _Access(supervisor.setup.admin_hosts, keys)
-    permitted, changing = access.permitted, access.changing
-
-    async def metrics(request: Request) -> Response:
-        permitted(request, "metrics")
-        return Response(supervisor.totals.text(), media_type=METRICS_TYPE)
-
-    async def status(request: Request) -> Response:
-        key = permitted(request, "metrics", "adapt")
-        detailed = key is None or key.permits("adapt")
-        return Response(compact(supervisor.status(detailed=detailed)), media_type=JSON)
-
-    async def swap(request: Request) -> Response:
-        changing(request, ADMIN)
-        try:
-            supervisor.request_swap("requested by the operator")
-        except UsageError as error:
-            raise Refused(409, str(error)) from error
-        return Response(compact({"requested": True}), 202, media_type=JSON)
-
-    async def session(request: Request) -> Response:
-        access.refuse_other_host(request)
-        body = await body_of(request)
-        begun = sessions.begin(body.get("key"), body.get("nonce"), request.headers.get("host", ""))
-        return Response(compact(begun), media_type=JSON)
+    sessions = OperatorSessions(keys)
+    port = _Operated(supervisor, keys, sessions)
 
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, Refused):
-            return Response(
-                compact({"error": error.reason}), error.status, dict(error.headers), media_type=JSON
-            )
+            return _answer({"error": error.reason}, error.status, dict(error.headers))
         status = error.status_code if isinstance(error, HTTPException) else 500
-        reason = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
-        return Response(compact({"error": reason.get(status, "internal error")}), status, media_type=JSON)
+        return _answer({"error": REASONS.get(status, "internal error")}, status)
 
     handlers: dict[Any, Any] = {Refused: refused, HTTPException: refused, Exception: refused}
-    routes = [
-        Route("/metrics", metrics, methods=["GET"]),
-        Route("/status", status, methods=["GET"]),
-        Route("/swap", swap, methods=["POST"]),
-        Route("/session", session, methods=["POST"]),
-        *adaptation_routes(supervisor, permitted, changing),
-        *monitor_routes(supervisor, permitted, changing),
-        *flagged_routes(supervisor.setup.flagged, lambda request: permitted(request, "adapt")),
-        *ui_routes(supervisor, access.refuse_other_host, keys),
-    ]
-    app = Starlette(routes=routes, exception_handlers=handlers)
-    return OperatorAuthentication(app, sessions, MOST_BODY)
+    routes = {
+        ("GET", "/metrics"): port.metrics,
+        ("GET", "/status"): port.status,
+        ("POST", "/swap"): port.swap,
+        ("POST", "/session"): port.session,
+        ("GET", "/adaptation"): port.runs,
+        ("POST", "/adaptation"): port.step,
+        ("POST", "/canary"): port.begin_canary,
+        ("DELETE", "/canary"): port.end_canary,
+        ("POST", "/reload"): port.reload,
+        ("POST", "/approval"): port.approve,
+        ("GET", "/monitor"): port.monitor,
+        ("POST", "/labels"): port.labels,
+        ("GET", "/samples"): port.samples,
+        ("POST", "/monitor/restart"): port.restart_monitor,
+        ("GET", "/flagged"): port.flagged,
+    }
+    app = Starlette(
+        routes=[
+            *(Route(path, endpoint, methods=[method]) for (method, path), endpoint in routes.items()),
+            *ui_routes(supervisor, port.refuse_other_host, keys),
+        ],
+        exception_handlers=handlers,
+    )
+    return OperatorAuthentication(app, sessions, _MOST_BODY)
+
+
+async def _body_of(request: Request) -> Mapping[str, Any]:
+    """The JSON object in the body of a request, which `OperatorAuthentication` limits."""
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise Refused(400, "the body is no JSON object")
+    return body
+
+
+def _answer(
+    content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(compact(content), status, headers, media_type=JSON)
 
 
 class AdminServer:
     """The operator's port, served by a thread of the supervisor."""
 
     def __init__(self, supervisor: Supervisor, listener: socket.socket, keys: KeyFile | None) -> None:
-        config = uvicorn.Config(
-            admin_application(supervisor, keys),
-            http=limited_protocol(_CONNECTIONS, _HEADER_S, MOST_BODY, errors=ErrorLog()),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-        self._server, self._listener = _Quiet(config), listener
+        protocol = limited_protocol(_CONNECTIONS, _HEADER_S, _MOST_BODY, errors=ErrorLog())
+        self._server = UvicornServer.of(admin_application(supervisor, keys), protocol)
+        self._listener = listener
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}, name="admin", daemon=True
         )
@@ -159,12 +279,3 @@ class AdminServer:
         if self._thread.is_alive():
             self._thread.join()
         self._listener.close()
-
-
-class _Quiet(uvicorn.Server):
-    """A server of uvicorn that leaves signals to the supervisor."""
-
-    @contextmanager
-    def capture_signals(self) -> Any:
-        """Do not handle signals."""
-        yield

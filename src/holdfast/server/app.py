@@ -45,6 +45,8 @@ from holdfast.server.protocol_v2 import (
 )
 from holdfast.server.readiness import Readiness
 from holdfast.server.telemetry import Telemetry
+from holdfast.settings.grammar import seconds
+from holdfast.settings.serve_settings import RequestLimits
 
 Jobs = Batcher[Job, Answer]
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -56,27 +58,7 @@ _DISCARDED = 4
 """largest size of what is read of it, in multiples of the largest body"""
 _READ = "read"
 """key in the state of a request whose body was read"""
-_REASONS = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """Limits of requests and connections of one worker."""
-
-    max_body: int | None = None
-    """largest number of bytes of a body; None for the largest that a valid request can need"""
-    body_timeout_s: float = 30.0
-    """seconds after which the whole body must have arrived"""
-    header_timeout_s: float = 10.0
-    """seconds after which the headers of a request must have arrived"""
-    keep_alive_s: float = 30.0
-    """seconds after which an idle connection is closed"""
-    write_timeout_s: float = 30.0
-    """seconds in which a client must read a response"""
-    max_connections: int = 1000
-    """largest number of open connections"""
-    max_latency_s: float = 1.0
-    """seconds for which a request may wait for the model; further requests are refused"""
+REASONS = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
 
 
 @dataclass(eq=False)
@@ -88,7 +70,7 @@ class ServedModel:
     keys: KeyFile | None = None
     audit_key: AuditKey | None = None
     """key of the digests in the audit chain; None without an audit"""
-    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     telemetry: Telemetry = field(default_factory=Telemetry)
     forwards: tuple[str, ...] = ()
     """names of the headers, in lower case, that a proxy passes on"""
@@ -107,6 +89,11 @@ class ServedModel:
     def max_body(self) -> int:
         """Largest number of bytes of a request body."""
         return self.limits.max_body or self.signature.most_bytes
+
+    @cached_property
+    def body_timeout_s(self) -> float:
+        """Seconds in which the body of a request must arrive."""
+        return seconds(self.limits.body_timeout, "body_timeout")
 
     # --- endpoints
 
@@ -240,7 +227,7 @@ class ServedModel:
         `ClientDisconnect`.
         """
         parts, size, complete = list[bytes](), 0, False
-        with _BodyTime(self.limits.body_timeout_s):
+        with _BodyTime(self.body_timeout_s):
             while not complete:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -281,7 +268,7 @@ class ServedModel:
     async def of_http(self, request: Request, error: Exception) -> Response:
         """Return the response for a path or a method that does not exist."""
         assert isinstance(error, HTTPException)
-        reason = _REASONS.get(error.status_code, "the request is not valid")
+        reason = REASONS.get(error.status_code, "the request is not valid")
         headers = dict(error.headers or {})
         return await self.refused(request, replace_reason(error.status_code, reason, headers))
 

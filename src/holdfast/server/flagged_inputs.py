@@ -2,19 +2,14 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 from torch import Tensor
 
-from holdfast.core.errors import TargetError
 from holdfast.guard.stored_inputs import StoredInputs
-from holdfast.server.http_refusals import Refused
 
 MOST = 1000
 """largest number of inputs in one response"""
@@ -50,6 +45,10 @@ class FlaggedInputs:
             newest.append(flagged)
         return newest
 
+    def npz(self, n: int) -> bytes:
+        """Return at most `n` of them as an .npz file."""
+        return _npz(self.newest(n))
+
     def by_principal(self) -> Counter[str]:
         """Return the number of stored requests of each client, by its pseudonym in the names of the files."""
         return self.stored.by_pseudonym()
@@ -58,29 +57,6 @@ class FlaggedInputs:
         for each in self.stored.read(newest_first=True):
             for x, row, scores in zip(each.x, each.rows, each.scores, strict=True):
                 yield FlaggedInput(x, each.request, row, each.time_s, scores)
-
-
-def flagged_routes(flagged: FlaggedInputs | None, permitted: Callable[[Request], object]) -> list[Route]:
-    """Return the route `GET /flagged`."""
-
-    def answer(request: Request) -> Response:
-        permitted(request)
-        if flagged is None:
-            raise Refused(
-                409,
-                "the guard stores no inputs; its settings need store: {inputs: flagged}, then restart the server",
-            )
-        text = request.query_params.get("n", str(MOST))
-        n = int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(MOST)) else 0
-        if not 1 <= n <= MOST:
-            raise Refused(400, f"n is {text[:20]!r}; expected 1 to {MOST} inputs, as in n=100")
-        try:
-            newest = flagged.newest(n)
-        except (TargetError, OSError) as error:
-            raise Refused(409, f"the stored inputs cannot be read: {error}") from error
-        return Response(_npz(newest), media_type="application/octet-stream")
-
-    return [Route("/flagged", answer, methods=["GET"])]
 
 
 def _npz(inputs: list[FlaggedInput]) -> bytes:

@@ -2,7 +2,6 @@
 that arrive later.
 """
 
-import base64
 import math
 import queue
 import threading
@@ -26,7 +25,8 @@ from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Signals
 from holdfast.monitoring.watching import Watch
 from holdfast.runs.engine.progress import Notify
-from holdfast.server.swapping import Record, lower_priority
+from holdfast.server.messages import Observations
+from holdfast.server.served_weights import Record, lower_priority
 from holdfast.server.telemetry import Telemetry
 
 DECISIVE = ("martingale",)
@@ -50,7 +50,7 @@ class _Remembered:
 
 
 class LiveMonitor:
-    """The tests and the labelled predictions of a server. All methods may be called by any thread."""
+    """The tests and the labelled predictions of a server. All methods may be called by any thread, as `record` is."""
 
     def __init__(
         self,
@@ -69,7 +69,6 @@ class LiveMonitor:
         self._inbox: queue.Queue[Signals | None] = queue.Queue(_WAITING)
         self._changing = self._renewing = False
         self._powers: dict[str, Power] = {}
-        self._owed: list[tuple[str, dict[str, Any]]] = []
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._remembered_inputs = 0
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
@@ -97,23 +96,23 @@ class LiveMonitor:
 
     # --- what workers report
 
-    def received(self, content: Mapping[str, Any], *, canary: bool) -> None:
+    def received(self, seen: Observations, *, canary: bool) -> None:
         """Take the report of a worker. The samples of a canary are not tested."""
         with self._lock:
-            for request, classes, confidences, flagged in content["predictions"]:
-                entry = _Remembered([int(k) for k in classes], [float(c) for c in confidences])
-                self._forget(str(request))
-                self._remembered[str(request)] = entry
+            for request, classes, confidences, flagged in seen.predictions:
+                entry = _Remembered(classes, confidences)
+                self._forget(request)
+                self._remembered[request] = entry
                 self._remembered_inputs += len(entry.classes)
                 self._requests += 1
-                self._flagged += bool(flagged)
+                self._flagged += flagged
                 if not canary:
                     self._confidences.extend(entry.confidences)
             while max(len(self._remembered), self._remembered_inputs) > _REMEMBERED:
                 self._forget(next(iter(self._remembered)))
-        if content["signals"] and not canary and not self._changing:
+        if seen.signals and not canary and not self._changing:
             names, views = self.reference.signals.names, self.reference.signals.views
-            values = np.frombuffer(base64.b64decode(content["signals"]), "<f8")
+            values = np.frombuffer(seen.signals, "<f8")
             try:
                 self._inbox.put_nowait(Signals(names, values.reshape(-1, len(names)), views))
             except queue.Full:
@@ -181,9 +180,7 @@ class LiveMonitor:
                 where = f"{line(alarm.signal)} ({alarm.evidence})"  # with names of columns of a file
                 text = f"alarm of {name} after {alarm.after} samples, on {where}"
                 self._warn(f"note: {text}")
-                with self._lock:
-                    facts = {"test": name, "after": alarm.after, "signal": alarm.signal}
-                    self._owed.append(("alarm", facts))
+                self._record("alarm", test=name, after=alarm.after, signal=alarm.signal)
 
     def _measure_power(self) -> None:
         lower_priority()
@@ -193,13 +190,6 @@ class LiveMonitor:
             if self._closed or powers is not self._powers:
                 return
             powers[name] = watch.power(name)
-
-    def poll(self) -> None:
-        """Write alarms to the audit chain. Called by the supervisor."""
-        with self._lock:
-            owed, self._owed = self._owed, []
-        for kind, facts in owed:
-            self._record(kind, **facts)
 
     def close(self) -> None:
         """End the threads. May be called several times."""
@@ -213,7 +203,7 @@ class LiveMonitor:
     def restart(self) -> None:
         """Restart all tests, as after a change of the model."""
         with self._lock:
-            self._owed.append(("monitor", {"state": "restarted", "after": self._watch.n}))
+            self._record("monitor", state="restarted", after=self._watch.n)
             self._begin()
             self._confidences.clear()
 

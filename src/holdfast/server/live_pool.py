@@ -20,7 +20,7 @@ from holdfast.rotation.live import loaded, refuse_strange
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.swap import next_set
 from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
-from holdfast.server.server_worker import set_message
+from holdfast.server.generation import Generation, PoolSet
 
 CANARIES = "canaries"
 """name under which a pool keeps its canary inputs"""
@@ -28,26 +28,6 @@ _HOUR_S = 3600.0
 _WRITE_S = 30.0
 """seconds between two entries of the ledger with numbers of answers, which are also written at swaps and at the end"""
 _WITHOUT_NAME = ""
-
-
-@dataclass(frozen=True, eq=False)
-class NextSet:
-    """A parameter set that serves, or is to serve, with its parameters and its fingerprint on the canary inputs."""
-
-    name: str
-    epoch: int
-    weights: Mapping[str, Tensor] = field(repr=False)
-    canary: str = ""
-    why: str = ""
-    recorded: bool = False
-    """whether the ledger records already that it serves, because another process swapped"""
-    unjudged: bool = False
-    """whether it was not judged against all stolen sets, and replaces a stolen one"""
-
-    @cached_property
-    def message(self) -> bytes:
-        """The message that sends the set to a worker."""
-        return set_message(self.name, self.epoch, self.weights)
 
 
 @dataclass(eq=False)
@@ -90,12 +70,13 @@ class LivePool:
     def _architecture(self) -> Classifier:
         return self.opening().eval().requires_grad_(False)
 
-    def test(self, following: NextSet) -> None:
+    def test(self, following: Generation) -> None:
         """Test a set on the canary inputs. Raises `TargetError` if its predictions are not those of its admission."""
-        model = loaded(self._architecture, following.weights, following.name)
-        refuse_strange(model, self.canaries, following.canary, following.name)
+        pooled = _pooled(following)
+        model = loaded(self._architecture, pooled.weights, following.name)
+        refuse_strange(model, self.canaries, pooled.canary, following.name)
 
-    def first(self) -> NextSet:
+    def first(self) -> Generation:
         """Return the serving set. If none serves, an admitted set begins to serve.
 
         Raises `Inconclusive` if no set serves and none waits, and `TargetError` if the set fails its test.
@@ -130,7 +111,7 @@ class LivePool:
         except (HoldfastError, OSError) as error:
             self._raise("error", str(error))
 
-    def due(self, serving: NextSet) -> NextSet | None:
+    def due(self, serving: Generation) -> Generation | None:
         """Return the set that is to serve next, or None if no swap is due or possible.
 
         Raises no error: the current set continues to serve, and `alarm` states why.
@@ -172,7 +153,7 @@ class LivePool:
             self._term = (epoch, by_date, now)
         return max(by_date, self._term[1] + now - self._term[2])
 
-    def _chosen(self, serving: NextSet, why: str, *, stolen: bool) -> NextSet | None:
+    def _chosen(self, serving: Generation, why: str, *, stolen: bool) -> Generation | None:
         now = self.clock()
         while self._swaps and now - self._swaps[0] >= _HOUR_S:
             self._swaps.popleft()
@@ -191,22 +172,24 @@ class LivePool:
 
     def _set(
         self, name: str, epoch: int, *, why: str = "", recorded: bool = False, unjudged: bool = False
-    ) -> NextSet:
+    ) -> Generation:
         canary = self.pool.ledger.member(name).canary
-        return NextSet(name, epoch, self.pool.weights(name), canary, why, recorded, unjudged)
+        pooled = PoolSet(self.pool.weights(name), canary, recorded, unjudged)
+        return Generation(name, epoch, why=why, pooled=pooled)
 
-    def commit(self, following: NextSet, serving: NextSet) -> bool:
+    def commit(self, following: Generation, serving: Generation) -> bool:
         """Record in the ledger that a set serves from now on. Return whether it does; another process may have swapped
         in the meantime.
         """
-        if following.recorded:
+        pooled = _pooled(following)
+        if pooled.recorded:
             return True
         try:
             swapped = self.pool.swap(
                 epoch=serving.epoch,
                 why=following.why,
                 choose=lambda names: following.name,
-                unjudged=following.unjudged,
+                unjudged=pooled.unjudged,
             )
         except (HoldfastError, OSError) as error:
             self._raise("error", str(error))
@@ -218,10 +201,10 @@ class LivePool:
         self._raise("", "")
         return True
 
-    def refuse(self, following: NextSet, why: str) -> None:
+    def refuse(self, following: Generation, why: str) -> None:
         """Refuse a set that failed its test or that a worker could not load, so that another one is chosen."""
         self._raise("error", why)
-        if not following.recorded:
+        if not _pooled(following).recorded:
             try:
                 self.pool.refuse(following.name, why)
             except (HoldfastError, OSError) as error:
@@ -229,3 +212,8 @@ class LivePool:
 
     def _raise(self, alarm: str, reason: str) -> None:
         self.alarm, self.reason = alarm, reason
+
+
+def _pooled(generation: Generation) -> PoolSet:
+    assert generation.pooled is not None, "a parameter set of a pool"
+    return generation.pooled

@@ -5,12 +5,12 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.guard.decisions import Action, RequestDecision
+from holdfast.guard.protocol import RequestGuard
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.guarded_routes import Endpoints, GuardedRoutes, Scope
 from holdfast.server.whole_messages import (
@@ -31,27 +31,6 @@ _RETRY_S = b"1"
 """seconds after which a client may send a request again that the guard could not decide about"""
 
 
-class DecidingGuard(Protocol):
-    """Protocol of the part of a guard that the middleware uses, such as `holdfast.Guard`."""
-
-    def before(self, x: Tensor, *, principal: str = "") -> RequestDecision:
-        """Return the decision about a request before the application is called."""
-
-    def after(
-        self,
-        decision: RequestDecision,
-        outputs: Tensor,
-        features: Tensor | None = None,
-        *,
-        network: Callable[[Tensor], Tensor] | None = None,
-    ) -> RequestDecision:
-        """Return the final decision, given the outputs of the model."""
-
-    @property
-    def actions(self) -> Collection[Action]:
-        """Actions of the rules in mode `enforce`."""
-
-
 def _nobody(scope: Scope) -> str:
     return ""
 
@@ -70,7 +49,8 @@ class GuardMiddleware:
     """
 
     app: ASGIApplication
-    guard: DecidingGuard
+    guard: RequestGuard
+    """guard such as `holdfast.Guard`"""
     inputs: Callable[[bytes], Tensor]
     """function from the body of a request to the inputs (n, *shape). A body for which it raises an error gets the
     status 400"""

@@ -2,12 +2,10 @@
 of the newest requests. Nothing of it is written to a disk.
 """
 
-import base64
 import random
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from holdfast.guard.decisions import Action
 from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Observed
 from holdfast.server.answering_requests import Outcome
+from holdfast.server.messages import Observations, Prediction
 
 _MOST_PER_S = 40.0
 """sampled inputs per second, so that the monitor takes little time from the requests"""
@@ -74,37 +73,31 @@ class Reservoir:
                 features, first = each.features or (None, 0)
                 self._new.append((sample, None if features is None else features[first + row].cpu()))
 
-    def taken(self) -> dict[str, Any] | None:
-        """Return the signals of inputs and the predictions since the last call; None without any. The signals are
-        64-bit numbers in base64, because 32 bits round probabilities near 1.
-        """
+    def taken(self) -> Observations | None:
+        """Return the signals of inputs and the predictions since the last call; None without any."""
         with self._lock:
             new, self._new = self._new, []
             answered, self._answered = self._answered, []
             left_out, self._left_out, self._n_answered = self._left_out, 0, 0
         if not answered:
             return None
-        return {
-            "signals": self._signals(new),
-            "predictions": _predictions(answered),
-            "left_out": left_out,
-        }
+        return Observations(self._signals(new), _predictions(answered), left_out)
 
-    def _signals(self, new: Sequence[tuple[Sample, Tensor | None]]) -> str:
+    def _signals(self, new: Sequence[tuple[Sample, Tensor | None]]) -> bytes:
         """The signals of samples, row by row."""
         rows = [_pooled(features) for _, features in new if features is not None]
         features = None
         if self._reference.layer is not None:
             if any(len(row) != self._reference.n_features for row in rows):  # another model was reloaded
-                return ""
+                return b""
             features = torch.stack(rows) if rows else None
         samples = [sample for sample, _ in new]
         if not samples:
-            return ""
+            return b""
         x = torch.stack([x for x, _ in samples])
         logits = None if self._reference.model is None else torch.stack([scores for _, scores in samples])
         values = self._reference.observer(Observed(x, logits, features)).values
-        return base64.b64encode(values.astype("<f8").tobytes()).decode()
+        return values.astype("<f8").tobytes()
 
 
 def _pooled(features: Tensor) -> Tensor:
@@ -112,18 +105,16 @@ def _pooled(features: Tensor) -> Tensor:
     return features.flatten(1).mean(1) if features.dim() > 1 else features
 
 
-def _predictions(batches: Sequence[_Answered]) -> list[list[Any]]:
-    """The request, its predicted classes, their confidences, and whether the guard flagged it, for each request of some
-    batches.
-    """
+def _predictions(batches: Sequence[_Answered]) -> list[Prediction]:
+    """The predictions of the requests of some batches."""
     # at once, because small calls of torch for each batch take longer than the rest
     scores = torch.cat([each for _, _, parts, _ in batches for each in parts])
     best = scores.double().softmax(1).max(1)
     classes, confidences = best.indices.tolist(), best.values.tolist()
-    entries, start = [], 0
+    entries, start = list[Prediction](), 0
     for requests, rows, _, flagged in batches:
         for request, n, is_flagged in zip(requests, rows, flagged, strict=True):
             part = slice(start, start + n)
-            entries.append([request, classes[part], [round(c, 6) for c in confidences[part]], is_flagged])
+            entries.append((request, classes[part], [round(c, 6) for c in confidences[part]], is_flagged))
             start += n
     return entries

@@ -4,24 +4,23 @@ Each worker keeps the newest inputs of each client in memory, and of each client
 room, so that a client that sends many requests displaces none of the inputs of others. Nothing is written to a disk.
 """
 
-import base64
 import io
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from random import randrange
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from holdfast.server.answering_requests import Outcome, ServedSet
+from holdfast.server.messages import Samples
 
 ALL_BYTES = 128 * 2**20
 """largest size of the sampled inputs of all workers, which one answer to the operator contains"""
@@ -104,9 +103,9 @@ class SampledInputs:
         while len(client.inputs) + len(client.failed) > part:
             (client.inputs or client.failed).popleft()
 
-    def content(self) -> dict[str, Any]:
-        """Return the sample as values that JSON can represent, the oldest input of each client first. Inputs of
-        another shape than the newest one are left out.
+    def answer(self, number: int) -> Samples:
+        """Return the sample as the answer to a question, the oldest input of each client first. Inputs of another shape
+        than the newest one are left out.
         """
         now = time.time()
         with self._lock:
@@ -118,14 +117,16 @@ class SampledInputs:
         shape = max(kept, key=lambda pair: pair[1].time_s)[1].x.shape if kept else (1,)
         kept = [pair for pair in kept if pair[1].x.shape == shape]
         x = torch.stack([each.x for _, each in kept]).float().numpy() if kept else np.zeros((0, 1))
-        return {
-            "x": [list(x.shape), base64.b64encode(x.astype("<f4").tobytes()).decode()],
-            "principals": [principal for principal, _ in kept],
-            "ages": [max(0.0, now - each.time_s) for _, each in kept],
-            "requests": [[each.request, each.row] for _, each in kept],
-            "sets": [each.set_name for _, each in kept],
-            "failed": [each.failed for _, each in kept],
-        }
+        return Samples(
+            number,
+            x.shape,
+            x.astype("<f4").tobytes(),
+            [principal for principal, _ in kept],
+            [max(0.0, now - each.time_s) for _, each in kept],
+            [(each.request, each.row) for _, each in kept],
+            [each.set_name for _, each in kept],
+            [each.failed for _, each in kept],
+        )
 
 
 class CollectedSamples:
@@ -137,13 +138,13 @@ class CollectedSamples:
         self._pseudonym = pseudonym
         self._one_at_a_time = threading.Lock()
         self._number = 0
-        self._answers: queue.Queue[Mapping[str, Any]] = queue.Queue(_MOST_ANSWERS)
+        self._answers: queue.Queue[Samples] = queue.Queue(_MOST_ANSWERS)
 
-    def received(self, content: Mapping[str, Any]) -> None:
+    def received(self, samples: Samples) -> None:
         """Take the answer of a worker. One to an earlier question is ignored."""
         with suppress(queue.Full):  # a worker sent samples without a question
-            if content["number"] == self._number:
-                self._answers.put_nowait(content)
+            if samples.number == self._number:
+                self._answers.put_nowait(samples)
 
     def collected(self, ask: Callable[[int], int], class_of: Callable[[str, int], int]) -> bytes:
         """Return the sampled inputs as an .npz file. `ask` sends a question with a number to the workers, and returns
@@ -157,31 +158,22 @@ class CollectedSamples:
             for _ in range(ask(self._number)):
                 with suppress(queue.Empty):
                     found.append(self._answers.get(timeout=max(0.0, until - time.monotonic())))
-        return _npz([each for each in found if each["principals"]], self._pseudonym, class_of)
+        return _npz([each for each in found if each.principals], self._pseudonym, class_of)
 
 
 def _npz(
-    parts: Sequence[Mapping[str, Any]], pseudonym: Callable[[str], str], class_of: Callable[[str, int], int]
+    parts: Sequence[Samples], pseudonym: Callable[[str], str], class_of: Callable[[str, int], int]
 ) -> bytes:
-    inputs = [_decoded(part["x"]) for part in parts]
-    same = [k for k, x in enumerate(inputs) if x.shape[1:] == inputs[0].shape[1:]]
-
-    def joined(key: str) -> list[Any]:
-        return [value for k in same for value in parts[k][key]]
-
+    parts = [each for each in parts if each.shape[1:] == parts[0].shape[1:]]
+    inputs = [np.frombuffer(each.x, "<f4").reshape(each.shape) for each in parts]
     file = io.BytesIO()
     np.savez(
         file,
-        x=np.concatenate([inputs[k] for k in same]) if same else np.zeros((0, 1), np.float32),
-        y=np.array([class_of(str(request), int(row)) for request, row in joined("requests")], np.int64),
-        principal=np.array([pseudonym(str(name)) for name in joined("principals")], str),
-        age=np.array(joined("ages"), np.float64),
-        set=np.array(joined("sets"), str),
-        failed=np.array(joined("failed"), bool),
+        x=np.concatenate(inputs) if inputs else np.zeros((0, 1), np.float32),
+        y=np.array([class_of(*request) for each in parts for request in each.requests], np.int64),
+        principal=np.array([pseudonym(name) for each in parts for name in each.principals], str),
+        age=np.array([age for each in parts for age in each.ages], np.float64),
+        set=np.array([name for each in parts for name in each.sets], str),
+        failed=np.array([failed for each in parts for failed in each.failed], bool),
     )
     return file.getvalue()
-
-
-def _decoded(content: Sequence[Any]) -> npt.NDArray[np.float32]:
-    shape, text = content
-    return np.frombuffer(base64.b64decode(text), "<f4").reshape([int(size) for size in shape])

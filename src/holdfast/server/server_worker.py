@@ -1,15 +1,9 @@
 """A worker process of a server. It answers requests at the socket that it inherits, and keeps no state of its own.
 
-It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
-letter of a message is its kind. From the supervisor: G serve the opened model under this name, S a parameter set to
-prepare, A the set that serves from now on, K the size of the inputs to sample, I send the sampled inputs, N the server
-ends soon, D drain since it ends, Q drain since another worker is in its place. To the supervisor: O the model is
-opened, R ready, L a set is prepared, U a set is unusable, T counts and state, M observations for the monitor, I sampled
-inputs, E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
+It ends when the pipe from the supervisor is closed, after it has answered the requests that it received.
 """
 
 import asyncio
-import json
 import logging
 import math
 import os
@@ -20,17 +14,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from mmap import mmap
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import safetensors.torch
 import torch
-import uvicorn
 from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
@@ -39,12 +32,11 @@ from holdfast.guard.detectors.features import LastFeatures
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
-from holdfast.guard.released_scores import Release, all_scores
+from holdfast.guard.released_scores import release_of
 from holdfast.guard.states.sqlite import SQLiteState
-from holdfast.monitoring.reference import Reference
 from holdfast.rotation.live import loaded
 from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
-from holdfast.server.answer_counts import AnswerCounts
+from holdfast.server import messages
 from holdfast.server.answering_requests import (
     Answer,
     Answerer,
@@ -55,15 +47,14 @@ from holdfast.server.answering_requests import (
     Outcome,
     ServedSet,
 )
-from holdfast.server.app import ConnectionLimits, ServedModel, application
-from holdfast.server.audit_chain import AuditKey, ChainFile
+from holdfast.server.app import ServedModel, application
+from holdfast.server.audit_chain import ChainFile
 from holdfast.server.batching import Batcher
 from holdfast.server.closing_socket import refuse_connections
 from holdfast.server.connections import limited_protocol
-from holdfast.server.error_log import ErrorLog, LogFormat, log_to_stderr
-from holdfast.server.host_names import HostNames
+from holdfast.server.error_log import ErrorLog, log_to_stderr
 from holdfast.server.keys import KeyFile
-from holdfast.server.loaded_model import LoadedModel, no_rules, refuse_damaged
+from holdfast.server.loaded_model import refuse_damaged
 from holdfast.server.profile import Profile
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.quotas import Quotas
@@ -71,12 +62,13 @@ from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
 from holdfast.server.request_log import log_requests
 from holdfast.server.reservoir import Reservoir
 from holdfast.server.sampled_inputs import SampledInputs
+from holdfast.server.server_setup import WorkerSetup
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
+from holdfast.server.uvicorn_server import UvicornServer
+from holdfast.settings.grammar import seconds
 
 _ENDING_S = 3.0
 """seconds in which a worker without a supervisor must end after its drain"""
-HUNG_S = 30.0
-"""least number of seconds without progress after which a worker is replaced"""
 _SLOW = 4
 """a worker is not replaced before so many times the usual time of a batch of the largest size"""
 _BEAT_S, _SHORT_BEAT_S = 0.1, 0.02
@@ -85,6 +77,8 @@ _BEGUN_S, _ACCEPTED_S = 0.1, 0.05
 """seconds in which connections that clients have begun are complete, and in which those are known that were accepted"""
 _LINGER_S = 1.0
 """seconds for which a worker that drains leaves idle connections open, whose clients may be sending a request"""
+_KEEP_ALIVE_S = 30.0
+"""seconds after which an idle connection is closed"""
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
@@ -95,69 +89,33 @@ _SWITCH_S = 0.001
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
 
 
-@dataclass(frozen=True)
-class ServingSetup:
-    """What a worker needs to start. It is pickled, and its functions open the model and the guard in the worker."""
+@dataclass(eq=False)
+class AnswerCounts:
+    """Numbers of answered inputs by epoch and principal since the last report, for the ledger of the pool."""
 
-    opening: Callable[[], LoadedModel]
-    """function that opens the model; for a pool, the architecture with any parameters"""
-    name: str
-    shape: tuple[int, ...]
-    """shape of one input"""
-    version: str = "1"
-    set_name: str = ""
-    """name under which the parameters of the model are recorded; empty for a pool, which sends its sets"""
-    digest: str = ""
-    """digest of the model that was opened before the workers start, which that of each worker must equal"""
-    device: str = "cpu"
-    threads: int | None = None
-    max_rows: int = 64
-    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
-    drain_s: float = 30.0
-    hung_s: float = HUNG_S
-    """seconds without progress after which a worker is replaced; longer for a slow model, see `Worker.patience_s`"""
-    guard: Callable[[str | None], RequestGuard] = no_rules
-    """function that opens the guard, given the digest of the model that its calibration must name"""
-    guard_fails_open: bool = False
-    keys: Path | None = None
-    quotas: Path | None = None
-    audit_key: AuditKey | None = field(default=None, repr=False)
-    audit_fails_open: bool = False
-    signature: Signature | None = None
-    """signature of a proxied model, which is known at the start; None for a model that is called to find it"""
-    forwards: tuple[str, ...] = ()
-    """names of the headers that a proxy passes on"""
-    hosts: HostNames = field(default_factory=HostNames)
-    """host names under which requests are answered"""
-    profile: bool = False
-    """whether the time of each part of a request is measured"""
-    log_format: LogFormat = "text"
-    """form of the log on stderr"""
-    release: Release = all_scores
-    """function from the scores of the model to those that clients receive"""
-    monitor: Reference | None = None
-    """what samples of the requests are compared with; None without a monitor"""
+    arrived: threading.Event = field(default_factory=threading.Event)
+    _counts: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def rotating(self) -> bool:
-        """Whether the parameter sets are those of a pool."""
-        return not self.set_name
+    def add(self, served: ServedSet, principal: str, rows: int) -> None:
+        """Count the answers to one request. May be called by any thread."""
+        with self._lock:
+            counts = self._counts.setdefault((served.name, served.epoch), {})
+            counts[principal] = counts.get(principal, 0) + rows
+        self.arrived.set()
 
-
-class _Server(uvicorn.Server):
-    """A server of uvicorn that leaves signals to the supervisor."""
-
-    @contextmanager
-    def capture_signals(self) -> Any:
-        """Do not handle signals."""
-        yield
+    def taken(self) -> list[tuple[str, int, dict[str, int]]]:
+        """Return name of the set, epoch and numbers by principal since the last call, and begin at zero again."""
+        with self._lock:
+            counts, self._counts = self._counts, {}
+        return [(name, epoch, principals) for (name, epoch), principals in counts.items()]
 
 
 class Worker:
     """One worker: the model, the thread that answers batches, the thread that reports, and the loop of the server."""
 
-    def __init__(self, setup: ServingSetup, chain: Path | None, send: Send, memory: mmap) -> None:
-        self.setup, self._send = setup, send
+    def __init__(self, setup: WorkerSetup, chain: Path | None, send: Send, memory: mmap) -> None:
+        self.setup, self._send, settings = setup, send, setup.settings
         self.telemetry, self.ledger, self.errors = Telemetry(memory), AnswerCounts(), ErrorLog()
         self.device = torch.device(setup.device)
         opened = setup.opening()
@@ -167,32 +125,17 @@ class Worker:
         self._row_s, self._beat_s = 0.0, math.inf
         self._leaving, self._last = threading.Event(), False
         self._lost, self._observed = 0, (0, 0)
-        self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
-        audit: Audit = NoAudit()
-        if self.chain is not None:
-            assert setup.audit_key is not None
-            audit = ChainAudit(self.chain, setup.audit_key)
-        self._limits = None if setup.quotas is None else SQLiteState(setup.quotas)
-        self.answering = Answerer(
-            ServedSet(self._pristine, setup.set_name, 1),
-            setup.guard(opened.guard_digest),
-            audit,
-            None if self._limits is None else Quotas(self._limits),
-            self.telemetry,
-            setup.guard_fails_open,
-            self.ledger.add if setup.rotating else lambda served, principal, rows: None,
-            self.device,
-            self.errors,
-            logged=partial(log_requests, setup.audit_key),
-            features=LastFeatures(self._pristine.net, setup.monitor.layer if setup.monitor else None),
-            release=setup.release,
-        )
+        fail_open = settings.on_audit_failure == "answer"
+        self.chain = None if chain is None else ChainFile(chain, fail_open=fail_open)
+        keys = setup.keys
+        self._limits = None if keys is None else SQLiteState(keys.with_name(f"{keys.name}.quota"))
+        self.answering = self._answerer(setup.guard(opened.guard_digest))
         guard = self.answering.guard
         self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
         self.batcher: Batcher[Job, Answer] = Batcher(
             self.answering,
-            max_rows=setup.max_rows,
-            max_latency_s=setup.limits.max_latency_s,
+            max_rows=settings.max_rows,
+            max_latency_s=seconds(settings.max_latency, "max_latency"),
             seen=self._seen,
         )
         self.answering.progress = self.batcher.progress
@@ -200,15 +143,15 @@ class Worker:
         self._next_observed_s = 0.0
         self.sampled = SampledInputs()
         self.answering.observed = self.sampled.add if self.reservoir is None else self._observe
-        self.profile = Profile() if setup.profile else None
+        self.profile = Profile() if settings.profile else None
         self.served = ServedModel(
             setup.signature or self._signature(),
             self.batcher,
-            None if setup.keys is None else KeyFile(setup.keys),
+            None if keys is None else KeyFile(keys),
             None if chain is None else setup.audit_key,
-            setup.limits,
+            settings,
             self.telemetry,
-            setup.forwards,
+            tuple(name.lower() for name in settings.forward_headers),
             self.errors,
             setup.hosts,
         )
@@ -217,11 +160,33 @@ class Worker:
         self.served.readiness.checks = self._checks()
         self.server = self._server()
 
+    def _answerer(self, guard: RequestGuard) -> Answerer:
+        """Return the function that answers batches with this guard."""
+        setup = self.setup
+        audit: Audit = NoAudit()
+        if self.chain is not None:
+            assert setup.audit_key is not None
+            audit = ChainAudit(self.chain, setup.audit_key)
+        return Answerer(
+            ServedSet(self._pristine, setup.set_name, 1),
+            guard,
+            audit,
+            None if self._limits is None else Quotas(self._limits),
+            self.telemetry,
+            setup.settings.on_guard_failure == "answer",
+            self.ledger.add if setup.rotating else lambda served, principal, rows: None,
+            self.device,
+            self.errors,
+            logged=partial(log_requests, setup.audit_key),
+            features=LastFeatures(self._pristine.net, setup.monitor.layer if setup.monitor else None),
+            release=release_of(setup.settings.scores),
+        )
+
     def _checks(self) -> list[Check]:
         """Return the checks of the audit chain, of the states of the guard and of limits, and of the model."""
         checks, guard, keys = [], self.answering.guard, self.served.keys
         if self.chain is not None:
-            refuses = not self.setup.audit_fails_open
+            refuses = self.setup.settings.on_audit_failure == "refuse"
             checks.append(Check("audit", partial(audit_fault, self.chain), refuses=refuses))
         if isinstance(guard, GuardPipeline) and isinstance(guard.queries, QueryRule):
             state = guard.queries.detector.state
@@ -241,29 +206,23 @@ class Worker:
         """Return whether the scores of the served model for one input are finite."""
         return bool(self._logits_of_one(self.answering.served.model).isfinite().all())
 
-    def _server(self) -> _Server:
+    def _server(self) -> UvicornServer:
         """Return the HTTP server, which leaves the limits of connections to the protocol."""
-        setup = self.setup
-        config = uvicorn.Config(
+        settings = self.setup.settings
+        return UvicornServer.of(
             application(self.served),
-            http=limited_protocol(
-                setup.limits.max_connections,
-                setup.limits.header_timeout_s,
+            limited_protocol(
+                settings.max_connections,
+                seconds(settings.header_timeout, "header_timeout"),
                 self.served.max_body,
                 partial(self.telemetry.count, "holdfast_refused_total"),
-                setup.limits.write_timeout_s,
+                self.served.body_timeout_s,  # in which a client must read a response as well
                 self.errors,
             ),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
+            drain_s=seconds(settings.drain, "drain"),
+            timeout_keep_alive=round(_KEEP_ALIVE_S),
             proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=max(1, round(setup.limits.keep_alive_s)),
-            timeout_graceful_shutdown=max(1, round(setup.drain_s)),
         )
-        return _Server(config)
 
     def _signature(self) -> Signature:
         """Return the signature of the model, which is called to find the number of classes."""
@@ -273,9 +232,8 @@ class Worker:
         begin = time.perf_counter()
         classes = self._n_classes(self._pristine)
         self._row_s = time.perf_counter() - begin
-        return Signature(
-            setup.name, setup.shape, classes, self._pristine.bounds, setup.version, setup.max_rows
-        )
+        settings, bounds = setup.settings, self._pristine.bounds
+        return Signature(setup.name, setup.shape, classes, bounds, settings.model_version, settings.max_rows)
 
     def _n_classes(self, model: Classifier) -> int:
         """Return the number of classes, after a first forward pass, which is the slowest one."""
@@ -310,30 +268,27 @@ class Worker:
 
     # --- parameter sets
 
-    def prepare(self, content: bytes) -> None:
+    def prepare(self, message: messages.Prepare) -> None:
         """Load a parameter set into a copy of the network, and report whether it can serve. The supervisor has tested
         it on the canary inputs.
         """
-        size = int.from_bytes(content[:8], "little")
-        about = json.loads(content[8 : 8 + size])
         try:
-            weights = safetensors.torch.load(content[8 + size :])
-            model = loaded(self._pristine, weights, about["name"])
+            model = loaded(self._pristine, safetensors.torch.load(message.weights), message.name)
             self._n_classes(model)
         except HoldfastError as error:
-            self._send(b"U", {"epoch": about["epoch"], "reason": error.on_command_line()})
+            self.send(messages.Unusable(message.epoch, error.on_command_line()))
             return
-        self._prepared[about["epoch"]] = ServedSet(model, about["name"], about["epoch"])
-        self._send(b"L", {"epoch": about["epoch"]})
+        self._prepared[message.epoch] = ServedSet(model, message.name, message.epoch)
+        self.send(messages.Loaded(message.epoch))
 
     def activate(self, epoch: int) -> None:
         """Serve the prepared set of an epoch from the next batch on."""
         self.answering.served = self._prepared[epoch]
         self._prepared = {}
 
-    def serve_as(self, name: str, epoch: int) -> None:
-        """Record the opened model under this name."""
-        self.answering.served = ServedSet(self._pristine, name, epoch)
+    def serve_as(self, message: messages.Serve) -> None:
+        """Record the opened model under the name of the message."""
+        self.answering.served = ServedSet(self._pristine, message.name, message.epoch)
 
     # --- progress
 
@@ -341,7 +296,7 @@ class Worker:
     def patience_s(self) -> float:
         """Seconds without progress after which this worker is to be replaced."""
         row_s = self.batcher.row_s or self._row_s
-        return max(self.setup.hung_s, _SLOW * self.setup.max_rows * row_s)
+        return max(self.setup.hung_s, _SLOW * self.setup.settings.max_rows * row_s)
 
     @property
     def stalled(self) -> str:
@@ -366,34 +321,35 @@ class Worker:
             self.telemetry.set("holdfast_keys_failing", bool(self.served.keys.failure))
         if self.profile is not None:
             self.profile.report(self.telemetry)
-        chain = None if self.chain is None else self.chain.flushed
-        state = {
-            "stalled": self.stalled,
-            "patience_s": self.patience_s,
-            "chain": chain,
-            "checks": {
-                check.reason: {"failure": failure, "refuses": check.refuses}
-                for check in readiness.checks
-                if (failure := check.failure)
-            },
-            "unprobed_s": readiness.unprobed_s,
-        }
-        self._send(b"T", {"answers": self.ledger.taken(), **state})
+        self.send(
+            messages.Report(
+                self.ledger.taken(),
+                self.stalled,
+                self.patience_s,
+                None if self.chain is None else self.chain.flushed,
+                {
+                    check.reason: messages.FailingCheck(failure, check.refuses)
+                    for check in readiness.checks
+                    if (failure := check.failure)
+                },
+                readiness.unprobed_s,
+            )
+        )
         # answers of a pool are reported more often, and each report for the monitor takes milliseconds
         if self.reservoir is None or time.monotonic() < self._next_observed_s:
             return
         self._next_observed_s = time.monotonic() + _REPORT_S
-        if (content := self.reservoir.taken()) is not None:
-            self._send(b"M", content)
+        if (observations := self.reservoir.taken()) is not None:
+            self.send(observations)
 
     def _observe(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         assert self.reservoir is not None, "there is a monitor"
         self.reservoir.add(outcomes)
         self.sampled.add(outcomes, served)
 
-    def send_samples(self, number: int) -> None:
-        """Send the sampled inputs to the supervisor, with the number of its question."""
-        self._send(b"I", {"number": number, **self.sampled.content()})
+    def send(self, message: messages.FromWorker) -> None:
+        """Send a message to the supervisor."""
+        messages.send_to_supervisor(self._send, message)
 
     def _report_often(self) -> None:
         while True:
@@ -424,11 +380,9 @@ class Worker:
         self._close_states()
         self._next_observed_s = 0.0  # the last observations are reported as well
         self.report()
-        head, records = "", 0
         if self.chain is not None:
             self.chain.close()
-            records, head = self.chain.last
-        self._send(b"X", {"head": head, "records": records})
+        self.send(messages.Drained())
 
     def _close_states(self) -> None:
         """Close the files of the states, so that the last worker removes the logs beside them."""
@@ -442,7 +396,7 @@ class Worker:
         serving = asyncio.create_task(self.server.serve([listener]))
         while not self.server.started and not serving.done():
             await asyncio.sleep(0.005)
-        self._send(b"R", {})
+        self.send(messages.Ready())
         beating = asyncio.create_task(self._beat(listener))
         await serving
         beating.cancel()
@@ -512,12 +466,12 @@ def _run(tasks: IO[bytes], listener: int, counters: int, send: Send) -> None:
         setup, chain = pickle.loads(content)  # noqa: S301
     except Exception as error:
         raise unshared(error) from error
-    log_to_stderr(setup.log_format)
+    log_to_stderr(setup.settings.log_format)
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
     worker = Worker(setup, chain, send, mmap(counters, MEMORY_BYTES))
     if not setup.rotating:
-        send(b"O", {"digest": worker.digest, "classes": worker.served.signature.classes})
+        worker.send(messages.Opened(worker.digest, worker.served.signature.classes))
     if not _served(worker, tasks):
         return
     threading.Thread(target=_follow, args=(worker, tasks), daemon=True).start()
@@ -526,49 +480,43 @@ def _run(tasks: IO[bytes], listener: int, counters: int, send: Send) -> None:
 
 def _served(worker: Worker, tasks: IO[bytes]) -> bool:
     """Take messages until a model or a set serves, and return whether one does."""
-    while (message := read_message(tasks)) is not None and message[:1] not in b"DQ":
+    while (content := read_message(tasks)) is not None:
+        message = messages.decoded_by_worker(content)
+        if isinstance(message, messages.Drain):
+            return False
         _take(worker, message)
-        if message[:1] in b"AG":
+        if isinstance(message, messages.Activate | messages.Serve):
             return True
     return False
 
 
 def _follow(worker: Worker, tasks: IO[bytes]) -> None:
-    while (message := read_message(tasks)) is not None:
+    while (content := read_message(tasks)) is not None:
         try:
-            _take(worker, message)
+            _take(worker, messages.decoded_by_worker(content))
         except (KeyError, ValueError, RuntimeError) as error:
             raise TargetError(f"the supervisor sent an invalid message: {error}") from error
     worker.announce_end()
     worker.drain(last=True)
     # The supervisor may have been killed. Its successor waits until this process has ended, which must not take longer
     # than the drain even if the model hangs.
-    time.sleep(worker.setup.drain_s + _ENDING_S)
+    time.sleep(seconds(worker.setup.settings.drain, "drain") + _ENDING_S)
     os._exit(1)
 
 
-def _take(worker: Worker, message: bytes) -> None:
-    kind, content = message[:1], message[1:]
-    match kind:
-        case b"S":
-            worker.prepare(content)
-        case b"A":
-            worker.activate(int(content))
-        case b"G":
-            about = json.loads(content)
-            worker.serve_as(about["set"], about["epoch"])
-        case b"N":
+def _take(worker: Worker, message: messages.ToWorker) -> None:
+    match message:
+        case messages.Prepare():
+            worker.prepare(message)
+        case messages.Activate():
+            worker.activate(message.epoch)
+        case messages.Serve():
+            worker.serve_as(message)
+        case messages.AnnounceEnd():
             worker.announce_end()
-        case b"I":
-            worker.send_samples(int(content))
-        case b"K":
-            worker.sampled.limit(int(content))
-        case b"D" | b"Q":
-            worker.drain(last=kind == b"D")
-
-
-def set_message(name: str, epoch: int, weights: Mapping[str, Tensor]) -> bytes:
-    """Return the message with which the supervisor sends a parameter set."""
-    about = json.dumps({"name": name, "epoch": epoch}).encode()
-    tensors = {key: value.contiguous() for key, value in weights.items()}
-    return b"S" + len(about).to_bytes(8, "little") + about + safetensors.torch.save(tensors)
+        case messages.SendSamples():
+            worker.send(worker.sampled.answer(message.number))
+        case messages.SampleInputs():
+            worker.sampled.limit(message.most_bytes)
+        case messages.Drain():
+            worker.drain(last=message.last)

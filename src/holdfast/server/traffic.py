@@ -1,4 +1,4 @@
-"""Traffic and latency of a server in the last minutes, sampled from its metrics and kept in memory."""
+"""Traffic and latency of a server in the last minutes, and what each served set has counted, from the metrics."""
 
 import math
 import time
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
 
+from holdfast.server.generation import Generation
 from holdfast.server.telemetry import METRICS, MetricTotals
+from holdfast.server.worker_processes import WorkerProcess
 
 SAMPLE_S, KEPT_S = 5.0, 900.0
 """seconds between two samples, and seconds for which they are kept"""
@@ -110,3 +112,74 @@ def _between(first: Sample, last: Sample) -> Interval:
 def _finite(value: float) -> float:
     """The value, or 0 if it is not finite, as a worker that is not trusted could have written."""
     return value if math.isfinite(value) else 0.0
+
+
+_COUNTED: Mapping[str, tuple[str, Callable[[tuple[str, ...]], bool]]] = {
+    "requests": (REQUESTS, lambda labels: True),
+    "inputs": ("holdfast_inputs_total", lambda labels: True),
+    "model_failures": (REFUSED, lambda labels: labels == ("model",)),
+    "refused": (REFUSED, lambda labels: labels != ("model",)),
+}
+"""What is counted for each served set: the metric, and which of its labels"""
+Counts = dict[str, float]
+_MOST_SETS = 50
+"""largest number of sets of a pool whose counts are kept after they served"""
+
+
+class SetCounts:
+    """What the workers of each served set have counted: since the last canary began or, for the newest sets of a pool,
+    since they served. `sums` may be called by any thread.
+    """
+
+    def __init__(self, totals: MetricTotals, workers: Sequence[WorkerProcess]) -> None:
+        self._totals, self._workers = totals, workers
+        self._before: dict[str, Counts] = {}
+        """counts of each worker when it began to be counted"""
+        self._left: dict[str, Counts] = {}
+        """counts since then of workers that have ended or serve another set, by served set"""
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._before, self._left = {worker.name: self._counts(worker) for worker in self._workers}, {}
+
+    def left(self, worker: WorkerProcess) -> None:
+        """Keep the counts of a worker for the set that it serves, as the newest one."""
+        if worker.set_name:
+            before = self._left.pop(worker.set_name, {})
+            self._left[worker.set_name] = _sum(before, self._since(worker))
+        while len(self._left) > _MOST_SETS:
+            del self._left[next(iter(self._left))]
+
+    def follow(self, generation: Generation) -> None:
+        """Count what the workers answer from now on for another set of a pool, which they serve.
+
+        A worker reports its counts within a fraction of a second, so that a few requests are counted for the next set.
+        """
+        for worker in self._workers:
+            self.left(worker)
+            self._before[worker.name], worker.generation = self._counts(worker), generation
+
+    def sums(self) -> dict[str, Counts]:
+        """Return the counts by served set."""
+        # a copy first, because another thread than that of the supervisor may ask
+        sums = {name: dict(counts) for name, counts in dict(self._left).items()}
+        for worker in list(self._workers):
+            if worker.set_name:
+                sums[worker.set_name] = _sum(sums.get(worker.set_name, {}), self._since(worker))
+        return sums
+
+    def _since(self, worker: WorkerProcess) -> Counts:
+        before = self._before.get(worker.name, {})
+        return {key: max(0.0, n - before.get(key, 0.0)) for key, n in self._counts(worker).items()}
+
+    def _counts(self, worker: WorkerProcess) -> Counts:
+        values = self._totals.of(worker.name)
+        counts = {}
+        for key, (metric, counted) in _COUNTED.items():
+            found = (n for (name, labels), (n, *_) in values.items() if name == metric and counted(labels))
+            counts[key] = math.fsum(found)
+        return counts
+
+
+def _sum(counts: Counts, more: Counts) -> Counts:
+    return {key: counts.get(key, 0.0) + n for key, n in more.items()}

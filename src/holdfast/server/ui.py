@@ -12,21 +12,15 @@ from starlette.routing import Route
 from holdfast.core.errors import UsageError
 from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ADMIN, KeyFile
+from holdfast.server.page_shell import page_headers, style_sheet
 from holdfast.server.supervisor import Supervisor
-from holdfast.server.ui_page import login_page, operator_page, style_sheet
+from holdfast.server.ui_page import login_page, operator_page
 from holdfast.server.ui_sessions import SESSION_S, Operator, Sessions
 
 COOKIE, _PATH = "holdfast_ui", "/ui"
 _MOST_BYTES, _MOST_FIELDS = 4096, 8
 """largest size and number of fields of a form"""
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
+_HEADERS = page_headers()
 _AGAIN = (
     '<!doctype html><html lang="en"><title>Holdfast</title><meta http-equiv="refresh" content="0; url=/ui">'
 )

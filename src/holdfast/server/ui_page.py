@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.adaptation.adapted import clock, facts_text
 from holdfast.core.errors import HoldfastError
 from holdfast.reports.gallery import png, shrunk
-from holdfast.reports.html import filled, template_text
+from holdfast.reports.html import filled
 from holdfast.reports.numbers import plain
 from holdfast.server.flagged_inputs import FlaggedInput, FlaggedInputs
 from holdfast.server.keys import ADMIN, KeyFile
@@ -34,11 +34,6 @@ _WIDTH, _HEIGHT = 600, 120
 def login_page(token: str, error: str = "") -> str:
     """Return the page with the form for the key of an operator."""
     return filled("ui-login.html.j2", token=token, error=error)
-
-
-def style_sheet() -> str:
-    """Return the style sheet of the page, which begins with that of reports."""
-    return template_text("report.css") + template_text("ui.css")
 
 
 def operator_page(

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from mmap import mmap
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.runs.engine.children import Child
 from holdfast.runs.store.encryption import KEY_VARIABLE
+from holdfast.server.generation import Generation
+from holdfast.server.messages import Drain, FailingCheck, Report, ToWorker, encoded_for_worker
 from holdfast.server.telemetry import MEMORY_BYTES
 
 BACKLOG = 2048
@@ -36,18 +38,16 @@ class WorkerProcess:
     chain: Path | None
     memory: mmap = field(init=False)
     """values of its metrics, which outlast the process"""
-    generation: int = 0
-    """number of reloads of the model before it"""
-    canary: bool = False
-    """whether it serves a candidate instead of the served model"""
-    set_name: str = ""
-    """name of the model that it serves; empty for a pool, whose sets change"""
+    generation: Generation
+    """the weights that it serves, or opens to serve them"""
+    opened: bool = False
+    """whether it has opened them"""
     ready: bool = False
     sampling: bool = False
     """whether it samples inputs for `holdfast adapt`"""
     error: HoldfastError | None = None
-    ended: Mapping[str, Any] | None = None
-    """the last message of a worker that drained"""
+    drained: bool = False
+    """whether it has answered all requests, and ends"""
     retired_s: float = math.inf
     """time at which the supervisor let it drain, because another worker has its place"""
     begun_s: float = field(default_factory=time.monotonic)
@@ -57,8 +57,8 @@ class WorkerProcess:
     """seconds without progress after which it is replaced"""
     chain_head: tuple[int, str] | None = None
     """length and head of its audit chain, as it last reported them"""
-    checks: Mapping[str, Mapping[str, str | bool]] = field(default_factory=dict)
-    """failing checks by reason: what is wrong (`failure`), and whether it refuses every request (`refuses`)"""
+    checks: Mapping[str, FailingCheck] = field(default_factory=dict)
+    """failing checks by reason"""
     probed_s: float = -math.inf
     """time of the last probe of its readiness"""
     stalled: str = ""
@@ -86,27 +86,37 @@ class WorkerProcess:
         return f"worker-{self.number}"
 
     @property
+    def set_name(self) -> str:
+        """Name of the weights that it serves; empty before it has opened them."""
+        return self.generation.name if self.opened else ""
+
+    @property
     def failures(self) -> dict[str, str]:
         """Why it refuses every request, by reason."""
-        return {reason: str(check["failure"]) for reason, check in self.checks.items() if check["refuses"]}
+        return {reason: check.failure for reason, check in self.checks.items() if check.refuses}
 
-    def report_readiness(self, checks: Mapping[str, Mapping[str, Any]], unprobed_s: float | None) -> None:
-        """Note its failing checks, and how long ago it was probed."""
-        self.checks = {
-            str(reason): {"failure": str(check["failure"])[:_SHOWN], "refuses": bool(check["refuses"])}
-            for reason, check in checks.items()
-        }
-        if unprobed_s is not None:
-            self.probed_s = time.monotonic() - float(unprobed_s)
+    def send(self, message: ToWorker) -> None:
+        """Send a message to it."""
+        self.child.send(encoded_for_worker(message))
 
-    def report_progress(self, stalled: str, patience_s: float) -> None:
-        """Note what makes no progress by a report of the worker, if the report before it stated it too: after a pause
-        of the machine, the first report may be too early.
+    def reported(self, report: Report) -> None:
+        """Note its state. What makes no progress counts if the report before stated it too: after a pause of the
+        machine, the first report may be too early.
         """
-        self.stalled, self._suspected = stalled if self._suspected else "", bool(stalled)
-        if not patience_s < math.inf:
-            raise ValueError(f"the patience is {patience_s} s; expected a finite number")
-        self.patience_s = patience_s
+        self.stalled = report.stalled if self._suspected else ""
+        self._suspected, self.patience_s = bool(report.stalled), report.patience_s
+        self.chain_head = report.chain or self.chain_head
+        self.checks = {
+            reason: FailingCheck(check.failure[:_SHOWN], check.refuses)
+            for reason, check in report.checks.items()
+        }
+        if report.unprobed_s is not None:
+            self.probed_s = time.monotonic() - report.unprobed_s
+
+    def retire(self) -> None:
+        """Let it answer what it received and end, because another worker has its place."""
+        self.retired_s = time.monotonic()
+        self.send(Drain(last=False))
 
     @property
     def retiring(self) -> bool:

@@ -16,7 +16,7 @@ from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
 from holdfast.reports.audit import audit_view
-from holdfast.reports.html import filled, metric_parts, page, template_text
+from holdfast.reports.html import filled, metric_parts, page
 from holdfast.reports.table import csv_text
 from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.rotation.pool.verify_pool import verify_pool
@@ -24,6 +24,7 @@ from holdfast.runs.assess.result import Result
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import Comparison, open_run
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.page_shell import style_sheet
 from holdfast.viewer.outcomes import (
     ANY,
     KINDS,
@@ -106,7 +107,7 @@ class Site:
             case []:
                 return self._index(dict(query or {}))
             case ["style.css"]:
-                return Page("".join(map(template_text, ("report.css", "ui.css", "site.css"))), CSS)
+                return Page(style_sheet(), CSS)
             case ["trend", key, metric]:
                 return self._trend(key, metric.removesuffix(".csv"), csv_only=metric.endswith(".csv"))
             case ["compare", first, second, *rest] if len(rest) < 2:

@@ -1,14 +1,10 @@
 """The server of the pages of runs: read-only, on the loopback interface, without scripts."""
 
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -18,6 +14,8 @@ from starlette.routing import Route
 
 from holdfast.server.host_names import HostNames
 from holdfast.server.http_refusals import Refused
+from holdfast.server.page_shell import page_headers
+from holdfast.server.uvicorn_server import UvicornServer
 from holdfast.server.worker_processes import bound_socket
 from holdfast.viewer.pages import NoPage, Site
 
@@ -25,19 +23,9 @@ HOST = "127.0.0.1"
 """the only address of the server, because the pages have no login"""
 _PAUSE_S = 5.0
 """pause between two searches for new runs"""
-_POLICY = (
-    "default-src 'none'; style-src {style}; img-src data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
-)
-_HEADERS = {
-    "content-security-policy": _POLICY.format(style="'self'"),
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
-# a report contains its style sheet, and a policy with its hash that is stricter than this one
-_REPORT_HEADERS = _HEADERS | {"content-security-policy": _POLICY.format(style="'unsafe-inline'")}
+_HEADERS = page_headers()
+_REPORT_HEADERS = page_headers("'unsafe-inline'")
+"""headers of a report, which contains its style sheet, and a policy with its hash that is stricter than this one"""
 
 
 def site_application(site: Site) -> Starlette:
@@ -71,27 +59,6 @@ def site_application(site: Site) -> Starlette:
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET"])], exception_handlers=handlers)
 
 
-class _UntilStopped(uvicorn.Server):
-    """A server of uvicorn that Ctrl-C or SIGTERM ends without an error."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Set the handlers of both signals while the server runs."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.should_exit = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
 def listening(port: int) -> socket.socket:
     """Return a socket that listens on the loopback interface. Raises `UsageError` if the port is in use."""
     return bound_socket(HOST, port)
@@ -102,21 +69,14 @@ def serve_site(site: Site, listener: socket.socket, started: Callable[[], None] 
 
     Another thread computes the verdicts of the runs from their columns meanwhile.
     """
-    config = uvicorn.Config(
-        site_application(site),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
+    server = UvicornServer.of(site_application(site))
+    server.ends_by_signals = True
     stop = threading.Event()
     checking = threading.Thread(target=_check, args=(site, stop), name="check", daemon=True)
     checking.start()
     started()
     try:
-        _UntilStopped(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         stop.set()
         listener.close()
