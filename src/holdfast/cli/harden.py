@@ -16,7 +16,6 @@ from holdfast.cli.setting_options import (
     run_options,
     with_named_parts,
 )
-from holdfast.reports.write import AUDIT_SUFFIXES
 
 _HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
@@ -71,9 +70,9 @@ def _hardened_generator(settings: Harden, voice: Voice, *, run: str | None, resu
     from holdfast.cli.running import finished_run
 
     folders, files = folders_of(settings.output)
-    refuse_reports(files, AUDIT_SUFFIXES)
+    refuse_reports(files)
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         for place in folders:
             voice.say(f"generator: {result.write_folder(place)}")
-        tell_audit(result.summary(), files, voice, folder)
+        tell_audit(result, files, voice, folder)
     return int(result.exit_code)

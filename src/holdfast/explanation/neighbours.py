@@ -16,9 +16,10 @@ from holdfast.audits.features import penultimate
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Labels
-from holdfast.explanation.explained import Cell, Figure, Picture
+from holdfast.explanation.explained import Cell, Figure
 from holdfast.explanation.wording import About, picture
 from holdfast.reports.gallery import is_image
+from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 

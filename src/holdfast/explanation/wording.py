@@ -13,10 +13,10 @@ from holdfast.core.model import Classifier
 from holdfast.core.tables.table import Table
 from holdfast.core.texts import decoded
 from holdfast.core.types import Access
-from holdfast.explanation.explained import Picture
 from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.numbers import in_255ths, plain
+from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
 
 _BLUE, _RED = (0.13, 0.40, 0.67), (0.70, 0.09, 0.17)

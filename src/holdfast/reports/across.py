@@ -15,8 +15,9 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.metrics.columns import Absent
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
-from holdfast.reports.transfer import distinct_names, shown
-from holdfast.reports.words import TextTable
+from holdfast.reports.transfer import METRIC, distinct_names, heat
+from holdfast.reports.tree import Cell, Paragraph, Section, Table
+from holdfast.reports.words import interval
 from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]
@@ -45,25 +46,37 @@ def across(evidence: Evidence) -> Json | None:
     }
 
 
-def table(results: Mapping[str, Any], noun: str) -> TextTable:
-    """Return the table of the transfer across data sets: the source data set, and success rates with those of the
+def section(results: Mapping[str, Any], noun: str) -> Section:
+    """Return the section of the transfer across data sets: the source data set, and success rates with those of the
     controls.
     """
-    return TextTable(
-        f"across data: share of {count_text(results['n'])} {noun} of each data set whose prediction changes; control: "
-        "the same perturbations in random order",
-        ["computed on", *(f"applied to {name}" for name in results["data"])],
-        [
-            [
-                row["computed_on"],
-                *(
-                    f"{shown(share)}, control {percent(control['value'])}"
-                    for share, control in zip(row["shares"], row["controls"], strict=True)
-                ),
-            ]
-            for row in results["rows"]
-        ],
+    lead = (
+        f"share of {count_text(results['n'])} {noun} of each data set whose prediction changes; control: the same "
+        "perturbations in random order"
     )
+    rows = [
+        (
+            row["computed_on"],
+            *(
+                Cell(
+                    percent(share["value"]),
+                    (interval(METRIC, share), f"control {percent(control['value'])}"),
+                    heat=heat(share),
+                    framed=row["computed_on"] == name,
+                )
+                for name, share, control in zip(results["data"], row["shares"], row["controls"], strict=True)
+            ),
+        )
+        for row in results["rows"]
+    ]
+    note = (
+        f"A seeded sample of the {noun} if there are more, paired at random. A stronger colour means that a larger "
+        "share of predictions changes. Cells with a frame are perturbations applied to the data set on which they were "
+        "computed. Labels are not used, so the other data may have other classes. The control keeps every norm. Only "
+        "the difference from it is transfer."
+    )
+    table = Table(("computed on", *(f"applied to {name}" for name in results["data"])), rows)
+    return Section("Across data", (table, Paragraph(note, "page")), lead, "across", "Across data")
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,27 @@
 """The card of a hardened model, which shows its metrics next to those of the original model, and its training curve."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import line
-from holdfast.reports.charts import Axis, Plane
+from holdfast.reports.charts import LOOKS, Axis, Plane, epochs
 from holdfast.reports.comparison import signed
-from holdfast.reports.markdown import code, escaped, markdown_table
-from holdfast.reports.notes import shown_notes
 from holdfast.reports.numbers import number, percent, plain
+from holdfast.reports.run import shown_notes
 from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
-from holdfast.reports.words import SCOPES, capitalized, interval, label, shown
+from holdfast.reports.tree import (
+    Block,
+    Cell,
+    Chart,
+    Code,
+    Facts,
+    Items,
+    Paragraph,
+    Report,
+    Row,
+    Section,
+    Table,
+)
+from holdfast.reports.words import SCOPES, interval, label, shown
 
 _WIDTH, _HEIGHT = 640.0, 320.0
 _LINES = (
@@ -129,101 +140,104 @@ def generalisation_note(generalisation: Mapping[str, Any], *, robust: bool = Tru
     )
 
 
-def card_document(card: Mapping[str, Any]) -> str:
-    """Return the card of a hardened model as a Markdown document."""
+def card_report(card: Mapping[str, Any]) -> Report:
+    """Return the card of a hardened model as a report."""
+    names = compared_metrics(card)
+    attacked = "certified_accuracy" not in names
+    return Report(
+        verb="harden",
+        about=card["name"],
+        headline=" ".join(filter(None, (verdict_sentence(card), help_sentence(card)))),
+        content=card,
+        lead=(
+            Paragraph(
+                f"hardened against {card['threat']} with the recipe {card['recipe']}, {_why(card)}. Evaluated under "
+                f"{card['evaluated_under']}"
+            ),
+        ),
+        sections=[
+            _evaluation(card, names, attacked=attacked),
+            _on_held_out(card, attacked=attacked),
+            Section("Training curve", (_curve(card),)),
+            Section("Reservations", (Items([*_reservations(card)]),)),
+            *_follow_up(card),
+            Section("Load it, from the folder in which it was created", (Code(card["opened_by"]),)),
+            Section(
+                "Created by",
+                (Code(card["command"] or "holdfast.harden(...)"), Paragraph(_training_cost(card))),
+            ),
+            Section("Settings", (Facts([*_settings(card["settings"])]),)),
+        ],
+    )
+
+
+def _evaluation(card: Mapping[str, Any], names: Sequence[str], *, attacked: bool) -> Section:
+    """The metrics of both models on the test examples."""
     before, after = card["before"], card["after"]
-    lines = [f"# {escaped(card['name'])}", ""]
-    lines += [
-        escaped(verdict_sentence(card)),
-        *([escaped(help_sentence(card))] if help_sentence(card) else []),
-        "",
-        f"Hardened against {escaped(card['threat'])} with the recipe {code(card['recipe'])}, {_why(card)}.",
-        "",
-    ]
-    lines += [f"Evaluated under {escaped(card['evaluated_under'])}.", ""]
-    names, attacked = compared_metrics(card), "certified_accuracy" not in compared_metrics(card)
-    suite = f", suite {escaped(after['suite'])}" if attacked else ""
-    lines += _sides(f"on {after['n']:,} test examples{suite}", before["metrics"], after["metrics"], names)
+    suite = f", suite {after['suite']}" if attacked else ""
+    head = f"on {after['n']:,} test examples{suite}"
+    blocks: list[Block] = [_sides(head, before["metrics"], after["metrics"], names)]
     if attacked and not _of_trigger(card):
-        lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
-    lines += _on_held_out(card, attacked=attacked)
-    lines += [f"{capitalized(generalisation_note(card['generalisation'], robust=attacked))}.", ""]
-    lines += ["![accuracy over the epochs](curve.svg)", ""]
-    lines += _reservations(card)
-    lines += _tables_of_follow_up(card)
-    lines += [
-        "",
-        "Load it, from the folder in which it was created:",
-        "",
-        f"    {line(card['opened_by'])}",
-        "",
-    ]
-    lines += ["Created by:", "", f"    {line(card['command'] or 'holdfast.harden(...)')}", ""]
-    lines += [_training_cost(card), ""]
-    lines += ["Settings:", "", *(f"    {line(setting)}" for setting in _settings(card["settings"]))]
-    return "\n".join(lines) + "\n"
+        blocks.append(Paragraph(f"robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}"))
+    return Section("Evaluation", blocks)
 
 
-def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> list[str]:
+def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> Section:
     """The metrics of both models on the held-out examples, which choose the checkpoint if the threat changes inputs."""
-    held_out, chosen = card["held_out"], card["chosen"]
+    held_out = card["held_out"]
+    both = held_out["before"], held_out["after"]
+    gap = Paragraph(generalisation_note(card["generalisation"], robust=attacked))
     if not attacked:
         head = f"on {held_out['n']:,} held-out training examples, which choose no checkpoint"
-        return _sides(head, held_out["before"], held_out["after"], _HELD_OUT[:1])
+        return Section("Held-out examples", (_sides(head, *both, _HELD_OUT[:1]), gap))
+    written = f"the checkpoint was written {checkpoint_text(card['chosen'], card['epochs'])}"
     error = f"{100 * held_out['standard_error']:.1f} percentage points"
-    return [
-        f"The checkpoint was written {checkpoint_text(chosen, card['epochs'])}, and is the best on held-out examples:",
-        "",
-        *_sides(
-            f"on {held_out['n']:,} held-out training examples, {_held_out_attack(card)}",
-            held_out["before"],
-            held_out["after"],
-            _HELD_OUT,
-        ),
-        f"The standard error of the robust accuracy after the training is {error}.",
-        "",
-    ]
+    how = (
+        "with the trigger"
+        if _of_trigger(card)
+        else "attacked by PGD with 20 steps (overestimates robustness)"
+    )
+    blocks = (
+        Paragraph(f"{written}, and is the best on held-out examples"),
+        _sides(f"on {held_out['n']:,} held-out training examples, {how}", *both, _HELD_OUT),
+        Paragraph(f"the standard error of the robust accuracy after the training is {error}"),
+        gap,
+    )
+    return Section("Held-out examples", blocks)
 
 
-def _held_out_attack(card: Mapping[str, Any]) -> str:
-    """How the held-out examples are attacked."""
-    if _of_trigger(card):
-        return "with the trigger"
-    return "attacked by PGD with 20 steps (overestimates robustness)"
+def _curve(card: Mapping[str, Any]) -> Chart:
+    looks = ", ".join(f"{name} ({look} line)" for (_, name, *_), look in zip(_LINES, LOOKS, strict=True))
+    caption = f"{looks}. The vertical line is the checkpoint."
+    drawings = epochs(card["curve"], [(key, name) for key, name, *_ in _LINES], card["chosen"]["epoch"])
+    return Chart(drawings, "epochs", "accuracy over the epochs", caption, file="curve.svg")
 
 
-def _reservations(card: Mapping[str, Any]) -> list[str]:
+def _reservations(card: Mapping[str, Any]) -> Iterator[str]:
     """The doubts about both models, and the notes."""
     before, after = card["before"], card["after"]
-    lines = []
     if before["at_chance"]:
-        lines.append(
-            "- the given model is no better than one that always predicts the majority class, as untrained weights "
-            "are: the difference between both models is the effect of training, not of this recipe alone"
+        yield (
+            "the given model is no better than one that always predicts the majority class, as untrained weights are: "
+            "the difference between both models is the effect of training, not of this recipe alone"
         )
     for side, assessment in (("before", before), ("after", after)):
-        lines += [
-            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['message'])}"
-            for doubt in assessment["doubts"]
-        ]
-    lines += [f"- accepted, {code(name)}: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
+        for doubt in assessment["doubts"]:
+            yield f"doubt {side}, {doubt['name']}: {doubt['message']}"
+    for name, why in after["accepted_doubts"].items():
+        yield f"accepted, {name}: {why}"
     if not after["doubts"]:
         probed = after["doubts_tested"]
         assessment = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
-        lines += [f"- {assessment} for the hardened model"]
-    lines += [f"- {escaped(note)}" for note in card["notes"]]
-    return [*lines, *(f"- {escaped(note)}" for note in _of_judging(card))]
+        yield f"{assessment} for the hardened model"
+    yield from card["notes"]
+    yield from _of_judging(card)
 
 
-def _tables_of_follow_up(card: Mapping[str, Any]) -> list[str]:
+def _follow_up(card: Mapping[str, Any]) -> Iterator[Section]:
     """The tables that the recipe measured after the training, if there are any."""
-    lines = []
     for table in card.get("follow_up", {}).get("tables", ()):
-        lines += ["", f"{capitalized(escaped(table['title']))}:", ""]
-        lines += markdown_table(table["columns"], [[escaped(cell) for cell in row] for row in table["rows"]])[
-            :-1
-        ]
-    return lines
+        yield Section(table["title"], (Table(table["columns"], table["rows"]),))
 
 
 def _training_cost(card: Mapping[str, Any]) -> str:
@@ -250,16 +264,19 @@ def _training_cost(card: Mapping[str, Any]) -> str:
     early = {"patience": "of patience", "collapse": "the network collapsed to one class"}
     if card["ended_by"] in early:
         passes += f". The training stopped early because {early[card['ended_by']]}"
-    return f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}."
+    return f"Training took {seconds} on {card['hardware']}, seed {card['seed']}{passes}."
 
 
-def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """A Markdown table of the metrics of both models."""
-    rows = (
-        (capitalized(label(name)), *(_measured(name, side[name]) for side in (before, after)))
+def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> Table:
+    """A table of the metrics of both models."""
+    rows: list[Row] = [
+        (
+            label(name),
+            *(Cell(shown(name, e["value"]), (interval(name, e),)) for e in (before[name], after[name])),
+        )
         for name in names
-    )
-    return markdown_table((head, "before", "after"), rows)
+    ]
+    return Table((head, "before", "after"), rows)
 
 
 def _of_judging(card: Mapping[str, Any]) -> list[str]:
@@ -278,22 +295,13 @@ def _of_judging(card: Mapping[str, Any]) -> list[str]:
 
 
 def _why(card: Mapping[str, Any]) -> str:
-    return (
-        escaped(card["reason"])
-        if card["requested_recipe"] == card["recipe"]
-        else f"chosen: {escaped(card['reason'])}"
-    )
+    reason: str = card["reason"]
+    return reason if card["requested_recipe"] == card["recipe"] else f"chosen: {reason}"
 
 
-def _measured(name: str, estimate: Mapping[str, Any]) -> str:
-    return f"{shown(name, estimate['value'])} ({interval(name, estimate)})"
-
-
-def _settings(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    lines = []
+def _settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            lines += _settings(value, f"{prefix}{name}.")
+            yield from _settings(value, f"{prefix}{name}.")
         else:
-            lines.append(f"{prefix}{name}: {value}")
-    return lines
+            yield f"{prefix}{name}", str(value)

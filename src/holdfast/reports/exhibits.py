@@ -1,13 +1,12 @@
-"""Results for the bundled models with masked gradients (`holdfast demo --gallery`), as a table and as JSON."""
+"""The report of the bundled models with masked gradients (`holdfast demo --gallery`)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.reports.numbers import percent
-from holdfast.reports.terminal import as_string, grid
+from holdfast.reports.tree import Report, Section, Table
 
-COLUMNS = {
+_COLUMNS = {
     "masked model": "name",
     "naive": "naive_robust_accuracy",
     "twin": "twin_robust_accuracy",
@@ -15,20 +14,21 @@ COLUMNS = {
 }
 
 
-def exhibit_table(measured: Sequence[Mapping[str, Any]], *, colour: bool, width: int | None = None) -> str:
-    """Return a text table with the robust accuracies of the bundled models with masked gradients, and the doubts that
+def exhibits_report(measured: Sequence[Mapping[str, Any]]) -> Report:
+    """Return the report with the robust accuracies of the bundled models with masked gradients, and the doubts that
     were raised for each.
     """
     first = measured[0]
     title = f"robust accuracy of {first['n']} digits under linf:{first['eps']:g}"
-    table = grid(title, (*COLUMNS, "doubts raised by the naive evaluation"))
-    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
+    rows = []
     for item in measured:
-        name, *shares = (item[key] for key in COLUMNS.values())
-        table.add_row(name, *map(percent, shares), ", ".join(item["doubts"]))
-    return as_string(table, colour=colour, width=width)
-
-
-def exhibits_to_json(measured: Sequence[Mapping[str, Any]]) -> str:
-    """Return the results for the bundled models with masked gradients as JSON text, with one entry for each model."""
-    return json.dumps({"gallery": list(measured)}, indent=2) + "\n"
+        name, *shares = (item[key] for key in _COLUMNS.values())
+        rows.append((name, *map(percent, shares), ", ".join(item["doubts"])))
+    headings = (*_COLUMNS, "doubts raised by the naive evaluation")
+    return Report(
+        verb="demo",
+        about="models with masked gradients",
+        headline="naive: PGD-40 on the cross-entropy; twin: the same network without the defence, under suite standard",
+        content={"gallery": list(measured)},
+        sections=(Section(title, (Table(headings, rows, texts=frozenset({4})),)),),
+    )

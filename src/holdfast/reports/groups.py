@@ -1,14 +1,16 @@
 """The accuracy of each group of examples in the reports of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.core.evidence import Evidence
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.shares import FEWEST_IN_GROUP, per_group
+from holdfast.reports.attacks import bar
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
-from holdfast.reports.words import TextTable, interval
+from holdfast.reports.tree import Section, Table
+from holdfast.reports.words import interval
 
 Json = dict[str, Any]
 
@@ -37,22 +39,25 @@ def groups(evidence: Evidence) -> Json | None:
     }
 
 
-def table(results: Mapping[str, Any], noun: str) -> TextTable:
-    """Return the table of the groups: clean and robust accuracy of each with its interval, and whether it is clear."""
+def section(results: Mapping[str, Any], noun: str) -> Section:
+    """Return the section of the groups: clean and robust accuracy of each, and whether it is clear."""
     by = f" by {results['column']}" if results["column"] else ""
     small = any(row["unclear"] for row in results["rows"])
     rule = f"; a group of fewer than {FEWEST_IN_GROUP} {noun} is unclear, and no gate on worst_group passes with it"
-    return TextTable(
-        f"groups: clean and robust accuracy{by}; the intervals of all groups hold together{rule if small else ''}",
-        ["group", noun, "clean", "robust", "interval"],
-        [
-            [
-                row["name"],
-                count_text(row["n"]),
-                percent(row["clean_accuracy"]["value"]),
-                percent(row["robust_accuracy"]["value"]),
-                interval("robust_accuracy", row["robust_accuracy"]) + (", unclear" if row["unclear"] else ""),
-            ]
-            for row in results["rows"]
-        ],
-    )
+    lead = f"clean and robust accuracy{by}; the intervals of all groups hold together{rule if small else ''}"
+    return Section("Groups", (accuracy_table("group", noun, results["rows"]),), lead, "groups", "Groups")
+
+
+def accuracy_table(name: str, noun: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of classes or groups: the number of examples, and clean and robust accuracy, of each."""
+    cells = [
+        (
+            row["name"],
+            count_text(row["n"]),
+            percent(row["clean_accuracy"]["value"]),
+            bar(row["robust_accuracy"]),
+            interval("robust_accuracy", row["robust_accuracy"]) + (", unclear" if row.get("unclear") else ""),
+        )
+        for row in rows
+    ]
+    return Table((name, noun, "clean", "robust", "interval"), cells, extra=frozenset({1, 4}))

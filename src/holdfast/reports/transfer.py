@@ -10,8 +10,9 @@ from holdfast.core.evidence import Evidence
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.transfer import accuracies, matrix, model_names
 from holdfast.reports.curves import estimate_to_json
-from holdfast.reports.numbers import count_text, percent
-from holdfast.reports.words import TextTable, interval
+from holdfast.reports.numbers import count_text, number, percent
+from holdfast.reports.tree import Cell, Paragraph, Section, Table
+from holdfast.reports.words import interval
 
 Json = dict[str, Any]
 
@@ -42,28 +43,47 @@ def transfer(evidence: Evidence) -> Json | None:
     }
 
 
-def table(results: Mapping[str, Any], noun: str) -> TextTable:
+def section(results: Mapping[str, Any], noun: str) -> Section:
     """Return the transfer matrix: the model on which examples were computed, and their success rate on each model."""
-    share = (
-        f"on {count_text(results['n'])} {noun}: share of those that a model classifies correctly and that the examples "
-        "break; the first line is the accuracy on clean inputs"
+    lead = (
+        f"in a pass outside the suite, on {count_text(results['n'])} {noun}: share of those that a model classifies "
+        "correctly and that the examples break; the first line is the accuracy on clean inputs"
     )
-    return TextTable(
-        f"transfer: in a pass outside the suite, {share}",
-        ["computed on", *(f"on {name}" for name in results["models"])],
-        [
-            ["– (accuracy)", *(shown(own, "clean_accuracy") for own in results["accuracy"])],
+    accuracy = [shown(own, "clean_accuracy") for own in results["accuracy"]]
+    rows = [
+        (
+            row["computed_on"],
             *(
-                [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
-                for row in results["rows"]
+                Cell("–", ("none correct",))
+                if share is None
+                else _broken(share, framed=row["source"] == place)
+                for place, share in enumerate(row["shares"])
             ),
-        ],
+        )
+        for row in results["rows"]
+    ]
+    headings = ("computed on", *(f"on {name}" for name in results["models"]))
+    note = (
+        "A stronger colour means a larger share. Cells with a frame are examples computed on the model itself. Every "
+        "example takes all steps, also after it is adversarial."
     )
+    table = Table(headings, [("– (accuracy)", *accuracy), *rows])
+    return Section("Transfer", (table, Paragraph(note, "page")), lead, "transfer", "Transfer")
 
 
-def shown(share: Mapping[str, Any], metric: str = METRIC) -> str:
-    """Return a share of the transfer matrix, such as the success rate of examples, with its interval as text."""
-    return f"{percent(share['value'])} ({interval(metric, share)})"
+def _broken(share: Mapping[str, Any], *, framed: bool) -> Cell:
+    of = f"{interval(METRIC, share)} of {count_text(share['n'])}"
+    return Cell(percent(share["value"]), (of,), heat=heat(share), framed=framed)
+
+
+def heat(share: Mapping[str, Any]) -> int:
+    """Return the strength of the background of a share."""
+    return round(10 * number(share["value"]))
+
+
+def shown(share: Mapping[str, Any], metric: str = METRIC) -> Cell:
+    """Return a share, such as the success rate of examples, with its interval."""
+    return Cell(percent(share["value"]), (interval(metric, share),))
 
 
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:

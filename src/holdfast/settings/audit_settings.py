@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
-from holdfast.core.catalogue import AUDITS
+from holdfast.core.catalogue import AUDITS, REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.gates.grammar import parse
 from holdfast.settings import values
@@ -24,7 +24,7 @@ class AuditOptions(SettingGroup):
     )
     output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
         default_factory=list,
-        description="Report file, in the format of its suffix: .html .json .md .xml; - for JSON on stdout.",
+        description=REPORT_FILE,
     )
     kind: ClassVar[str] = ""
     """name of the audit in `holdfast.core.catalogue.AUDITS`"""

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
+from holdfast.core.catalogue import REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.io.remote.remote import SCHEMES
@@ -289,7 +290,7 @@ class AdaptOptions(SettingGroup):
         description="Allow the code of the architecture that the server names (file.py:factory).",
     )
     output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False)] = Field(
-        default_factory=list, description="Report file, .json; - for JSON on stdout."
+        default_factory=list, description=REPORT_FILE
     )
     canary_time: Annotated[values.WaitingTime, Flag("T")] = Field(
         default="2min",

@@ -26,11 +26,12 @@ from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.recipes.training.overfitting import MOST_RAISED
 from holdfast.recipes.training.recipe import goal_of
-from holdfast.reports.card import card_document as as_markdown
-from holdfast.reports.card import compared_metrics, curve_svg, judged
+from holdfast.reports.card import card_report, compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, size, strict
 from holdfast.reports.training import checkpoint_text
+from holdfast.reports.tree import Report
 from holdfast.reports.words import threat_syntax
+from holdfast.reports.write import rendered
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harden.advice import advice, verdict_entries
@@ -82,11 +83,16 @@ class Hardened:
                 MODEL: self.weights,
                 **({} if self.program is None else {PROGRAM: self.program}),
                 CARD: document(card),
-                "card.md": as_markdown(card).encode(),
+                "card.md": rendered(card_report(card), ".md").encode(),
                 "curve.svg": curve_svg(self.card["curve"], self.card["chosen"]).encode(),
             }.items():
                 write_atomically(place / name, content, BY_UMASK)
         return place
+
+    @property
+    def report(self) -> Report:
+        """The card of the new model as a report."""
+        return card_report(self.card)
 
     @property
     def verdict(self) -> TrainingVerdict:
