@@ -41,7 +41,7 @@ from holdfast.recipes import (
 )
 from holdfast.recipes.training.fit import Training, fit
 from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
-from holdfast.reports.markdown import escaped
+from holdfast.reports.formats.md import escaped
 from holdfast.runs.assess.expected_time import StageTimes, StepTime, StepTimes
 from holdfast.runs.assess.request import HardenRequest
 from holdfast.runs.engine.identity import code_digest

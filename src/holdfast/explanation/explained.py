@@ -192,7 +192,7 @@ def _section(figure: Figure) -> Section:
         blocks.append(Table(figure.headings, rows, figure.alternative))
     if figure.note:
         blocks.append(Paragraph(figure.note))
-    numbers = Code(figure.csv, f"Numbers of the figure {figure.name} as CSV")
+    numbers = Code(figure.csv.splitlines(), f"Numbers of the figure {figure.name} as CSV")
     described = (Paragraph(figure.alternative), numbers)
     hidden = f" of the figure {figure.name}"
     blocks.append(Group("Description and numbers", described, folded=True, hidden=hidden, depth="page"))

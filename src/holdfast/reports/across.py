@@ -76,7 +76,7 @@ def section(results: Mapping[str, Any], noun: str) -> Section:
         "the difference from it is transfer."
     )
     table = Table(("computed on", *(f"applied to {name}" for name in results["data"])), rows)
-    return Section("Across data", (table, Paragraph(note, "page")), lead, "across", "Across data")
+    return Section("Transfer across data", (table, Paragraph(note, "page")), lead, "across", "Across data")
 
 
 @dataclass(frozen=True)

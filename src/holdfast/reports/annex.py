@@ -178,7 +178,7 @@ def _row(requirement: Mapping[str, Any]) -> tuple[str | Cell, ...]:
     missing = tuple(f"{each['title']} ({each['how']})" for each in requirement["missing"])
     absent = "–" if requirement["covered"] else "Holdfast has no evidence for this requirement"
     return (
-        Cell(requirement["id"], (f"{requirement['title']}{level}",)),
+        f"{requirement['id']}: {requirement['title']}{level}",
         Cell("", evidence) if evidence else "none",
         Cell("", missing) if missing else absent,
     )

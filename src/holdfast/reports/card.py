@@ -161,10 +161,10 @@ def card_report(card: Mapping[str, Any]) -> Report:
             Section("Training curve", (_curve(card),)),
             Section("Reservations", (Items([*_reservations(card)]),)),
             *_follow_up(card),
-            Section("Load it, from the folder in which it was created", (Code(card["opened_by"]),)),
+            Section("Load it, from the folder in which it was created", (Code([card["opened_by"]]),)),
             Section(
                 "Created by",
-                (Code(card["command"] or "holdfast.harden(...)"), Paragraph(_training_cost(card))),
+                (Code([card["command"] or "holdfast.harden(...)"]), Paragraph(_training_cost(card))),
             ),
             Section("Settings", (Facts([*_settings(card["settings"])]),)),
         ],

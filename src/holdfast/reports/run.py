@@ -91,8 +91,8 @@ def run_report(summary: Json, examples: "Columns | None" = None, later_gates: Se
         title=title(summary) if training is None else training["message"],
         content=summary,
         tone=summary["verdict"],
-        # the headline of a training without a gate starts with its verdict
-        badge=(sign, "" if only_trained(summary) else verdict),
+        badge=(sign, verdict),
+        verdict_first=only_trained(summary),
         lead=_lead(summary),
         highlights=[*_highlights(summary)],
         sections=[*_sections(summary, later_gates)],
@@ -390,7 +390,7 @@ def _how_broken(example: Json, threat: Json) -> Iterator[Paragraph]:
 def _about_the_run(summary: Json) -> Iterator[Section]:
     """The threat model, the limits of the result, the cost, and how the run is repeated."""
     threat, results = summary["threat"], summary["certification"]
-    about = Code(threat["constraint"])
+    about = Code([threat["constraint"]])
     yield Section("Threat model", (about, Items(threat["description"])), "", "threat", "Threat", "page")
     certified = (
         "Robust accuracy under a suite is an upper bound of the true value: further attacks can lower it, but not "
@@ -430,7 +430,7 @@ def _repeat(summary: Json) -> Section:
         **summary["versions"],
         **{f"{part} (SHA-256)": digest for part, digest in summary["hashes"].items()},
     }
-    blocks: list[Block] = [Code(summary["reproduce"])] if summary["reproduce"] else []
+    blocks: list[Block] = [Code([summary["reproduce"]])] if summary["reproduce"] else []
     blocks += [Facts([*facts.items()]), Group("The model", (card_facts(summary["model"]),), folded=True)]
     blocks += [
         Group(f"Surrogate {place}", (card_facts(card),), folded=True)

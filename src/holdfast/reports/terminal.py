@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _STYLES = {"pass": "bold green", "fail": "bold red", "unclear": "bold yellow", "no gate": "bold"}
 _FULL_WIDTH = 78
 """width below which tables leave out their extra columns, in characters"""
+_LONGEST = 160
+"""number of characters of a row of words that fits on a line where lines are not wrapped"""
 
 
 def verdict(report: Report, *, colour: bool) -> str:
@@ -37,8 +39,10 @@ def verdict(report: Report, *, colour: bool) -> str:
 
     lines = Text()
     if report.badge:
-        lines.append(" ".join(filter(None, report.badge)), style=_STYLES[report.tone])
-        lines.append("  " if report.badge[1] else " ")
+        sign, word = report.badge
+        begin, space = (sign, " ") if report.verdict_first else (f"{sign} {word}", "  ")
+        lines.append(begin, style=_STYLES[report.tone])
+        lines.append(space)
     lines.append(f"{line(report.headline)}\n")
     for gate in (gate for block in report.blocks(Gates) for gate in block.gates):
         lines.append(f"  {VERDICTS[gate.verdict][0]} ", style=_STYLES[gate.verdict])
@@ -93,8 +97,10 @@ class _Page:
                 yield as_lines(f"- {text}" for text in texts)
             case Facts(pairs):
                 yield as_lines(f"- {name}: {value}" for name, value in pairs)
-            case Code(text):
-                yield as_lines(text.splitlines())
+            case Code(lines):
+                yield as_lines(lines)
+            case Table() if self.too_wide(block):
+                yield as_lines(_stacked(block))
             case Table():
                 yield as_string(self.grid(block, title), colour=self.colour, width=self.width).rstrip()
             case Doubts() if block.signs:
@@ -105,6 +111,12 @@ class _Page:
                     for text in self.block(each, inner):
                         yield f"{heading}{text}"
                         heading = ""
+
+    def too_wide(self, table: Table) -> bool:
+        """Whether a table of words has rows that do not fit on a line."""
+        words = {*range(1, len(table.headings))} <= table.texts
+        longest = max((sum(len(text_of(cell)) for cell in row) for row in table.rows), default=0)
+        return words and longest > (self.width or _LONGEST)
 
     def grid(self, table: Table, title: str) -> "Grid":
         """A table of the report as a terminal table."""
@@ -117,6 +129,14 @@ class _Page:
         for row in table.rows:
             shown.add_row(*(cell(text_of(row[k])) for k in places))
         return shown
+
+
+def _stacked(table: Table) -> Iterator[str]:
+    """The rows of a table with a line for each cell."""
+    for name, *cells in table.rows:
+        yield text_of(name)
+        for heading, cell in zip(table.headings[1:], cells, strict=True):
+            yield f"- {heading}: {text_of(cell)}"
 
 
 def _signs(doubts: Doubts) -> str:

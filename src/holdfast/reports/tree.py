@@ -210,9 +210,9 @@ class Changed:
 
 @dataclass(frozen=True)
 class Code:
-    """A command or another text that is shown as it is."""
+    """A command, or lines of another text, which are shown as they are."""
 
-    text: str
+    lines: Sequence[str]
     label: str = ""
     depth: Depth = "text"
     kind: ClassVar[str] = "code"
@@ -349,6 +349,8 @@ class Report:
     tone: Tone = "no gate"
     badge: tuple[str, str] | None = None
     """sign and word of the verdict; None without one"""
+    verdict_first: bool = False
+    """whether the headline begins with the verdict in words"""
     title: str = ""
     """the result as the title of a page; empty for the headline"""
     subtitle: str = ""

@@ -80,8 +80,8 @@ def _block(block: Block) -> Iterator[str]:
             yield from markdown_table([*map(escaped, block.headings)], rows, block.texts)
         case Chart() if block.file:
             yield from (f"![{escaped(block.alternative)}]({block.file})", "")
-        case Code(text):
-            yield from (*map(code, filter(None, text.splitlines())), "")
+        case Code(lines):
+            yield from (*map(code, lines), "")
         case Changed(parts):
             yield "".join(
                 escaped(text) if clean is None or not text.strip() else f"**{escaped(text)}**"
