@@ -207,4 +207,4 @@ def _passes(summary: Json) -> Iterator[Block]:
             )
         rows = [(each["name"], count_text(each["tried"]), count_text(each["broken"])) for each in passes]
         table = Table(("pass", "tried", "broke more"), rows)
-        yield Group("Passes outside the suite", (Paragraph(text), table), folded=True)
+        yield Group("Passes outside the suite", (Paragraph(text, "page"), table), folded=True)

@@ -9,7 +9,6 @@ from holdfast.reports.charts import staircases
 from holdfast.reports.numbers import count_text, feature_value, number, percent, plain, seconds_text
 from holdfast.reports.tree import (
     Block,
-    Cell,
     Changed,
     Chart,
     Check,
@@ -35,13 +34,13 @@ from holdfast.reports.words import (
     amount,
     capitalized,
     condition_text,
-    definition,
     grouped_doubts,
     interval,
     interval_of_gate,
     is_share,
     label,
     main_metric,
+    metric_cell,
     only_trained,
     open_doubts,
     shown,
@@ -272,29 +271,26 @@ def metrics_section(summary: Json, addresses: Mapping[str, str] | None = None) -
     """Return the section of the metrics: the main ones, and the others folded. `addresses` are those of the trends of
     metrics in the viewer.
     """
-    metrics, links = shown_metrics(summary), addresses or {}
+    links = addresses or {}
     first, others = (
         [
             (
-                Cell(label(name), href=links.get(name, "")),
+                metric_cell(name, links.get(name, "")),
                 shown(name, e["value"]),
                 interval(name, e),
                 count_text(e["n"]),
-                capitalized(definition(name)),
             )
-            for name, e in metrics.items()
+            for name, e in shown_metrics(summary).items()
             if (name in FIRST) is main
         ]
         for main in (True, False)
     )
     headings = ("metric", "value", "interval", "n")
     level = f"metrics, {_level(summary)} intervals"
-    blocks: list[Block] = [Table(headings, [row[:4] for row in first], level, depth="notebook")]
+    blocks: list[Block] = [Table(headings, first, level, depth="notebook")]
     if others:
-        further = Table(headings, [row[:4] for row in others], f"more {level}")
+        further = Table(headings, others, f"more {level}")
         blocks.append(Group(amount(len(others), "more metrics"), (further,), folded=True))
-    meanings = Facts([(row[0].text, row[4]) for row in (*first, *others) if row[4]])
-    blocks.append(Group("Definitions", (meanings,), folded=True, depth="page"))
     lead = f"with {_level(summary)} intervals. Metrics whose attack did not run are omitted. JSON has all"
     return Section("Metrics", blocks, lead, "metrics", "Metrics", "notebook")
 

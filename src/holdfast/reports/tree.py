@@ -24,6 +24,8 @@ class Cell:
     text: str
     small: tuple[str, ...] = ()
     """further texts, such as an interval; in brackets where an output has no smaller letters"""
+    about: str = ""
+    """meaning, which only a page shows"""
     bar: tuple[float, float, float] | None = None
     """value and interval as fractions, which a page draws as a bar"""
     pale: bool = False

@@ -9,6 +9,7 @@ from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on
 from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, PERTURBATIONS, UPPER_BOUNDS
 from holdfast.reports.numbers import count_text, number, percent, plain, size
+from holdfast.reports.tree import Cell
 
 Json = dict[str, Any]
 
@@ -87,6 +88,11 @@ def label(metric: str) -> str:
 def definition(metric: str) -> str:
     """Return a text for reports that defines a metric, or an empty string for a metric of another package."""
     return METRICS.get(metric, "")
+
+
+def metric_cell(metric: str, href: str = "") -> Cell:
+    """Return the name of a metric with its definition."""
+    return Cell(label(metric), about=capitalized(definition(metric)), href=href)
 
 
 def is_share(metric: str) -> bool:

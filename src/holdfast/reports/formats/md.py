@@ -80,7 +80,7 @@ def _block(block: Block) -> Iterator[str]:
             yield from markdown_table([*map(escaped, block.headings)], rows, block.texts)
         case Chart() if block.file:
             yield from (f"![{escaped(block.alternative)}]({block.file})", "")
-        case Code(lines):
+        case Code(lines) if not block.label:  # the numbers of a figure are too many
             yield from (*map(code, lines), "")
         case Changed(parts):
             yield "".join(
