@@ -93,7 +93,7 @@ from holdfast.metrics.catalogue import estimate
 from holdfast.recipes import DPSGD, PolicyTraining
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.gains import order_of
-from holdfast.reports.across import across_rows
+from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.children import unshared

@@ -284,7 +284,7 @@ def test_checking_an_output_needs_neither_torch_nor_a_renderer():
 
 
 def test_csv_goes_to_any_text_file(failing, evidence):
-    from holdfast.reports.table import write_rows
+    from holdfast.reports.formats.csv import write_rows
 
     file = io.StringIO()
     write_rows(failing, {name: column[:3] for name, column in evidence.columns.items()}, file)

@@ -13,7 +13,7 @@ from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
 from holdfast.recipes import PGDTraining
-from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
+from holdfast.reports.card import checkpoint_text, help_sentence, verdict_sentence
 from holdfast.reports.write import rendered
 from holdfast.runs.harden.advice import advice
 from holdfast.runs.harden.checkpoints import Point

@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from holdfast.reports.formats.csv import csv_text
 from holdfast.reports.formats.html import fragment
 from holdfast.reports.numbers import plain, strict
-from holdfast.reports.table import csv_text
 from holdfast.reports.terminal import as_lines
 from holdfast.reports.tree import (
     Block,

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from holdfast.reports.charts import LOOKS, Axis, Plane, epochs
+from holdfast.reports.charts import LOOKS, epochs
 from holdfast.reports.comparison import signed
-from holdfast.reports.numbers import number, percent, plain
+from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size
 from holdfast.reports.run import shown_notes
-from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
 from holdfast.reports.tree import (
     Block,
     Cell,
@@ -21,61 +20,11 @@ from holdfast.reports.tree import (
     Section,
     Table,
 )
-from holdfast.reports.words import SCOPES, interval, label, shown
+from holdfast.reports.words import SCOPES, interval, label, sentences, shown
+from holdfast.statistics.intervals import CONFIDENCE
 
-_WIDTH, _HEIGHT = 640.0, 320.0
-_LINES = (
-    ("clean", "clean, held out", "#1f6feb", ""),
-    ("robust", "attacked, held out", "#b3261e", ""),
-    ("accuracy", "training examples", "#6e7781", ' stroke-dasharray="4 3"'),
-)
-_STYLE = "text{font:12px system-ui,sans-serif;fill:#24292f} path,line{fill:none}"
-
-
-def curve_svg(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
-    """Return an SVG chart of clean and robust accuracy over the epochs of a training, in which the epoch of the
-    checkpoint, `chosen`, is marked.
-    """
-    plane = Plane(_WIDTH, _HEIGHT, Axis(float(max(point["epoch"] for point in points)), logarithmic=False))
-    parts = [f'<rect width="{_WIDTH:g}" height="{_HEIGHT:g}" fill="#fff"/>']
-    for k in range(5):
-        at = plane.level(k / 4)
-        parts += [
-            f'<line x1="{plane.across(0):.1f}" x2="{plane.right:.1f}" y1="{at:.1f}" y2="{at:.1f}" stroke="#d0d7de"/>',
-            f'<text x="{plane.across(0) - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">{25 * k} %</text>',
-        ]
-    for value, text in plane.axis.ticks:
-        parts += [_text(plane.across(value), plane.bottom + 18, text)]
-    parts += [_text((plane.across(0) + plane.right) / 2, plane.bottom + 36, "epochs")]
-    parts += [_line(points, plane, key, colour, dashes) for key, _, colour, dashes in _LINES]
-    x, y = plane.across(chosen["epoch"]), plane.level(chosen["robust"])
-    parts += [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#b3261e"><title>the checkpoint</title></circle>'
-    ]
-    for k, (_, name, colour, _) in enumerate(_LINES):
-        at = plane.bottom - 14 - 18 * (len(_LINES) - 1 - k)
-        parts += [
-            f'<rect x="{plane.right - 150:.1f}" y="{at - 9:.1f}" width="12" height="4" fill="{colour}"/>',
-            f'<text x="{plane.right - 132:.1f}" y="{at:.1f}">{name}</text>',
-        ]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img"'
-    about = "<title>accuracy over the epochs of the training</title>"
-    return "\n".join([f"{head}>", about, f"<style>{_STYLE}</style>", *parts, "</svg>"]) + "\n"
-
-
-def _line(points: Sequence[Mapping[str, Any]], plane: Plane, key: str, colour: str, dashes: str) -> str:
-    """A line through one quantity over the epochs; a dot if there is only one epoch."""
-    places = [(plane.across(point["epoch"]), plane.level(point[key])) for point in points]
-    if len(places) == 1:
-        return f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>'
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    return f'<path d="{path}" stroke="{colour}" stroke-width="2"{dashes}/>'
-
-
-def _text(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
-
-
+_LINES = (("clean", "clean, held out"), ("robust", "attacked, held out"), ("accuracy", "training examples"))
+"""keys of the lines of the training curve, with their names"""
 _KEPT = (
     "clean_accuracy",
     "robust_accuracy",
@@ -158,7 +107,7 @@ def card_report(card: Mapping[str, Any]) -> Report:
         sections=[
             _evaluation(card, names, attacked=attacked),
             _on_held_out(card, attacked=attacked),
-            Section("Training curve", (_curve(card),)),
+            Section("Training curve", (curve(card),)),
             Section("Reservations", (Items([*_reservations(card)]),)),
             *_follow_up(card),
             Section("Load it, from the folder in which it was created", (Code([card["opened_by"]]),)),
@@ -206,10 +155,11 @@ def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> Section:
     return Section("Held-out examples", blocks)
 
 
-def _curve(card: Mapping[str, Any]) -> Chart:
-    looks = ", ".join(f"{name} ({look} line)" for (_, name, *_), look in zip(_LINES, LOOKS, strict=True))
+def curve(card: Mapping[str, Any]) -> Chart:
+    """Return the chart of clean and robust accuracy over the epochs of a training, with the checkpoint."""
+    looks = ", ".join(f"{name} ({look} line)" for (_, name), look in zip(_LINES, LOOKS, strict=True))
     caption = f"{looks}. The vertical line is the checkpoint."
-    drawings = epochs(card["curve"], [(key, name) for key, name, *_ in _LINES], card["chosen"]["epoch"])
+    drawings = epochs(card["curve"], _LINES, card["chosen"]["epoch"])
     return Chart(drawings, "epochs", "accuracy over the epochs", caption, file="curve.svg")
 
 
@@ -305,3 +255,62 @@ def _settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield from _settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", str(value)
+
+
+_SHOWN = ("verdict", "change", "recipe", "epochs", "ended_by", "advice")
+
+
+def training_summary(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of the card of a hardened model that the summary of its assessment contains."""
+    entries = {name: card[name] for name in _SHOWN}
+    return {**entries, "message": verdict_sentence(entries), "help": help_sentence(entries)}
+
+
+def verdict_sentence(training: Mapping[str, Any]) -> str:
+    """Return a sentence that states the verdict on a training, with the metric of both models and its change."""
+    change = training["change"]
+    before, after = percent(change["before"]), percent(change["after"])
+    metric = label(change["metric"]).lower()
+    interval = f"{100 * CONFIDENCE:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
+    return sentences(
+        f"{training['verdict']}: {metric} is {after} after the training and was {before} before it "
+        f"({signed(change['value'])} points, {interval}, n = {count_text(change['n'])})"
+    )
+
+
+def help_sentence(training: Mapping[str, Any]) -> str:
+    """Return a sentence that states what would help a training that improved nothing; empty if nothing is known."""
+    advice = training["advice"]
+    ways = []
+    if advice["epochs"] is not None:
+        budget = (
+            "" if advice["budget_s"] is None else f" (a budget of about {seconds_text(advice['budget_s'])})"
+        )
+        ways.append(f"{advice['epochs']} epochs instead of {plain(training['epochs'])}{budget}")
+    if advice["lr"] is not None:
+        ways.append(f"a smaller learning rate ({plain(advice['lr'])})")
+    if advice["warmup"] is not None:
+        ways.append(f"a longer warm-up ({plain(advice['warmup'])} of the training)")
+    if advice["recipe"] is not None:
+        ways.append(f"the recipe {advice['recipe']}")
+    if advice["eps"] is not None:
+        ways.append(f"a smaller eps ({size(advice['eps'])})")
+    collapse = "the network collapsed to one class" if training["ended_by"] == "collapse" else ""
+    listed = ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + "".join(ways[-1:])
+    return sentences(collapse, f"what may help: {listed}" if ways else "")
+
+
+def checkpoint_text(chosen: Mapping[str, Any], epochs: float) -> str:
+    """Return when the checkpoint of a training was written, as text.
+
+    >>> checkpoint_text({"epoch": 3, "part": 1.0}, 30), checkpoint_text({"epoch": 1, "part": 0.559}, 0.559)
+    ('after epoch 3 of 30', 'after 0.559 epochs')
+    """
+    trained = chosen["epoch"] - 1 + chosen["part"]
+    if epochs == int(epochs):
+        return f"after epoch {chosen['epoch']} of {plain(epochs)}"
+    return (
+        f"after {plain(trained)} epochs"
+        if trained == epochs
+        else f"after {plain(trained)} of {plain(epochs)} epochs"
+    )

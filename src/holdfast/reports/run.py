@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports import across, certification, geometry, groups, rotation, stateful, transfer
+from holdfast.reports import certification, curves, geometry, rotation, stateful, transfer
 from holdfast.reports.attacks import attack_sections, hardest
 from holdfast.reports.charts import staircases
 from holdfast.reports.numbers import count_text, feature_value, number, percent, plain, seconds_text
@@ -168,17 +168,17 @@ def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[Section]:
     if summary["certification"] is not None:
         yield certification.section(summary)
     yield from attack_sections(summary)
-    if curves := [*_curves(summary)]:
+    if charts := [*_curves(summary)]:
         lead = f"the band is the {_level(summary)} interval of each point"
-        yield Section("Curves", curves, lead, "curves", "Curves", "page")
+        yield Section("Curves", charts, lead, "curves", "Curves", "page")
     if summary.get("geometry"):
         yield geometry.section(summary["geometry"])
     if summary["per_class"]:
         yield _classes(summary)
     for results, section in (
-        (summary.get("groups"), groups.section),
+        (summary.get("groups"), curves.groups_section),
         (summary.get("transfer"), transfer.section),
-        (summary.get("data_transfer"), across.section),
+        (summary.get("data_transfer"), transfer.across_section),
     ):
         if results is not None:
             yield section(results, noun)
@@ -216,27 +216,27 @@ def _gate(gate: Json) -> Gate:
 
 
 def _curves(summary: Json) -> Iterator[Block]:
-    threat, curves = summary["threat"], summary["curves"]
+    threat, measured = summary["threat"], summary["curves"]
     unit = f"{threat['norm']}{', pixels' if threat['per'] == 'pixel' else ''}"
     for key, heading, axis, drawings, end in (
         (
             "eps",
             "Accuracy by size of the change",
             f"eps ({unit})",
-            staircases(curves["eps"], "eps", mark=number(threat["eps"])),
+            staircases(measured["eps"], "eps", mark=number(threat["eps"])),
             "without change to {} at eps {}",
         ),
         (
             "queries",
             "Accuracy by number of queries",
             "queries for each example (logarithmic)",
-            staircases(curves["queries"], "queries", logarithmic=True),
+            staircases(measured["queries"], "queries", logarithmic=True),
             "without a query to {} after {} queries for each example",
         ),
     ):
         if not drawings:
             continue
-        points = curves[key]
+        points = measured[key]
         at = plain(points[-1][key]) if key == "eps" else count_text(points[-1][key])
         fall = f"{percent(points[0]['value'])} {end.format(percent(points[-1]['value']), at)}"
         yield Chart(drawings, axis, f"Accuracy falls from {fall}.", f"From {fall}.", heading)
@@ -263,7 +263,7 @@ def _classes(summary: Json) -> Section:
         if len(worst) < len(rows)
         else "clean and robust accuracy of each class, with the interval of the robust accuracy"
     )
-    table = groups.accuracy_table("class", summary["noun"], sorted(worst, key=lambda row: int(row["class"])))
+    table = curves.accuracy_table("class", summary["noun"], sorted(worst, key=lambda row: int(row["class"])))
     return Section("Classes", (table,), lead, "classes", "Classes", "page")
 
 

@@ -19,11 +19,11 @@ from holdfast.core.types import Mask
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
-from holdfast.reports.across import across
 from holdfast.reports.certification import certification
 from holdfast.reports.curves import (
     accuracy_curves,
     estimate_to_json,
+    groups,
     judged,
     per_class_to_json,
     robust_examples,
@@ -33,7 +33,7 @@ from holdfast.reports.geometry import geometry_results
 from holdfast.reports.numbers import exact_size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
-from holdfast.reports.transfer import transfer
+from holdfast.reports.transfer import across, transfer
 from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 from holdfast.statistics.intervals import CONFIDENCE, median, proportion
 
@@ -128,11 +128,7 @@ def _measured(evidence: Evidence) -> Json:
 
 def _groups(evidence: Evidence) -> Json | None:
     """The accuracy of each group; None for a run without groups."""
-    if "group" not in evidence:
-        return None
-    from holdfast.reports.groups import groups  # only for runs with groups
-
-    return groups(evidence)
+    return groups(evidence) if "group" in evidence else None
 
 
 def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:

@@ -15,9 +15,9 @@ from holdfast.adaptation.journal import open_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
+from holdfast.reports.formats.csv import csv_text
 from holdfast.reports.formats.html import filled, template_text
 from holdfast.reports.run import card_facts, example_group, metrics_section
-from holdfast.reports.table import csv_text
 from holdfast.reports.tree import Block, Items, Report, Section, Table
 from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.reports.write import rendered

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from holdfast.core.names import line
 from holdfast.reports import numbers, words
-from holdfast.reports.tree import Report, shown_in, text_of
+from holdfast.reports.tree import Chart, Report, shown_in, text_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,6 +36,11 @@ def fragment(report: Report, *, level: int = 2) -> str:
     of reports. `level` is the level of its first heading.
     """
     return filled("fragment.html.j2", r=report, level=level)
+
+
+def svg(chart: Chart) -> str:
+    """Return a chart as an SVG file of its own, with the names of its lines."""
+    return filled("svg.html.j2", c=chart)
 
 
 def filled(template: str, **content: Any) -> str:

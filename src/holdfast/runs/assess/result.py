@@ -18,10 +18,10 @@ from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates, missing
 from holdfast.metrics.curves import EpsCurve, eps_curve
 from holdfast.metrics.shares import notes_on_absent
+from holdfast.reports.formats.csv import frame
 from holdfast.reports.formats.html import notebook
 from holdfast.reports.run import run_report
 from holdfast.reports.summary import Json, later_gate, summary
-from holdfast.reports.table import frame
 from holdfast.reports.terminal import body, verdict
 from holdfast.reports.tree import Report
 from holdfast.reports.words import VERDICTS, measured

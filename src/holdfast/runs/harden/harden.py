@@ -37,7 +37,7 @@ from holdfast.recipes.training.recipe import (
     trained_as,
 )
 from holdfast.recipes.training.recipe import untrained as untrained_model
-from holdfast.reports.training import training_summary
+from holdfast.reports.card import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for

@@ -26,9 +26,9 @@ from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.recipes.training.overfitting import MOST_RAISED
 from holdfast.recipes.training.recipe import goal_of
-from holdfast.reports.card import card_report, compared_metrics, curve_svg, judged
+from holdfast.reports.card import card_report, checkpoint_text, compared_metrics, curve, judged
+from holdfast.reports.formats.html import svg
 from holdfast.reports.numbers import percent, plain, size, strict
-from holdfast.reports.training import checkpoint_text
 from holdfast.reports.tree import Report
 from holdfast.reports.words import threat_syntax
 from holdfast.reports.write import rendered
@@ -84,7 +84,7 @@ class Hardened:
                 **({} if self.program is None else {PROGRAM: self.program}),
                 CARD: document(card),
                 "card.md": rendered(card_report(card), ".md").encode(),
-                "curve.svg": curve_svg(self.card["curve"], self.card["chosen"]).encode(),
+                "curve.svg": svg(curve(card)).encode(),
             }.items():
                 write_atomically(place / name, content, BY_UMASK)
         return place

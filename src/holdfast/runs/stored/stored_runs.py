@@ -18,11 +18,11 @@ from holdfast.gates.judging import exit_code
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
 from holdfast.reports import comparison as reported
+from holdfast.reports.card import training_summary
 from holdfast.reports.formats.html import notebook
 from holdfast.reports.numbers import number
 from holdfast.reports.summary import Json
 from holdfast.reports.terminal import body
-from holdfast.reports.training import training_summary
 from holdfast.reports.tree import Report
 from holdfast.reports.write import rendered, write
 from holdfast.runs.assess.collecting_evidence import (
