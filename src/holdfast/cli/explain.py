@@ -44,5 +44,5 @@ def explain(voice: Voice, **flags: Any) -> int:
     from holdfast.cli.running import tell_report
 
     result = settings.run()
-    tell_report(result.report, settings.output, voice, text=result.text())
+    tell_report(result.report, settings.output, voice, text=result.text(), has_headline=True)
     return 0

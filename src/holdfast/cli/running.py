@@ -116,7 +116,14 @@ def _colour(voice: Voice) -> bool:
     return sys.stdout.isatty() and not voice.plain
 
 
-def tell_report(report: Report, outputs: Sequence[str], voice: Voice, *, text: str | None = None) -> None:
+def tell_report(
+    report: Report,
+    outputs: Sequence[str],
+    voice: Voice,
+    *,
+    text: str | None = None,
+    has_headline: bool = False,
+) -> None:
     """Write the reports of a finished result to files, and print it on stdout (JSON if `-` is an output) and its
     headline on stderr. `text` is printed instead of the tables of the report.
     """
@@ -130,7 +137,8 @@ def tell_report(report: Report, outputs: Sequence[str], voice: Voice, *, text: s
         elif not voice.quiet:
             shown = body(report, colour=_colour(voice), width=voice.console().width) if text is None else text
             click.echo(shown)
-        click.echo(line(report.headline), err=True)
+        if not has_headline:
+            click.echo(line(report.headline), err=True)
         for place in places:
             voice.say(f"report: {place}")
 

@@ -146,12 +146,16 @@ class Explained:
         """
         return fragment(self.report, level=level)
 
+    def page(self) -> str:
+        """Return the explanation as a self-contained HTML page without scripts."""
+        return rendered(self.report, ".html")
+
     def to_json(self) -> str:
         """Return the explanation as strict JSON, without its pictures."""
         return rendered(self.report, ".json")
 
     def text(self) -> str:
-        """Return the findings as text for a terminal, one line for each figure."""
+        """Return the findings as text for a terminal, one line for each figure, and the result in the last one."""
         lines = [f"- {figure.title}" for figure in self.figures]
         for heading, texts in (
             ("Why:", self.reasons),
@@ -159,7 +163,7 @@ class Explained:
             ("Notes:", self.notes),
         ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
-        return as_lines(lines)
+        return as_lines([*lines, *([""] if lines else []), self.report.headline])
 
     def write(self, path: str | Path) -> Path:
         """Write the explanation in the format of the file suffix, such as `.html`. Return the path."""
