@@ -190,7 +190,7 @@ def _section(figure: Figure) -> Section:
         blocks.append(Pictures(figure.pictures, figure.alternative, figure.columns))
     if figure.bars:
         bars = [(bar.label, BarCell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
-        blocks.append(Table(("", "value"), bars, figure.alternative))
+        blocks.append(Table(("name", "value"), bars, figure.alternative))
     if figure.tabular:
         rows: list[Row] = [[_text(value) for value in row] for row in figure.rows]
         blocks.append(Table(figure.headings, rows, figure.alternative))

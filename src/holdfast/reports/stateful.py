@@ -144,7 +144,7 @@ def query_section(results: Mapping[str, Any], noun: str) -> Section:
         Paragraph(note, "page"),
     )
     lead = "black-box attacks with the guard and without it, with the median number of queries"
-    return Section("Queries", blocks, lead, "queries", "Queries")
+    return Section("Queries", blocks, lead, "query-detector", "Queries")
 
 
 def _share(broken: Mapping[str, Any] | None, queries: int | None) -> Cell | str:

@@ -78,7 +78,8 @@ class _Page:
     def section(self, section: Section) -> Iterator[str]:
         if not shown_in("text", section.depth):
             return
-        title = f"{section.title}: {section.lead}" if section.lead else section.title
+        beginning = f"{section.title[:1].lower()}{section.title[1:]}"
+        title = f"{beginning}: {section.lead}" if section.lead else section.title
         first = True
         for block in section.blocks:
             for text in self.block(block, title):

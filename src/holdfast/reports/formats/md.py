@@ -52,7 +52,9 @@ def _section(section: Section) -> Iterator[str]:
     inner = [*_blocks(section.blocks)]
     if not inner:
         return
-    title, folded = escaped(section.title), section.depth == "page"
+    # a gallery is long
+    folded = section.depth == "page" or any(isinstance(block, Gallery) for block in section.blocks)
+    title = escaped(capitalized(section.title))
     yield from ([f"<details><summary>{title}</summary>"] if folded else [f"### {title}"])
     yield ""
     if section.lead:
