@@ -64,7 +64,11 @@ def audit_report(content: Json) -> Report:
         lead=[*_lead(content)],
         sections=[*_sections(content)],
         checks=[Check("gates", gate["gate"], gate["verdict"], gate["because"]) for gate in content["gates"]],
-        properties={"verdict": content["verdict"], "seed": str(content["seed"])},
+        properties={
+            "verdict": content["verdict"],
+            "seed": str(content["seed"]),
+            "pictures": NOT_COMPUTED_AGAIN if content["pictures"] else "",
+        },
         created=content["created"],
     )
 
