@@ -50,7 +50,8 @@ class Interval(IBP):
 DULL = DoubtTest(
     title="Dull data", conclude=lambda case: Doubt("dull", "raised", 2.0, 1.0, 4, "dull"), free=True
 )
-text = lambda summary: summary["threat"]["constraint"]
+def text(report, file):
+    file.write(report.content["threat"]["constraint"])
 """
 POINTS = {
     "attacks": "Still = added_package:Still",

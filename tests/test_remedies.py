@@ -91,7 +91,7 @@ from holdfast.metrics.catalogue import estimate
 from holdfast.recipes import DPSGD, PolicyTraining
 from holdfast.recipes.lipschitz import order_of
 from holdfast.recipes.training.fit import Training
-from holdfast.reports.across import across_rows
+from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.children import unshared

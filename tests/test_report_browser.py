@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.reports import comparison
-from holdfast.reports.annex import FolderEvidence, annex, annex_page
-from holdfast.reports.html import page
-from holdfast.reports.monitoring import monitoring_page
+from holdfast.reports.annex import FolderEvidence, annex, annex_report
+from holdfast.reports.monitoring import monitoring_report
+from holdfast.reports.write import rendered
 from reports import made
 
 FOLDER = Path(__file__).parent / "browser"
@@ -48,31 +48,35 @@ def browser() -> Browser:
 
 
 def _failing_images():
-    return page(made.summarised(made.evidence(), "robust_accuracy >= 0.5", "clean_accuracy >= 0.9"))
+    return made.page(made.summarised(made.evidence(), "robust_accuracy >= 0.5", "clean_accuracy >= 0.9"))
 
 
 def _accepted_table():
     evidence = made.evidence(300, image=False, classes=("benign", "malware"))
-    return page(made.summarised(evidence, "robust_accuracy >= 0.3", accepted={"black-box": "one is on file"}))
+    return made.page(
+        made.summarised(evidence, "robust_accuracy >= 0.3", accepted={"black-box": "one is on file"})
+    )
 
 
 def _hostile():
     names = tuple(f"{HOSTILE}{i}" for i in range(10))
     model = {"name": HOSTILE, "files": {HOSTILE: HOSTILE}}
     evidence = made.evidence(classes=names, model=model, notes=(HOSTILE,))
-    return page(made.summarised(evidence, "robust_accuracy >= 0.5"))
+    return made.page(made.summarised(evidence, "robust_accuracy >= 0.5"))
 
 
 def _comparison():
     runs = made.evidence(), made.evidence(suite=HOSTILE)
-    return comparison.comparison_page(comparison.comparison(*runs, tuple(map(made.summarised, runs))))
+    return rendered(
+        comparison.comparison_report(comparison.comparison(*runs, tuple(map(made.summarised, runs)))), ".html"
+    )
 
 
 def _annex():
     folder = "holdfast-runs/20261129-130151-assess-" + 40 * "0"
     model, statement = "a-model-with-a-long-name.safetensors", 20 * "survive "
     found = FolderEvidence(folder, model, "assess", "", {"attacks": ["FGSM"]}, statement)
-    text = annex_page(annex([found], "aisvs"))
+    text = rendered(annex_report(annex([found], "aisvs")), ".html")
     assert text.count('class="stacked"') == 2
     return text
 
@@ -97,7 +101,7 @@ def _monitoring():
     sources = {"stream": {"n": 500, "name": "stream.npz"}, "reference": {"n": 500, "name": "reference.npz"}}
     accuracy = dict.fromkeys(("of_reference", "measured", "expected"))
     content = {"verdict": "alarm", "decisive": ["martingale"], "tests": [test], "notes": ["a note"]}
-    text = monitoring_page({**content, **sources, **accuracy})
+    text = rendered(monitoring_report({**content, **sources, **accuracy}), ".html")
     assert text.count('class="stacked"') == 2
     return text
 

@@ -6,8 +6,11 @@ import json
 import pytest
 
 from holdfast.adaptation.server_state import approval_of, monitor_state, send_labels, server_state
+from holdfast.core.catalogue import names
 from holdfast.core.errors import TargetError
-from holdfast.reports import monitoring as reported
+from holdfast.reports.monitoring import monitoring_report
+from holdfast.reports.terminal import body
+from holdfast.reports.write import rendered
 
 FILE = {
     "workers": [{"set": "a"}],
@@ -145,14 +148,9 @@ def test_every_accepted_state_of_a_monitor_is_reported():
     assert 5 < len(accepted) < len(states)
     for state in accepted:
         shown = monitor_state(Port(state))
-        for report in (
-            reported.headline,
-            reported.monitoring_markdown,
-            reported.monitoring_page,
-            reported.monitoring_to_json,
-        ):
-            assert report(shown)
-        assert reported.tables(shown, colour=False)
+        report = monitoring_report(shown)
+        assert report.headline and body(report, colour=False)
+        assert all(rendered(report, suffix) for suffix in names("reports"))
 
 
 def test_texts_are_shown_in_one_line_and_further_fields_are_kept():

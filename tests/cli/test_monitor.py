@@ -92,7 +92,11 @@ def test_the_tests_of_alarm_decide_the_exit_code():
             "endless.npz contains NaN or infinity, first in row 700; replace",
         ),
         (["same.npz", "--reference", "reference.npz", "--alarm", "cusum"], 2, "there is no test 'cusum'"),
-        (["same.npz", "--reference", "reference.npz", "-o", "r.pdf"], 2, "expected one of .html .json .md"),
+        (
+            ["same.npz", "--reference", "reference.npz", "-o", "r.pdf"],
+            2,
+            "expected one of .csv .html .json .md",
+        ),
     ],
 )
 def test_bad_input_is_refused(words, code, message, capsys):

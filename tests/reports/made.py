@@ -13,7 +13,11 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent
+from holdfast.reports.formats import html
+from holdfast.reports.run import run_report
 from holdfast.reports.summary import summary
+from holdfast.reports.terminal import body, verdict
+from holdfast.reports.write import rendered
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -179,3 +183,29 @@ RUN = {
     "versions": {"holdfast": "0.2.0", "python": "3.11.2", "torch": "2.13.0"},
     "hardware": "2 cores, no accelerator",
 }
+
+
+def report(content, suffix):
+    """The report of a run in the format of a suffix, made from its summary."""
+    return rendered(run_report(content), suffix)
+
+
+def page(content):
+    return report(content, ".html")
+
+
+def markdown(content):
+    return report(content, ".md")
+
+
+def notebook(content):
+    return html.notebook(run_report(content))
+
+
+def on_terminal(content, **options):
+    return body(run_report(content), **{"colour": False, **options})
+
+
+def stated(content, *, colour=False):
+    """The verdict of a run as text for a terminal."""
+    return verdict(run_report(content), colour=colour)

@@ -14,6 +14,10 @@ def _points(xs, shares):
     ]
 
 
+def _path(drawn, look):
+    return next(path.d for path in drawn.paths if path.look == look)
+
+
 def _numbers(path):
     return [float(found) for found in re.findall(r"-?\d+\.?\d*", path)]
 
@@ -37,18 +41,20 @@ def test_everything_is_drawn_inside_the_box(logarithmic, shares, scale, mark):
         assert logarithmic
         assert len(shares) == 1
         return
-    assert all(0 <= value <= 700 for value in _numbers(drawn.line) + _numbers(drawn.band))
+    assert all(
+        0 <= value <= 700 for value in _numbers(_path(drawn, "line")) + _numbers(_path(drawn, "range"))
+    )
     for tick in drawn.x_ticks:
         assert drawn.left <= tick.at <= drawn.right + 0.1
     assert 2 <= len(drawn.x_ticks) <= 12
-    assert drawn.mark is None or drawn.left <= drawn.mark <= drawn.right
+    assert drawn.mark is None or drawn.left <= drawn.mark.x1 <= drawn.right
 
 
 def test_the_line_holds_each_level_until_the_next():
     drawn = staircase(_points([0, 1, 2], [1, 0.5, 0]), "eps", width=160, height=156, mark=0.5)
-    assert drawn.line == "M46.0,12.0H94.1V62.0H142.2V112.0H146.0"
-    assert drawn.mark == pytest.approx(70.0, abs=0.1)
-    assert drawn.mark_text > 62
+    assert _path(drawn, "line") == "M46.0,12.0H94.1V62.0H142.2V112.0H146.0"
+    assert drawn.mark.x1 == pytest.approx(70.0, abs=0.1)
+    assert drawn.mark.text_y > 62
 
 
 def test_nothing_is_drawn_of_nothing():

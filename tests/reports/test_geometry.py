@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from holdfast.core.evidence import Table
-from holdfast.reports import html
 from holdfast.reports.charts import bands
 from holdfast.reports.geometry import PALETTE, geometry_results, rounded_down, rounded_up
 from reports import made
@@ -37,7 +36,7 @@ def table(**columns):
 
 
 def page(results):
-    text = html.page({**made.summarised(made.evidence()), "geometry": results})
+    text = made.page({**made.summarised(made.evidence()), "geometry": results})
     start = text.index('<section aria-labelledby="geometry">')
     return text[start : text.index("</section>", start)]
 
@@ -100,17 +99,18 @@ def test_a_slice_has_the_colours_of_its_key_and_pale_ones_outside():
     assert sum(picture.getpixel((0, 0))) > sum(picture.getpixel((0, 2)))
 
 
+def _path(chart, look):
+    return next(path.d for path in chart.paths if path.look == look)
+
+
 def test_bands_are_sorted_and_lie_inside_the_chart():
-    chart = bands([(0.3, 0.5), (0.1, float("inf")), (0.0, 0.0)], width=720, height=300, mark=0.2)
-    heights = [float(y) for y in re.findall(r"[,VL]([\d.]+)(?=[HVLZ])", chart.proved)][:3]
+    (_, chart), _ = bands([(0.3, 0.5), (0.1, float("inf")), (0.0, 0.0)], 0.2)
+    proved, between, upper = (_path(chart, look) for look in ("proved", "between", "upper"))
+    heights = [float(y) for y in re.findall(r"[,VL]([\d.]+)(?=[HVLZ])", proved)][:3]
     assert heights == sorted(heights, reverse=True)  # downwards is lower in a picture
-    numbers = [
-        float(each)
-        for path in (chart.proved, chart.between, chart.upper)
-        for each in re.findall(r"[\d.]+", path)
-    ]
+    numbers = [float(each) for path in (proved, between, upper) for each in re.findall(r"[\d.]+", path)]
     assert all(0 <= each <= 720 for each in numbers)
-    assert chart.upper.count("M") == 2  # no line for the infinite bound
-    assert chart.bottom > chart.mark > chart.top
-    assert bands([], width=720, height=300) is None
-    assert bands([(0.0, 0.0)], width=720, height=300) is None
+    assert upper.count("M") == 2  # no line for the infinite bound
+    assert chart.bottom > chart.mark.y1 > chart.top
+    assert bands([]) == []
+    assert bands([(0.0, 0.0)]) == []

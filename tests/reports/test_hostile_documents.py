@@ -19,11 +19,16 @@ from holdfast.audits.finding import Curve, Finding, Picture, Table
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
 from holdfast.explanation.explained import Explained, Figure, bars
-from holdfast.explanation.explained import Picture as Shown
-from holdfast.reports import comparison, monitoring, terminal
-from holdfast.reports.html import fragment
+from holdfast.reports.annex import annex_report
+from holdfast.reports.audit import audit_report
+from holdfast.reports.comparison import comparison_report
+from holdfast.reports.formats.html import fragment, notebook
+from holdfast.reports.monitoring import monitoring_report
 from holdfast.reports.numbers import NOT_A_NUMBER_WORDS
-from holdfast.reports.write import write, write_comparison, write_monitoring
+from holdfast.reports.run import run_report
+from holdfast.reports.terminal import body, verdict
+from holdfast.reports.tree import Picture as Shown
+from holdfast.reports.write import write
 from holdfast.runs.stored.stored_runs import open_run
 from reports.test_hostile_strings import CI_COMMAND, HOSTILE, shape
 from runs import stored
@@ -71,36 +76,25 @@ def a_run():
 
 def of_run(folder):
     result = a_run() if folder == stored.assessment() else open_run(folder)
-    content = filled(result.summary())
-    said = terminal.verdict(content, colour=False) + terminal.tables(content, colour=False)
-    return (
-        {"terminal": said, "fragment.html": fragment(content)},
-        names("reports"),
-        lambda path: write(content, result.evidence.columns, path),
-    )
+    return run_report(filled(result.summary()), result.evidence.columns), {}
 
 
 def of_audit():
     result = AuditResult(filled(audited(REQUEST, measure).content))
-    return {"terminal": f"{result.text()}\n{result}"}, (".html", ".json", ".md", ".xml"), result.write
+    return audit_report(result.content), {"str": str(result)}
 
 
 def of_comparison():
-    content = filled(holdfast.compare(a_run(), a_run()).summary())
-    said = {"terminal": comparison.text(content, colour=False)}
-    said["fragment.html"] = comparison.comparison_fragment(content)
-    return said, (".html", ".json", ".md"), lambda path: write_comparison(content, path)
+    return comparison_report(filled(holdfast.compare(a_run(), a_run()).summary())), {}
 
 
 def of_annex():
     annex = Annex(filled(annex_of([stored.assessment()], "aisvs").content))
-    return {"terminal": str(annex)}, (".html", ".json", ".md"), annex.write
+    return annex_report(annex.content), {"str": str(annex)}
 
 
 def of_monitoring():
-    content = filled(MONITORED)
-    said = monitoring.tables(content, colour=False) + "\n" + monitoring.headline(content)
-    return {"terminal": said}, (".html", ".json", ".md"), lambda path: write_monitoring(content, path)
+    return monitoring_report(filled(MONITORED)), {}
 
 
 def of_explanation():
@@ -109,14 +103,13 @@ def of_explanation():
         bars((TEXT,), (1.0,), (TEXT,)), tabular=True, note=TEXT, reason=TEXT,
     )  # fmt: skip
     explained = Explained(TEXT, TEXT, (figure,), (TEXT,), (TEXT,), ((TEXT, TEXT),))
-    said = {"terminal": explained.text(), "figure.csv": figure.csv, "fragment.html": explained.fragment()}
-    return said, (".html", ".json"), explained.write
+    return explained.report, {"text": explained.text(), "figure.csv": figure.csv}
 
 
 def of_adaptation():
     step = Step("begin", 0.0, {TEXT: TEXT, "list": [TEXT]})
     adapted = Adapted.of(Adaptation(Path("a"), TEXT, TEXT, (step,), TEXT, "not promoted", TEXT))
-    return {"terminal": f"{adapted.text()}\n{adapted}"}, (".json",), adapted.write
+    return adapted.report, {"text": adapted.text(), "str": str(adapted)}
 
 
 ABOUT = {"name": "a", "digest": "0" * 64}
@@ -178,10 +171,11 @@ MONITORED = {
     ],
 )
 def test_no_output_obeys_a_text_of_a_document(outputs, tmp_path):
-    texts, suffixes, write_to = outputs()
-    for suffix in suffixes:
-        write_to(tmp_path / f"report{suffix}")
-        texts[f"report{suffix}"] = (tmp_path / f"report{suffix}").read_text(encoding="utf-8")
+    report, texts = outputs()
+    texts["terminal"] = verdict(report, colour=False) + body(report, colour=False)
+    texts |= {"fragment.html": fragment(report), "notebook.html": notebook(report)}
+    for suffix in names("reports"):
+        texts[f"report{suffix}"] = write(report, tmp_path / f"report{suffix}").read_text(encoding="utf-8")
     for name, said in texts.items():
         assert "owned" in said
         refuse_obedience(name[name.rfind(".") :] if "." in name else name, said)
@@ -228,14 +222,17 @@ def strangers(tmp_path_factory):
     ("words", "suffixes"),
     [
         (("report", "run"), (".html", ".json", ".md", ".xml", ".csv")),
-        (("report", "audit"), (".html", ".json", ".md", ".xml")),
-        (("report", "run", "audit", "adapted", "--annex", "aisvs"), (".html", ".json", ".md")),
-        (("compare", "run", "run"), (".html", ".json", ".md")),
+        (("report", "audit"), (".csv", ".html", ".json", ".md", ".xml")),
+        (
+            ("report", "run", "audit", "adapted", "--annex", "aisvs"),
+            (".csv", ".html", ".json", ".md", ".xml"),
+        ),
+        (("compare", "run", "run"), (".csv", ".html", ".json", ".md", ".xml")),
         (("verify", "run"), ()),
         (("verify", "audit"), ()),
         (("verify", "adapted"), ()),
         (("runs", "."), ()),
-        (("explain", "run"), ()),
+        (("explain", "run"), (".html", ".json", ".md", ".xml")),
     ],
 )
 def test_no_command_prints_what_a_strangers_run_would_have_obeyed(

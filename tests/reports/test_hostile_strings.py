@@ -12,11 +12,10 @@ from holdfast.core.catalogue import names
 from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Judgement
-from holdfast.reports import terminal
-from holdfast.reports.card import card_document as as_markdown
-from holdfast.reports.html import fragment, page
+from holdfast.reports.card import card_report
+from holdfast.reports.run import run_report
 from holdfast.reports.summary import summary
-from holdfast.reports.write import write
+from holdfast.reports.write import rendered, write
 from reports import made
 
 HOSTILE = [
@@ -102,7 +101,7 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
         written = {}
         for suffix in names("reports"):
             path = tmp_path / f"{place}{suffix}"
-            write(content, evidence.columns, path)
+            write(run_report(content, evidence.columns), path)
             written[suffix] = path.read_text(encoding="utf-8")
         parsed = shape(written[".html"])
         assert not {"script", "iframe", "object", "form", "link", "base"} & set(parsed.tags)
@@ -114,8 +113,8 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
         for tag, name, value in parsed.attributes:
             assert name != "src" or (tag == "img" and value.startswith("data:image/png;base64,"))
             assert name != "href" or re.fullmatch(r"#[a-z]+", value)
-        assert "\u202e" not in written[".html"] + fragment(content)
-        inside = shape(fragment(content))
+        assert "\u202e" not in written[".html"] + made.notebook(content)
+        inside = shape(made.notebook(content))
         assert {name for _, name, _ in inside.attributes} <= {"scope", "src", "alt", "width"}
         assert {"scope", *(["src"] if place == 0 else [])} <= {name for _, name, _ in inside.attributes}
         for tag, name, value in inside.attributes:
@@ -125,7 +124,7 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
         prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", written[".md"])
         assert not re.search(r"(?<!\\)<(?!/?(details|summary)>)", prose)
         assert not re.search(r"(?<!\\)\]\(", prose)
-        for said in (terminal.verdict(content, colour=False), terminal.tables(content, colour=False)):
+        for said in (made.stated(content), made.on_terminal(content)):
             assert all(letter == "\n" or letter.isprintable() for letter in said)
             assert not CI_COMMAND.search(said)
         assert not re.search(r"[\x7f-\x9f\u202e\u2066]", written[".json"])
@@ -133,7 +132,7 @@ def test_no_output_obeys_a_users_string(text, tmp_path):
 
 @pytest.mark.slow
 def test_tags_of_the_page_do_not_depend_on_the_strings():
-    for made_of in (page, fragment):
+    for made_of in (made.page, made.notebook):
         plain = [shape(made_of(content)).tags for content, _ in _summary("plain")]
         assert {"table", "th", "td"} <= set(plain[0])
         for text in HOSTILE:
@@ -177,10 +176,11 @@ def test_a_card_shows_hostile_names_and_its_lines_do_not_depend_on_them(text):
             "notes": [word],
             "cost": {"wall_s": 1.0, "cpu_s": 1.0, "forwards": 0, "planning_s": 0},
             "seed": 0,
+            "curve": [{"epoch": 1, "clean": 0.5, "robust": 0.4, "accuracy": 0.6}],
             "settings": {"plain": {"name": word}},
         }
 
-    said, plain = as_markdown(card(text or "plain")), as_markdown(card("plain"))
+    said, plain = (rendered(card_report(card(word)), ".md") for word in (text or "plain", "plain"))
     assert said.count("\n") == plain.count("\n")
     assert all(letter == "\n" or letter.isprintable() for letter in said)
     prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"^    .*$", "", said, flags=re.MULTILINE))
@@ -192,4 +192,4 @@ def test_a_summary_from_elsewhere_brings_no_picture_from_elsewhere():
     content = made.summarised(made.evidence(gallery=1))
     for key in ("clean", "perturbed", "difference"):
         content["examples"][0][key] = "https://example.invalid/x.png"
-    assert "example.invalid" not in page(content) + fragment(content)
+    assert "example.invalid" not in made.page(content) + made.notebook(content)

@@ -5,7 +5,7 @@ from torch import nn
 
 from holdfast.attacks.parts.prepare import quickened
 from holdfast.core.model import Classifier
-from holdfast.reports.notes import shown_notes
+from holdfast.reports.run import shown_notes
 
 
 def test_whatever_makes_the_attacks_quick_is_a_detail():

@@ -6,11 +6,9 @@ import jsonschema
 import pytest
 
 from holdfast.doubts.probing import doubt_test
-from holdfast.reports import markdown, terminal
-from holdfast.reports.html import fragment, page
 from holdfast.reports.json_schemas import summary_schema
 from holdfast.reports.rotation import NAMES
-from holdfast.reports.summary import summary, to_json
+from holdfast.reports.summary import summary
 from reports import made
 
 HOSTILE = "<script>alert(1)</script>|[x](http://e)\x1b[31m`"
@@ -56,35 +54,35 @@ def summarised(rotation):
 
 def test_the_table_is_in_every_report():
     content = summarised(document())
-    jsonschema.validate(json.loads(to_json(content)), summary_schema())
+    jsonschema.validate(json.loads(made.report(content, ".json")), summary_schema())
     assert [row["alternative"] for row in content["rotation"]["alternatives"]] == ["static"], (
         "what was not measured is left out"
     )
     assert "broken_ids" not in content["rotation"]["rows"][0], (
         "which inputs fell stays in the folder of the run"
     )
-    for text in (page(content), markdown.markdown_document(content), terminal.tables(content, colour=False)):
+    for text in (made.page(content), made.markdown(content), made.on_terminal(content)):
         assert all(name in text for name in NAMES.values())
         assert "static" in text and "slowed" in text and "25.0 %" in text
-    assert "A1 is slowed." in page(content) and "A1 is slowed." in markdown.markdown_document(content)
+    assert "A1 is slowed." in made.page(content) and "A1 is slowed." in made.markdown(content)
 
 
 def test_what_a_pool_says_is_shown_and_never_obeyed():
     content = summarised(document())
-    for text in (page(content), fragment(content), markdown.markdown_document(content)):
+    for text in (made.page(content), made.notebook(content), made.markdown(content)):
         assert "<script>alert" not in text and "\x1b" not in text
-    assert "\x1b" not in terminal.tables(content, colour=False)
-    assert "\\|\\[x\\](http" in markdown.markdown_document(content), "no cell is cut in two"
+    assert "\x1b" not in made.on_terminal(content)
+    assert "\\|\\[x\\](http" in made.markdown(content), "no cell is cut in two"
 
 
 @pytest.mark.parametrize("rotation", [None, document(complete=False), document(rows=[])])
 def test_without_a_whole_table_nothing_is_said(rotation):
     content = summarised(rotation)
-    jsonschema.validate(json.loads(to_json(content)), summary_schema())
+    jsonschema.validate(json.loads(made.report(content, ".json")), summary_schema())
     assert content["rotation"] is None
-    assert "Rotation against each attacker" not in page(content)
-    assert "### Attackers" not in markdown.markdown_document(content)
-    assert "attackers:" not in terminal.tables(content, colour=False)
+    assert "Rotation against each attacker" not in made.page(content)
+    assert "### Attackers" not in made.markdown(content)
+    assert "attackers:" not in made.on_terminal(content)
 
 
 def test_the_doubt_is_explained():

@@ -15,7 +15,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.memory import as_data
-from holdfast.reports.across import across_rows
+from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess import preparation
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject

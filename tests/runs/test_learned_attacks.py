@@ -42,7 +42,7 @@ def test_the_card_has_the_strategies_and_a_stopped_run_ends_with_the_same_bytes(
     assert set(whole.model.state_dict()) == {f"net.{name}" for name in fakes.network(1).state_dict()}
     assert resumed.card["follow_up"] == whole.card["follow_up"]
     text = (whole.write(tmp_path / "new") / "card.md").read_text()
-    assert ("Cross-play on 20 test examples, robust accuracy:" in text) == (name == "league")
+    assert ("### Cross-play on 20 test examples, robust accuracy" in text) == (name == "league")
     assert "mean number of steps" in text
     assert holdfast.verify(tmp_path / "whole").complete
 

@@ -21,7 +21,6 @@ from holdfast.core.model import Classifier
 from holdfast.gates.rotation_effects import protection_verdict, with_effects
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.recipe import trained_as
-from holdfast.reports.terminal import tables
 from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps import attackers, contents, draw, train
@@ -216,7 +215,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert verify(run).complete and run.stat().st_mode & 0o777 == 0o700
     raised = next(each for each in result.doubts if each.name == "fine-tuning")
     assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.message
-    told = tables(result.summary(), colour=False)
+    told = result.table
     assert "A6 distils answers" in told and "adversarial fine-tuning" in told
     for suffix in ("html", "md"):
         text = result.write(tmp_path / f"report.{suffix}").read_text()

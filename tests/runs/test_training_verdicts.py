@@ -13,8 +13,8 @@ from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
 from holdfast.recipes import PGDTraining
-from holdfast.reports.markdown import markdown_document
-from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
+from holdfast.reports.card import checkpoint_text, help_sentence, verdict_sentence
+from holdfast.reports.write import rendered
 from holdfast.runs.harden.advice import advice
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.harden.epochs import collapsed
@@ -119,7 +119,7 @@ def test_a_collapse_in_the_first_epoch_ends_the_training_and_the_card_states_tha
     assert "the new model is such a constant prediction too" in found.notes[-1]
     message = found.after.summary()["training"]["message"]  # the verdict comes first if no gate was set
     assert str(found.after).startswith(f"– {message}")
-    assert markdown_document(found.after.summary()).startswith(f"## – {found.verdict.capitalize()}: ")
+    assert rendered(found.after.report, ".md").startswith(f"## – {found.verdict.capitalize()}: ")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, Literal
 
 from holdfast.adaptation.journal import Adaptation, Outcome, Step
-from holdfast.core.errors import UsageError
 from holdfast.core.names import line
-from holdfast.reports.numbers import json_text
-from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
+from holdfast.reports.tree import Check, Report, Section, Table
+from holdfast.reports.write import rendered, write
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,27 @@ class Adapted:
             "steps": [asdict(step) for step in self.steps],
         }
 
+    @property
+    def report(self) -> Report:
+        """The report of the adaptation."""
+        state: Literal["pass", "fail"] = "pass" if self.promoted else "fail"
+        return Report(
+            verb="adapt",
+            about=f"adaptation of {self.server}",
+            headline=str(self),
+            content=self.summary(),
+            tone=state,
+            sections=(Section("Steps", (steps_table(self.steps),)),),
+            checks=(Check("adaptation", "promotion", state, str(self)),),
+        )
+
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return json_text(self.summary())
+        return rendered(self.report, ".json")
 
     def write(self, path: str | Path) -> Path:
-        """Write the report as a `.json` file, and return its path."""
-        place = Path(path)
-        if place.suffix != ".json":
-            raise UsageError(f"{str(place)!r} is no .json file; the report of adapt has no other format")
-        with usable(place):
-            write_atomically(place, self.to_json().encode(), BY_UMASK)
-        return place
+        """Write a report in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
 
     def text(self, *, width: int | None = None) -> str:
         """Return the steps as text, each with its time (UTC) and its facts."""
@@ -83,6 +91,12 @@ class Adapted:
             "rolled back": "The candidate was promoted and rolled back",
         }
         return line(f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}.")
+
+
+def steps_table(steps: Sequence[Step]) -> Table:
+    """Return the steps of an adaptation, each with its time (UTC) and its facts, as a table."""
+    rows = [(step.step, clock(step.time), facts_text(step.step, step.facts) or "-") for step in steps]
+    return Table(("step", "time", "facts"), rows, texts=frozenset({1, 2}))
 
 
 def facts_text(step: str, facts: Mapping[str, Any]) -> str:

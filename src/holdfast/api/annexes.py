@@ -17,13 +17,13 @@ from holdfast.reports import monitoring
 from holdfast.reports.annex import (
     FolderEvidence,
     annex,
-    annex_lines,
-    annex_to_json,
+    annex_report,
 )
 from holdfast.reports.audit import headline
-from holdfast.reports.terminal import as_lines
+from holdfast.reports.terminal import as_lines, body
+from holdfast.reports.tree import Report
 from holdfast.reports.words import amount, open_doubts, threat_syntax
-from holdfast.reports.write import write_annex
+from holdfast.reports.write import rendered, write
 from holdfast.rotation.pool.verify_pool import verify_pool
 from holdfast.runs.store.files import AUDIT_MARK, MANIFEST, POOL_MANIFEST, content_of
 from holdfast.runs.store.folder import read_manifest
@@ -46,23 +46,22 @@ class Annex:
     content: dict[str, Any]
     """content of all formats, as strict JSON"""
 
+    @property
+    def report(self) -> Report:
+        """The report of the annex."""
+        return annex_report(self.content)
+
     def to_json(self) -> str:
         """Return the annex as JSON text."""
-        return annex_to_json(self.content)
+        return rendered(self.report, ".json")
 
     def write(self, path: str | Path) -> Path:
-        """Write the annex in the format of the file suffix, `.html`, `.json` or `.md`. Return the path."""
-        write_annex(self.content, Path(path))
-        return Path(path)
+        """Write the annex in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
 
     def __str__(self) -> str:
-        parts = [self.content["headline"], self.content["caution"], self.content["disclaimer"]]
-        rows = [
-            text
-            for name, found, _ in annex_lines(self.content)
-            for text in (name, f"- evidence: {found or 'none'}")
-        ]
-        return as_lines([*rows, "", *(part for part in parts if part)])
+        headline = as_lines([self.content["headline"]])
+        return f"{body(self.report, colour=False)}\n\n{headline}"
 
 
 def annex_of(folders: Sequence[str | Path], standard: str) -> Annex:

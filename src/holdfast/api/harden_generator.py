@@ -26,7 +26,8 @@ from holdfast.generators.opening import FILE, bundled_generators, content_of, na
 from holdfast.io.models.factories import names_code
 from holdfast.io.models.weights import written
 from holdfast.recipes.training.robust_gan import RobustLosses
-from holdfast.reports.audit import audit_markdown, audit_to_json, headline
+from holdfast.reports.audit import audit_report, headline
+from holdfast.reports.write import rendered
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.hardened import CardForm, Hardened
@@ -43,11 +44,9 @@ HardenedGenerator = Hardened[GAN, AuditResult]
 
 
 def _files(hardened: HardenedGenerator, place: Path) -> dict[str, bytes]:
-    return {
-        FILE: hardened.weights,
-        "card.json": audit_to_json(hardened.card).encode(),
-        "card.md": audit_markdown(hardened.card).encode(),
-    }
+    report = audit_report(hardened.card)
+    cards = {f"card{suffix}": rendered(report, suffix).encode() for suffix in (".json", ".md")}
+    return {FILE: hardened.weights, **cards}
 
 
 @gradients()
@@ -111,7 +110,7 @@ def hardened_generator(
     before = AuditResult({**after.content, **given[-1], "pictures": [], "gates": [], "gate_verdict": None})
     new = trained[-1]
     weights = content_of(new, "gan", new.arguments) if isinstance(new, ImageGAN) else written(new, {})
-    card, form = after.summary(), CardForm(_files, headline)
+    card, form = after.summary(), CardForm(_files, headline, audit_report)
     return Hardened(new, before, after, (), card, weights, after.folder, form=form)
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from holdfast.api import placing
 from holdfast.api.checked_settings import VERBS, VerbSettings, carried_out_by
-from holdfast.core.catalogue import AUDITS, GENERATOR_RECIPES
+from holdfast.core.catalogue import AUDITS, GENERATOR_RECIPES, REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.gates.grammar import parse
@@ -396,7 +396,7 @@ class AuditOptions(SettingGroup):
         list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
     ] = Field(
         default_factory=list,
-        description="Report file, in the format of its suffix: .html .json .md .xml; - for JSON on stdout.",
+        description=REPORT_FILE,
     )
     kind: ClassVar[str] = ""
     """name of the audit in `holdfast.core.catalogue.AUDITS`"""

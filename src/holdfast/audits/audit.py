@@ -26,6 +26,9 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Verdict, exit_code, judged_estimate, overall
 from holdfast.reports import audit as reported
 from holdfast.reports.numbers import strict
+from holdfast.reports.terminal import body
+from holdfast.reports.tree import Report
+from holdfast.reports.write import rendered, write
 from holdfast.runs.engine.executor import Executor, Inline
 from holdfast.runs.engine.identity import code_digest, hardware, versions
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
@@ -200,20 +203,22 @@ class AuditResult:
         """Return the content of all reports as strict JSON."""
         return self.content
 
+    @property
+    def report(self) -> Report:
+        """The report of the audit."""
+        return reported.audit_report(self.content)
+
     def text(self, *, colour: bool = False, width: int | None = None) -> str:
         """Return the tables of the report as text for a terminal."""
-        return reported.tables(self.content, colour=colour, width=width)
+        return body(self.report, colour=colour, width=width)
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return reported.audit_to_json(self.content)
+        return rendered(self.report, ".json")
 
     def write(self, path: str | Path) -> Path:
-        """Write a report in the format of the file suffix, `.html`, `.json`, `.md` or `.xml`. Return the path."""
-        from holdfast.reports.write import write_audit
-
-        write_audit(self.content, Path(path))
-        return Path(path)
+        """Write a report in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
 
     def __str__(self) -> str:
         return reported.headline(self.content)

@@ -68,11 +68,6 @@ def adapt(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
 
 def tell_adapted(adapted: "Adapted", output: Sequence[str], voice: Voice) -> None:
     """Print the steps of an adaptation and how it ended, and write its reports."""
-    if "-" in output:
-        click.echo(adapted.to_json(), nl=False)
-    elif not voice.quiet:
-        click.echo(adapted.text(width=voice.console().width))
-    click.echo(str(adapted), err=True)
-    for name in output:
-        if name != "-":
-            voice.say(f"report: {adapted.write(name)}")
+    from holdfast.cli.running import tell_report
+
+    tell_report(adapted.report, output, voice, text=adapted.text(width=voice.console().width))

@@ -1,9 +1,8 @@
 """The commands of `holdfast audit`, which are generated from the settings of audits, and the reports of an audit."""
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,7 +17,9 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.reports.write import AUDIT_SUFFIXES
+
+if TYPE_CHECKING:
+    from holdfast.audits.audit import AuditResult
 
 _COMPLETION = {"model": completing.MODEL, "data": completing.DATA}
 
@@ -58,46 +59,36 @@ for _kind in audits().values():
 
 def _audited(settings: AuditVerb, voice: Voice, *, run: str | None, resume: bool) -> int:
     refuse_resume_without_run(resume=resume, run=run)
-    refuse_reports(settings.output, AUDIT_SUFFIXES)
+    refuse_reports(settings.output)
     from holdfast.cli.running import finished_run
 
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
-        tell_audit(result.summary(), settings.output, voice, folder)
+        tell_audit(result, settings.output, voice, folder)
     return int(result.exit_code)
 
 
 def report_audit(folder: Path, outputs: Sequence[str], voice: Voice) -> int:
     """Write the reports of the finished audit in a folder again, and return its exit code."""
-    refuse_reports(outputs, AUDIT_SUFFIXES)
+    refuse_reports(outputs)
     from holdfast.audits.audit import open_audit
 
     result = open_audit(folder)
-    tell_audit(result.summary(), outputs, voice, None)
+    tell_audit(result, outputs, voice, None)
     return result.exit_code
 
 
-def tell_audit(content: Mapping[str, Any], outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
+def tell_audit(result: "AuditResult", outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
     """Write the reports of an audit, and print its tables (JSON if `-` is an output) and its verdict."""
-    from holdfast.reports.audit import audit_to_json, failing_gate, headline, tables
-    from holdfast.reports.write import write_audit
+    from holdfast.cli.running import tell_report
+    from holdfast.reports.audit import failing_gate
 
-    places = [Path(output) for output in outputs if output != "-"]
     try:
-        for place in places:
-            write_audit(content, place)
+        tell_report(result.report, outputs, voice)
     finally:
-        if "-" in outputs:
-            click.echo(audit_to_json(content), nl=False)
-        elif not voice.quiet:
-            colour = sys.stdout.isatty() and not voice.plain
-            click.echo(tables(content, colour=colour, width=voice.console().width))
-        click.echo(headline(content), err=True)
-        if gate := failing_gate(content):
+        if gate := failing_gate(result.content):
             _say_failing(gate, voice, folder)
         if folder is not None:
             voice.say(f"run: {folder}")
-    for place in places:
-        voice.say(f"report: {place}")
 
 
 def _say_failing(gate: str, voice: Voice, folder: Path | None) -> None:

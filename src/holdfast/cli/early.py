@@ -3,7 +3,7 @@
 They report a mistake within half a second. Other functions repeat these checks for callers from Python.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import holdfast
@@ -123,18 +123,17 @@ def refuse_server_to_train(address: str) -> None:
         )
 
 
-def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:
+def refuse_reports(outputs: Iterable[str]) -> None:
     """Raise an error if a report cannot be written to one of the paths in `outputs`, for example because its format is
     unknown.
 
-    An output `-` is stdout and is not checked. `suffixes` are the permitted suffixes, by default all formats of
-    reports.
+    An output `-` is stdout and is not checked.
     """
     from holdfast.reports.write import check_destination
 
     for output in outputs:
         if output != "-":
-            check_destination(Path(output), suffixes)
+            check_destination(Path(output))
 
 
 def _offered(address: str, names: Iterable[str]) -> str:

@@ -11,7 +11,6 @@ from holdfast.cli.early import refuse_missing_file, refuse_reports
 from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
 from holdfast.core.errors import UsageError
-from holdfast.reports.write import EXPLANATION_SUFFIXES
 
 _RUN = "run.json"
 
@@ -30,7 +29,7 @@ since the run is refused.
 @with_voice
 def explain(voice: Voice, **flags: Any) -> int:
     """Explain an example or a model, and write the explanation."""
-    refuse_reports(flags.get("output") or (), EXPLANATION_SUFFIXES)
+    refuse_reports(flags.get("output") or ())
     for key in ("train", "from_run"):
         refuse_missing_file(flags.get(key))
     model = flags.get("model")
@@ -42,12 +41,8 @@ def explain(voice: Voice, **flags: Any) -> int:
             "one finished run, or a model and data"
         )
     settings = settings_of_flags(flags, Explain) if of_run else settings_from(flags, Explain)
+    from holdfast.cli.running import tell_report
+
     result = settings.run()
-    for output in settings.output:
-        if output == "-":
-            click.echo(result.to_json(), nl=False)
-        else:
-            voice.say(f"explanation: {result.write(output)}")
-    if "-" not in settings.output and not voice.quiet:
-        click.echo(result.text())
+    tell_report(result.report, settings.output, voice, text=result.text(), has_headline=True)
     return 0

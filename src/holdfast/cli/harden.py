@@ -16,7 +16,6 @@ from holdfast.cli.setting_options import (
     run_options,
     with_named_parts,
 )
-from holdfast.reports.write import AUDIT_SUFFIXES
 
 _HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
@@ -72,9 +71,9 @@ def _hardened_generator(settings: Harden, voice: Voice, *, run: str | None, resu
     from holdfast.settings.grammar import is_folder
 
     files = [output for output in settings.output if not is_folder(output)]
-    refuse_reports(files, AUDIT_SUFFIXES)
+    refuse_reports(files)
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         for place in filter(is_folder, settings.output):
             voice.say(f"generator: {result.write(place) / FILE}")
-        tell_audit(result.after.summary(), files, voice, folder)
+        tell_audit(result.after, files, voice, folder)
     return int(result.after.exit_code)

@@ -1,6 +1,5 @@
 """`holdfast monitor URL`: what the monitor of a running server has found, over the operator's port."""
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +8,12 @@ from typing import Any
 import click
 
 from holdfast.adaptation.server_state import Alarm, MonitorState, monitor_state, send_labels
+from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.io.remote.operator_port import OperatorPort, read_key
 from holdfast.io.remote.remote import SCHEMES
-from holdfast.reports import monitoring as reported
-from holdfast.reports.numbers import json_text
-from holdfast.reports.write import MONITORING_SUFFIXES, write_monitoring
 from holdfast.settings.label_files import read_labels
 
 _POLL_S = 1.0
@@ -55,27 +52,17 @@ def watch_server(
     voice: Voice, url: str, *, key_file: str | None, once: bool, labels: str | None, output: tuple[str, ...]
 ) -> int:
     """Report the state of the monitor, and its alarms until Ctrl-C. Return 1 if a decisive test raised an alarm."""
-    for place in output:
-        if place != "-" and Path(place).suffix not in MONITORING_SUFFIXES:
-            raise UsageError(
-                f"{place!r} is no report file; expected the suffix {', '.join(MONITORING_SUFFIXES)}"
-            )
+    refuse_reports(output)
     port = OperatorPort(url, None if key_file is None else read_key(key_file))
     if labels is not None:
         _send(voice, port, labels)
     state = monitor_state(port)
     seen = _tests_with_alarm(state)
-    if "-" in output:
-        click.echo(json_text(state), nl=False)
-    elif not voice.quiet:
-        colour = sys.stdout.isatty() and not voice.plain
-        click.echo(reported.tables(state, colour=colour, width=voice.console().width))
+    from holdfast.cli.running import tell_report
+    from holdfast.reports.monitoring import monitoring_report
+
+    tell_report(monitoring_report(state), output, voice)
     voice.say(f"flagged: {state['flagged']:,} of {state['requests']:,} requests")
-    click.echo(reported.headline(state), err=True)
-    for place in output:
-        if place != "-":
-            write_monitoring(state, Path(place))
-            voice.say(f"report: {place}")
     alarmed = bool(state["alarmed"])
     try:
         while not once:

@@ -2,7 +2,6 @@
 reference.
 """
 
-import sys
 from typing import Any
 
 import click
@@ -22,7 +21,6 @@ from holdfast.cli.options import Command, Voice, offered, with_voice
 from holdfast.cli.setting_options import SETTING, options_of
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import REFERENCE
-from holdfast.reports.write import MONITORING_SUFFIXES
 
 _HELP = """\
 Compare the samples of STREAM, in their order, with those of --reference, and report which test raised an alarm. If
@@ -53,17 +51,9 @@ def monitor(voice: Voice, *, key_file: str | None, once: bool, labels: str | Non
             )
     settings = _settings(flags)
     monitored = settings.run()
-    try:
-        places = [monitored.write(output) for output in settings.output if output != "-"]
-    finally:
-        if "-" in settings.output:
-            click.echo(monitored.to_json(), nl=False)
-        elif not voice.quiet:
-            colour = sys.stdout.isatty() and not voice.plain
-            click.echo(monitored.text(colour=colour, width=voice.console().width))
-        click.echo(str(monitored), err=True)
-    for place in places:
-        voice.say(f"report: {place}")
+    from holdfast.cli.running import tell_report
+
+    tell_report(monitored.report, settings.output, voice)
     return 1 if monitored.alarmed else 0
 
 
@@ -98,5 +88,5 @@ def _settings(flags: dict[str, Any]) -> Monitor:
     if settings.model is not None:
         refuse_unknown_model(str(settings.model))
         refuse_foreign_server(str(settings.model), settings.allow_hosts)
-    refuse_reports(settings.output, MONITORING_SUFFIXES)
+    refuse_reports(settings.output)
     return settings

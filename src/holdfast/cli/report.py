@@ -1,13 +1,13 @@
 """The commands `holdfast compare`, `report`, `verify` and `runs`, which read finished runs."""
 
 import os
-import sys
 from pathlib import Path
 
 import click
 
 from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, expecting_head, with_voice
+from holdfast.core.catalogue import REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
@@ -20,14 +20,14 @@ from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
     "--output",
     multiple=True,
     metavar="FILE",
-    help="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
+    help=REPORT_FILE,
 )
 @click.option(
     "--annex",
     metavar="STANDARD",
     help="Write the annex of a standard instead: atlas, aisvs, aitg, ml-top-10, nist or eu-ai-act. It lists the "
     "evidence in all given folders of runs, audits, pools, audit chains and adaptations, reports of monitor (.json) "
-    "and files of API keys for each requirement, and what is missing. Formats: .html .json .md.",
+    "and files of API keys for each requirement, and what is missing.",
 )
 @with_voice
 def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], annex: str | None) -> int:
@@ -72,19 +72,11 @@ def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], ann
 
 def _annex(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], standard: str) -> int:
     """Print or write the annex of a standard. The exit code is 0, because an annex has no verdict."""
-    from holdfast.reports.write import ANNEX_SUFFIXES
-
-    refuse_reports(output, ANNEX_SUFFIXES)
+    refuse_reports(output)
     from holdfast.api.annexes import annex_of
+    from holdfast.cli.running import tell_report
 
-    found = annex_of(folders, standard)
-    if "-" in output:
-        click.echo(found.to_json(), nl=False)
-    elif not voice.quiet:
-        click.echo(str(found))
-    for name in output:
-        if name != "-":
-            voice.say(f"report: {found.write(name)}")
+    tell_report(annex_of(folders, standard).report, output, voice)
     return 0
 
 
@@ -201,16 +193,15 @@ def runs(voice: Voice, folder: Path) -> None:
     "--output",
     multiple=True,
     metavar="FILE",
-    help="Report file, in the format of its suffix: .html .json .md; - for JSON on stdout.",
+    help=REPORT_FILE,
 )
 @with_voice
 def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) -> None:
     """Show what changed from RUN_A to RUN_B: a paired test on their common examples, and all metrics of both."""
-    from holdfast.reports.write import COMPARISON_SUFFIXES
-
     refuse_no_run(first, second)
-    refuse_reports(output, COMPARISON_SUFFIXES)
+    refuse_reports(output)
     from holdfast.api.stored import compare as compared
+    from holdfast.cli.running import tell_report
     from holdfast.runs.stored.run_forms import consistent
     from holdfast.runs.stored.stored_runs import open_run
 
@@ -219,15 +210,4 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
         with consistent(run):
             results.append(open_run(run))
             results[-1].summary()
-    comparison = compared(*results)
-    places: list[Path] = []
-    try:
-        places.extend(comparison.write(name) for name in output if name != "-")
-    finally:
-        if "-" in output:
-            click.echo(comparison.to_json())
-        elif not voice.quiet:
-            click.echo(comparison.text(colour=sys.stdout.isatty() and not voice.plain), nl=False)
-        click.echo(comparison.summary()["headline"], err=True)
-        for place in places:
-            voice.say(f"report: {place}")
+    tell_report(compared(*results).report, output, voice)

@@ -22,12 +22,12 @@ from holdfast.cli.options import Voice
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
-from holdfast.reports.markdown import markdown_document
-from holdfast.reports.notes import shown_notes
+from holdfast.core.names import line
 from holdfast.reports.numbers import percent
-from holdfast.reports.terminal import tables, verdict
-from holdfast.reports.write import EXHIBIT_SUFFIXES, check_destination, write_exhibits
+from holdfast.reports.run import shown_notes
+from holdfast.reports.terminal import body, verdict
+from holdfast.reports.tree import Report, Section, Table
+from holdfast.reports.write import check_destination, rendered, write
 from holdfast.runs.assess.exhibition import Exhibit
 from holdfast.runs.assess.expected_time import duration
 from holdfast.runs.assess.result import Result
@@ -84,32 +84,62 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path |
     """Write the reports of a finished run to files, print its tables on stdout (JSON if `-` is an output), and its
     verdict on stderr.
     """
-    summary = result.summary()
     places: list[Path] = []
     try:
         places.extend(_written(result, output, folder) for output in outputs if output != _STDOUT)
         job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
         if job_summary:
-            _add(Path(job_summary), markdown_document(summary))
+            _add(Path(job_summary), rendered(result.report, ".md"))
     finally:
         # also if a report cannot be written, since the measurement took long
-        _say(result, summary, voice, as_json=_STDOUT in outputs)
+        _say(result, voice, as_json=_STDOUT in outputs)
         if folder is not None:
             voice.say(f"run: {folder}")
         for place in places:
             voice.say(f"report: {place}")
 
 
-def _say(result: Result, summary: Mapping[str, Any], voice: Voice, *, as_json: bool) -> None:
+def _say(result: Result, voice: Voice, *, as_json: bool) -> None:
+    report = result.report
     if as_json:
-        click.echo(result.to_json())
+        click.echo(rendered(report, ".json"))
     elif not voice.quiet:
         width = voice.console().width if sys.stdout.isatty() else None
-        colour = sys.stdout.isatty() and not voice.plain
-        click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
-    click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
-    for note in shown_notes(summary, verbose=voice.verbose):
+        click.echo(body(report, colour=_colour(voice), width=width, brief=not voice.verbose))
+    click.echo(verdict(report, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
+    for note in shown_notes(report.content, verbose=voice.verbose):
         voice.say(f"note: {note}")
+
+
+def _colour(voice: Voice) -> bool:
+    return sys.stdout.isatty() and not voice.plain
+
+
+def tell_report(
+    report: Report,
+    outputs: Sequence[str],
+    voice: Voice,
+    *,
+    text: str | None = None,
+    has_headline: bool = False,
+) -> None:
+    """Write the reports of a finished result to files, and print it on stdout (JSON if `-` is an output) and its
+    headline on stderr. `text` is printed instead of the tables of the report.
+    """
+    places: list[Path] = []
+    try:
+        places.extend(write(report, Path(output)) for output in outputs if output != _STDOUT)
+    finally:
+        # also if a report cannot be written, since the measurement took long
+        if _STDOUT in outputs:
+            click.echo(rendered(report, ".json"), nl=False)
+        elif not voice.quiet:
+            shown = body(report, colour=_colour(voice), width=voice.console().width) if text is None else text
+            click.echo(shown)
+        if not has_headline:
+            click.echo(line(report.headline), err=True)
+        for place in places:
+            voice.say(f"report: {place}")
 
 
 def _written(result: Result, output: str, folder: Path | None) -> Path:
@@ -261,13 +291,40 @@ def _texts(step: Step) -> dict[str, Any]:
     }
 
 
-def run_gallery(place: Path | None, voice: Voice) -> int:
-    """Measure the bundled models with masked gradients, print a table, and write JSON to the file `place`. Return exit
-    code 0.
+_COLUMNS = {
+    "masked model": "name",
+    "naive": "naive_robust_accuracy",
+    "twin": "twin_robust_accuracy",
+    "adaptive": "adaptive_robust_accuracy",
+}
+
+
+def _gallery_report(measured: Sequence[Mapping[str, Any]]) -> Report:
+    """The report with the robust accuracies of the bundled models with masked gradients, and the doubts that
+    were raised for each.
     """
-    as_json = str(place) == _STDOUT
-    if place is not None and not as_json:
-        check_destination(place, EXHIBIT_SUFFIXES)
+    first = measured[0]
+    title = f"robust accuracy of {first['n']} digits under linf:{first['eps']:g}"
+    rows = []
+    for item in measured:
+        name, *shares = (item[key] for key in _COLUMNS.values())
+        rows.append((name, *map(percent, shares), ", ".join(item["doubts"])))
+    headings = (*_COLUMNS, "doubts raised by the naive evaluation")
+    return Report(
+        verb="demo",
+        about="models with masked gradients",
+        headline="naive: PGD-40 on the cross-entropy; twin: the same network without the defence, under suite standard",
+        content={"gallery": list(measured)},
+        sections=(Section(title, (Table(headings, rows, texts=frozenset({4})),)),),
+    )
+
+
+def run_gallery(place: Path | None, voice: Voice) -> int:
+    """Measure the bundled models with masked gradients, print a table, and write a report to the file `place`. Return
+    exit code 0.
+    """
+    if place is not None and str(place) != _STDOUT:
+        check_destination(place)
     voice.say(
         "building models with masked gradients on real digits, and running PGD and adaptive attacks on each"
     )
@@ -276,18 +333,8 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
         naive, adaptive = percent(exhibit.naive_robust_accuracy), percent(exhibit.adaptive_robust_accuracy)
         voice.say(f"  {exhibit.name}: {naive} robust under PGD, {adaptive} under adaptive attacks")
 
-    rows = [asdict(exhibit) for exhibit in exhibition(shown=show)]
-    colour = sys.stdout.isatty() and not voice.plain
-    if as_json:
-        click.echo(exhibits_to_json(rows), nl=False)
-    elif not voice.quiet:
-        click.echo(exhibit_table(rows, colour=colour, width=voice.console().width), nl=False)
-    voice.say(
-        "naive: PGD-40 on the cross-entropy; twin: the same network without the defence, under suite standard"
-    )
-    if place is not None and not as_json:
-        write_exhibits(rows, place)
-        voice.say(f"report: {place}")
+    report = _gallery_report([asdict(exhibit) for exhibit in exhibition(shown=show)])
+    tell_report(report, [] if place is None else [str(place)], voice)
     return 0
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Final, Literal, TypeVar
 
 from holdfast.core.errors import UsageError
@@ -274,16 +276,20 @@ BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "doubts": {name: f"holdfast.doubts.{name.replace('-', '_')}:TEST" for name in DOUBTS},
     "recipes": {name: f"holdfast.recipes.{entry.module}:{entry.cls}" for name, entry in RECIPES.items()},
+    # each module is named after a file suffix
     "reports": {
-        ".html": "holdfast.reports.html:page",
-        ".json": "holdfast.reports.summary:to_json",
-        ".xml": "holdfast.reports.junit:junit_document",
-        ".md": "holdfast.reports.markdown:markdown_document",
-        ".csv": "holdfast.reports.table:write_rows",
+        f".{module.name}": f"holdfast.reports.formats.{module.name}:render"
+        for module in iter_modules([str(Path(__file__).parents[1] / "reports" / "formats")])
     },
 }
 """objects of Holdfast by kind and name, each with its module and attribute; detectors are in the order in which a guard
 evaluates them"""
+
+
+REPORT_FILE: Final = (
+    f"Report file, in the format of its suffix: {' '.join(BUNDLED['reports'])}; - for JSON on stdout."
+)
+"""help of the option for the files of reports"""
 
 
 def names(kind: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from holdfast.core.types import Inputs
 from holdfast.explanation.attribution_figures import attribution_figures
 from holdfast.explanation.case import Case, grid_rows
 from holdfast.explanation.counterfactual import changes, counterfactual
-from holdfast.explanation.explained import Explained, Figure, Picture
+from holdfast.explanation.explained import Explained, Figure
 from holdfast.explanation.neighbours import Checkpoint, neighbour_figure, tracin_figure
 from holdfast.explanation.wording import (
     About,
@@ -36,6 +36,7 @@ from holdfast.explanation.wording import (
 from holdfast.reports.gallery import png
 from holdfast.reports.geometry import PALETTE
 from holdfast.reports.numbers import feature_value
+from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 

@@ -2,25 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from holdfast.reports.html import filled, render
-from holdfast.reports.numbers import json_text, strict
-from holdfast.reports.table import csv_text
+from holdfast.reports.formats.csv import csv_text
+from holdfast.reports.formats.html import fragment
+from holdfast.reports.numbers import plain, strict
 from holdfast.reports.terminal import as_lines
-from holdfast.reports.write import EXPLANATION_SUFFIXES, check_destination, explained, replacing
+from holdfast.reports.tree import (
+    Block,
+    Code,
+    Facts,
+    Group,
+    Items,
+    Paragraph,
+    Picture,
+    Pictures,
+    Report,
+    Row,
+    Section,
+    Table,
+)
+from holdfast.reports.tree import Cell as BarCell
+from holdfast.reports.write import rendered, write
 
 Json = dict[str, Any]
 Cell = str | int | float | None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of a figure as the data URL of a PNG, with its caption, which is also its alternative text."""
-
-    url: str
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -108,19 +116,17 @@ class Explained:
         """Why the prediction changes or the model fails: the reasons that figures show."""
         return tuple(figure.reason for figure in self.figures if figure.reason)
 
-    def fragment(self, *, level: int = 2) -> str:
-        """Return the explanation as HTML without a page around it, which needs the style sheet of reports.
-
-        `level` is the level of its first heading.
-        """
-        return filled("explanation-fragment.html.j2", e=self, level=level)
-
-    def page(self) -> str:
-        """Return the explanation as a self-contained HTML page without scripts."""
-        return render("explanation.html.j2", e=self)
-
-    def to_json(self) -> str:
-        """Return the explanation as strict JSON, without its pictures."""
+    @cached_property
+    def report(self) -> Report:
+        """The explanation as a report."""
+        lead = [
+            Group(title, (Items(texts),))
+            for title, texts in (("Why", self.reasons), ("What you can do", self.advice))
+            if texts
+        ]
+        sections = [_section(figure) for figure in self.figures]
+        sections += [Section("Notes", (Items(self.notes),))] if self.notes else []
+        sections += [Section("Explained", (Facts(self.facts),), depth="page")] if self.facts else []
         content = {
             "title": self.title,
             "sentence": self.sentence,
@@ -130,10 +136,26 @@ class Explained:
             "facts": dict(self.facts),
             "figures": [figure.to_json() for figure in self.figures],
         }
-        return json_text(content)
+        headline = f"{self.title}: {self.sentence}"
+        return Report("explain", self.title, headline, content, sections, title=self.sentence, lead=lead)
+
+    def fragment(self, *, level: int = 2) -> str:
+        """Return the explanation as HTML without a page around it, which needs the style sheet of reports.
+
+        `level` is the level of its first heading.
+        """
+        return fragment(self.report, level=level)
+
+    def page(self) -> str:
+        """Return the explanation as a self-contained HTML page without scripts."""
+        return rendered(self.report, ".html")
+
+    def to_json(self) -> str:
+        """Return the explanation as strict JSON, without its pictures."""
+        return rendered(self.report, ".json")
 
     def text(self) -> str:
-        """Return the findings as text for a terminal: one line for each figure, and the result in the last one."""
+        """Return the findings as text for a terminal, one line for each figure, and the result in the last one."""
         lines = [f"- {figure.title}" for figure in self.figures]
         for heading, texts in (
             ("Why:", self.reasons),
@@ -141,16 +163,11 @@ class Explained:
             ("Notes:", self.notes),
         ):
             lines += ["", heading, *(f"- {text}" for text in texts)] if texts else []
-        return as_lines([*lines, *([""] if lines else []), f"{self.title}: {self.sentence}"])
+        return as_lines([*lines, *([""] if lines else []), self.report.headline])
 
     def write(self, path: str | Path) -> Path:
-        """Write the explanation in the format of the file suffix, `.html` or `.json`. Return the path."""
-        place = Path(path)
-        check_destination(place, EXPLANATION_SUFFIXES)
-        content = self.page() if place.suffix.lower() == ".html" else self.to_json()
-        with explained(place), replacing(place) as file:
-            file.write(content)
-        return place
+        """Write the explanation in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
 
     def _repr_html_(self) -> str:
         return self.fragment()
@@ -165,3 +182,28 @@ def bars(labels: Sequence[str], values: Sequence[float], texts: Sequence[str]) -
     return tuple(
         Bar(label, value / most, text) for label, value, text in zip(labels, values, texts, strict=True)
     )
+
+
+def _section(figure: Figure) -> Section:
+    blocks: list[Block] = []
+    if figure.pictures:
+        blocks.append(Pictures(figure.pictures, figure.alternative, figure.columns))
+    if figure.bars:
+        bars = [(bar.label, BarCell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
+        blocks.append(Table(("name", "value"), bars, figure.alternative))
+    if figure.tabular:
+        rows: list[Row] = [[_text(value) for value in row] for row in figure.rows]
+        blocks.append(Table(figure.headings, rows, figure.alternative))
+    if figure.note:
+        blocks.append(Paragraph(figure.note))
+    numbers = Code(figure.csv.splitlines(), f"Numbers of the figure {figure.name} as CSV")
+    described = (Paragraph(figure.alternative), numbers)
+    hidden = f" of the figure {figure.name}"
+    blocks.append(Group("Description and numbers", described, folded=True, hidden=hidden, depth="page"))
+    return Section(figure.title, blocks, depth="page")
+
+
+def _text(value: Cell) -> str:
+    if value is None:
+        return ""
+    return plain(value) if isinstance(value, float) else str(value)

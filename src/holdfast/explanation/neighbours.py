@@ -16,8 +16,9 @@ from holdfast.audits.features import penultimate
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Labels
-from holdfast.explanation.explained import Cell, Figure, Picture
+from holdfast.explanation.explained import Cell, Figure
 from holdfast.explanation.wording import About, picture
+from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
 from holdfast.threats.domains import is_image

@@ -13,10 +13,10 @@ from holdfast.core.model import Classifier
 from holdfast.core.names import in_255ths
 from holdfast.core.texts import decoded
 from holdfast.core.types import Access
-from holdfast.explanation.explained import Picture
 from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.numbers import plain
+from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
 from holdfast.threats.domains import TABLE, TEXT
 

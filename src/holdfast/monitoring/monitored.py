@@ -10,6 +10,9 @@ from holdfast.monitoring.accuracy import Accuracy
 from holdfast.monitoring.watching import ALPHA, DriftResult
 from holdfast.reports import monitoring as reported
 from holdfast.reports.numbers import strict
+from holdfast.reports.terminal import body
+from holdfast.reports.tree import Report
+from holdfast.reports.write import rendered, write
 
 Json = dict[str, Any]
 
@@ -76,20 +79,22 @@ class Monitored:
         written: Json = strict(content)
         return written
 
+    @property
+    def report(self) -> Report:
+        """The report of the stream."""
+        return reported.monitoring_report(self._summary)
+
     def text(self, *, colour: bool = False, width: int | None = None) -> str:
         """Return the tables of the report as text for a terminal."""
-        return reported.tables(self._summary, colour=colour, width=width)
+        return body(self.report, colour=colour, width=width)
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return reported.monitoring_to_json(self._summary)
+        return rendered(self.report, ".json")
 
     def write(self, path: str | Path) -> Path:
-        """Write a report in the format of the file suffix, `.html`, `.json` or `.md`. Return the path."""
-        from holdfast.reports.write import write_monitoring
-
-        write_monitoring(self._summary, Path(path))
-        return Path(path)
+        """Write a report in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
 
     def __str__(self) -> str:
         return reported.headline(self._summary)

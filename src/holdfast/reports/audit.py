@@ -1,13 +1,30 @@
-"""The report of an audit as text, Markdown, HTML, JUnit XML and JSON, written from its content."""
+"""The report of an audit, made from its content."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from xml.etree import ElementTree as ET
 
 from holdfast.core.catalogue import AUDITS
 from holdfast.core.names import line
-from holdfast.reports.numbers import json_text, plain
-from holdfast.reports.words import VERDICTS, TextTable, capitalized
+from holdfast.reports.charts import LOOKS, rates
+from holdfast.reports.numbers import plain
+from holdfast.reports.tree import (
+    Block,
+    Chart,
+    Check,
+    Facts,
+    Group,
+    Items,
+    Paragraph,
+    Picture,
+    Pictures,
+    Report,
+    Section,
+    Table,
+    Tone,
+)
+from holdfast.reports.words import VERDICTS, capitalized
+
+Json = Mapping[str, Any]
 
 AUDIT_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
@@ -17,129 +34,92 @@ NOT_COMPUTED_AGAIN = (
     "the stored measurements; of the pictures only the digest is compared."
 )
 """sentence of reports with pictures"""
-_TONES = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
-"""Tone of the page for each verdict."""
+_TONES: Mapping[str, Tone] = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
+"""tone of a report for each verdict"""
 
 
-def headline(content: Mapping[str, Any]) -> str:
+def headline(content: Json) -> str:
     """Return the result in one sentence, after the verdict."""
     return line(f"{capitalized(content['verdict'])}: {content['headline']}")
 
 
-def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
-    """Return the tables of a report as text."""
-    return [
-        TextTable(
-            table["title"],
-            table["headings"],
-            [[_cell(cell) for cell in row] for row in table["rows"]],
-            table["texts"],
-        )
-        for table in content["tables"]
-    ]
+def failing_gate(content: Json) -> str:
+    """Return the gate that would fail if it was set; empty if a gate was set, or if the audit is not flagged."""
+    flagged_without_gate = content["verdict"] == "flagged" and not content["gates"]
+    return AUDITS[content["kind"]].gate if flagged_without_gate else ""
+
+
+def audit_report(content: Json) -> Report:
+    """Return the report of an audit with the given content."""
+    tone = _TONES[content["verdict"]]
+    model, data = content["model"], content["data"]
+    return Report(
+        verb="audit",
+        about=f"audit {content['kind']} of {model['name']} on {data['name']}",
+        headline=headline(content),
+        title=content["headline"],
+        content=content,
+        tone=tone,
+        badge=(VERDICTS[tone][0], capitalized(content["verdict"])),
+        lead=[*_lead(content)],
+        sections=[*_sections(content)],
+        checks=[Check("gates", gate["gate"], gate["verdict"], gate["because"]) for gate in content["gates"]],
+        properties={
+            "verdict": content["verdict"],
+            "seed": str(content["seed"]),
+            "pictures": NOT_COMPUTED_AGAIN if content["pictures"] else "",
+        },
+        created=content["created"],
+    )
+
+
+def _lead(content: Json) -> Iterator[Block]:
+    """The reasons for the verdict, and the gates."""
+    gates = [f"{VERDICTS[g['verdict']][0]} {g['gate']}: {g['because']}" for g in content["gates"]]
+    for title, texts in (("Why", content["reasons"]), ("Gates", gates)):
+        if texts:
+            yield Group(title, (Items(texts),))
+
+
+def _sections(content: Json) -> Iterator[Section]:
+    yield from (Section(curve["title"], (_chart(curve),), depth="page") for curve in content["curves"])
+    yield from (_pictures(picture) for picture in content["pictures"])
+    for table in content["tables"]:
+        rows = [[_cell(cell) for cell in row] for row in table["rows"]]
+        texts = frozenset(range(1, len(table["headings"])) if table["texts"] else ())
+        blocks: list[Block] = [Table(table["headings"], rows, texts=texts, depth="notebook")]
+        blocks += [Paragraph(table["note"])] if table["note"] else []
+        yield Section(table["title"], blocks, depth="notebook")
+    for title, texts in (("What this does not show", content["limits"]), ("Notes", content["notes"])):
+        if texts:
+            yield Section(title, (Items(texts),))
+    identity = {
+        **{
+            name: f"{content[name]['name']}, digest {content[name]['digest'][:16]}"
+            for name in ("model", "data")
+        },
+        "seed": str(content["seed"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
+    }
+    yield Section("Audited", (Facts([*identity.items()]),), depth="page")
+
+
+def _chart(curve: Json) -> Chart:
+    drawings = rates(curve["lines"], curve["least"])
+    names = [path.title for path in drawings[0][1].paths]
+    lines = ", ".join(f"{name} ({LOOKS[place % 3]} line)" for place, name in enumerate(names))
+    alternative = f"{curve['upward']} by {curve['across']}, on logarithmic axes."
+    return Chart(drawings, curve["across"], alternative, f"{curve['upward']}: {lines}. {curve['note']}")
+
+
+def _pictures(picture: Json) -> Section:
+    images = [Picture(image["png"], image["caption"]) for image in picture["images"]]
+    n = picture["together"]
+    blocks = [Pictures(images[start : start + n]) for start in range(0, len(images), n)]
+    return Section(picture["title"], blocks, depth="page")
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     return plain(value) if isinstance(value, float) else str(value)
-
-
-def gate_lines(content: Mapping[str, Any]) -> list[str]:
-    """Return one line for each gate: its sign, its text and the reason for its verdict."""
-    return [f"{VERDICTS[g['verdict']][0]} {g['gate']}: {g['because']}" for g in content["gates"]]
-
-
-def failing_gate(content: Mapping[str, Any]) -> str:
-    """Return the gate that would fail if it was set; empty if a gate was set, or if the audit is not flagged."""
-    flagged_without_gate = content["verdict"] == "flagged" and not content["gates"]
-    return AUDITS[content["kind"]].gate if flagged_without_gate else ""
-
-
-def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
-    """Return the report as text for a terminal."""
-    from holdfast.reports.terminal import as_lines, as_string, filled
-
-    blocks = []
-    for table, stored in zip(report_tables(content), content["tables"], strict=True):
-        blocks.append(as_string(filled(table), colour=colour, width=width).rstrip("\n"))
-        blocks += [line(stored["note"])] if stored["note"] else []
-    for heading, key in (("Why:", "reasons"), ("What this does not show:", "limits"), ("Notes:", "notes")):
-        if content[key]:
-            blocks.append(as_lines([heading, *(f"- {text}" for text in content[key])]))
-    blocks += [as_lines(gate_lines(content))] if content["gates"] else []
-    return "\n\n".join(blocks)
-
-
-def audit_to_json(content: Mapping[str, Any]) -> str:
-    """Return the report as strict JSON, with a newline at the end."""
-    return json_text(content)
-
-
-def audit_markdown(content: Mapping[str, Any]) -> str:
-    """Return the report as a Markdown document, without the pictures."""
-    from holdfast.reports.markdown import escaped, escaped_table
-
-    lines = [f"## Audit: {content['kind']}", "", escaped(headline(content)), ""]
-    lines += [f"- {escaped(gate)}" for gate in gate_lines(content)]
-    for title, key in (("Why", "reasons"), ("What this does not show", "limits"), ("Notes", "notes")):
-        if content[key]:
-            lines += ["", f"### {title}", "", *(f"- {escaped(text)}" for text in content[key])]
-    for table, stored in zip(report_tables(content), content["tables"], strict=True):
-        lines += ["", f"### {escaped(table.title)}", ""]
-        lines += escaped_table(table)
-        lines += [escaped(stored["note"])] if stored["note"] else []
-    return "\n".join([*lines, ""])
-
-
-def audit_view(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of the template `audit-fragment.html.j2`."""
-    from holdfast.reports.charts import rates
-    from holdfast.reports.html import SIZES
-
-    return {
-        "s": content,
-        "tone": _TONES[content["verdict"]],
-        "gates": [
-            (gate["verdict"], text) for gate, text in zip(content["gates"], gate_lines(content), strict=True)
-        ],
-        "curves": [
-            (
-                curve,
-                [
-                    (name, rates(curve["lines"], curve["least"], width=width, height=height))
-                    for name, width, height in SIZES
-                ],
-            )
-            for curve in content["curves"]
-        ],
-        "tables": [
-            (table, stored["note"])
-            for table, stored in zip(report_tables(content), content["tables"], strict=True)
-        ],
-    }
-
-
-def audit_page(content: Mapping[str, Any]) -> str:
-    """Return the report as a self-contained HTML page."""
-    from holdfast.reports.html import render
-
-    return render("audit.html.j2", **audit_view(content))
-
-
-def audit_junit(content: Mapping[str, Any]) -> str:
-    """Return the gates of the audit as JUnit XML, in which a gate that fails or is unclear is a failure."""
-    from holdfast.reports.junit import xml_text
-
-    failures = sum(gate["verdict"] != "pass" for gate in content["gates"])
-    counted = {"tests": str(len(content["gates"]) + 1), "failures": str(failures), "errors": "0"}
-    root = ET.Element("testsuites", {"name": "holdfast"} | counted)
-    suite = ET.SubElement(root, "testsuite", {"name": f"holdfast audit {content['kind']}"} | counted)
-    result = ET.SubElement(suite, "testcase", {"classname": "audit", "name": content["kind"]})
-    texts = [headline(content), *([NOT_COMPUTED_AGAIN] if content["pictures"] else [])]
-    ET.SubElement(result, "system-out").text = " ".join(texts)
-    for gate in content["gates"]:
-        case = ET.SubElement(suite, "testcase", {"classname": "gate", "name": gate["gate"]})
-        if gate["verdict"] != "pass":
-            ET.SubElement(case, "failure", {"type": gate["verdict"], "message": gate["because"]})
-    return xml_text(root)

@@ -1,70 +1,30 @@
 """The card of a hardened model, which shows its metrics next to those of the original model, and its training curve."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from holdfast.core.names import line
-from holdfast.reports.charts import Axis, Plane
+from holdfast.reports.charts import LOOKS, epochs
 from holdfast.reports.comparison import signed
-from holdfast.reports.markdown import code, escaped, markdown_table
-from holdfast.reports.notes import shown_notes
-from holdfast.reports.numbers import number, percent, plain
-from holdfast.reports.training import checkpoint_text, help_sentence, verdict_sentence
-from holdfast.reports.words import SCOPES, capitalized, interval, label, shown
-
-_WIDTH, _HEIGHT = 640.0, 320.0
-_LINES = (
-    ("clean", "clean, held out", "#1f6feb", ""),
-    ("robust", "attacked, held out", "#b3261e", ""),
-    ("accuracy", "training examples", "#6e7781", ' stroke-dasharray="4 3"'),
+from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size
+from holdfast.reports.run import shown_notes
+from holdfast.reports.tree import (
+    Block,
+    Cell,
+    Chart,
+    Code,
+    Facts,
+    Items,
+    Paragraph,
+    Report,
+    Row,
+    Section,
+    Table,
 )
-_STYLE = "text{font:12px system-ui,sans-serif;fill:#24292f} path,line{fill:none}"
+from holdfast.reports.words import SCOPES, interval, label, sentences, shown
+from holdfast.statistics.intervals import CONFIDENCE
 
-
-def curve_svg(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
-    """Return an SVG chart of clean and robust accuracy over the epochs of a training, in which the epoch of the
-    checkpoint, `chosen`, is marked.
-    """
-    plane = Plane(_WIDTH, _HEIGHT, Axis(float(max(point["epoch"] for point in points)), logarithmic=False))
-    parts = [f'<rect width="{_WIDTH:g}" height="{_HEIGHT:g}" fill="#fff"/>']
-    for k in range(5):
-        at = plane.level(k / 4)
-        parts += [
-            f'<line x1="{plane.across(0):.1f}" x2="{plane.right:.1f}" y1="{at:.1f}" y2="{at:.1f}" stroke="#d0d7de"/>',
-            f'<text x="{plane.across(0) - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">{25 * k} %</text>',
-        ]
-    for value, text in plane.axis.ticks:
-        parts += [_text(plane.across(value), plane.bottom + 18, text)]
-    parts += [_text((plane.across(0) + plane.right) / 2, plane.bottom + 36, "epochs")]
-    parts += [_line(points, plane, key, colour, dashes) for key, _, colour, dashes in _LINES]
-    x, y = plane.across(chosen["epoch"]), plane.level(chosen["robust"])
-    parts += [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#b3261e"><title>the checkpoint</title></circle>'
-    ]
-    for k, (_, name, colour, _) in enumerate(_LINES):
-        at = plane.bottom - 14 - 18 * (len(_LINES) - 1 - k)
-        parts += [
-            f'<rect x="{plane.right - 150:.1f}" y="{at - 9:.1f}" width="12" height="4" fill="{colour}"/>',
-            f'<text x="{plane.right - 132:.1f}" y="{at:.1f}">{name}</text>',
-        ]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img"'
-    about = "<title>accuracy over the epochs of the training</title>"
-    return "\n".join([f"{head}>", about, f"<style>{_STYLE}</style>", *parts, "</svg>"]) + "\n"
-
-
-def _line(points: Sequence[Mapping[str, Any]], plane: Plane, key: str, colour: str, dashes: str) -> str:
-    """A line through one quantity over the epochs; a dot if there is only one epoch."""
-    places = [(plane.across(point["epoch"]), plane.level(point[key])) for point in points]
-    if len(places) == 1:
-        return f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>'
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    return f'<path d="{path}" stroke="{colour}" stroke-width="2"{dashes}/>'
-
-
-def _text(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
-
-
+_LINES = (("clean", "clean, held out"), ("robust", "attacked, held out"), ("accuracy", "training examples"))
+"""keys of the lines of the training curve, with their names"""
 _KEPT = (
     "clean_accuracy",
     "robust_accuracy",
@@ -129,101 +89,105 @@ def generalisation_note(generalisation: Mapping[str, Any], *, robust: bool = Tru
     )
 
 
-def card_document(card: Mapping[str, Any]) -> str:
-    """Return the card of a hardened model as a Markdown document."""
+def card_report(card: Mapping[str, Any]) -> Report:
+    """Return the card of a hardened model as a report."""
+    names = compared_metrics(card)
+    attacked = "certified_accuracy" not in names
+    return Report(
+        verb="harden",
+        about=card["name"],
+        headline=" ".join(filter(None, (verdict_sentence(card), help_sentence(card)))),
+        content=card,
+        lead=(
+            Paragraph(
+                f"hardened against {card['threat']} with the recipe {card['recipe']}, {_why(card)}. Evaluated under "
+                f"{card['evaluated_under']}"
+            ),
+        ),
+        sections=[
+            _evaluation(card, names, attacked=attacked),
+            _on_held_out(card, attacked=attacked),
+            Section("Training curve", (curve(card),)),
+            Section("Reservations", (Items([*_reservations(card)]),)),
+            *_follow_up(card),
+            Section("Load it, from the folder in which it was created", (Code([card["opened_by"]]),)),
+            Section(
+                "Created by",
+                (Code([card["command"] or "holdfast.harden(...)"]), Paragraph(_training_cost(card))),
+            ),
+            Section("Settings", (Facts([*_settings(card["settings"])]),)),
+        ],
+    )
+
+
+def _evaluation(card: Mapping[str, Any], names: Sequence[str], *, attacked: bool) -> Section:
+    """The metrics of both models on the test examples."""
     before, after = card["before"], card["after"]
-    lines = [f"# {escaped(card['name'])}", ""]
-    lines += [
-        escaped(verdict_sentence(card)),
-        *([escaped(help_sentence(card))] if help_sentence(card) else []),
-        "",
-        f"Hardened against {escaped(card['threat'])} with the recipe {code(card['recipe'])}, {_why(card)}.",
-        "",
-    ]
-    lines += [f"Evaluated under {escaped(card['evaluated_under'])}.", ""]
-    names, attacked = compared_metrics(card), "certified_accuracy" not in compared_metrics(card)
-    suite = f", suite {escaped(after['suite'])}" if attacked else ""
-    lines += _sides(f"on {after['n']:,} test examples{suite}", before["metrics"], after["metrics"], names)
+    suite = f", suite {after['suite']}" if attacked else ""
+    head = f"on {after['n']:,} test examples{suite}"
+    blocks: list[Block] = [_sides(head, before["metrics"], after["metrics"], names)]
     if attacked and not _of_trigger(card):
-        lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
-    lines += _on_held_out(card, attacked=attacked)
-    lines += [f"{capitalized(generalisation_note(card['generalisation'], robust=attacked))}.", ""]
-    lines += ["![accuracy over the epochs](curve.svg)", ""]
-    lines += _reservations(card)
-    lines += _tables_of_follow_up(card)
-    lines += [
-        "",
-        "Load it, from the folder in which it was created:",
-        "",
-        f"    {line(card['opened_by'])}",
-        "",
-    ]
-    lines += ["Created by:", "", f"    {line(card['command'] or 'holdfast.harden(...)')}", ""]
-    lines += [_training_cost(card), ""]
-    lines += ["Settings:", "", *(f"    {line(setting)}" for setting in _settings(card["settings"]))]
-    return "\n".join(lines) + "\n"
+        blocks.append(Paragraph(f"robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}"))
+    return Section("Evaluation", blocks)
 
 
-def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> list[str]:
+def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> Section:
     """The metrics of both models on the held-out examples, which choose the checkpoint if the threat changes inputs."""
-    held_out, chosen = card["held_out"], card["chosen"]
+    held_out = card["held_out"]
+    both = held_out["before"], held_out["after"]
+    gap = Paragraph(generalisation_note(card["generalisation"], robust=attacked))
     if not attacked:
         head = f"on {held_out['n']:,} held-out training examples, which choose no checkpoint"
-        return _sides(head, held_out["before"], held_out["after"], _HELD_OUT[:1])
+        return Section("Held-out examples", (_sides(head, *both, _HELD_OUT[:1]), gap))
+    written = f"the checkpoint was written {checkpoint_text(card['chosen'], card['epochs'])}"
     error = f"{100 * held_out['standard_error']:.1f} percentage points"
-    return [
-        f"The checkpoint was written {checkpoint_text(chosen, card['epochs'])}, and is the best on held-out examples:",
-        "",
-        *_sides(
-            f"on {held_out['n']:,} held-out training examples, {_held_out_attack(card)}",
-            held_out["before"],
-            held_out["after"],
-            _HELD_OUT,
-        ),
-        f"The standard error of the robust accuracy after the training is {error}.",
-        "",
-    ]
+    how = (
+        "with the trigger"
+        if _of_trigger(card)
+        else "attacked by PGD with 20 steps (overestimates robustness)"
+    )
+    blocks = (
+        Paragraph(f"{written}, and is the best on held-out examples"),
+        _sides(f"on {held_out['n']:,} held-out training examples, {how}", *both, _HELD_OUT),
+        Paragraph(f"the standard error of the robust accuracy after the training is {error}"),
+        gap,
+    )
+    return Section("Held-out examples", blocks)
 
 
-def _held_out_attack(card: Mapping[str, Any]) -> str:
-    """How the held-out examples are attacked."""
-    if _of_trigger(card):
-        return "with the trigger"
-    return "attacked by PGD with 20 steps (overestimates robustness)"
+def curve(card: Mapping[str, Any]) -> Chart:
+    """Return the chart of clean and robust accuracy over the epochs of a training, with the checkpoint."""
+    looks = ", ".join(f"{name} ({look} line)" for (_, name), look in zip(_LINES, LOOKS, strict=True))
+    caption = f"{looks}. The vertical line is the checkpoint."
+    drawings = epochs(card["curve"], _LINES, card["chosen"]["epoch"])
+    return Chart(drawings, "epochs", "accuracy over the epochs", caption, file="curve.svg")
 
 
-def _reservations(card: Mapping[str, Any]) -> list[str]:
+def _reservations(card: Mapping[str, Any]) -> Iterator[str]:
     """The doubts about both models, and the notes."""
     before, after = card["before"], card["after"]
-    lines = []
     if before["at_chance"]:
-        lines.append(
-            "- the given model is no better than one that always predicts the majority class, as untrained weights "
-            "are: the difference between both models is the effect of training, not of this recipe alone"
+        yield (
+            "the given model is no better than one that always predicts the majority class, as untrained weights are: "
+            "the difference between both models is the effect of training, not of this recipe alone"
         )
     for side, assessment in (("before", before), ("after", after)):
-        lines += [
-            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['message'])}"
-            for doubt in assessment["doubts"]
-        ]
-    lines += [f"- accepted, {code(name)}: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
+        for doubt in assessment["doubts"]:
+            yield f"doubt {side}, {doubt['name']}: {doubt['message']}"
+    for name, why in after["accepted_doubts"].items():
+        yield f"accepted, {name}: {why}"
     if not after["doubts"]:
         probed = after["doubts_tested"]
         assessment = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
-        lines += [f"- {assessment} for the hardened model"]
-    lines += [f"- {escaped(note)}" for note in card["notes"]]
-    return [*lines, *(f"- {escaped(note)}" for note in _of_judging(card))]
+        yield f"{assessment} for the hardened model"
+    yield from card["notes"]
+    yield from _of_judging(card)
 
 
-def _tables_of_follow_up(card: Mapping[str, Any]) -> list[str]:
+def _follow_up(card: Mapping[str, Any]) -> Iterator[Section]:
     """The tables that the recipe measured after the training, if there are any."""
-    lines = []
     for table in card.get("follow_up", {}).get("tables", ()):
-        lines += ["", f"{capitalized(escaped(table['title']))}:", ""]
-        lines += markdown_table(table["columns"], [[escaped(cell) for cell in row] for row in table["rows"]])[
-            :-1
-        ]
-    return lines
+        yield Section(table["title"], (Table(table["columns"], table["rows"]),))
 
 
 def _training_cost(card: Mapping[str, Any]) -> str:
@@ -250,16 +214,19 @@ def _training_cost(card: Mapping[str, Any]) -> str:
     early = {"patience": "of patience", "collapse": "the network collapsed to one class"}
     if card["ended_by"] in early:
         passes += f". The training stopped early because {early[card['ended_by']]}"
-    return f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}."
+    return f"Training took {seconds} on {card['hardware']}, seed {card['seed']}{passes}."
 
 
-def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """A Markdown table of the metrics of both models."""
-    rows = (
-        (capitalized(label(name)), *(_measured(name, side[name]) for side in (before, after)))
+def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> Table:
+    """A table of the metrics of both models."""
+    rows: list[Row] = [
+        (
+            label(name),
+            *(Cell(shown(name, e["value"]), (interval(name, e),)) for e in (before[name], after[name])),
+        )
         for name in names
-    )
-    return markdown_table((head, "before", "after"), rows)
+    ]
+    return Table((head, "before", "after"), rows)
 
 
 def _of_judging(card: Mapping[str, Any]) -> list[str]:
@@ -278,22 +245,72 @@ def _of_judging(card: Mapping[str, Any]) -> list[str]:
 
 
 def _why(card: Mapping[str, Any]) -> str:
-    return (
-        escaped(card["reason"])
-        if card["requested_recipe"] == card["recipe"]
-        else f"chosen: {escaped(card['reason'])}"
+    reason: str = card["reason"]
+    return reason if card["requested_recipe"] == card["recipe"] else f"chosen: {reason}"
+
+
+def _settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+_SHOWN = ("verdict", "change", "recipe", "epochs", "ended_by", "advice")
+
+
+def training_summary(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of the card of a hardened model that the summary of its assessment contains."""
+    entries = {name: card[name] for name in _SHOWN}
+    return {**entries, "message": verdict_sentence(entries), "help": help_sentence(entries)}
+
+
+def verdict_sentence(training: Mapping[str, Any]) -> str:
+    """Return a sentence that states the verdict on a training, with the metric of both models and its change."""
+    change = training["change"]
+    before, after = percent(change["before"]), percent(change["after"])
+    metric = label(change["metric"]).lower()
+    interval = f"{100 * CONFIDENCE:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
+    return sentences(
+        f"{training['verdict']}: {metric} is {after} after the training and was {before} before it "
+        f"({signed(change['value'])} points, {interval}, n = {count_text(change['n'])})"
     )
 
 
-def _measured(name: str, estimate: Mapping[str, Any]) -> str:
-    return f"{shown(name, estimate['value'])} ({interval(name, estimate)})"
+def help_sentence(training: Mapping[str, Any]) -> str:
+    """Return a sentence that states what would help a training that improved nothing; empty if nothing is known."""
+    advice = training["advice"]
+    ways = []
+    if advice["epochs"] is not None:
+        budget = (
+            "" if advice["budget_s"] is None else f" (a budget of about {seconds_text(advice['budget_s'])})"
+        )
+        ways.append(f"{advice['epochs']} epochs instead of {plain(training['epochs'])}{budget}")
+    if advice["lr"] is not None:
+        ways.append(f"a smaller learning rate ({plain(advice['lr'])})")
+    if advice["warmup"] is not None:
+        ways.append(f"a longer warm-up ({plain(advice['warmup'])} of the training)")
+    if advice["recipe"] is not None:
+        ways.append(f"the recipe {advice['recipe']}")
+    if advice["eps"] is not None:
+        ways.append(f"a smaller eps ({size(advice['eps'])})")
+    collapse = "the network collapsed to one class" if training["ended_by"] == "collapse" else ""
+    listed = ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + "".join(ways[-1:])
+    return sentences(collapse, f"what may help: {listed}" if ways else "")
 
 
-def _settings(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            lines += _settings(value, f"{prefix}{name}.")
-        else:
-            lines.append(f"{prefix}{name}: {value}")
-    return lines
+def checkpoint_text(chosen: Mapping[str, Any], epochs: float) -> str:
+    """Return when the checkpoint of a training was written, as text.
+
+    >>> checkpoint_text({"epoch": 3, "part": 1.0}, 30), checkpoint_text({"epoch": 1, "part": 0.559}, 0.559)
+    ('after epoch 3 of 30', 'after 0.559 epochs')
+    """
+    trained = chosen["epoch"] - 1 + chosen["part"]
+    if epochs == int(epochs):
+        return f"after epoch {chosen['epoch']} of {plain(epochs)}"
+    return (
+        f"after {plain(trained)} epochs"
+        if trained == epochs
+        else f"after {plain(trained)} of {plain(epochs)} epochs"
+    )

@@ -7,9 +7,11 @@ from typing import Any
 from holdfast.core.catalogue import TREES
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
 from holdfast.metrics.shares import certified_accuracy
+from holdfast.reports.attacks import settings_group
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent, plain, seconds_text, strict
-from holdfast.reports.words import TextTable, amount, interval
+from holdfast.reports.tree import Block, Paragraph, Section, Table
+from holdfast.reports.words import amount, interval
 
 Json = dict[str, Any]
 
@@ -195,15 +197,15 @@ def _training_set_lines(training_set: Mapping[str, Any], noun: str) -> list[str]
     ]
 
 
-def certification_table(summary: Mapping[str, Any]) -> TextTable | None:
-    """Return the table of a certification, from the clean pass to the sums over all methods; None without one."""
+def section(summary: Mapping[str, Any]) -> Section:
+    """Return the section of a certification: the table from the clean pass to the sums over all methods, and sentences
+    about it.
+    """
     results = summary["certification"]
-    if results is None:
-        return None
     n, misclassified = results["n"], results["misclassified"]
-    rows = [["no attack", count_text(n), "–", *map(count_text, (misclassified, n - misclassified)), "–", "–"]]
+    rows = [("no attack", count_text(n), "–", *map(count_text, (misclassified, n - misclassified)), "–", "–")]
     rows += [
-        [
+        (
             row["name"],
             "–" if row["tried"] is None else count_text(row["tried"]),
             "–" if row["name"] in (ATTACKS, OTHER) else count_text(row["certified"]),
@@ -211,15 +213,26 @@ def certification_table(summary: Mapping[str, Any]) -> TextTable | None:
             count_text(row["undecided"]),
             _time(row["seconds"]),
             _time(row["seconds_per_example"]),
-        ]
+        )
         for row in results["rows"]
     ]
     total = sum(row["seconds"] or 0.0 for row in results["rows"])
     counts = (count_text(results[name]) for name in ("certified", "broken", "unknown"))
-    rows.append(["all", count_text(n), *counts, _time(total), _time(total / n if n else None)])
-    headings = ["method", "tried", "certified", "broken", "undecided", "time", "time each"]
+    rows.append(("all", count_text(n), *counts, _time(total), _time(total / n if n else None)))
+    headings = ("method", "tried", "certified", "broken", "undecided", "time", "time each")
     title = f"certification: {amount(n, summary['noun'])}, {results['constraint']}"
-    return TextTable(title, headings, rows)
+    table = Table(headings, rows, title, extra=frozenset({1, 6}), depth="notebook")
+    lead = (
+        "an example is certified if it is proved that no input of the threat model is misclassified, broken if one is "
+        "known, and otherwise unknown. Each method is run on the examples that are still undecided"
+    )
+    methods = [row for row in results["rows"] if row["stage"]]
+    blocks: list[Block] = [
+        table,
+        *(Paragraph(text, "notebook") for text in _lines(summary)),
+        settings_group("Settings of each method", methods),
+    ]
+    return Section("Certification", blocks, lead, "certification", "Certification", "notebook")
 
 
 def _time(seconds: float | None) -> str:
@@ -228,13 +241,9 @@ def _time(seconds: float | None) -> str:
     return "< 1 ms" if 0 < seconds < 1e-3 else seconds_text(seconds)
 
 
-def certification_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return sentences for the report that compare certified and robust accuracy, and state how the certificates were
-    tested. There are none without a certification.
-    """
+def _lines(summary: Mapping[str, Any]) -> list[str]:
+    """Sentences that compare certified and robust accuracy, and state how the certificates were tested."""
     results, metrics = summary["certification"], summary["metrics"]
-    if results is None:
-        return []
     noun = summary["noun"]
     counts = ", ".join(f"{count_text(results[name])} {name}" for name in ("certified", "broken", "unknown"))
     lines = [f"of {amount(results['n'], noun)}, {counts}"]

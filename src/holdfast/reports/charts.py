@@ -3,44 +3,18 @@ users are not included.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from holdfast.reports.numbers import count_text, number, plain
+from holdfast.reports.tree import Drawing, Mark, Path, Tick
 
 _HALF = 0.5
 _FEW = 200
 """Below this end, a logarithmic axis has ticks at 2 and 5 between its powers of ten."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 44.0
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A tick on an axis of a chart, with its coordinate and its label."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Staircase:
-    """The coordinates of a chart of accuracy as a decreasing step function, with its confidence band and its axes."""
-
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    line: str
-    band: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    mark: float | None
-    """horizontal coordinate of the eps of the threat model; None if no line is drawn there"""
-    mark_text: float
-    """vertical coordinate of the label of the mark, away from the curve"""
 
 
 @dataclass(frozen=True)
@@ -107,20 +81,40 @@ class Plane:
         return self.bottom - (self.bottom - _TOP) * share
 
 
+SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
+"""Names and sizes of the two versions of each chart, for wide and for narrow screens, of which CSS shows one.
+
+Therefore the text of a chart has the same size on all screens.
+"""
+Drawings = list[tuple[str, Drawing]]
+"""a chart at each of the sizes; empty if there is nothing to draw"""
+
+
+def _drawn(draw: Callable[[float, float], Drawing | None]) -> Drawings:
+    drawings = [(name, draw(width, height)) for name, width, height in SIZES]
+    return [(name, drawing) for name, drawing in drawings if drawing is not None]
+
+
+def staircases(
+    points: Sequence[Mapping[str, Any]], axis: str, *, logarithmic: bool = False, mark: float | None = None
+) -> Drawings:
+    """Return a chart of accuracy, for example as a function of eps, with its confidence band.
+
+    `axis` is the key of the values on the x axis, and `mark` the value of eps at which a vertical line is drawn.
+    """
+    return _drawn(partial(staircase, points, axis, logarithmic=logarithmic, mark=mark))
+
+
 def staircase(
     points: Sequence[Mapping[str, Any]],
     axis: str,
-    *,
     width: float,
     height: float,
+    *,
     logarithmic: bool = False,
     mark: float | None = None,
-) -> Staircase | None:
-    """Return the coordinates of a chart of accuracy, for example as a function of eps, or None if there are no points
-    to draw.
-
-    `axis` is the key of the values on the x axis, and `mark` the value at which a vertical line is drawn.
-    """
+) -> Drawing | None:
+    """Return the chart of `staircases` at one size, or None if there are no points to draw."""
     if not points:
         return None
     xs = [number(point[axis]) for point in points]
@@ -132,22 +126,33 @@ def staircase(
     starts = [plane.across(x) for x in xs]
     ends = [*starts[1:], plane.right]
     levels = {key: [plane.level(number(point[key])) for point in points] for key in ("value", "low", "high")}
-    return Staircase(
-        width=width,
-        height=height,
-        left=_LEFT,
-        right=plane.right,
-        top=_TOP,
-        bottom=plane.bottom,
-        line=_steps(starts, ends, levels["value"]),
-        band=_steps(starts, ends, levels["high"]) + _back(starts, ends, levels["low"]),
-        x_ticks=tuple(Tick(round(plane.across(value), 1), text) for value, text in plane.axis.ticks),
-        y_ticks=tuple(Tick(round(plane.level(k / 4), 1), f"{25 * k} %") for k in range(5)),
-        mark=None if marked is None else round(plane.across(marked), 1),
-        mark_text=plane.level(0.06)
-        if marked is not None and _at(points, axis, marked) > _HALF
-        else plane.level(0.94),
-    )
+    band = _steps(starts, ends, levels["high"]) + _back(starts, ends, levels["low"])
+    x_ticks = (Tick(round(plane.across(value), 1), text) for value, text in plane.axis.ticks)
+    line = Path("line", _steps(starts, ends, levels["value"]))
+    label = None
+    if marked is not None:
+        # away from the curve, and inside the chart
+        level = plane.level(0.06) if _at(points, axis, marked) > _HALF else plane.level(0.94)
+        label = _upright(plane, round(plane.across(marked), 1), level + 4, f"eps {plain(marked)}")
+    return _chart(width, height, (Path("range", band), line), x_ticks, _share_ticks(plane), label)
+
+
+def _upright(plane: "Plane", x: float, text_y: float, text: str) -> Mark:
+    """A vertical line with its label at the side where it fits."""
+    flip = x > plane.right - 120
+    return Mark(x, _TOP, x, plane.bottom, text, x - 6 if flip else x + 6, text_y, "end" if flip else "start")
+
+
+def _chart(
+    width: float,
+    height: float,
+    paths: tuple[Path, ...],
+    x_ticks: Iterable[Tick],
+    y_ticks: Iterable[Tick],
+    mark: Mark | None = None,
+) -> Drawing:
+    right, bottom = width - _RIGHT, height - _BOTTOM
+    return Drawing(width, height, _LEFT, right, _TOP, bottom, paths, tuple(x_ticks), tuple(y_ticks), mark)
 
 
 def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
@@ -167,24 +172,46 @@ def _back(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float
     return "".join(f"L{end:.1f},{y:.1f}H{start:.1f}" for start, end, y in steps) + "Z"
 
 
-@dataclass(frozen=True)
-class Rates:
-    """The coordinates of lines on two logarithmic axes from the same lowest value to 1."""
-
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    lines: tuple[tuple[str, str], ...]
-    """name and SVG path of each line"""
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
+LOOKS = ("solid", "dashed", "dotted")
+"""looks of the lines of a chart of several, in their order"""
 
 
-def rates(lines: Sequence[Mapping[str, Any]], least: float, *, width: float, height: float) -> Rates:
-    """Return the coordinates of lines on two logarithmic axes. Values below `least` are drawn at `least`."""
+def epochs(points: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, str]], marked: float) -> Drawings:
+    """Return a chart of fractions over the epochs of a training. `lines` are the keys of the fractions with their
+    names, and `marked` is the epoch of the checkpoint.
+    """
+    axis = Axis(float(max(point["epoch"] for point in points)), logarithmic=False)
+
+    def draw(width: float, height: float) -> Drawing:
+        plane = Plane(width, height, axis)
+        paths = tuple(
+            Path(
+                f"line line-{k}",
+                "M"
+                + "L".join(
+                    f"{plane.across(point['epoch']):.1f},{plane.level(point[key]):.1f}" for point in points
+                ),
+                name,
+            )
+            for k, (key, name) in enumerate(lines, 1)
+        )
+        x_ticks = (Tick(round(plane.across(value), 1), text) for value, text in axis.ticks)
+        mark = _upright(plane, round(plane.across(marked), 1), plane.level(0.06) + 4, "checkpoint")
+        return _chart(width, height, paths, x_ticks, _share_ticks(plane), mark)
+
+    return _drawn(draw)
+
+
+def _share_ticks(plane: Plane) -> list[Tick]:
+    return [Tick(round(plane.level(k / 4), 1), f"{25 * k} %") for k in range(5)]
+
+
+def rates(lines: Sequence[Mapping[str, Any]], least: float) -> Drawings:
+    """Return a chart of lines on two logarithmic axes. Values below `least` are drawn at `least`."""
+    return _drawn(partial(_rates, lines, least))
+
+
+def _rates(lines: Sequence[Mapping[str, Any]], least: float, width: float, height: float) -> Drawing:
     right, bottom, decades = width - _RIGHT, height - _BOTTOM, max(-math.log10(least), 1.0)
 
     def place(value: float) -> float:
@@ -196,55 +223,33 @@ def rates(lines: Sequence[Mapping[str, Any]], least: float, *, width: float, hei
     def upward(value: float) -> float:
         return bottom - (bottom - _TOP) * place(value)
 
-    paths = [
-        (str(line["name"]), "M" + "L".join(f"{across(x):.1f},{upward(y):.1f}" for x, y in line["points"]))
-        for line in lines
-        if line["points"]
-    ]
-    ticks = [10.0**-power for power in range(math.floor(decades + 1e-9) + 1)]
-    return Rates(
-        width,
-        height,
-        _LEFT,
-        right,
-        _TOP,
-        bottom,
-        tuple(paths),
-        tuple(Tick(round(across(value), 1), f"{value:g}") for value in ticks),
-        tuple(Tick(round(upward(value), 1), f"{value:g}") for value in ticks),
+    drawn = [line for line in lines if line["points"]]
+    paths = tuple(
+        Path(
+            f"line line-{k}",
+            "M" + "L".join(f"{across(x):.1f},{upward(y):.1f}" for x, y in line["points"]),
+            str(line["name"]),
+        )
+        for k, line in enumerate(drawn, 1)
     )
+    ticks = [10.0**-power for power in range(math.floor(decades + 1e-9) + 1)]
+    x_ticks = (Tick(round(across(value), 1), f"{value:g}") for value in ticks)
+    y_ticks = (Tick(round(upward(value), 1), f"{value:g}") for value in ticks)
+    return _chart(width, height, paths, x_ticks, y_ticks)
 
 
-@dataclass(frozen=True)
-class Bands:
-    """The coordinates of a chart of two bounds for each of several examples, as two step functions, with its axes."""
+def bands(bounds: Sequence[tuple[float, float]], mark: float | None = None) -> Drawings:
+    """Return a chart of lower and upper bounds, in the order of the lower bounds: the area below the lower bounds, that
+    between both, and the line of the upper bounds.
 
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    proved: str
-    """area below the lower bounds"""
-    between: str
-    """area between both bounds"""
-    upper: str
-    """line of the upper bounds, interrupted where they are infinite"""
-    y_ticks: tuple[Tick, ...]
-    mark: float | None
-    """vertical coordinate of the eps of the threat model; None if it is infinite"""
-
-
-def bands(
-    bounds: Sequence[tuple[float, float]], *, width: float, height: float, mark: float | None = None
-) -> Bands | None:
-    """Return the coordinates of a chart of lower and upper bounds, in the order of the lower bounds.
-
-    The result is None if there is nothing to draw.
-
-    An infinite upper bound ends at the top of the chart.
+    An infinite upper bound ends at the top of the chart and has no line.
     """
+    return _drawn(partial(_bands, bounds, mark))
+
+
+def _bands(
+    bounds: Sequence[tuple[float, float]], mark: float | None, width: float, height: float
+) -> Drawing | None:
     ordered = sorted(bounds)
     marked = mark if mark is not None and math.isfinite(mark) and mark > 0 else 0.0
     finite = [value for pair in ordered for value in pair if math.isfinite(value)]
@@ -258,28 +263,21 @@ def bands(
     low = [_level(value, top, bottom) for value, _ in ordered]
     high = [_level(value, top, bottom) for _, value in ordered]
     floor = [bottom] * len(ordered)
-    # an upper bound that no attack found has no line
-    lines = [
+    upper = "".join(
         f"M{start:.1f},{y:.1f}H{end:.1f}"
         for start, end, y, (_, value) in zip(starts, ends, high, ordered, strict=True)
         if math.isfinite(value)
-    ]
-    return Bands(
-        width=width,
-        height=height,
-        left=_LEFT,
-        right=right,
-        top=_TOP,
-        bottom=bottom,
-        proved=_steps(starts, ends, low) + _back(starts, ends, floor),
-        between=_steps(starts, ends, high) + _back(starts, ends, low),
-        upper="".join(lines),
-        y_ticks=tuple(
-            Tick(round(_level(k * step, top, bottom), 1), plain(k * step))
-            for k in range(math.floor(top / step + 1e-9) + 1)
-        ),
-        mark=round(_level(marked, top, bottom), 1) if marked else None,
     )
+    paths = (
+        Path("between", _steps(starts, ends, high) + _back(starts, ends, low)),
+        Path("proved", _steps(starts, ends, low) + _back(starts, ends, floor)),
+        Path("upper", upper),
+    )
+    values = [k * step for k in range(math.floor(top / step + 1e-9) + 1)]
+    y_ticks = (Tick(round(_level(value, top, bottom), 1), plain(value)) for value in values)
+    level = round(_level(marked, top, bottom), 1)
+    label = Mark(_LEFT, level, right, level, f"eps {plain(marked)}", right - 4, level - 6, "end")
+    return _chart(width, height, paths, (), y_ticks, label if marked else None)
 
 
 def _level(value: float, top: float, bottom: float) -> float:

@@ -1,17 +1,29 @@
 """The part of a report about the geometry of the decision boundary: distances, Lipschitz constants and slices."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.core.evidence import Table
-from holdfast.reports.charts import Bands, bands
+from holdfast.core.evidence import Table as StoredTable
+from holdfast.reports.charts import bands
 from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import png
 from holdfast.reports.numbers import NOT_A_NUMBER_WORDS, number, plain, strict
+from holdfast.reports.tree import (
+    Block,
+    Cell,
+    Chart,
+    Gallery,
+    Group,
+    Paragraph,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+)
 
 Json = dict[str, Any]
 
@@ -26,7 +38,9 @@ KINDS = {
 """Columns of slices, with the descriptions of their planes."""
 
 
-def geometry_results(table: Table, classes: Sequence[str], *, norm: str, unit: str, method: str) -> Json:
+def geometry_results(
+    table: StoredTable, classes: Sequence[str], *, norm: str, unit: str, method: str
+) -> Json:
     """Return the geometry of the decision boundary for the summary of a run.
 
     `norm` is the name of the norm of the threat, such as `Linf`; `unit` describes an example, such as `image`, and
@@ -88,19 +102,106 @@ def _slice(grid: Tensor, label: int, classes: tuple[str, ...]) -> Json:
     }
 
 
-def band_charts(
-    results: Mapping[str, Any] | None, sizes: Sequence[tuple[str, float, float]]
-) -> list[tuple[str, Bands]]:
-    """Return the charts of the bounds of distances, by the names of their sizes. There are none without a proved bound.
+def section(results: Mapping[str, Any]) -> Section:
+    """Return the section of the geometry of the decision boundary: distances, Lipschitz constants and slices."""
+    unit, rows = results["unit"], results["rows"]
+    n = f"{len(rows)} {unit}{'' if len(rows) == 1 else 's'}"
+    lead = f"the decision boundary around the first {n}. Distances are in {results['norm']}"
+    table = Group(
+        "Distances and Lipschitz constants", (_distances(results), Paragraph(_distances_note(results)))
+    )
+    blocks: list[Block] = [*_band_chart(results), table]
+    if rows[0]["slices"]:
+        side = rows[0]["slices"][0]["side"]
+        note = (
+            f"Predicted classes on a plane through each {unit}, which is the white circle. The cross is the "
+            "adversarial example of the attack. Colours are pale where a value is outside of the range of valid "
+            f"inputs. These pictures show what the model predicts at {side} × {side} points; nothing about other "
+            "points or other directions is proved."
+        )
+        entries = [_slices(row, unit) for row in rows[:_MOST_SLICES]]
+        gallery = Gallery(entries, _MOST_SLICES, "slices", "page")
+        blocks.append(Group("Slices of the decision boundary", (Paragraph(note), gallery)))
+    return Section("Geometry", blocks, lead, "geometry", "Geometry", "page")
 
-    `sizes` are names, widths and heights.
-    """
-    if results is None or not results["proved"]:
-        return []
-    pairs = [(number(row["lower"]), number(row["upper"])) for row in results["rows"]]
-    mark = number(results["eps"]) if results["one_radius"] else None
-    drawn = [(name, bands(pairs, width=width, height=height, mark=mark)) for name, width, height in sizes]
-    return [(name, chart) for name, chart in drawn if chart is not None]
+
+_MOST_SLICES = 6
+"""number of examples whose slices are shown"""
+
+
+def _band_chart(results: Mapping[str, Any]) -> Iterator[Chart]:
+    """The chart of the bounds of distances; none without a proved bound."""
+    unit, rows = results["unit"], results["rows"]
+    pairs = [(number(row["lower"]), number(row["upper"])) for row in rows]
+    drawings = bands(pairs, number(results["eps"]) if results["one_radius"] else None)
+    if results["proved"] and drawings:
+        caption = (
+            f"Each column is one {unit}. Proved: no input within the dark area is misclassified (bounds of the method "
+            f"{results['method']}). Found: an attack found a misclassified input at the black line. The distance to "
+            "the decision boundary is in the light area between them. Without a line, no attack found one."
+        )
+        alternative = (
+            f"Proved and attacked distance of {len(rows)} {unit}s, sorted by the proved distance; the numbers are in "
+            "the table below."
+        )
+        axis = f"{unit}s, sorted by the proved distance"
+        yield Chart(drawings, axis, alternative, caption, "Distance to the decision boundary")
+
+
+def _distances(results: Mapping[str, Any]) -> Table:
+    rows = []
+    for row in results["rows"]:
+        right = row["prediction"] == row["label"]
+        beside = f"then {row['rival']}" if right else f"misclassified as {row['prediction']}"
+        upper = "–" if row["upper"] == "inf" else f"≤ {rounded_up(row['upper'])}"
+        proved = (f"≥ {rounded_down(row['lower'])}", f"≤ {rounded_up(row['lipschitz_above'])}")
+        lower, above = proved if results["proved"] else ("–", "–")
+        name = Cell(f"#{row['id']}", (f"{row['label']}, {beside}",))
+        rows.append(
+            (name, plain(row["margin"]), lower, upper, f"≥ {rounded_down(row['lipschitz_below'])}", above)
+        )
+    headings = (
+        results["unit"],
+        "margin",
+        "distance, proved",
+        "distance, attacked",
+        "Lipschitz constant, estimated",
+        "Lipschitz constant, proved",
+    )
+    return Table(headings, rows, extra=frozenset({1}))
+
+
+def _distances_note(results: Mapping[str, Any]) -> str:
+    unit = results["unit"]
+    within = plain(results["eps"]) if results["one_radius"] else "the attacked distance"
+    proved = (
+        ""
+        if results["proved"]
+        else " Nothing is proved about this model, because it has an operation without sound bounds."
+    )
+    return (
+        "The margin is the logit of the label minus that of the next class. Its Lipschitz constant is its largest "
+        f"change for a change of the {unit} by one unit of {results['norm']}, within {within} of the {unit}. The "
+        "estimate is the largest of some sampled gradients: the true constant is at least as large. The proved bound "
+        f"is at least the true constant, and often much larger.{proved}"
+    )
+
+
+def _slices(row: Mapping[str, Any], unit: str) -> Group:
+    crossed = row["upper"] != "inf" and row["prediction"] == row["label"]
+    pictures = [
+        Picture(
+            each["picture"],
+            each["plane"],
+            f"Predicted classes around {unit} {row['id']} in the {each['plane']}: "
+            f"{', '.join(entry['name'] for entry in each['key'])}.",
+            key=tuple((entry["name"], entry["colour"]) for entry in each["key"]),
+            side=each["side"],
+            crossed=crossed,
+        )
+        for each in row["slices"]
+    ]
+    return Group(f"#{row['id']}, label {row['label']}", (Pictures(pictures, columns=2),))
 
 
 def rounded_down(value: float | str, digits: int = 3) -> str:

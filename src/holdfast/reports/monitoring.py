@@ -1,12 +1,12 @@
-"""The report of a monitored stream as text, Markdown, HTML and JSON, written from its summary."""
+"""The report of a monitored stream, made from its summary."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.catalogue import SAMPLE_TESTS
 from holdfast.core.names import line
-from holdfast.reports.numbers import count_text, json_text, percent, plain
-from holdfast.reports.words import TextTable, capitalized, sentences
+from holdfast.reports.numbers import count_text, percent, plain
+from holdfast.reports.tree import Check, Facts, Group, Items, Paragraph, Report, Section, Table
 
 MONITORING_VERSION = 1
 """Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
@@ -83,20 +83,50 @@ def next_steps(content: Mapping[str, Any]) -> list[str]:
     return [*dict.fromkeys(NEXT[view] for view in views), *last]
 
 
-def report_tables(content: Mapping[str, Any]) -> list[TextTable]:
-    """Return the tables of a report: the tests, their power, and the accuracy."""
+def monitoring_report(content: Mapping[str, Any]) -> Report:
+    """Return the report of a monitored stream with the given content."""
+    tests, steps = content["tests"], next_steps(content)
+    return Report(
+        verb="monitor",
+        about=f"monitoring of {content['stream']['name']}",
+        headline=headline(content),
+        content={**content, "next": steps},
+        tone="fail" if content["verdict"] == "alarm" else "pass",
+        lead=(Group("What to do", (Items(steps),)),) if steps else (),
+        sections=[*_sections(content)],
+        checks=[
+            Check(
+                "tests",
+                test["name"],
+                "fail" if test["alarm"] else "pass" if test["state"] != "too few samples" else "skipped",
+                " ".join(_result(test)).strip(),
+            )
+            for test in tests
+            if test["name"] in content["decisive"]
+        ],
+    )
+
+
+def _sections(content: Mapping[str, Any]) -> Iterator[Section]:
     tests = content["tests"]
-    found = TextTable(
-        "Tests",
+    found = Table(
         ("test", "result", "after", "signal", "evidence"),
         [(test["name"], *_result(test)) for test in tests],
+        texts=frozenset({1, 3, 4}),
+        depth="notebook",
     )
-    power = TextTable(
-        "Power: smallest change found within 1,000 samples",
+    power = Table(
         ("test", "shifted signal", "shift", "drop of accuracy", "false alarms"),
         [(test["name"], *_power(test["power"])) for test in tests if test["name"] not in SAMPLE_TESTS],
+        texts=frozenset({1}),
     )
-    return [found, power, *_accuracies(content)]
+    yield Section("Tests", (found,), depth="notebook")
+    yield Section("Power: smallest change found within 1,000 samples", (power,))
+    yield from _accuracies(content)
+    limit = (Paragraph(CBPE_LIMIT),) if content["expected"] else ()
+    yield Section("Guarantees", (Facts(guarantees(content)), *limit))
+    if content["notes"]:
+        yield Section("Notes", (Items(content["notes"]),))
 
 
 def _result(test: Mapping[str, Any]) -> tuple[str, str, str, str]:
@@ -119,7 +149,7 @@ def _power(power: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
     return power["signal"], shift, drop, false_alarms
 
 
-def _accuracies(content: Mapping[str, Any]) -> list[TextTable]:
+def _accuracies(content: Mapping[str, Any]) -> Iterator[Section]:
     rows = [
         (
             name,
@@ -129,20 +159,13 @@ def _accuracies(content: Mapping[str, Any]) -> list[TextTable]:
         )
         for name, estimate, error in _rows_of_accuracy(content)
     ]
-    tables = (
-        [TextTable("Accuracy", ("on", "accuracy", "95 % interval", "calibration error"), rows)]
-        if rows
-        else []
-    )
+    if rows:
+        yield Section("Accuracy", (Table(("on", "accuracy", "95 % interval", "calibration error"), rows),))
     if content["measured"]:
         before = {row["name"]: row["error"] for row in (content["of_reference"] or {"errors": ()})["errors"]}
-        of_classes = [_row_of_class(row, before) for row in content["measured"]["errors"]]
-        tables.append(
-            TextTable(
-                "Error of each class", ("class", "samples", "stream", "interval", "reference"), of_classes
-            )
-        )
-    return tables
+        errors = [_row_of_class(row, before) for row in content["measured"]["errors"]]
+        headings = ("class", "samples", "stream", "interval", "reference")
+        yield Section("Error of each class", (Table(headings, errors),))
 
 
 def _rows_of_accuracy(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
@@ -177,57 +200,4 @@ def _restarted(names: Sequence[str]) -> str:
     return (
         f" It detected a change of the {' and the '.join(names)} while it read the reference, and began again: it "
         "compares the stream with fewer samples of the reference."
-    )
-
-
-def tables(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
-    """Return the report as text for a terminal."""
-    from holdfast.reports.terminal import as_lines, as_string, filled
-
-    texts = [as_string(filled(table), colour=colour, width=width) for table in report_tables(content)]
-    lines = ["Guarantees:", *(f"- {name}: {text}" for name, text in guarantees(content))]
-    if content["expected"]:
-        lines += ["", CBPE_LIMIT]
-    steps = next_steps(content)
-    following = ["", "What to do:", *(f"- {step}" for step in steps)] if steps else []
-    notes = ["", "Notes:", *(f"- {sentences(note)}" for note in content["notes"])] if content["notes"] else []
-    return "\n".join([*texts, as_lines([*lines, *following, *notes])])
-
-
-def monitoring_to_json(content: Mapping[str, Any]) -> str:
-    """Return the report as strict JSON, with a newline at the end."""
-    return json_text({**content, "next": next_steps(content)})
-
-
-def monitoring_markdown(content: Mapping[str, Any]) -> str:
-    """Return the report as a Markdown document."""
-    from holdfast.reports.markdown import escaped, escaped_table
-
-    lines = ["## Monitoring", "", escaped(headline(content)), ""]
-    for table in report_tables(content):
-        lines += [f"### {escaped(table.title)}", ""]
-        lines += escaped_table(table)
-    lines += [f"- **{escaped(name)}**: {escaped(text)}" for name, text in guarantees(content)]
-    if content["expected"]:
-        lines += ["", CBPE_LIMIT]
-    if steps := next_steps(content):
-        lines += ["", "### What to do", "", *(f"- {escaped(step)}" for step in steps)]
-    if content["notes"]:
-        lines += ["", "### Notes", "", *(f"- {escaped(sentences(note))}" for note in content["notes"])]
-    return "\n".join([*lines, ""])
-
-
-def monitoring_page(content: Mapping[str, Any]) -> str:
-    """Return the report as a self-contained HTML page."""
-    from holdfast.reports.html import render
-
-    return render(
-        "monitoring.html.j2",
-        s=content,
-        headline=headline(content),
-        tables=[(capitalized(table.title), table.headings, table.rows) for table in report_tables(content)],
-        guarantees=guarantees(content),
-        limit=CBPE_LIMIT if content["expected"] else "",
-        steps=next_steps(content),
-        notes=[sentences(note) for note in content["notes"]],
     )

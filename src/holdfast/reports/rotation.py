@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.reports.numbers import count_text, percent, strict
 from holdfast.reports.transfer import shown
-from holdfast.reports.words import TextTable
+from holdfast.reports.tree import Cell, Paragraph, Section, Table
 
 Json = dict[str, Any]
 
@@ -52,37 +52,66 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
     return table
 
 
-def attacker_table(results: Mapping[str, Any], noun: str) -> TextTable:
-    """Return the table of the success of attackers with different knowledge of a rotation."""
-    rows = []
-    for row in results["rows"]:
-        share = "–" if row["share"] is None else shown(row["share"])
-        has = row["message"] if row["share"] is None else row["has"]
-        name = NAMES.get(row["attacker"], row["attacker"])
-        rows.append([name, share, row["effect"], row["attack"] or "–", has])
-    return TextTable(
+def section(results: Mapping[str, Any], noun: str) -> Section:
+    """Return the section of the success of attackers with different knowledge of a rotation, and of other uses of the
+    same training time.
+    """
+    attackers = [
+        (
+            NAMES.get(row["attacker"], row["attacker"]),
+            _share(row["share"]),
+            row["effect"],
+            row["attack"] or "–",
+            row["message"] if row["share"] is None else row["has"],
+        )
+        for row in results["rows"]
+    ]
+    alternatives = [
+        (
+            row["alternative"],
+            percent(row["clean_accuracy"]["value"]),
+            *(_share(row[key]) for key in ("stolen_set", "white_box")),
+            row["message"],
+        )
+        for row in results["alternatives"]
+    ]
+    of_attackers = (
         f"attackers: share of the {count_text(results['n'])} {noun} classified correctly by set "
-        f"{results['serving_set']} that each attacker breaks",
-        ["attacker", "broken", "rotation", "attack", "has"],
-        rows,
+        f"{results['serving_set']} that each attacker breaks"
     )
+    of_alternatives = (
+        f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set and "
+        "white-box attacks on the serving set break"
+    )
+    headings = (
+        "alternative",
+        "clean accuracy",
+        "broken by the stolen set",
+        "broken by white-box attack",
+        "description",
+    )
+    blocks = (
+        Table(
+            ("attacker", "broken", "rotation", "attack", "has"),
+            attackers,
+            of_attackers,
+            texts=frozenset({2, 3, 4}),
+        ),
+        Paragraph(_EFFECTS, "page"),
+        Table(headings, alternatives, of_alternatives, texts=frozenset({4})),
+        Paragraph(of_alternatives, "page"),
+    )
+    title = "Attackers of the rotation"
+    return Section(title, blocks, results["conclusion"], "rotation", "Attackers")
 
 
-def alternative_table(results: Mapping[str, Any], noun: str) -> TextTable:
-    """Return the table that compares a rotation with other uses of the same training time."""
-    rows = []
-    for row in results["alternatives"]:
-        shares = ("–" if row[key] is None else shown(row[key]) for key in ("stolen_set", "white_box"))
-        rows.append([row["alternative"], percent(row["clean_accuracy"]["value"]), *shares, row["message"]])
-    return TextTable(
-        f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
-        "and white-box attacks on the serving set break",
-        [
-            "alternative",
-            "clean accuracy",
-            "broken by the stolen set",
-            "broken by white-box attack",
-            "description",
-        ],
-        rows,
-    )
+_EFFECTS = (
+    "Slowed: the attacker breaks at most half as many as an attacker with the serving set (the white-box attack of "
+    "static below). Stopped: slowed, and at most 1.2 times as many as A0; or at most 5 %. Not affected: more than half "
+    "as many. These use the ends of the interval. Unclear: the interval contains the limit. Each attacker is "
+    "represented by its most successful attack."
+)
+
+
+def _share(share: Mapping[str, Any] | None) -> Cell | str:
+    return "–" if share is None else shown(share)

@@ -2,19 +2,21 @@
 after how many queries, after how many queries one is rejected, and how many they break without the guard if clients
 receive less.
 
-It is an entry of the summary and a table.
+It is an entry of the summary and a section. The section of the detector of a model is made from metrics.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from holdfast.core.evidence import Table
+from holdfast.core.evidence import Table as StoredTable
+from holdfast.metrics.names import PERCENTS, at_percent
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
-from holdfast.reports.words import TextTable
+from holdfast.reports.tree import Cell, Paragraph, Section, Table
+from holdfast.reports.words import interval
 from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]
@@ -33,7 +35,7 @@ BUDGET = 100
 _WORST = "the best of these for each example"  # rejected: each of the attacks had a rejected query
 
 
-def stateful_results(table: Table) -> Json | None:
+def stateful_results(table: StoredTable) -> Json | None:
     """Return the results of the black-box attacks on a guard for the summary; None if no example was attacked."""
     if not len(table):
         return None
@@ -49,7 +51,7 @@ def stateful_results(table: Table) -> Json | None:
     return {"n": len(table), "rows": [*rows, _row(_WORST, worst)]}
 
 
-def _columns(table: Table, attack: str) -> dict[str, Tensor]:
+def _columns(table: StoredTable, attack: str) -> dict[str, Tensor]:
     """The columns of an attack, by their names without its prefix."""
     return {
         column.removeprefix(f"{attack}_"): values
@@ -105,47 +107,90 @@ def _median(first: Tensor) -> int | None:
     return int(torch.median(reached)) if len(reached) else None
 
 
-def table(results: Mapping[str, Any], noun: str) -> TextTable:
-    """Return the table of black-box attacks on a guard."""
-    return TextTable(
-        f"queries: black-box attacks on {count_text(results['n'])} {noun} with the guard and without it",
-        [
-            "attack",
-            "broken without",
-            "median queries",
-            "2 digits",
-            "labels",
-            f"{BUDGET} queries",
-            "broken with",
-            "median queries",
-            "rejected",
-            "after queries",
-        ],
-        [
-            [
-                row["attacker"],
-                percent(row["broken_without"]["value"]),
-                _count(row["queries_without"]),
-                _with_count(row, "rounded"),
-                _with_count(row, "labelled"),
-                percent(row["broken_in_budget"]["value"]),
-                percent(row["broken_with"]["value"]),
-                _count(row["queries_with"]),
-                percent(row["rejected"]["value"]),
-                _count(row["rejected_after"]),
-            ]
-            for row in results["rows"]
-        ],
+def query_section(results: Mapping[str, Any], noun: str) -> Section:
+    """Return the section of black-box attacks on a guard, with the guard and with other answers."""
+    attacked = [
+        (
+            row["attacker"],
+            _share(row["broken_without"], row["queries_without"]),
+            _share(row["broken_with"], row["queries_with"]),
+            _share(row["rejected"], row["rejected_after"]),
+        )
+        for row in results["rows"]
+    ]
+    answered = [
+        (
+            row["attacker"],
+            *(
+                _share(row[f"broken_{arm}"], row[f"queries_{arm}"])
+                for arm in ("without", "rounded", "labelled")
+            ),
+            percent(row["broken_in_budget"]["value"]),
+        )
+        for row in results["rows"]
+    ]
+    title = f"queries: black-box attacks on {count_text(results['n'])} {noun} with the guard and without it"
+    headings = ("attack", "broken without", "broken with", "rejected")
+    answers = ("attack", "all scores", "2 digits", "labels", f"{BUDGET} queries")
+    note = (
+        "A query detector compares a query with earlier ones, so it is not part of the robust accuracy. It does not "
+        "detect attacks with few queries, on many inputs, or with transferred examples. The answer to a rejected query "
+        "contains no scores. Every query comes from a new client. The last row has for each of the "
+        f"{noun} the attack that needs the fewest queries."
     )
+    blocks = (
+        Table(headings, attacked, title),
+        Table(answers, answered, "queries: the same attacks without the guard, if clients receive less"),
+        Paragraph(note, "page"),
+    )
+    lead = "black-box attacks with the guard and without it, with the median number of queries"
+    return Section("Queries", blocks, lead, "query-detector", "Queries")
 
 
-def _with_count(row: Mapping[str, Any], arm: str) -> str:
-    """The share of broken examples and, in brackets, the median number of queries."""
-    broken, queries = row[f"broken_{arm}"], row[f"queries_{arm}"]
+def _share(broken: Mapping[str, Any] | None, queries: int | None) -> Cell | str:
+    """A share with its interval and the median number of queries."""
     if broken is None:
         return "–"
-    return percent(broken["value"]) + ("" if queries is None else f" ({count_text(queries)})")
+    median = () if queries is None else (f"median {count_text(queries)} queries",)
+    return Cell(percent(broken["value"]), (interval("attack_success_rate", broken), *median))
 
 
-def _count(value: int | None) -> str:
-    return "–" if value is None else count_text(value)
+_COLUMNS: Final = (
+    ("oblivious_detection_rate", "detected if unknown"),
+    ("detection_rate", "detected if known"),
+    ("accepted_right", "robust with rejection"),
+)
+"""metrics of a detector at a false positive rate, with the headings of their columns"""
+
+
+def detector_section(summary: Mapping[str, Any]) -> Section | None:
+    """Return the section of the detector of a model: at each false positive rate, the detection rate for attackers that
+    do not know the detector and that know it, and the robust accuracy with rejection. None if none was evaluated.
+    """
+    metrics, noun = summary["metrics"], summary["noun"]
+    rows = [(rate, [metrics.get(at_percent(name, rate)) for name, _ in _COLUMNS]) for rate in PERCENTS]
+    # robust accuracy is measured whenever there are enough clean inputs, also if no attack succeeded
+    measured = [estimates[-1] is not None for _, estimates in rows]
+    if not any(measured):
+        return None
+    cells = [
+        (
+            f"{rate} %",
+            *(
+                "–" if e is None else Cell(percent(e["value"]), (interval("attack_success_rate", e),))
+                for e in estimates
+            ),
+        )
+        for rate, estimates in rows
+    ]
+    lead = f"{count_text(summary['n'])} {noun} under attacks that do and do not know it"
+    table = Table(("false positives", *(heading for _, heading in _COLUMNS)), cells)
+    note = (
+        f"Each row is a threshold at which the detector rejects this share of the clean {noun}. Detected: of the "
+        f"attacked {noun} that the network misclassifies, the share that the detector rejects; it is unknown or known "
+        f"to the attacker. Robust with rejection: share of the {noun} that are accepted and right when clean, and of "
+        "which no attacked version is accepted and wrong. Attacks that know the detector follow the gradient of "
+        "network and detector together. Of all attacked versions of an input, the one with the lowest score counts."
+    )
+    few = "" if all(measured) else "; 0.1 % needs 999 or more"
+    return Section("Detector", (table, Paragraph(note, "page")), f"{lead}{few}", "detector", "Detector")

@@ -5,7 +5,7 @@ strings "inf", "-inf" and "nan".
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,27 +16,23 @@ from holdfast.core.types import Mask
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
-from holdfast.reports import detector
 from holdfast.reports import json_schemas as forms
-from holdfast.reports.across import across
-from holdfast.reports.across import table as across_table
 from holdfast.reports.certification import certification
 from holdfast.reports.curves import (
     accuracy_curves,
     estimate_to_json,
+    groups,
     judged,
     per_class_to_json,
     robust_examples,
 )
 from holdfast.reports.gallery import example_images
 from holdfast.reports.geometry import geometry_results
-from holdfast.reports.numbers import json_text, strict
+from holdfast.reports.numbers import strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.stateful import stateful_results
-from holdfast.reports.stateful import table as stateful_table
-from holdfast.reports.transfer import table as transfer_table
-from holdfast.reports.transfer import transfer
-from holdfast.reports.words import TextTable, headline, open_doubts, threat_in_words, why
+from holdfast.reports.transfer import across, transfer
+from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 from holdfast.statistics.intervals import CONFIDENCE, median, proportion
 from holdfast.threats.domains import domain_of
 from holdfast.threats.stored import threat_for_report
@@ -132,11 +128,7 @@ def _measured(evidence: Evidence) -> Json:
 
 def _groups(evidence: Evidence) -> Json | None:
     """The accuracy of each group; None for a run without groups."""
-    if "group" not in evidence:
-        return None
-    from holdfast.reports.groups import groups  # only for runs with groups
-
-    return groups(evidence)
+    return groups(evidence) if "group" in evidence else None
 
 
 def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
@@ -164,33 +156,6 @@ def _about(run: Mapping[str, Any]) -> Json:
         "hashes": run.get("hashes", {}),
         "versions": run.get("versions", {}),
     }
-
-
-def measured_tables(summary: Mapping[str, Any]) -> Iterator[TextTable]:
-    """Yield the tables of the groups, of an adaptive search, of the transfer between models, of the transfer across
-    data sets, of a detector, and of black-box attacks on a guard, if these were measured.
-    """
-    if summary.get("groups") is not None:
-        from holdfast.reports.groups import table as groups_table  # only for runs with groups
-
-        yield groups_table(summary["groups"], summary["noun"])
-    if any(attack.get("search") for attack in summary["attacks"]):
-        from holdfast.reports.adaptive import tables as adaptive_tables  # only for runs with adaptive attacks
-
-        yield from adaptive_tables(summary)
-    for results, table in (
-        (summary.get("transfer"), transfer_table),
-        (summary.get("data_transfer"), across_table),
-        (detector.detector(summary), detector.table),
-        (summary.get("query_detector"), stateful_table),
-    ):
-        if results is not None:
-            yield table(results, summary["noun"])
-
-
-def to_json(content: Mapping[str, Any]) -> str:
-    """Return the summary of a run as strict JSON text, without NaN and infinities, with a newline at the end."""
-    return json_text(content)
 
 
 def _noun(evidence: Evidence) -> str:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from holdfast.core.names import threat_text
@@ -10,6 +9,7 @@ from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on
 from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, PERTURBATIONS, UPPER_BOUNDS
 from holdfast.reports.numbers import count_text, number, percent, plain, size
+from holdfast.reports.tree import Cell
 
 Json = dict[str, Any]
 
@@ -20,6 +20,9 @@ VERDICTS = {
     "no gate": ("–", "No gate"),
 }
 """Sign and word for each verdict, so that verdicts differ not only in their colour."""
+
+STATE_SIGNS = {"raised": "▲", "clear": "✓", "answered": "◆", "not measured": "○", "not applicable": "–"}
+"""Sign for each state of a doubt."""
 
 _ACCESS = {
     "none": "has no access to the model",
@@ -59,28 +62,6 @@ _TEXT_CHANGES = {
 """Descriptions of the limits of threat models on texts."""
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """A table with a title, headings of the columns, and rows of cells."""
-
-    title: str
-    """name of the table, a colon, and what it shows"""
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    texts: bool = False
-    """whether the columns after the first contain sentences instead of numbers"""
-
-    @property
-    def name(self) -> str:
-        """The part of the title before the colon."""
-        return self.title.partition(": ")[0]
-
-    @property
-    def description(self) -> str:
-        """The part of the title after the colon."""
-        return self.title.partition(": ")[2]
-
-
 def only_trained(summary: Mapping[str, Any]) -> bool:
     """Return whether the only verdict on a run is that on its training, because no gate was set."""
     return summary.get("training") is not None and summary["verdict"] == "no gate"
@@ -107,6 +88,11 @@ def label(metric: str) -> str:
 def definition(metric: str) -> str:
     """Return a text for reports that defines a metric, or an empty string for a metric of another package."""
     return METRICS.get(metric, "")
+
+
+def metric_cell(metric: str, href: str = "") -> Cell:
+    """Return the name of a metric with its definition."""
+    return Cell(label(metric), about=capitalized(definition(metric)), href=href)
 
 
 def is_share(metric: str) -> bool:
@@ -511,3 +497,32 @@ def query_budget(threat: Mapping[str, Any]) -> str:
 def threat_syntax(threat: Mapping[str, Any]) -> str:
     """Return the threat model of a run in the syntax of the command line, such as `linf:8/255`."""
     return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])
+
+
+FIRST = frozenset(
+    (
+        "clean_accuracy",
+        "rejection_rate",
+        "detection_auroc",
+        "detection_rate_at_5_percent",
+        "oblivious_detection_rate_at_5_percent",
+        "robust_accuracy",
+        "certified_accuracy",
+        "suite_robust_accuracy",
+        "robustness_score",
+        "worst_class",
+        "worst_group",
+        "attack_success_rate",
+        "targeted_success_rate",
+        "trigger_success_rate",
+        "transfer_success",
+        "robust_margin",
+        "adversarial_radius",
+        "corruption_error_rate",
+        "worst_corruption",
+        "mce",
+        "regression",
+        "clean_accuracy_drop",
+    )
+)
+"""Names of the metrics that reports show first, and a terminal by default."""

@@ -2,48 +2,30 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from io import TextIOWrapper
+from collections.abc import Iterator
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from holdfast.core.catalogue import BUNDLED, load, names
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io import files
 
 if TYPE_CHECKING:
-    from holdfast.core.evidence import Columns
-
-Summary = Mapping[str, Any]
+    from holdfast.reports.tree import Report
 
 _RUN = "run.json"
 """file that identifies the folder of a run"""
-TABLE = ".csv"
-"""File suffix of the table with one row for each example."""
-EXHIBIT_SUFFIXES = (".json",)
-"""File suffixes that are allowed for the measurements of the gallery."""
-COMPARISON_SUFFIXES = (".html", ".json", ".md")
-"""File suffixes that are allowed for a comparison."""
-MONITORING_SUFFIXES = (".html", ".json", ".md")
-"""File suffixes that are allowed for the report of a monitored stream."""
-EXPLANATION_SUFFIXES = (".html", ".json")
-"""Suffixes of the formats in which explanations are written."""
-ANNEX_SUFFIXES = (".html", ".json", ".md")
-"""File suffixes that are allowed for the annex of a standard."""
-AUDIT_SUFFIXES = (".html", ".json", ".md", ".xml")
-"""File suffixes that are allowed for the report of an audit."""
 
 
-def check_destination(path: Path, suffixes: Collection[str] | None = None) -> None:
-    """Check before a run that a file can be written to a path. Without `suffixes` it is a report.
+def check_destination(path: Path) -> None:
+    """Check before a run that a report can be written to a path.
 
     Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
     """
-    suffix = _suffix(path, names("reports") if suffixes is None else suffixes)
-    if (
-        suffixes is None and suffix not in BUNDLED["reports"]
-    ):  # a package that cannot be imported ends no finished run
+    suffix = _suffix(path)
+    if suffix not in BUNDLED["reports"]:  # a package that cannot be imported ends no finished run
         load("reports", suffix, FunctionType)
     refuse_unwritable(path, f"a report is a file, as in {path / 'report.html'}")
 
@@ -65,78 +47,21 @@ def refuse_unwritable(path: Path, advice: str = "give the path of a file") -> No
         raise TargetError(f"{path} cannot be written: {reason}; choose another place") from error
 
 
-def write(summary: Summary, columns: "Columns", path: Path) -> None:
-    """Write the report of a run to a file, atomically, in the format that the suffix of the path states. Missing
-    folders are created.
+def write(report: "Report", path: Path) -> Path:
+    """Write a report to a file, atomically, in the format that the suffix of the path states, and return the path.
+    Missing folders are created.
     """
-    suffix = _suffix(path, names("reports"))
-    render = load("reports", suffix, FunctionType)
+    render = load("reports", _suffix(path), FunctionType)
     with explained(path), replacing(path) as file:
-        if suffix == TABLE:  # is written row by row, since it may be large
-            render(summary, columns, file)
-        else:
-            file.write(render(summary))
+        render(report, file)
+    return path
 
 
-def write_comparison(content: Summary, path: Path) -> None:
-    """Write the comparison of two runs to a file, atomically, in the format that the suffix of the path states."""
-    from holdfast.reports import comparison
-
-    render = {
-        ".html": comparison.comparison_page,
-        ".json": comparison.comparison_to_json,
-        ".md": comparison.markdown,
-    }
-    _write_rendered(content, path, render)
-
-
-def write_monitoring(content: Summary, path: Path) -> None:
-    """Write the report of a monitored stream to a file, atomically, in the format that the suffix of the path
-    states.
-    """
-    from holdfast.reports import monitoring
-
-    render = {
-        ".html": monitoring.monitoring_page,
-        ".json": monitoring.monitoring_to_json,
-        ".md": monitoring.monitoring_markdown,
-    }
-    _write_rendered(content, path, render)
-
-
-def write_audit(content: Summary, path: Path) -> None:
-    """Write the report of an audit to a file, atomically, in the format that the suffix of the path states."""
-    from holdfast.reports import audit
-
-    render = {
-        ".html": audit.audit_page,
-        ".json": audit.audit_to_json,
-        ".md": audit.audit_markdown,
-        ".xml": audit.audit_junit,
-    }
-    _write_rendered(content, path, render)
-
-
-def write_annex(content: Summary, path: Path) -> None:
-    """Write the annex of a standard to a file, atomically, in the format that the suffix of the path states."""
-    from holdfast.reports import annex
-
-    render = {".html": annex.annex_page, ".json": annex.annex_to_json, ".md": annex.annex_markdown}
-    _write_rendered(content, path, render)
-
-
-def _write_rendered(content: Summary, path: Path, render: Mapping[str, Callable[[Summary], str]]) -> None:
-    suffix = _suffix(path, render)
-    with explained(path), replacing(path) as file:
-        file.write(render[suffix](content))
-
-
-def write_exhibits(measured: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the results for the bundled models with masked gradients to a JSON file, atomically."""
-    from holdfast.reports.exhibits import exhibits_to_json
-
-    with explained(path), replacing(path) as file:
-        file.write(exhibits_to_json(measured))
+def rendered(report: "Report", suffix: str) -> str:
+    """Return a report as text in the format of a file suffix, such as `.md`."""
+    file = StringIO()
+    load("reports", suffix, FunctionType)(report, file)
+    return file.getvalue()
 
 
 @contextlib.contextmanager
@@ -162,9 +87,9 @@ def replacing(path: Path) -> Iterator[TextIO]:
         text.detach()
 
 
-def _suffix(path: Path, suffixes: Collection[str]) -> str:
-    """The suffix of the path. Raises `UsageError` if it is not one of `suffixes`."""
-    suffix = path.suffix.lower()
+def _suffix(path: Path) -> str:
+    """The suffix of the path. Raises `UsageError` if no format has it."""
+    suffix, suffixes = path.suffix.lower(), names("reports")
     if suffix not in suffixes:
         has = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise UsageError(

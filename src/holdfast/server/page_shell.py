@@ -1,6 +1,6 @@
 """What the pages of a server and those of stored runs have in common: the headers of responses, and the style sheet."""
 
-from holdfast.reports.html import template_text
+from holdfast.reports.formats.html import template_text
 
 
 def page_headers(style: str = "'self'") -> dict[str, str]:

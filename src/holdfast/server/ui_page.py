@@ -9,8 +9,8 @@ from typing import Any
 
 from holdfast.adaptation.adapted import clock, facts_text
 from holdfast.core.errors import HoldfastError
+from holdfast.reports.formats.html import filled
 from holdfast.reports.gallery import png, shrunk
-from holdfast.reports.html import filled
 from holdfast.reports.numbers import plain
 from holdfast.server.flagged_inputs import FlaggedInput, FlaggedInputs
 from holdfast.server.keys import ADMIN, KeyFile

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.attacks.suites import SUITES
-from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, RECIPES
+from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, RECIPES, REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
@@ -547,7 +547,7 @@ class Reports(SettingGroup):
         list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
     ] = Field(
         default_factory=list,
-        description="Report file, in the format of its suffix: .html .json .xml .md .csv; - for JSON on stdout.",
+        description=REPORT_FILE,
     )
 
 
@@ -715,7 +715,7 @@ class ExplainOptions(SettingGroup):
         list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
     ] = Field(
         default_factory=list,
-        description="File for the explanation, in the format of its suffix: .html .json; - for JSON on stdout.",
+        description=REPORT_FILE,
     )
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
@@ -758,5 +758,5 @@ class MonitorOptions(SettingGroup):
         list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
     ] = Field(
         default_factory=list,
-        description="Report file, in the format of its suffix: .html .json .md; - for JSON on stdout.",
+        description=REPORT_FILE,
     )

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
+from holdfast.core.catalogue import REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.io.remote.remote import SCHEMES
@@ -290,7 +291,7 @@ class AdaptOptions(SettingGroup):
     )
     output: Annotated[
         list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
-    ] = Field(default_factory=list, description="Report file, .json; - for JSON on stdout.")
+    ] = Field(default_factory=list, description=REPORT_FILE)
     canary_time: Annotated[values.WaitingTime, Flag("T")] = Field(
         default="2min",
         description="Time for which the candidate answers a share of the requests, and for which it is watched after "

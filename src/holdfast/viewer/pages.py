@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from holdfast.adaptation.adapted import Adapted, clock, facts_text
+from holdfast.adaptation.adapted import Adapted, steps_table
 from holdfast.adaptation.journal import open_adaptation
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError
 from holdfast.core.names import slug
-from holdfast.reports.audit import audit_view
-from holdfast.reports.html import filled, metric_parts, page
-from holdfast.reports.table import csv_text
+from holdfast.reports.formats.csv import csv_text
+from holdfast.reports.formats.html import filled
+from holdfast.reports.run import card_facts, example_group, metrics_section
+from holdfast.reports.tree import Block, Items, Report, Section, Table
 from holdfast.reports.words import VERDICTS, amount, shown_metrics
+from holdfast.reports.write import rendered
 from holdfast.rotation.pool.verify_pool import verify_pool
 from holdfast.runs.assess.result import Result
 from holdfast.runs.stored.run_forms import consistent
@@ -206,8 +208,8 @@ class Site:
     def _audit(self, item: Item) -> Page:
         if item.entry is not None and not item.entry.finished:
             return self._failed(item, f"the audit is {item.state}")
-        view = audit_view(open_audit(item.path).summary())
-        return self._filled(f"audit/{item.id}", "site-audit.html.j2", item.name, item=item, **view)
+        report = open_audit(item.path).report
+        return self._filled(f"audit/{item.id}", "site-report.html.j2", item.name, item=item, r=report)
 
     def _pool(self, item: Item) -> Page:
         verified = verify_pool(item.path)
@@ -217,7 +219,7 @@ class Site:
             "head": verified.head,
             "authenticated": "yes" if verified.authenticated else "no, without the key of the pool",
         }
-        tables = [("Parameter sets", ["set", "status"], verified.members)]
+        tables = [("Parameter sets", Table(("set", "status"), verified.members, texts=frozenset({1})))]
         return self._facts(item, "The ledger of the pool is consistent", facts, tables)
 
     def _chains(self, item: Item) -> Page:
@@ -232,21 +234,20 @@ class Site:
             "records lost": verified.lost,
             "head": verified.head,
         }
-        tables = [("Servers", ["note"], [[note] for note in verified.notes])] if verified.notes else []
+        tables = [("Servers", Items(verified.notes))] if verified.notes else []
         return self._facts(item, "All chains of the folder are consistent", facts, tables)
 
     def _adaptation(self, item: Item) -> Page:
         stored = open_adaptation(item.path)
-        steps = [
-            [step.step, clock(step.time), facts_text(step.step, step.facts) or "-"] for step in stored.steps
-        ]
         facts = {"server": stored.server, "run": stored.run, "reason": stored.reason, "head": stored.head}
         title = "The adaptation is not finished" if stored.outcome is None else str(Adapted.of(stored))
-        return self._facts(item, title, facts, [("Steps", ["step", "time", "facts"], steps)])
+        return self._facts(item, title, facts, [("Steps", steps_table(stored.steps))])
 
-    def _facts(self, item: Item, heading: str, facts: Json, tables: Sequence[tuple[str, Any, Any]]) -> Page:
-        content = {"item": item, "heading": heading, "facts_shown": facts, "tables": tables}
-        return self._filled(f"{item.kind}/{item.id}", "site-facts.html.j2", item.name, **content)
+    def _facts(self, item: Item, heading: str, facts: Json, blocks: Sequence[tuple[str, Block]]) -> Page:
+        sections = [Section("Facts", (card_facts(facts),))]
+        sections += [Section(title, (block,)) for title, block in blocks]
+        report = Report(item.kind, item.name, heading, facts, sections)
+        return self._filled(f"{item.kind}/{item.id}", "site-report.html.j2", item.name, item=item, r=report)
 
     # --- runs
 
@@ -274,7 +275,7 @@ class Site:
             case []:
                 return self._run(item, opened)
             case ["report"]:
-                return Page(page(opened.result.summary()), complete=True)
+                return Page(rendered(opened.result.report, ".html"), complete=True)
             case ["examples.csv"]:
                 return Page(csv_text(_all_examples(opened)), CSV)
             case ["examples", by]:
@@ -294,8 +295,9 @@ class Site:
             for by in (ANY, *stages)
             if stages
         }
-        path, metrics = f"run/{item.id}", shown_metrics(summary)
-        key = model_key(item.entry.model if item.entry else "")
+        path, key = f"run/{item.id}", model_key(item.entry.model if item.entry else "")
+        shown = (name for name in shown_metrics(summary) if item.value(name))
+        addresses = {name: self._link(path, "trend", key, name) for name in shown}
         return self._filled(
             path,
             "site-run.html.j2",
@@ -304,8 +306,7 @@ class Site:
             s=summary,
             verdict=VERDICTS[summary["verdict"]],
             tone=summary["verdict"].replace(" ", "-"),
-            **metric_parts(metrics),
-            addresses={name: self._link(path, "trend", key, name) for name in metrics if item.value(name)},
+            metrics=metrics_section(summary, addresses),
             attacks=opened.names,
             counts=counts,
             partners=self._partners(item),
@@ -396,9 +397,9 @@ class Site:
             item=item,
             number=number,
             facts_shown=facts,
+            measured=card_facts(facts),
             outcomes=[(each.name, each.outcome(row)) for each in opened.tried],
-            stored=stored,
-            threat=summary["threat"],
+            stored=None if stored is None else example_group(stored, summary["threat"]),
             explains=self.explain is not None,
         )
 

@@ -18,12 +18,14 @@ from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates, missing
 from holdfast.metrics.curves import EpsCurve, eps_curve
 from holdfast.metrics.shares import notes_on_absent
-from holdfast.reports.html import fragment
-from holdfast.reports.summary import Json, later_gate, summary, to_json
-from holdfast.reports.table import frame
-from holdfast.reports.terminal import tables, verdict
+from holdfast.reports.formats.csv import frame
+from holdfast.reports.formats.html import notebook
+from holdfast.reports.run import run_report
+from holdfast.reports.summary import Json, later_gate, summary
+from holdfast.reports.terminal import body, verdict
+from holdfast.reports.tree import Report
 from holdfast.reports.words import VERDICTS, measured
-from holdfast.reports.write import write
+from holdfast.reports.write import rendered, write
 from holdfast.runs.harness.verdict import DISTANCES
 from holdfast.runs.stored.record import Manifest
 
@@ -134,7 +136,7 @@ class Result:
     @property
     def table(self) -> str:
         """Attacks, metrics and doubts of the run as text for a terminal."""
-        return tables(self.summary(), colour=False)
+        return body(self.report, colour=False)
 
     @property
     def curve(self) -> EpsCurve:
@@ -206,6 +208,11 @@ class Result:
             notes=(*missing(self.evidence, self.baseline), *notes_on_absent(self.evidence)),
         )
 
+    @cached_property
+    def report(self) -> Report:
+        """The report of the run."""
+        return run_report(self._summary, self.evidence.columns)
+
     def to_html(self, path: str | Path) -> Path:
         """Write the HTML report of the run to `path`, and return the path."""
         return self._write(path, ".html")
@@ -214,7 +221,7 @@ class Result:
         """Return the summary of the run as JSON text. If `path` is given, the text is also written to this file."""
         if path is not None:
             self._write(path, ".json")
-        return to_json(self._summary)
+        return rendered(self.report, ".json")
 
     def to_pandas(self) -> Any:
         """Return the columns of the evidence as a `pandas.DataFrame` with one row for each example, indexed by id.
@@ -226,11 +233,8 @@ class Result:
         return frame(self.evidence)
 
     def write(self, path: str | Path) -> Path:
-        """Write a report of the run in the format of the file suffix, one of `.html .json .xml .md .csv`. Return
-        the path.
-        """
-        write(self._summary, self.evidence.columns, Path(path))
-        return Path(path)
+        """Write a report of the run in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
 
     def _write(self, path: str | Path, suffix: str) -> Path:
         if Path(path).suffix.lower() != suffix:
@@ -241,10 +245,11 @@ class Result:
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: verdict, gates, attacks, metrics, doubts with advice, and a few examples."""
-        return fragment(self._summary, [later_gate(gate, self._summary) for gate in self._asked.values()])
+        later = [later_gate(gate, self._summary) for gate in self._asked.values()]
+        return notebook(run_report(self._summary, later_gates=later))
 
     def __str__(self) -> str:
-        return verdict(self._summary, colour=False).rstrip("\n")
+        return verdict(self.report, colour=False).rstrip("\n")
 
     def __repr__(self) -> str:
         """Return the verdict and the main metrics in one line."""

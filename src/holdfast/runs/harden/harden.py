@@ -29,7 +29,7 @@ from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import refuse_unusable_schedule
 from holdfast.recipes.training.recipe import Finished, facts_of, trained_as
-from holdfast.reports.training import training_summary
+from holdfast.reports.card import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for

@@ -26,10 +26,11 @@ from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.paired import basis
 from holdfast.recipes.training.overfitting import MOST_RAISED
 from holdfast.recipes.training.recipe import facts_of
-from holdfast.reports.card import card_document as as_markdown
-from holdfast.reports.card import compared_metrics, curve_svg, judged
+from holdfast.reports.card import card_report, checkpoint_text, compared_metrics, curve, judged
+from holdfast.reports.formats.html import svg
 from holdfast.reports.numbers import percent, plain, strict
-from holdfast.reports.training import checkpoint_text
+from holdfast.reports.tree import Report
+from holdfast.reports.write import rendered
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harden.advice import advice, verdict_entries
@@ -57,6 +58,8 @@ class CardForm:
     """function that returns the files of a `Hardened` for a folder, by name"""
     line: Callable[[Mapping[str, Any]], str]
     """function from the card to one line"""
+    report: Callable[[Mapping[str, Any]], Report]
+    """function from the card to its report"""
 
 
 def _files(hardened: "Hardened", place: Path) -> dict[str, bytes]:
@@ -65,8 +68,8 @@ def _files(hardened: "Hardened", place: Path) -> dict[str, bytes]:
         MODEL: hardened.weights,
         **({} if hardened.program is None else {PROGRAM: hardened.program}),
         CARD: document(card),
-        "card.md": as_markdown(card).encode(),
-        "curve.svg": curve_svg(card["curve"], card["chosen"]).encode(),
+        "card.md": rendered(card_report(card), ".md").encode(),
+        "curve.svg": svg(curve(card)).encode(),
     }
 
 
@@ -102,7 +105,7 @@ class Hardened(Generic[ModelT, ResultT]):
     folder: Path | None = None
     program: bytes | None = None
     """content of the file with the program of a member of an ensemble, with which it is opened without its code"""
-    form: CardForm = CardForm(_files, _line)
+    form: CardForm = CardForm(_files, _line, card_report)
 
     def opened_by(self, folder: Path) -> str:
         """Return the command line that assesses the new model in the file in `folder`."""
@@ -121,6 +124,11 @@ class Hardened(Generic[ModelT, ResultT]):
             for name, content in self.form.files(self, place).items():
                 write_atomically(place / name, content, BY_UMASK)
         return place
+
+    @property
+    def report(self) -> Report:
+        """The card of the new model as a report."""
+        return self.form.report(self.card)
 
     @property
     def verdict(self) -> TrainingVerdict:

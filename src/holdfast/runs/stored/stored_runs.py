@@ -16,9 +16,12 @@ from holdfast.gates.judging import exit_code
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
 from holdfast.reports import comparison as reported
+from holdfast.reports.card import training_summary
+from holdfast.reports.formats.html import notebook
 from holdfast.reports.summary import Json
-from holdfast.reports.training import training_summary
-from holdfast.reports.write import write_comparison
+from holdfast.reports.terminal import body
+from holdfast.reports.tree import Report
+from holdfast.reports.write import rendered, write
 from holdfast.runs.assess.collecting_evidence import adversarial, counted, evidence_of, with_attackers
 from holdfast.runs.assess.result import Result, about_of, worst_case
 from holdfast.runs.assess.served_runs import totals_in
@@ -97,26 +100,28 @@ class Comparison:
         summaries = self.first.summary(), self.second.summary()
         return reported.comparison(self.first.evidence, self.second.evidence, summaries)
 
+    @property
+    def report(self) -> Report:
+        """The report of the comparison."""
+        return reported.comparison_report(self._summary)
+
     def text(self, *, colour: bool = False, width: int | None = None) -> str:
         """Return the comparison as text for a terminal: the changes, and the metrics of both runs. The result in one
         sentence is `str`.
         """
-        return reported.text(self._summary, colour=colour, width=width)
+        return body(self.report, colour=colour, width=width)
 
     def to_json(self) -> str:
         """Return the summary of the comparison as JSON text."""
-        return reported.comparison_to_json(self._summary)
+        return rendered(self.report, ".json")
 
     def write(self, path: str | Path) -> Path:
-        """Write a report of the comparison in the format of the file suffix, `.html`, `.json` or `.md`. Return the
-        path.
-        """
-        write_comparison(self._summary, Path(path))
-        return Path(path)
+        """Write a report of the comparison in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
 
     def _repr_html_(self) -> str:
         """HTML representation of the comparison for notebooks."""
-        return reported.comparison_fragment(self._summary)
+        return notebook(self.report)
 
     def __str__(self) -> str:
         return " ".join(sentence for key in ("caution", "headline") if (sentence := self._summary[key]))

@@ -1,4 +1,4 @@
-"""The report of a run as a CSV file with one row for each example, and other tables as CSV."""
+"""Reports as CSV: a row for each example of a run, or the tables of another result."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.names import line
 from holdfast.reports.curves import robust_examples
+from holdfast.reports.tree import Report, text_of
 
 CHUNK = 10_000
 """Number of rows that are formatted at a time, which limits memory."""
@@ -45,6 +46,17 @@ _NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": 
 
 _FORMULA = "=+-@\t\r"
 """characters with which a spreadsheet begins a formula"""
+
+
+def render(report: Report, file: TextIO) -> None:
+    """Write a row for each example, or, for a result without examples, its tables one after another."""
+    if report.examples is not None:
+        write_rows(report.content, report.examples, file)
+        return
+    for section in report.sections:
+        for table in section.tables():
+            rows = ([text_of(cell) for cell in row] for row in table.rows)
+            file.write(csv_text([[table.title or section.title], table.headings, *rows, []]))
 
 
 def headings(columns: Columns, *, with_names: bool = False) -> list[str]:
