@@ -50,7 +50,7 @@ def test_counts_every_example_under_every_corruption(case):
 
 def test_is_refused_elsewhere_and_refuses_others(case):
     model, batch = case
-    with pytest.raises(UsageError, match="common corruption; the threat model is Linf"):
+    with pytest.raises(UsageError, match="common corruption; the threat model is linf"):
         measure(model, [batch.take(torch.arange(2))], [Corruption("fog")], ThreatModel(Linf(0.1)))
     for attack in (PGD(steps=2), Square(queries=5)):
         with pytest.raises(UsageError, match="corruptions|Corruptions"):

@@ -187,7 +187,7 @@ def test_a_goal_is_what_it_aims_at():
 
 def test_a_constraint_without_planes_is_refused_by_name():
     model, batch = linear_problem(6)
-    with pytest.raises(UsageError, match="FAB.*Linf or L2 or L1.*L0"):
+    with pytest.raises(UsageError, match="FAB.*Linf or L2 or L1.*l0"):
         FAB()(model, batch, ThreatModel(L0(3)), rng=RNG)
 
 

@@ -176,5 +176,5 @@ def test_the_radius_of_a_linear_model_is_its_exact_distance():
 def test_other_threats_and_operations_are_refused():
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 2))).eval()
     batch = labelled(model, examples(shape=(4,), dtype=torch.float32))
-    with pytest.raises(UsageError, match="is for threats in Euclidean distance; the threat model is Linf"):
+    with pytest.raises(UsageError, match="is for threats in Euclidean distance; the threat model is linf"):
         Lipschitz().ready(model, batch, ThreatModel(Linf(0.1)))

@@ -104,5 +104,5 @@ def test_a_weight_that_is_computed_anew_at_each_pass_is_named_and_not_held_to_a_
 
 
 def test_a_norm_without_gains_is_named():
-    with pytest.raises(UsageError, match=r"linf, l2 and l1.*L0\(eps=3"):
+    with pytest.raises(UsageError, match=r"linf, l2 and l1.*l0:3"):
         order_of(L0(3.0))

@@ -9,8 +9,7 @@ import click
 
 from holdfast.cli import completing
 from holdfast.cli.options import Group, Voice, with_voice
-from holdfast.core.names import line
-from holdfast.threats.parsing import path_text
+from holdfast.core.names import line, path_text
 
 
 @click.group(

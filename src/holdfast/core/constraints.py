@@ -13,9 +13,9 @@ counts as no change.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.names import exact_size
+from holdfast.core.names import exact_size, limits_text
 from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
@@ -73,9 +73,11 @@ class Constraint(ABC):
     """kind of the inputs that can be changed like this; None if any inputs of numbers can"""
 
     @property
-    @abstractmethod
     def eps(self) -> float:
-        """Radius of the allowed set, in units of the inputs. Under L0 it is a number of values or pixels."""
+        """Radius of the allowed set, in units of the inputs. Under L0 it is a number of values or pixels. It is 1 for a
+        constraint with limits in place of a radius, which allows all of them.
+        """
+        return 1.0
 
     @property
     def limits(self) -> Mapping[str, float | str]:
@@ -136,7 +138,13 @@ class Constraint(ABC):
     def resized(self, eps: float) -> "Constraint":
         """Return the same constraint with the radius `eps`."""
 
+    def __str__(self) -> str:
+        if self.limits:
+            return limits_text(self.name, self.limits)
+        return self.name if math.isinf(self.eps) else f"{self.name}:{exact_size(self.eps)}"
 
+
+@dataclass(frozen=True)
 class Norm(Constraint):
     """Base class of the balls of norms, whose radius may differ between examples, as minimum-norm attacks require."""
 
@@ -144,14 +152,21 @@ class Norm(Constraint):
     in_input_units: ClassVar[bool] = True
     has_size: ClassVar[bool] = True
 
+    eps: NonNegative = math.inf
+
     @abstractmethod
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Return for each `x_adv` the nearest valid input in the ball around `x` whose radius for the example is
         `radius`.
         """
 
-    def __str__(self) -> str:
-        return self.name if math.isinf(self.eps) else f"{self.name}:{exact_size(self.eps)}"
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Return for each `x_adv` the nearest valid input in the ball of radius eps around `x`."""
+        return self.within(x_adv, x, bounds, x.new_full((len(x),), self.eps))
+
+    def resized(self, eps: float) -> Self:
+        """Return the ball with the radius `eps`."""
+        return replace(self, eps=eps)
 
 
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
@@ -183,11 +198,6 @@ def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
     return float(constraint.distance(high.expand(corner), low.expand(corner)).max())
 
 
-def _eps(constraint: Constraint, like: Tensor) -> PerExample:
-    """The constraint's radius, repeated for each example."""
-    return like.new_full((len(like),), constraint.eps)
-
-
 def _change(x_adv: Inputs, x: Inputs) -> Inputs:
     """The difference of inputs; 0 where the clean value is missing."""
     return (x_adv - x).masked_fill_(x.isnan(), 0)
@@ -205,8 +215,6 @@ class Linf(Norm):
 
     name: ClassVar[str] = "linf"
     bounds_each_value: ClassVar[bool] = True
-
-    eps: NonNegative = math.inf
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the largest absolute change of each example."""
@@ -234,10 +242,6 @@ class Linf(Norm):
         u = rng.uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         return self.project(batch.x + self.eps * (2 * u - 1), batch.x, bounds)
 
-    def resized(self, eps: float) -> "Linf":
-        """Return the Linf constraint with radius `eps`."""
-        return Linf(eps)
-
 
 @dataclass(frozen=True)
 class L2(Norm):
@@ -245,16 +249,10 @@ class L2(Norm):
 
     name: ClassVar[str] = "l2"
 
-    eps: NonNegative = math.inf
-
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the Euclidean length of the change of each example."""
         length: PerExample = torch.linalg.vector_norm(_change(x_adv, x).flatten(1), dim=1)
         return length
-
-    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return for each `x_adv` the nearest valid input inside the Euclidean ball of radius eps around `x`."""
-        return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Return `clamp(x + t (x_adv - x))` with the largest t <= 1 for which its distance from `x` is at most
@@ -294,10 +292,6 @@ class L2(Norm):
             self.eps * radius / direction.flatten(1).norm(dim=1).clamp_min(_TINY), direction
         )
         return self.project(batch.x + step, batch.x, bounds)
-
-    def resized(self, eps: float) -> "L2":
-        """Return the L2 constraint with radius `eps`."""
-        return L2(eps)
 
 
 def _l2_share(delta: Tensor, clipped: Tensor, eps: PerExample) -> PerExample:
@@ -340,15 +334,9 @@ class L1(Norm):
 
     name: ClassVar[str] = "l1"
 
-    eps: NonNegative = math.inf
-
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the sum of the absolute changes of each example."""
         return _change(x_adv, x).flatten(1).abs().sum(1)
-
-    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return for each `x_adv` the nearest valid input inside the L1 ball of radius eps around `x`."""
-        return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Return for each `x_adv` the nearest valid input in the L1 ball of its `radius`: all changes shrink equally.
@@ -398,10 +386,6 @@ class L1(Norm):
         step = self.eps * share * rng.at("sign").signs(batch.ids, shape.numel(), dtype=dtype)
         return self.project(batch.x + step.view_as(batch.x), batch.x, bounds)
 
-    def resized(self, eps: float) -> "L1":
-        """Return the L1 constraint with radius `eps`."""
-        return L1(eps)
-
 
 def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
     """The amount by which sizes shrink so that `sum(min(max(size - amount, 0), room)) = eps`, row by row.
@@ -432,7 +416,6 @@ class L0(Norm):
     in_input_units: ClassVar[bool] = False
     counts_changes: ClassVar[bool] = True
 
-    eps: NonNegative = math.inf
     per: Literal["value", "pixel"] = "value"
 
     @property
@@ -455,10 +438,6 @@ class L0(Norm):
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the number of values or pixels that differ in each example."""
         return (self.grouped(_change(x_adv, x)) != 0).any(2).sum(1).to(x.dtype)
-
-    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return for each `x_adv` the nearest valid input that differs from `x` in at most eps values or pixels."""
-        return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
         """Return for each `x_adv` the nearest valid input with at most `radius` changed values or pixels."""
@@ -508,10 +487,6 @@ class L0(Norm):
         chosen.scatter_(1, order.topk(min(int(min(self.eps, units)), units), dim=1).indices, True)
         present = self._ungrouped(chosen, batch.x) & ~batch.x.isnan()
         return torch.where(present, low + u * (high - low), batch.x)
-
-    def resized(self, eps: float) -> "L0":
-        """Return the L0 constraint with radius `eps` that counts the same unit, values or pixels."""
-        return L0(eps, self.per)
 
     def __str__(self) -> str:
         return super().__str__() + ("px" if self.counts_pixels and math.isfinite(self.eps) else "")

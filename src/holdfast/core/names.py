@@ -4,12 +4,16 @@ appear fast.
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Literal, TypeGuard
 
 from holdfast.core.errors import UsageError
 
 _CI_COMMAND = re.compile(r"::(?=[A-Za-z][A-Za-z-]*(\s.*?)?::)")
 _CI_MARK = re.compile(r"##(?=[A-Za-z]*\[)")
+
+PARTS = re.compile(r"""(?:"[^"]*"|'[^']*'|[^,\s])+""")
+"""pattern of the parts of a threat, which commas and spaces separate, except between quotes"""
 
 CorruptionName = Literal[
     "gaussian_noise",
@@ -54,6 +58,28 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None,
     access_text = "" if access == "gradients" else f",access={access}"
     queries_text = "" if queries is None else f",queries={queries}"
     return f"{change}{unit_text}{goal_text}{access_text}{queries_text}"
+
+
+def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
+    """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
+    `patch:8x8,at=centre,jitter=3`. The limit `content`, which is the content of a file, is left out.
+    """
+    parts = [
+        f"{name}={path_text(limit) if isinstance(limit, str) else exact(limit)}"
+        for name, limit in limits.items()
+        if name != "content"
+    ]
+    if kind in ("table", "trigger"):
+        parts[0] = path_text(str(limits["file"]))
+    if kind == "patch":
+        parts[:2] = [f"{limits['height']}x{limits['width']}"]
+        parts = [part for part in parts if part not in ("at=anywhere", "jitter=0")]
+    return f"{kind}:{','.join(parts)}"
+
+
+def path_text(path: str) -> str:
+    """Return the path of a file as text of a threat, quoted if it has commas or spaces."""
+    return path if PARTS.fullmatch(path) else f'"{path}"'
 
 
 def with_article(name: str) -> str:

@@ -41,9 +41,6 @@ class Corruptions(Whole):
         """Return for each example the severity of the corruption if the image changed, else 0."""
         return self.eps * (x_adv != x).flatten(1).any(1).to(x)
 
-    def __str__(self) -> str:
-        return f"{self.name}:{self.severity}"
-
     def resized(self, eps: float) -> "Corruptions":
         """Return the constraint of corruptions whose severity is the integer from 1 to 5 that is nearest to `eps`."""
         return Corruptions(round(min(max(eps, 1), 5)))

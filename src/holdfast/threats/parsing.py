@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from holdfast.core.errors import UsageError
-from holdfast.core.names import exact, is_size, parse_number, size_text
+from holdfast.core.names import PARTS, is_size, limits_text, parse_number, size_text
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import did_you_mean
 from holdfast.core.threat import Change, ThreatModel
@@ -40,8 +40,6 @@ _SIZE = re.compile(
     re.IGNORECASE,
 )
 """pattern of an eps without a norm, or with another sign than a colon after the norm"""
-_PARTS = re.compile(r"""(?:"[^"]*"|'[^']*'|[^,\s])+""")
-"""pattern of the parts of a threat, which commas and spaces separate, except between quotes"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def _with_colon(text: str) -> str:
 
 
 def _threat(text: str) -> ThreatModel:
-    parts = _PARTS.findall(text)
+    parts = PARTS.findall(text)
     if not parts:
         raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")
     first, *others = parts
@@ -198,11 +196,6 @@ def _budget(text: str) -> Argument:
 
 def _file(text: str) -> Argument:
     return file_argument("file")(text, f"file={text}")["file"]
-
-
-def path_text(path: str) -> str:
-    """Return the path of a file as text of a threat, quoted if it has commas or spaces."""
-    return path if _PARTS.fullmatch(path) else f'"{path}"'
 
 
 def _matching(
@@ -355,23 +348,6 @@ FORMS: Final[dict[str, Form]] = {
     ),
 }
 """Forms of threat models by name. A new form is one entry; one with a file is read by `file_argument`."""
-
-
-def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
-    """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
-    `patch:8x8,at=centre,jitter=3`. The limit `content`, which is the content of a file, is left out.
-    """
-    parts = [
-        f"{name}={path_text(limit) if isinstance(limit, str) else exact(limit)}"
-        for name, limit in limits.items()
-        if name != "content"
-    ]
-    if kind in ("table", "trigger"):
-        parts[0] = path_text(str(limits["file"]))
-    if kind == "patch":
-        parts[:2] = [f"{limits['height']}x{limits['width']}"]
-        parts = [part for part in parts if part not in ("at=anywhere", "jitter=0")]
-    return f"{kind}:{','.join(parts)}"
 
 
 def refuse_mixed(limits: Mapping[str, float | str]) -> None:

@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.types import Count, Ids, Inputs, PerExample, Steps
-from holdfast.threats.whole import Limited
 
 Corners = tuple[Tensor, Tensor]
 """row and column of the upper left corner of a rectangle, for each example, each int64 (n)"""
 
 
 @dataclass(frozen=True)
-class Patch(Limited):
+class Patch(Constraint):
     """Constraint that only one rectangle of an image changes, and that its pixels may have any valid value.
 
     `at` is the row and column of its upper left corner, `centre`, or `anywhere`, where the attacker chooses the
@@ -43,11 +43,6 @@ class Patch(Limited):
     """largest deviation from the position in pixels, along each axis"""
     within: str = ""
     """`ROW:COLUMN-ROW:COLUMN`, the first and the last pixel that the patch may cover; empty for the whole image"""
-
-    @property
-    def eps(self) -> float:
-        """Always 1, because a patch has a height and a width instead of a radius."""
-        return 1.0
 
     @property
     def counts_pixels(self) -> bool:

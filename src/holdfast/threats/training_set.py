@@ -44,6 +44,3 @@ class TrainingSet(Whole):
             f"the threat {self} changes the training set and no input, so that no attack applies",
             Remedy("threat", "linf:8/255"),
         )
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.changes}"

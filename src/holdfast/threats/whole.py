@@ -1,4 +1,4 @@
-"""Base classes of constraints that are not balls of a norm."""
+"""Base class of constraints that change an input as a whole, such as rotations of images and edits of texts."""
 
 from abc import abstractmethod
 
@@ -8,25 +8,12 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs
-from holdfast.threats.parsing import limits_text
 
 
-class Limited(Constraint):
-    """Base class of constraints that have limits by name, such as the size of a patch."""
-
-    def __str__(self) -> str:
-        return limits_text(self.name, self.limits)
-
-
-class Whole(Limited):
+class Whole(Constraint):
     """Base class of constraints that change an input as a whole, such as rotations, under which attacks on single input
     values raise `UsageError`.
     """
-
-    @property
-    def eps(self) -> float:
-        """Always 1, which allows all that the limits allow."""
-        return 1.0
 
     @abstractmethod
     def refusal(self) -> UsageError:

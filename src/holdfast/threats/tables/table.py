@@ -24,7 +24,6 @@ from holdfast.threats.domains import TABLE, Domain
 from holdfast.threats.tables.checking import distances
 from holdfast.threats.tables.repair import repaired, violation
 from holdfast.threats.tables.rules import Rules, rules_of
-from holdfast.threats.whole import Limited
 
 _SHARES = (1.0, 0.97, 0.9, 0.8, 0.65, 0.5, 0.3, 0.15)
 """Shares of the budget to which a row is moved back in turn, until it is valid after rounding and repair."""
@@ -87,7 +86,7 @@ def _tensors(content: str) -> TableTensors:
 
 
 @dataclass(frozen=True)
-class Table(Limited):
+class Table(Constraint):
     """Constraint of the rows that the rules of a table allow, whose change has at most the size `eps` in the budget of
     the rules.
     """
