@@ -64,20 +64,15 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    **dict.fromkeys(
-        (
-            "Adapt",
-            "Assess",
-            "Calibrate",
-            "Certify",
-            "Doctor",
-            "Explain",
-            "Harden",
-            "Monitor",
-            "Serve",
-        ),
-        "holdfast.api.verb_settings",
-    ),
+    "Adapt": "holdfast.api.verb_settings",
+    "Assess": "holdfast.api.verb_settings",
+    "Calibrate": "holdfast.api.verb_settings",
+    "Certify": "holdfast.api.verb_settings",
+    "Doctor": "holdfast.api.verb_settings",
+    "Explain": "holdfast.api.verb_settings",
+    "Harden": "holdfast.api.verb_settings",
+    "Monitor": "holdfast.api.verb_settings",
+    "Serve": "holdfast.api.verb_settings",
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
