@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.core.errors import TargetError
 from holdfast.guard.states.sqlite import SQLiteState
-from holdfast.runs.store.locking import locked
+from holdfast.runs.store.leases import locked
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 

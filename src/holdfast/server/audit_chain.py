@@ -31,7 +31,7 @@ from holdfast.runs.store import files as store
 from holdfast.runs.store.append_log import BEGINNING, Head, LogForm, LogReader
 from holdfast.runs.store.files import content_of, create_private
 from holdfast.runs.store.forms import Count, Whole, conforming, required
-from holdfast.runs.store.locking import WAIT_S
+from holdfast.runs.store.leases import WAIT_S
 
 SUFFIX = ".jsonl"
 SERVER = ".server"

@@ -14,8 +14,7 @@ from holdfast.core.chain import GENESIS, refuse_no_digest
 from holdfast.core.errors import TargetError
 from holdfast.runs.store.append_log import BEGINNING
 from holdfast.runs.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
-from holdfast.runs.store.leases import Owner
-from holdfast.runs.store.locking import locked
+from holdfast.runs.store.leases import Owner, locked
 from holdfast.server.audit_chain import (
     SERVER,
     SUFFIX,

@@ -26,7 +26,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.remote.operator_proofs import hash_of, key_id
 from holdfast.runs.store.files import PRIVATE, content_of, usable, write_atomically
 from holdfast.runs.store.forms import Count, Whole, required, validated
-from holdfast.runs.store.locking import locked
+from holdfast.runs.store.leases import locked
 from holdfast.runs.store.records import document, parsed
 from holdfast.server.http_refusals import Refused
 

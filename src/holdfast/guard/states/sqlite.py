@@ -41,7 +41,7 @@ from holdfast.guard.states.reachability import Reachability
 from holdfast.guard.states.spending import Charge, Grant, TokenBucket, spent
 from holdfast.io.files import open_regular
 from holdfast.runs.store.files import PRIVATE
-from holdfast.runs.store.locking import has_foreign_journal
+from holdfast.runs.store.leases import has_foreign_journal
 
 _FORMAT = 2
 _RETRY_S = 0.5  # between two attempts to use a file that was lost

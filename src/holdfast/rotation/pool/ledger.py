@@ -35,7 +35,7 @@ from holdfast.rotation.pool.ledger_state import (
 from holdfast.runs.store.append_log import AppendLog, Head, LogForm, equal
 from holdfast.runs.store.encryption import Seal
 from holdfast.runs.store.files import PRIVATE, content_of, refusal_in_pool, usable, write_atomically
-from holdfast.runs.store.locking import locked
+from holdfast.runs.store.leases import locked
 from holdfast.runs.store.records import document, read_document
 
 LEDGER, HEAD, LOCK = "ledger.jsonl", "ledger.head", "ledger.lock"

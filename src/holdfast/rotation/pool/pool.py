@@ -48,7 +48,7 @@ from holdfast.runs.store.files import (
     usable,
     write_atomically,
 )
-from holdfast.runs.store.locking import locked
+from holdfast.runs.store.leases import locked
 from holdfast.runs.store.records import document
 
 if TYPE_CHECKING:
