@@ -885,8 +885,8 @@ def clustered(model=None, **arguments):
     """The options of a cluster."""
     options = {**arguments, **arguments.pop("Ray", {})}
     options.pop("Ray", None)
-    settings = check_settings(options, "", kind=Assess)
-    settings.refuse_unusable_cluster(settings.workers, model)
+    settings = check_settings({"model": model, **options}, "", kind=Assess)
+    settings.refuse_unusable_cluster()
     return settings.ray_options(arguments.get("device", "cpu"))
 
 
