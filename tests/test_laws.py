@@ -132,7 +132,7 @@ def test_a_norm_that_an_attack_is_not_made_for_is_refused_by_name(attack, norm):
     assert repr(case) not in map(repr, cases.ATTACKS)
     model, batch, threat = laws.problem(case, n=2)
     with pytest.raises(
-        UsageError, match=rf"{type(attack).__name__} .*; the threat model is {norm.__name__}\("
+        UsageError, match=rf"{type(attack).__name__} .*; the threat model is {norm.__name__.lower()}:"
     ):
         laws.run(case, model, batch, threat)
 

@@ -44,7 +44,6 @@ def recorded(folder, adaptation, *, skip="", other=None, approved=True):
         if step.step != skip:
             server.took(adaptation.run, step.step, (other or {}).get(step.step, step.facts))
     server.took(adaptation.run, "end", {"outcome": adaptation.outcome, "reason": adaptation.reason})
-    server.poll()
     audit.close()
     return folder
 

@@ -138,7 +138,7 @@ def test_with_an_eps_the_same_point_comes_back_or_one_inside_the_ball(attack, ki
 )
 def test_a_norm_that_an_attack_is_not_made_for_is_refused(attack, constraint):
     model, batch = linear_problem(0)
-    with pytest.raises(UsageError, match=rf"{type(attack).__name__} minimises .*; the threat model is L"):
+    with pytest.raises(UsageError, match=rf"{type(attack).__name__} minimises .*; the threat model is l"):
         attack(model, batch, ThreatModel(constraint), rng=Draws(0))
 
 
