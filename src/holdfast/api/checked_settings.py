@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from importlib import import_module
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
-from pydantic import ModelWrapValidatorHandler, TypeAdapter, ValidationError, ValidationInfo, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
 from holdfast.api import placing
 from holdfast.api.placing import Ray
@@ -208,15 +207,4 @@ def composed(kind: type[G], *settings: SettingGroup) -> G:
     """Return an object with those settings of others that it has, and its defaults for the rest."""
     own = {key: value for each in settings for key, value in each if key in kind.model_fields}
     given = {key for each in settings for key in each.model_fields_set}
-    defaults = {
-        key: _validated_default(entry)
-        for key, entry in kind.model_fields.items()
-        if entry.validate_default and key not in own
-    }
-    return kind.model_construct(_fields_set=given & own.keys(), **defaults, **own)
-
-
-def _validated_default(entry: FieldInfo) -> Any:
-    """The default of a setting as pydantic converts it. `model_construct` would take it as declared."""
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[entry.annotation, *entry.metadata])
-    return adapter.validate_python(entry.default)
+    return kind.model_construct(_fields_set=given & own.keys(), **own)
