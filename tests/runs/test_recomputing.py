@@ -60,6 +60,12 @@ FORGED = [
         lambda c: c["gates"][1].update(condition="certified_accuracy >= 0.1"),
         "do not give: gate",
     ),
+    ("run.json", lambda c: c["data"].update(n=5000), r"data\.n 5000, .* give 40"),
+    (
+        "run.json",
+        lambda c: c["data"].update(groups={"column": "a", "names": ["a"], "of": "a", "absent": []}),
+        r"data\.groups True, .* give False",
+    ),
     ("verdict.json", lambda c: c["computed_from"].pop("doubts.json"), "doubts.json' is not the file"),
     ("verdict.json", lambda c: c["computed_from"].update({"x.json": "0" * 64}), "x.json' is not the file"),
 ]

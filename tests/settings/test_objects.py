@@ -1,15 +1,18 @@
 """The settings of a verb as an object: it is checked without torch, and runs as the function and the command do."""
 
+import inspect
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 import holdfast
+from holdfast.api.checked_settings import VERBS
 from holdfast.api.reading_settings import read_settings
 from holdfast.cli.app import run as command
 from holdfast.core.errors import UsageError
@@ -30,6 +33,37 @@ def test_objects_are_created_without_torch():
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CARRIED_OUT = {
+    (method.__qualname__, method)
+    for kind in (*VERBS.values(), holdfast.Doctor, holdfast.Explain, holdfast.Calibrate)
+    for base in kind.__mro__
+    for method in vars(base).values()
+    if inspect.isfunction(method) and "module" in inspect.getclosurevars(method).nonlocals
+}
+
+
+@pytest.mark.parametrize("method", [pytest.param(each, id=name) for name, each in sorted(CARRIED_OUT)])
+def test_the_function_of_a_method_has_its_parameters(method):
+    place = inspect.getclosurevars(method).nonlocals
+    function = getattr(import_module(place["module"]), place["name"])
+    settings, *stated = inspect.signature(method).parameters.values()
+    own, *parameters = inspect.signature(function).parameters.values()
+    assert (settings.name, own.name) == ("self", "settings")
+    rest = [each for each in parameters if each.kind is each.VAR_KEYWORD]
+    named = {each.name: (each.kind, each.default) for each in parameters if each not in rest}
+    for each in stated:
+        if each.name in named or not rest:
+            assert named.pop(each.name) == (each.kind, each.default)
+        else:
+            assert each.kind is each.KEYWORD_ONLY
+    assert all(default is not inspect.Parameter.empty for _, default in named.values())
+
+
+def test_every_verb_has_methods_with_functions():
+    names = {name for name, _ in CARRIED_OUT}
+    assert {"_Measured.run", "Harden.run", "Serve.run", "Monitor.run", "Adapt.run", "AuditVerb.run"} < names
 
 
 def test_the_object_the_function_the_file_and_the_command_make_the_same_run(tmp_path: Path):

@@ -15,8 +15,10 @@ import holdfast
 from holdfast import attacks, recipes
 from holdfast.api import reading_settings as settings
 from holdfast.api import rotate as rotating
+from holdfast.api.checked_settings import composed as compose_settings
+from holdfast.api.checked_settings import group_of
 from holdfast.api.starting import validate
-from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, RotateSettings
+from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, RotateSettings, Serve
 from holdfast.attacks.parts.ascent import cosine
 from holdfast.attacks.parts.losses import dlr
 from holdfast.attacks.pgd import margin_pgd
@@ -30,6 +32,7 @@ from holdfast.doubts.answering import arms
 from holdfast.recipes.training.recipe import RecipeFacts
 from holdfast.settings.default_suite import names_in_suite, usual_suite
 from holdfast.settings.grammar import parse_pairs, parse_surrogate, seconds
+from holdfast.settings.groups import ThreatSource
 from holdfast.settings.spellings import (
     ADAPTIVE,
     SPELLINGS,
@@ -652,3 +655,10 @@ def test_a_gate_on_a_verdict_is_valid_for_the_verb_that_reaches_it(tmp_path):
 def test_a_run_of_a_file_whose_name_is_not_utf_8_has_a_name(setting):
     given = Assess(**({"model": "net.pt", "data": "d.npz", "threat": "linf:0.1"} | setting))
     assert b"udcff" in canonical(settings.canonical_settings(given))
+
+
+def test_settings_that_are_composed_have_their_defaults_checked():
+    composed = compose_settings(Doctor, Serve(model="mnist-cnn"))
+    assert composed.threat == Doctor().threat
+    assert group_of(Serve(model="mnist-cnn"), ThreatSource).threat == Doctor().threat
+    assert ThreatSource.model_json_schema()["properties"]["threat"]["default"] == "linf:8/255"

@@ -54,7 +54,10 @@ def _function(name: str, kind: type[AuditVerb]) -> Callable[..., AuditResult]:
     )
 
     def call(*arguments: Any, **options: Any) -> AuditResult:
-        bound = parameters.bind(*arguments, **options).arguments
+        try:
+            bound = parameters.bind(*arguments, **options).arguments
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}") from None
         settings = kind(**given(model=bound["model"], data=bound["data"], **bound.get("settings", {})))
         return settings.run(
             **{"folder" if key == "run" else key: bound[key] for key in common if key in bound}

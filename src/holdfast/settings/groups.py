@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import get_annotations
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +23,7 @@ from holdfast.settings import values
 from holdfast.settings.default_suite import DEFAULT_SUITE
 from holdfast.settings.naming import CARD, COMBINATIONS, ENSEMBLE, MIXED, SOURCES
 from holdfast.threats.domains import TEXT
+from holdfast.threats.parsing import threat_of
 
 Section = Literal["command", "threat", "model", "data", "report", "run"]
 """The part of the help that an option is in; `command` has the options that only one command has."""
@@ -404,6 +405,13 @@ class ThreatSource(SettingGroup):
         description="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000 (default: "
         "linf:8/255).",
     )
+
+    @classmethod
+    def model_construct(cls, _fields_set: set[str] | None = None, **values: Any) -> Self:
+        """Return settings without validation, but with a parsed default of the threat model."""
+        given = set(values) if _fields_set is None else _fields_set
+        usual = threat_of(cls.model_fields["threat"].default)
+        return super().model_construct(_fields_set=given, **{"threat": usual, **values})
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a threat on texts in an adaptation or a rotation, and for the name of a target class

@@ -124,11 +124,16 @@ def refuse_other(file: Path, name: str, stored: object, computed: object) -> Non
         )
 
 
-def refuse_other_settings(path: Path, manifest: Manifest) -> None:
-    """Raise `TargetError` if a digest in `run.json` is not that of its settings or of its groups of examples."""
+def refuse_other_settings(path: Path, manifest: Manifest, n: int) -> None:
+    """Raise `TargetError` if a digest in `run.json` is not that of its settings or of its groups of examples, or if its
+    numbers of examples are not `n`.
+    """
     file, groups = path / MANIFEST, manifest.data.get("groups")
     config: Mapping[str, Any] = dict(manifest.config)
+    refuse_other(file, "data.n", manifest.data.get("n", n), n)
+    refuse_other(file, "data.groups", groups is not None, "groups" in config)
     if groups is not None:
+        refuse_other(file, "data.groups.of", len(groups["of"]), n)
         refuse_other(file, "config.groups.digest", config["groups"]["digest"], digest(canonical(groups)))
     refuse_other(file, "digests.config", manifest.digests["config"], digest(canonical(config)))
 

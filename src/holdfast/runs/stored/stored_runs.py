@@ -278,7 +278,7 @@ def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[st
 def _result(record: Record, path: Path, chain: Chain, decided: Decided) -> Result:
     rotation = recorded_document(path, chain, ROTATION)
     evidence = with_attackers(evidence_of(record), rotation)
-    refuse_other_settings(path, record.manifest)
+    refuse_other_settings(path, record.manifest, len(evidence))
     gates, inputs = computed_gates(path, decided, evidence), adversarial(record)
     refuse_other_worst_case(path, worst_case(evidence, inputs))
     about = {**read_about(path), "command": command_of(record.manifest.to_json(), gates)}
