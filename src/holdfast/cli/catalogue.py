@@ -8,13 +8,13 @@ import click
 
 from holdfast.attacks.suites import SUITES, VARIANTS, SuiteName
 from holdfast.cli import completing
-from holdfast.cli.options import Voice, with_voice
+from holdfast.cli.options import Command, Voice, with_voice
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-@click.command(short_help="list the bundled models and architectures")
+@click.command(cls=Command, short_help="list the bundled models and architectures")
 @with_voice
 def models(voice: Voice) -> None:
     """List the bundled models, and the architectures for files that contain only parameters (--arch)."""
@@ -31,7 +31,7 @@ def models(voice: Voice) -> None:
     voice.console().print(table)
 
 
-@click.command(short_help="list the attacks, or show one with its settings")
+@click.command(cls=Command, short_help="list the attacks, or show one with its settings")
 @click.argument("name", required=False, type=completing.ATTACK)
 @with_voice
 def attacks(voice: Voice, name: str | None) -> None:

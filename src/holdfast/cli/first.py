@@ -10,10 +10,10 @@ from holdfast.api.starting import GUARD, draft_rules
 from holdfast.api.starting import init as write_starting_file
 from holdfast.api.starting import validate as check_file
 from holdfast.cli import completing
-from holdfast.cli.options import Voice, with_voice
+from holdfast.cli.options import Command, Voice, with_voice
 
 
-@click.command(short_help="write a commented holdfast.yaml")
+@click.command(cls=Command, short_help="write a commented holdfast.yaml")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--model",
@@ -69,7 +69,7 @@ def init(
     voice.say(f"wrote {written}; next: {following}")
 
 
-@click.command(short_help="check a holdfast.yaml without running it")
+@click.command(cls=Command, short_help="check a holdfast.yaml without running it")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--schema", "print_schema", is_flag=True, help="Print the JSON Schema for editors and exit.")
 @with_voice
@@ -93,7 +93,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
             voice.say(f"note: {note}")
 
 
-@click.command(short_help="assess a bundled model, offline, in about a minute")
+@click.command(cls=Command, short_help="assess a bundled model, offline, in about a minute")
 @click.option(
     "-o",
     "--output",

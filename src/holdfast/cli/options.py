@@ -71,8 +71,7 @@ class Command(click.Command):
         super().__init__(*arguments, **settings)
         rare = [option for option in self.params if isinstance(option, GroupedOption) and not option.common]
         self.abridged = len(rare) > _FEW
-        if self.abridged:
-            self.params.append(click.Option(["--help-all"], **_HELP_ALL))
+        self.params.append(click.Option(["--help-all"], hidden=not self.abridged, **_HELP_ALL))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, each part below its title, and the number of those that are not shown."""
@@ -102,6 +101,10 @@ class Group(click.Group):
     """A group of commands that rejects a command line in which an option with one value is given twice."""
 
     command_class = Command
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params.append(click.Option(["--help-all"], hidden=True, **_HELP_ALL))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -6,14 +6,14 @@ from pathlib import Path
 import click
 
 from holdfast.cli.early import refuse_reports
-from holdfast.cli.options import Voice, expecting_head, with_voice
+from holdfast.cli.options import Command, Voice, expecting_head, with_voice
 from holdfast.core.catalogue import REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
 
 
-@click.command(short_help="write the reports of a finished run again")
+@click.command(cls=Command, short_help="write the reports of a finished run again")
 @click.argument("folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -80,7 +80,7 @@ def _annex(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], sta
     return 0
 
 
-@click.command(short_help="check that the files of a run, a pool or an audit are unchanged")
+@click.command(cls=Command, short_help="check that the files of a run, a pool or an audit are unchanged")
 @click.argument("run", metavar="FOLDER", type=click.Path(path_type=Path))
 @expecting_head(
     "Refuse a run or audit whose chain, a pool whose ledger, or an audit folder whose server chains do not contain "
@@ -152,7 +152,7 @@ _UNBROKEN = 1000
 """Width in characters that is larger than any table."""
 
 
-@click.command(short_help="list the runs in a folder")
+@click.command(cls=Command, short_help="list the runs in a folder")
 @click.argument("folder", default="holdfast-runs", type=click.Path(path_type=Path))
 @with_voice
 def runs(voice: Voice, folder: Path) -> None:
@@ -185,7 +185,7 @@ def runs(voice: Voice, folder: Path) -> None:
     console.print(table)
 
 
-@click.command(short_help="show what changed between two runs on the same examples")
+@click.command(cls=Command, short_help="show what changed between two runs on the same examples")
 @click.argument("first", metavar="RUN_A", type=click.Path(path_type=Path))
 @click.argument("second", metavar="RUN_B", type=click.Path(path_type=Path))
 @click.option(

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from holdfast.cli.options import Voice, with_voice
+from holdfast.cli.options import Command, Voice, with_voice
 from holdfast.core.errors import UsageError
 
 _MOST_PORT = 65_535
 
 
-@click.command(short_help="show the runs of a folder in a browser")
+@click.command(cls=Command, short_help="show the runs of a folder in a browser")
 @click.argument("folder", default="holdfast-runs", type=click.Path(path_type=Path))
 @click.option(
     "--port",

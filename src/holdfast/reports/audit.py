@@ -63,6 +63,7 @@ def audit_report(content: Json) -> Report:
         badge=(VERDICTS[tone][0], capitalized(content["verdict"])),
         lead=[*_lead(content)],
         sections=[*_sections(content)],
+        case=("audit", content["kind"]),
         checks=[Check("gates", gate["gate"], gate["verdict"], gate["because"]) for gate in content["gates"]],
         properties={
             "verdict": content["verdict"],

@@ -95,6 +95,7 @@ def run_report(summary: Json, examples: "Columns | None" = None, later_gates: Se
         lead=_lead(summary),
         highlights=[*_highlights(summary)],
         sections=[*_sections(summary, later_gates)],
+        case=("assessment", f"{_about(summary)}, {summary['threat']['constraint']}"),
         checks=[*_checks(summary)],
         properties=_properties(summary),
         created=summary["run"].get("created", ""),

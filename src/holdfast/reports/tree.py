@@ -362,6 +362,8 @@ class Report:
     lead: Sequence[Block] = ()
     """what belongs to the verdict, such as the reasons for it"""
     highlights: Sequence[Highlight] = ()
+    case: tuple[str, str] | None = None
+    """group and name of the result as a test case; None for `verb` and `about`"""
     checks: Sequence[Check] = ()
     """test cases after the first one, which is the result itself"""
     properties: Mapping[str, str] = field(default_factory=dict)

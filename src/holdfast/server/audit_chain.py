@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -190,6 +190,14 @@ class ChainFile:
         with self._lock, suppress(OSError):
             os.close(self._handle)
             self._handle = -1  # a check that still runs must not write to another file with this number
+
+
+def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
+    """Return records as lines of a chain file, and the digest of the last one. `head` is the digest of the record
+    before them.
+    """
+    data, last = FORM.lines(map(canonical, contents), Head(0, head))
+    return data, last.digest
 
 
 def _locked(handle: int) -> bool:

@@ -14,7 +14,8 @@ from holdfast.reports.tree import Check, Report
 
 def render(report: Report, file: TextIO) -> None:
     """Write a report as JUnit XML, which is valid under the schemas of Jenkins and of the legacy reports of JUnit 5."""
-    checks = [Check(report.verb, report.about, "pass", report.headline), *report.checks]
+    group, name = report.case or (report.verb, report.about)
+    checks = [Check(group, name, "pass", report.headline), *report.checks]
     states = [check.state for check in checks]
     counted = {
         "tests": str(len(checks)),
