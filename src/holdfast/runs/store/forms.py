@@ -42,7 +42,8 @@ def validated(file: Path, content: Any, model: Hashable) -> Any:
         return conforming(content, model)
     except FormFault as fault:
         raise TargetError(
-            f"{str(file)!r} has another format than this version writes: {fault}; restore it from a copy"
+            f"{str(file)!r} has another format than this version writes: {fault}; restore it from a copy, or repeat "
+            "the run if an earlier version wrote it"
         ) from None
 
 
