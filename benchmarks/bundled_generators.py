@@ -13,9 +13,9 @@ import holdfast
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.generators import Diffusion, ImageGAN, ImageVAE, diffusion, vae
+from holdfast.generators import Diffusion, ImageGAN, ImageVAE, networks, vae
 from holdfast.generators.opening import content_of
-from holdfast.recipes.training import generator as gans
+from holdfast.recipes.training import gans
 
 SEED, SAMPLES = 0, 500
 MEASURED = {
@@ -37,7 +37,7 @@ class Recipe:
 
 
 def trained_diffusion(x: Tensor, y: Tensor) -> nn.Module:
-    return diffusion.fit(Diffusion(), x, y, updates=DIFFUSION_UPDATES, seed=SEED)
+    return networks.fit(Diffusion(), x, y, updates=DIFFUSION_UPDATES, seed=SEED)
 
 
 def trained_vae(x: Tensor, y: Tensor) -> nn.Module:

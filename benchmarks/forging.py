@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.audits.audit import FINDING, judged, open_audit
 from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.runs.store.records import CHAIN, document
+from holdfast.runs.store.folder import CHAIN, document
 
 Place = tuple[str | int, ...]
 

@@ -166,8 +166,8 @@ def throughput(device: "Device", sizes: Sizes, end: float) -> Iterator[Row]:
     from holdfast.core.constraints import Linf
     from holdfast.core.draws import Draws
     from holdfast.core.model import Classifier
-    from holdfast.core.number_format import Precision, computing, lay_out
     from holdfast.core.threat import ThreatModel
+    from holdfast.core.training import Precision, computing, lay_out
 
     n, attack, threat = sizes.batch, PGD(steps=10, drop=False), ThreatModel(Linf(8 / 255))
     batch = Batch(torch.rand(n, 3, 32, 32), torch.zeros(n, dtype=torch.long), torch.arange(n)).to(device)

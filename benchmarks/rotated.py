@@ -21,7 +21,7 @@ from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
 from holdfast.attacks import Transfer
 from holdfast.attacks.parts.ascent import ascend
-from holdfast.attacks.parts.averaged_models import Ensemble
+from holdfast.attacks.parts.fast_networks import Ensemble
 from holdfast.attacks.parts.losses import cross_entropy, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
@@ -29,7 +29,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe

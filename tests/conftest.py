@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shelf import Shelf
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTING = ("holdfast.io.limited.calling", "holdfast.runs.engine.children")
+STARTING = ("holdfast.io.limited.calling", "holdfast.runs.engine.processes")
 """modules that start processes"""
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=25)

@@ -20,7 +20,7 @@ from holdfast.attacks import FGSM, FMN, PGD, Corruption
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.runs.assess.checks import small_eps_note, wide_bounds_note
+from holdfast.runs.assess.preparation import small_eps_note, wide_bounds_note
 from holdfast.runs.engine.progress import Step
 
 N, CLASSES = 12, 3

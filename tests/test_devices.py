@@ -20,7 +20,7 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.corruptions import EXTRA, STANDARD
 from holdfast.doubts.probing import probes_for
-from holdfast.io.models.denoiser import with_denoiser
+from holdfast.io.models.composed import with_denoiser
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.runs.harness import measure
 from holdfast.testing import laws
@@ -28,8 +28,8 @@ from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.recipes import SHORT
 from holdfast.testing.relu import relu_problem
 from holdfast.testing.shapes import unchecked
-from holdfast.threats.corruptions import Corruptions
 from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Corruptions
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 from pretended_device import CPU, DEVICE, Pretended, pretended
 

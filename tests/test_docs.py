@@ -32,7 +32,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.data import open_data
-from holdfast.io.models.denoiser import with_denoiser
+from holdfast.io.models.composed import with_denoiser
 from holdfast.io.models.models import bundled_models, open_model
 from holdfast.metrics.names import METRICS
 from holdfast.recipes.training.fit import Training
@@ -42,9 +42,8 @@ from holdfast.settings.spellings import SPELLINGS, SUITE_SPELLINGS, attack_calle
 from holdfast.settings.values import written_fields
 from holdfast.testing import fakes
 from holdfast.testing.recipes import threat_for
-from holdfast.threats.corruptions import Corruptions
 from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Spatial
+from holdfast.threats.transformations import Corruptions, Spatial
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
 ROOT = Path(__file__).resolve().parents[1]

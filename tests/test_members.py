@@ -13,8 +13,7 @@ from holdfast.cli.app import run
 from holdfast.cli.assess import refuse_code_of_config
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.io.models.ensembles import Ensemble
-from holdfast.io.models.mixtures import Mixture, fitted, transformed
+from holdfast.io.models.composed import Ensemble, Mixture, fitted, transformed
 from holdfast.reports.words import threat_in_words
 
 X = torch.rand(40, 6, generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,8 @@ import holdfast
 from holdfast.api.expecting import refuse_other_range
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
-from holdfast.io.data.ranges import Ranges
+from holdfast.io.data.layouts import Expected, Ranges
+from holdfast.io.data.loaders import as_data
 from holdfast.io.models.generators import open_generator
 from holdfast.recipes.generated import FileSamples
 

@@ -53,40 +53,38 @@ from holdfast.api.verb_settings import (
 )
 from holdfast.attacks import PGD
 from holdfast.audits.audit import AuditStart
-from holdfast.audits.backdoor.training import refuse_short
+from holdfast.audits.backdoor.controls import refuse_short
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
-from holdfast.certifiers.bounds.region import region_of
+from holdfast.certifiers.bounds.graph import region_of
 from holdfast.certifiers.smoothing.smoothing import Smoothing
 from holdfast.certifiers.vnnlib.deciding import _fitting
 from holdfast.certifiers.vnnlib.reading import read_query
 from holdfast.cli.app import _COMMANDS, verbs
 from holdfast.cli.assess import refuse_code_of_config, refuse_hosts_of_config, refuse_logs_of_config
 from holdfast.cli.vnn import _needed, vnn
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, off_range
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, failure_from_json, failure_to_json
-from holdfast.core.labels import off_range
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.needs import refuse_unmet
-from holdfast.core.refusals import refuse_lost
 from holdfast.core.remedies import Install, Placeholder, Remedy
+from holdfast.core.training import refuse_lost
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.data.arrays import selected_rows
-from holdfast.io.data.class_numbers import MOST_NAMES, class_numbers, matched, numbered_words
 from holdfast.io.data.data import open_data as open_table_file
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.labels import MOST_NAMES, class_numbers, matched, numbered_words
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 from holdfast.io.data.mixed_tables import TableFile, open_mixed
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.doctor import misfit
 from holdfast.io.limited.calling import HERE
 from holdfast.io.models.cards import CARD, trained_by
 from holdfast.io.onnx.reading import _filled
-from holdfast.io.remote.answers import ServerAnswers
-from holdfast.io.remote.counting import InspectionCounter
-from holdfast.io.remote.payloads import Shaped, Template
+from holdfast.io.remote.payloads import ServerAnswers, Shaped, Template
 from holdfast.io.remote.probing import ProbedClassifier
+from holdfast.io.remote.served_model import InspectionCounter
 from holdfast.metrics.catalogue import estimate
 from holdfast.recipes import DPSGD, PolicyTraining
 from holdfast.recipes.lipschitz import order_of
@@ -94,7 +92,7 @@ from holdfast.recipes.training.fit import Training
 from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.engine.children import unshared
+from holdfast.runs.engine.processes import unshared
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.harden.held_out import refuse_judged
 from holdfast.runs.harden.pace import Pace, below_an_epoch, too_small
@@ -2109,7 +2107,7 @@ NOT_BUILT = {
     "api/pooled.py": "a pool, whose trainings take minutes",
     "core/remedies.py": "the class itself, and constants that other files use",
     "runs/engine/ray_": "a cluster",
-    "runs/assess/sending.py": "a cluster",
+    "runs/assess/executors.py": "a cluster",
     "recipes/atta.py:prepared": "examples that are read by index and larger than memory",
     "api/hardening.py:_with_unlabelled": "examples that are read by index",
     "recipes/training/distributed.py": "several processes that train together",

@@ -21,7 +21,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.runs.engine.progress import ignore
 
 pandas = pytest.importorskip("pandas")

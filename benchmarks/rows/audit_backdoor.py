@@ -18,17 +18,16 @@ from benchmarks.record import Cells, Claim, Outcome
 from holdfast.audits.backdoor.audit import BackdoorRequest, measure
 from holdfast.audits.backdoor.conclusion import finding_of, suspect
 from holdfast.audits.backdoor.controls import Controls, SizeCache, predicted
-from holdfast.audits.backdoor.inversion import Inversion, Inverted
+from holdfast.audits.backdoor.inversion import Inversion, Inverted, Strip
 from holdfast.audits.backdoor.measurements import measured as audited
-from holdfast.audits.backdoor.strip import Strip
+from holdfast.audits.finding import StoredSteps
 from holdfast.audits.planting import POISONINGS, poisoned
-from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
-from holdfast.statistics.detection_rates import auroc
+from holdfast.statistics.intervals import auroc
 from holdfast.threats.triggers import Trigger
 
 ROW, WHAT = "audit-backdoor", "planted backdoors and clean networks against 20 control networks, and STRIP"

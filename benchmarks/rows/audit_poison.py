@@ -9,11 +9,10 @@ from benchmarks import parts
 from benchmarks.networks import images, two_conv_two_fc
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.api.audit_poison import training
+from holdfast.audits.finding import StoredSteps
 from holdfast.audits.planting import SIG, BadNets, Blended, Flip, Poisoning, poisoned
 from holdfast.audits.poison.audit import METHODS, PoisonRequest, Scored, Train, measure, scored, with_trusted
-from holdfast.audits.poison.conclusion import finding_of
-from holdfast.audits.poison.suspects import suspects_of
-from holdfast.audits.stored_steps import StoredSteps
+from holdfast.audits.poison.conclusion import finding_of, suspects_of
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier

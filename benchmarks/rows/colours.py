@@ -17,9 +17,9 @@ from benchmarks.networks import present
 from benchmarks.paired import Peer, contest
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import GridSearch, TransformPGD
-from holdfast.attacks.parts.image_transforms import reached
+from holdfast.attacks.parts.images import reached
 from holdfast.core.model import Bounds
-from holdfast.threats.colour import Colour
+from holdfast.threats.transformations import Colour
 
 WHAT = "colours turned and faded, beside 1,000 random trials: broken on the same images"
 FREE, NARROW = Colour(hue=180, saturation=1), Colour(hue=18, saturation=0.3, brightness=0.2, contrast=0.3)

@@ -13,7 +13,7 @@ from benchmarks.hardened import dataset, hardened_in_cpu_time, interval, standin
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.estimate import Estimate
-from holdfast.io.models.int8 import naive_gradients
+from holdfast.io.models.architectures import naive_gradients
 from holdfast.runs.assess.result import Result
 from holdfast.statistics.intervals import paired_difference
 

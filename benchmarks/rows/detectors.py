@@ -18,7 +18,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.doubts.gallery import undefended
 from holdfast.doubts.gallery.small_networks import digit_network, trained_on_digits
 from holdfast.runs.assess.result import Result
-from holdfast.statistics.detection_rates import threshold
+from holdfast.statistics.intervals import threshold
 
 WHAT = "detectors joined to a network: AUROC, true positives and robust accuracy with rejection, by who knows or not"
 N, EPS, FITTED, CALIBRATED, FALSE_POSITIVES, SEED = 500, 0.3, 2000, 1000, 0.05, 0

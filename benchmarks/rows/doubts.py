@@ -14,8 +14,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import probes_for
-from holdfast.doubts.protocol import Probe
-from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, SAMPLE
+from holdfast.doubts.protocol import BACKWARDS, FORWARDS, SAMPLE, Probe
 
 WHAT = "doubts: flags on honest networks under three suites, on masked ones, and the cost of the probes"
 N = SAMPLE

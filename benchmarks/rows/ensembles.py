@@ -24,8 +24,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.architectures import ResidualBlock
-from holdfast.io.models.mixtures import fitted
-from holdfast.metrics.columns import robust, suite_robust
+from holdfast.io.models.composed import fitted
+from holdfast.metrics.shares import robust, suite_robust
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe

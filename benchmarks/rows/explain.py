@@ -24,11 +24,11 @@ from holdfast.explanation.attributions import (
     occlusion,
     smooth_gradient,
 )
+from holdfast.explanation.case import About
 from holdfast.explanation.counterfactual import changes, counterfactual
 from holdfast.explanation.example import explain_example
-from holdfast.explanation.wording import About
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.models.models import Declared, open_model
 from holdfast.runs.harness import Target, prepared
 from holdfast.threats.tables.table import Table

@@ -5,9 +5,9 @@ from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.api.verbs import exhibition
 from holdfast.doubts.gallery import EPS, ITEMS, undefended
-from holdfast.doubts.thresholds import SAMPLE
+from holdfast.doubts.protocol import SAMPLE
 from holdfast.io.data.data import open_data
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.exhibition import assessed_net as by_attacks
 from holdfast.runs.assess.exhibition import raised
 from holdfast.runs.harness.kinds.passes import FIXED

@@ -14,10 +14,10 @@ from holdfast.audits.generator.parts import Context
 from holdfast.audits.generator.planting import planted_diffusion
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.generators.diffusion import Diffusion, fit
+from holdfast.generators.networks import Diffusion, fit
 from holdfast.generators.opening import opened_generator
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.models.generators import open_generator
 
 WHAT = "the bundled diffusion model trained further with and without a backdoor: how many the search flags"

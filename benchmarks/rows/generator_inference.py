@@ -14,13 +14,14 @@ from holdfast.audits.generator.parts import Context
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.generators import GAN, Diffusion, diffusion
+from holdfast.generators import GAN, Diffusion
+from holdfast.generators.networks import fit
 from holdfast.generators.opening import opened_generator
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.models.generators import OpenedGenerator
-from holdfast.recipes.training import generator as gans
-from holdfast.recipes.training.robust_gan import RobustGAN, RobustLosses
+from holdfast.recipes.training import gans
+from holdfast.recipes.training.gans import RobustGAN, RobustLosses
 
 WHAT = "membership inference of a GAN and a diffusion model of 200 digits, and of the bundled ones of 60,000"
 ROW, SEED, FEW, SAMPLES = "generator-inference", 0, 200, 2_000
@@ -131,7 +132,7 @@ def memorising(kind: str, x: Tensor) -> Diffusion | GAN:
     torch.manual_seed(SEED)
     y = torch.arange(FEW)
     if kind == "diffusion":
-        return diffusion.fit(Diffusion(classes=FEW), x, y, updates=UPDATES[kind], batch=BATCH, seed=SEED)
+        return fit(Diffusion(classes=FEW), x, y, updates=UPDATES[kind], batch=BATCH, seed=SEED)
     losses = RobustLosses(eps=0, smoothness=0, r1=R1, class_head=0)
     networks = _Generator(), _Discriminator()
     training = RobustGAN(x[:1], FEW, Bounds(), Draws(SEED), networks, (LATENT,), losses)

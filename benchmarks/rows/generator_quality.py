@@ -12,12 +12,11 @@ from benchmarks.absent import Absent
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.audits.features import penultimate
-from holdfast.audits.generator.copies import copies
-from holdfast.audits.generator.quality import Quality, frechet_distance, kernel_distance, quality
+from holdfast.audits.generator.copies import Quality, copies, frechet_distance, kernel_distance, quality
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.models.models import open_model
 
 WHAT = "measures of planted faults in samples of MNIST: noise, a missing class, repeated images, copies"

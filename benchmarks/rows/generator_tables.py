@@ -11,8 +11,15 @@ from holdfast.core.draws import Draws
 from holdfast.io.data.mixed_tables import MixedTables, TableFile, open_mixed
 from holdfast.io.data_catalogue import data_folder
 from holdfast.statistics.intervals import bonferroni
-from holdfast.statistics.table_fidelity import column_shapes, pair_trends
-from holdfast.statistics.table_risks import Rows, inference, linkability, risk, singling_out
+from holdfast.statistics.synthetic_tables import (
+    Rows,
+    column_shapes,
+    inference,
+    linkability,
+    pair_trends,
+    risk,
+    singling_out,
+)
 
 WHAT = "synthetic tables of Adult: training rows, new rows, and columns that are resampled independently"
 TRAIN, N, ATTEMPTS = 8_000, 4_000, 1_000

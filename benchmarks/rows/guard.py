@@ -16,8 +16,8 @@ from holdfast.api.guards import Guard
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.doubts.gallery import undefended
-from holdfast.guard.detectors.features import features_of
-from holdfast.statistics.conformal import combined_thresholds
+from holdfast.guard.detectors.mahalanobis import features_of
+from holdfast.statistics.intervals import combined_thresholds
 
 WHAT = "the guard: false positives of its combined rules, CPU time of a request, and detectors under attacks"
 FITTED, N, EPS, SEED = 2000, 100, 0.2, 0

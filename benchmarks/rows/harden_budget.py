@@ -16,11 +16,11 @@ from benchmarks import ours
 from benchmarks.networks import images, network
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.core.checkpoint import TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import TrainingPlan
 from holdfast.recipes import SingleStep
 from holdfast.recipes.training.fit import Training, updates
 from holdfast.runs.harden.checkpoints import LAST, saved

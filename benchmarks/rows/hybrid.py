@@ -13,7 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.data import open_data
-from holdfast.metrics.columns import robust
+from holdfast.metrics.shares import robust
 from holdfast.recipes import Hybrid, PGDTraining
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe

@@ -7,10 +7,10 @@ from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.policy import EPS, SEED, TRAINED, bundled, cells, trained
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import STATE, without_prefix
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import STATE, without_prefix
 from holdfast.recipes import LeagueTraining
 from holdfast.recipes.training.recipe import Finished
 

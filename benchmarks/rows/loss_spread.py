@@ -7,9 +7,9 @@ from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.doubts.gallery import ITEMS, undefended
 from holdfast.doubts.loss_spread import LOSS_SPREAD
-from holdfast.doubts.thresholds import SAMPLE
+from holdfast.doubts.protocol import SAMPLE
 from holdfast.io.data.data import open_data
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.exhibition import assessed_net
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harness.kinds.passes import FIXED

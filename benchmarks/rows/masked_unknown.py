@@ -22,7 +22,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.constraints import Linf
 from holdfast.doubts.gallery import DISCRETE, EPS, Item, undefended
 from holdfast.io.data.data import open_data
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.exhibition import SOUND, assessed_net
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harness import Member

@@ -16,7 +16,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.peers import peer, version
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.membership import rates, scores
+from holdfast.audits.membership import scores
 from holdfast.audits.membership.references import (
     ReferenceTraining,
     Signals,
@@ -131,8 +131,8 @@ def _rates(attack: Attack, phi: Tensor, inside: Tensor, references: int) -> tupl
     for target in range(TARGETS):
         used = _chosen(target, references)
         score = attack(phi[target], phi[used], inside[used])
-        found.append(rates.tpr(score, inside[target], FPR))
-        areas.append(rates.auc(score, inside[target]))
+        found.append(scores.tpr(score, inside[target], FPR))
+        areas.append(scores.auc(score, inside[target]))
     return statistics.mean(found), statistics.mean(areas)
 
 
@@ -171,8 +171,8 @@ def _privacy_meter(run_rmia: Any, inside: Tensor, signals: Signals, references: 
                 p[target, :n], p[used, :n].T, inside[used, :n].numpy().T, p[target, n:], p[used, n:].T, 0.3
             )
         )
-        found.append(rates.tpr(score, inside[target, :n], FPR))
-        areas.append(rates.auc(score, inside[target, :n]))
+        found.append(scores.tpr(score, inside[target, :n], FPR))
+        areas.append(scores.auc(score, inside[target, :n]))
     return statistics.mean(found), statistics.mean(areas)
 
 
@@ -194,8 +194,8 @@ def _art(art: Any, x: Tensor, y: Tensor, inside: Tensor, rng: Draws) -> tuple[fl
         attack.fit(*sides[0], *sides[1])
         score = attack.infer(x[:n][~known].numpy(), y[:n][~known].numpy(), probabilities=True)
         likely = torch.from_numpy(np.asarray(score, dtype=np.float64)).reshape(int((~known).sum()), -1)[:, -1]
-        found.append(rates.tpr(likely, member[~known], FPR))
-        areas.append(rates.auc(likely, member[~known]))
+        found.append(scores.tpr(likely, member[~known], FPR))
+        areas.append(scores.auc(likely, member[~known]))
     return statistics.mean(found), statistics.mean(areas)
 
 

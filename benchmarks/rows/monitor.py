@@ -14,11 +14,9 @@ from benchmarks.drift_streams import CHANGE, LENGTH, SHIFTED, STATIONARY, shifte
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.draws import Draws
-from holdfast.monitoring.adwin import Adwin
-from holdfast.monitoring.page_hinkley import PageHinkley
-from holdfast.monitoring.protocol import HORIZON
+from holdfast.monitoring.series import Adwin, PageHinkley
 from holdfast.monitoring.signals import INPUTS, Signals
-from holdfast.monitoring.watching import ALPHA, test_of
+from holdfast.monitoring.watching import ALPHA, HORIZON, test_of
 from holdfast.statistics.intervals import clopper_pearson
 
 WHAT = "tests of a stream: ADWIN and Page-Hinkley beside river, delay after a shift of one deviation, false alarms"

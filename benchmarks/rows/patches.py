@@ -14,7 +14,7 @@ from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.traffic_signs import CLASSES, signs, trained
 from holdfast.attacks import AdversarialPatch
-from holdfast.attacks.parts.patch_places import pasted
+from holdfast.attacks.parts.images import pasted
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel

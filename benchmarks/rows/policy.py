@@ -14,10 +14,10 @@ from benchmarks.networks import images, network
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import STATE, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import STATE, Checkpoint, without_prefix
 from holdfast.recipes import PolicyTraining
 from holdfast.recipes.training.attack_policies import Policy, distribution
 from holdfast.recipes.training.recipe import Recipe

@@ -12,9 +12,9 @@ from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
+from holdfast.core.gradients import Through
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.through import Through
 from holdfast.doubts.gallery.purifiers import ITEMS, NOISY, STEPS, network_of
 from holdfast.io.data.data import open_data
 from holdfast.runs.assess.exhibition import assessed_net, raised

@@ -25,11 +25,9 @@ from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.guard.detectors.blacklight import Blacklight
-from holdfast.guard.detectors.informed import InformedSquare
-from holdfast.guard.detectors.oars import OARS, Base
-from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, radius_for
-from holdfast.guard.detectors.screened import Screened
+from holdfast.guard.detectors.evasion import OARS, Base, InformedSquare
+from holdfast.guard.detectors.fingerprints import Blacklight
+from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, Screened, radius_for
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.sqlite import SQLiteState
 

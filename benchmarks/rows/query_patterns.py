@@ -23,18 +23,15 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
+from holdfast.core.meter import Answering
 from holdfast.core.model import Classifier
-from holdfast.core.refused import Answering
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits
-from holdfast.guard.detectors.informed import InformedSquare
-from holdfast.guard.detectors.oars import OARS
-from holdfast.guard.detectors.patterns import CoarsePatterns
-from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, for_cameras
-from holdfast.guard.detectors.screened import Screened
+from holdfast.guard.decisions import Releasing, release_of
+from holdfast.guard.detectors.evasion import OARS, CoarsePatterns, InformedSquare
+from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, Screened, for_cameras
 from holdfast.guard.query_rule import KEY_VARIABLE, QueryRule
 from holdfast.guard.rejecting import rejecting
-from holdfast.guard.released_scores import Releasing, release_of
 from holdfast.guard.states.memory import MemoryState
 
 WHAT = "coarse patterns and other query attacks with the guard, with other answers and budgets; streams of one scene"

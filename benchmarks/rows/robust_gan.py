@@ -9,19 +9,19 @@ import torch
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.audits.generator.audit import GeneratorAudit
+from holdfast.audits.generator.copies import frechet_distance
 from holdfast.audits.generator.evasion import Discriminator
 from holdfast.audits.generator.hardening import GeneratorHardening
 from holdfast.audits.generator.parts import Context
-from holdfast.audits.generator.quality import frechet_distance
 from holdfast.audits.generator.sensitivity import LatentChange
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.generators import ImageGAN
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.models.generators import open_generator
 from holdfast.io.models.models import open_model
-from holdfast.recipes.training.robust_gan import RobustLosses
+from holdfast.recipes.training.gans import RobustLosses
 
 WHAT = "`robust-gan` beside the plain GAN on MNIST, equal updates, three seeds"
 ROW = "robust-gan"

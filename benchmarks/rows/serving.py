@@ -21,8 +21,8 @@ from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.serving_setups import Loading, loop_and_parser, model, ours, running, setup
 from benchmarks.throughput import Contestant, alternated, bare, cells, litserve, ratio
 from holdfast.api.guard_opening import open_guard
-from holdfast.rotation.live import canary
 from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.rotating_model import canary
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.live_pool import LivePool
 from holdfast.server.supervisor import Supervisor

@@ -13,16 +13,14 @@ from benchmarks.hardened import dataset
 from benchmarks.networks import CACHE
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.certifiers.smoothing.noise import numbered_noise
-from holdfast.certifiers.smoothing.smoothing import Smoothing, miss_limit
-from holdfast.certifiers.smoothing.votes import votes_of
+from holdfast.certifiers.smoothing.smoothing import Smoothing, miss_limit, numbered_noise, votes_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.architectures import mnist_cnn
-from holdfast.io.models.denoiser import with_denoiser
+from holdfast.io.models.composed import with_denoiser
 from holdfast.io.models.models import open_model
 from holdfast.recipes import Denoising, GaussianNoise
 from holdfast.recipes.training.fit import Training

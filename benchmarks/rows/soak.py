@@ -29,7 +29,7 @@ from benchmarks.guarded import calibrate, environment, fill, holdfast
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.retrying import KINDS, Received, steady, traffic
-from holdfast.guard.detectors.query_clusters import StateLimits
+from holdfast.guard.detectors.queries import StateLimits
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import VerifiedAudit, verify_audit
 from holdfast.server.keys import add_key

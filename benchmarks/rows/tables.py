@@ -21,7 +21,7 @@ from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.arrays import Choice
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.data.tables import open_table
 from holdfast.io.models.models import Declared
 from holdfast.settings.table_rules import drafted, rules_from

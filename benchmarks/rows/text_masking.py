@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.texts import texts_of
 from holdfast.attacks import TextSearch
-from holdfast.certifiers.smoothing.smoothed_votes import SmoothedVotes
+from holdfast.certifiers.smoothing.smoothing import SmoothedVotes
 from holdfast.certifiers.texts.masking import Masking
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws

@@ -15,8 +15,8 @@ from benchmarks.networks import Network, images, network
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.skips import hooked
 from holdfast.attacks import Transfer
+from holdfast.core.gradients import skipped
 from holdfast.core.model import Classifier
-from holdfast.core.skipped import skipped
 
 WHAT = "transfer attacks and torchattacks' between two CIFAR-10 networks: success paired on the same images"
 NETWORKS, N, EPS, STEPS, SEED = ("cifar_cnn_a_adv", "cifar_resnet20"), 500, 8 / 255, 10, 0

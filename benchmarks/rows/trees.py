@@ -14,8 +14,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import Thresholds
-from holdfast.certifiers.trees.monotone import monotone_in, proved_unchanged
-from holdfast.certifiers.trees.proving import TreeProver, opened_trees
+from holdfast.certifiers.trees.proving import TreeProver, monotone_in, opened_trees, proved_unchanged
 from holdfast.certifiers.trees.reading import inner_values, read_trees, refuse_other
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf

@@ -12,8 +12,7 @@ from typing import Any
 import holdfast
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import FGSM, PGD, Square
-from holdfast.viewer.explaining import explainer
-from holdfast.viewer.pages import Site
+from holdfast.viewer.pages import Site, explainer
 from holdfast.viewer.shelf import Shelf, checked
 
 ROW = "ui"

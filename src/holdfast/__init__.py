@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from holdfast.api.verbs import doctor as doctor
     from holdfast.api.verbs import harden as harden
     from holdfast.api.verbs import monitor as monitor
-    from holdfast.certifiers.smoothing.smoothed import Smoothed as Smoothed
+    from holdfast.certifiers.smoothing.smoothing import Smoothed as Smoothed
     from holdfast.core.batch import Batch as Batch
     from holdfast.core.constraints import L0 as L0
     from holdfast.core.constraints import L1 as L1
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
     from holdfast.core.constraints import Linf as Linf
     from holdfast.core.draws import Draws as Draws
     from holdfast.core.evidence import Evidence as Evidence
+    from holdfast.core.gradients import skipped as skipped
+    from holdfast.core.gradients import through as through
     from holdfast.core.guard import with_detector as with_detector
     from holdfast.core.model import Bounds as Bounds
     from holdfast.core.model import Classifier as Classifier
-    from holdfast.core.skipped import skipped as skipped
     from holdfast.core.threat import ThreatModel as ThreatModel
-    from holdfast.core.through import through as through
     from holdfast.server.middleware import GuardMiddleware as GuardMiddleware
-    from holdfast.threats.colour import Colour as Colour
-    from holdfast.threats.corruptions import Corruptions as Corruptions
     from holdfast.threats.patches import Patch as Patch
     from holdfast.threats.text_edits import TextEdits as TextEdits
+    from holdfast.threats.transformations import Colour as Colour
+    from holdfast.threats.transformations import Corruptions as Corruptions
     from holdfast.threats.transformations import Spatial as Spatial
 
 __version__ = "0.2.0"
@@ -76,8 +76,8 @@ _HOMES = {
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
-    "Colour": "holdfast.threats.colour",
-    "Corruptions": "holdfast.threats.corruptions",
+    "Colour": "holdfast.threats.transformations",
+    "Corruptions": "holdfast.threats.transformations",
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
     "Guard": "holdfast.api.guards",
@@ -88,7 +88,7 @@ _HOMES = {
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.threats.patches",
     "Ray": "holdfast.api.placing",
-    "Smoothed": "holdfast.certifiers.smoothing.smoothed",
+    "Smoothed": "holdfast.certifiers.smoothing.smoothing",
     "Spatial": "holdfast.threats.transformations",
     "TextEdits": "holdfast.threats.text_edits",
     "ThreatModel": "holdfast.core.threat",
@@ -108,8 +108,8 @@ _HOMES = {
     "poison": "holdfast.api.poisoning",
     "report": "holdfast.api.stored",
     "serve": "holdfast.api.serve",
-    "skipped": "holdfast.core.skipped",
-    "through": "holdfast.core.through",
+    "skipped": "holdfast.core.gradients",
+    "through": "holdfast.core.gradients",
     "validate": "holdfast.api.starting",
     "verify": "holdfast.api.stored",
     "with_detector": "holdfast.core.guard",

@@ -13,7 +13,7 @@ from holdfast.cli.app import run as command
 from holdfast.cli.app import verbs
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.runs.store.records import document
+from holdfast.runs.store.folder import document
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.audit_folder import AuditFolder
 

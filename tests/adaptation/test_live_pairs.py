@@ -13,7 +13,7 @@ from holdfast.api import live_pairs
 from holdfast.api.live_pairs import LivePairs, Side, read_samples
 from holdfast.core.errors import TargetError
 from holdfast.guard.decisions import Action, Mode
-from holdfast.guard.detectors.energy import Energy
+from holdfast.guard.detectors.outputs import Energy
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import InputSchema, Rule
 

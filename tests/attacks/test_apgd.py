@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from holdfast.attacks import APGD
-from holdfast.attacks.parts.adaptive_ascent import Climb
+from holdfast.attacks.parts.ascent import Climb, surface
 from holdfast.attacks.parts.losses import cross_entropy, dlr, likeliest, margin_loss
-from holdfast.attacks.parts.starts import surface
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws

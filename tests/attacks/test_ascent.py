@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from holdfast.attacks.parts.ascent import ascend, cosine, flat, gradient
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.losses import cross_entropy, margin, margin_loss
+from holdfast.attacks.parts.losses import Best, cross_entropy, margin, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.meter import Metered

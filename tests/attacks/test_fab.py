@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.attacks import FAB
-from holdfast.attacks.parts.halfspace import to_plane
+from holdfast.attacks.parts.boundaries import to_plane
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError

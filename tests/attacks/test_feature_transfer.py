@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast.attacks import FeatureTransfer
-from holdfast.attacks.parts.features import features_of
+from holdfast.attacks.parts.feature_search import features_of
 from holdfast.attacks.parts.ration import Ration
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed

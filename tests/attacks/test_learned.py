@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from holdfast.attacks import AdversarialPatch, Universal, UniversalDeepFool
-from holdfast.attacks.parts.learned import Pasted
+from holdfast.attacks.parts.images import Pasted
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, allowed
 from holdfast.core.draws import Draws
@@ -17,7 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
 from holdfast.runs.harness import measure
-from holdfast.runs.harness.kinds.fit import best_fit
+from holdfast.runs.harness.kinds.attack import best_fit
 from holdfast.threats.patches import Patch
 
 CASES = [

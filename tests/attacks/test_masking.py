@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.attacks.parts.masking import masking
+from holdfast.attacks.parts.feature_search import masking
 from holdfast.io.models.architectures import ARCHITECTURES
 
 

@@ -7,8 +7,8 @@ import torch
 
 import cases
 from holdfast.attacks import DDN, FAB, FMN, CarliniWagner, DeepFool
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
+from holdfast.attacks.parts.boundaries import to_boundary
+from holdfast.attacks.parts.losses import Closest, firmly_broken
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws

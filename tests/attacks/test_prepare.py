@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from holdfast.attacks.parts import prepare
-from holdfast.attacks.parts.prepare import agrees, quickened
+from holdfast.attacks.parts import fast_networks
+from holdfast.attacks.parts.fast_networks import agrees, quickened
 from holdfast.core.model import Classifier
 
 FOLDED = "batch norm is folded into the layer before it"
@@ -223,6 +223,6 @@ def test_a_step_that_changes_the_gradient_is_left_out(monkeypatch):
         copied.load_state_dict(model.state_dict())
         return copied
 
-    monkeypatch.setattr(prepare, "_STEPS", (("a lie", lie),))
+    monkeypatch.setattr(fast_networks, "_STEPS", (("a lie", lie),))
     model = Classifier(nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Flatten())).requires_grad_(False)
     assert quickened(model, images())[1] == ()

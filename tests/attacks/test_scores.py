@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from holdfast.attacks import NES, SPSA, ZOO, Bandits, SimBA, SparseRS
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.gradient_estimates import estimated_slope, gaussian, rademacher
-from holdfast.attacks.parts.sampling import distinct_positions
+from holdfast.attacks.parts.losses import Best
+from holdfast.attacks.parts.random_search import distinct_positions
+from holdfast.attacks.parts.substitutes import estimated_slope, gaussian, rademacher
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.corruptions.cosines import cosines
+from holdfast.corruptions.digital import cosines
 from holdfast.testing.fakes import Constant, examples, labelled, network
 from holdfast.testing.linear import linear_problem
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from holdfast.attacks import Square
-from holdfast.attacks.parts.squares import as_image, pattern, window, window_share
+from holdfast.attacks.parts.random_search import as_image, pattern, window, window_share
 from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin

@@ -9,7 +9,7 @@ from torch import nn
 
 from holdfast.attacks import Square, StandIn
 from holdfast.attacks.costs import most_queries
-from holdfast.attacks.parts.small_networks import SmallNetwork, network_for, soft_targets
+from holdfast.attacks.parts.substitutes import SmallNetwork, network_for, soft_targets
 from holdfast.attacks.stand_in import LEAST_PASSES
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed

@@ -17,7 +17,7 @@ from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.texts import LARGEST, decoded, encoded
 from holdfast.core.threat import ThreatModel
-from holdfast.io.text_lists import text_edits
+from holdfast.io.texts_of_users import text_edits
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.text_edits import HOMOGLYPHS, INVISIBLE, NEIGHBOURS
 

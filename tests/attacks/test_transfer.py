@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from holdfast.attacks import Transfer
 from holdfast.attacks.parts.ascent import ascend
-from holdfast.attacks.parts.averaged_models import Ensemble
+from holdfast.attacks.parts.fast_networks import Ensemble
 from holdfast.attacks.parts.losses import cross_entropy, margin_loss
 from holdfast.attacks.suites import PUBLISHED
 from holdfast.attacks.transfer import SHRUNK, halved_view, resized, shifted

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from holdfast.attacks.parts.expectation import seen_through
-from holdfast.attacks.parts.image_transforms import flowed, reached, transformed
+from holdfast.attacks.parts.images import flowed, reached, seen_through, transformed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.testing.fakes import examples, network
-from holdfast.threats.colour import Colour
-from holdfast.threats.transformations import Spatial
+from holdfast.threats.transformations import Colour, Spatial
 
 BOX = Bounds()
 X = examples(0, n=3, shape=(3, 8, 8)).x

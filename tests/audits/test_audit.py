@@ -18,7 +18,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.gates.judging import EXIT_CODES
 from holdfast.reports.audit import failing_gate
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.column_forms import Form, flag, validated_columns, whole
+from holdfast.runs.store.columns import Form, flag, validated_columns, whole
 
 REQUEST = AuditRequest(
     "backdoor",

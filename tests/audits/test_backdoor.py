@@ -17,17 +17,23 @@ from benchmarks.forging import accepted_fields
 from holdfast.audits.backdoor import audit, measurements
 from holdfast.audits.backdoor.audit import BackdoorRequest, measure
 from holdfast.audits.backdoor.conclusion import finding_of
-from holdfast.audits.backdoor.controls import OUTSIDE, Controls, SizeCache, is_comparable, ranked
-from holdfast.audits.backdoor.inversion import Inversion, abnormality, joined
+from holdfast.audits.backdoor.controls import (
+    OUTSIDE,
+    Controls,
+    ControlTraining,
+    SizeCache,
+    is_comparable,
+    ranked,
+    trained_controls,
+)
+from holdfast.audits.backdoor.inversion import Inversion, Strip, abnormality, joined
 from holdfast.audits.backdoor.measurements import groups_of, measured
-from holdfast.audits.backdoor.strip import Strip
-from holdfast.audits.backdoor.training import ControlTraining, trained_controls
-from holdfast.audits.stored_steps import StoredSteps
+from holdfast.audits.finding import StoredSteps
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.training import WEIGHTS, Checkpoint
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
 from holdfast.statistics.intervals import difference_of_counts
@@ -347,7 +353,7 @@ def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, 
 def clock(monkeypatch):
     """A clock that advances by a second whenever it is read."""
     ticks = count()
-    monkeypatch.setattr("holdfast.audits.backdoor.training.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("holdfast.audits.backdoor.controls.perf_counter", lambda: float(next(ticks)))
     return ticks
 
 

@@ -12,8 +12,7 @@ import holdfast
 from benchmarks.forging import accepted_fields
 from holdfast.audits.audit import open_audit
 from holdfast.audits.generator import audit
-from holdfast.audits.generator.copies import copies
-from holdfast.audits.generator.quality import frechet_distance, kernel_distance, label_entropy, quality
+from holdfast.audits.generator.copies import copies, frechet_distance, kernel_distance, label_entropy, quality
 from holdfast.cli.app import run as command
 from holdfast.core.errors import TargetError, UsageError
 

@@ -14,7 +14,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.generators.adapters import GAN
-from holdfast.generators.diffusion import Diffusion, signal_and_noise
+from holdfast.generators.networks import Diffusion, signal_and_noise
 from holdfast.io.models.generators import open_generator
 
 SHAPE, SPREAD = (1, 4, 4), 0.3

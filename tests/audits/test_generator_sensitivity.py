@@ -27,7 +27,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.models.generators import open_generator
-from holdfast.runs.store.column_forms import validated_columns
+from holdfast.runs.store.columns import validated_columns
 
 LATENT, SHAPE = 4, (1, 4, 4)
 

@@ -17,8 +17,16 @@ from holdfast.cli.app import run
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.io.data.mixed_tables import TableFile, open_mixed
-from holdfast.statistics.table_fidelity import column_shapes, pair_trends
-from holdfast.statistics.table_risks import Attacked, Rows, inference, linkability, risk, singling_out
+from holdfast.statistics.synthetic_tables import (
+    Attacked,
+    Rows,
+    column_shapes,
+    inference,
+    linkability,
+    pair_trends,
+    risk,
+    singling_out,
+)
 
 COLUMNS = ("age", "work", "income", "city", "hours")
 WORK, CITY = ("farm", "office", "school", ""), ("Aachen", "Bonn", "Celle")

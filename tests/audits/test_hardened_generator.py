@@ -19,7 +19,7 @@ from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.generators import GAN, ImageGAN
 from holdfast.generators.opening import opened_generator
-from holdfast.recipes.training.robust_gan import RobustGAN, RobustLosses
+from holdfast.recipes.training.gans import RobustGAN, RobustLosses
 
 SOURCE = """
 import torch

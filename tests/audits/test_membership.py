@@ -14,7 +14,7 @@ from torch import nn
 
 import holdfast
 from benchmarks.forging import accepted_fields, forged, is_accepted
-from holdfast.audits.membership import controls, rates, scores
+from holdfast.audits.membership import references, scores
 from holdfast.audits.membership.references import (
     ReferenceTraining,
     batched,
@@ -23,7 +23,7 @@ from holdfast.audits.membership.references import (
     signals_of,
     trained_signals,
 )
-from holdfast.audits.membership.signals import LARGEST, phi
+from holdfast.audits.membership.scores import LARGEST, phi
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -126,9 +126,9 @@ def test_the_predictive_distribution_is_a_student_t():
 @pytest.mark.parametrize("networks", [2, 4, 16])
 def test_members_are_found_with_few_references(networks):
     target, references, inside, member = drawn(networks)
-    ours = rates.tpr(scores.bavaria(target, references, inside), member, 0.05)
-    alone = rates.tpr(scores.loss(target), member, 0.05)
-    lira = rates.tpr(scores.lira_online(target, references, inside), member, 0.05)
+    ours = scores.tpr(scores.bavaria(target, references, inside), member, 0.05)
+    alone = scores.tpr(scores.loss(target), member, 0.05)
+    lira = scores.tpr(scores.lira_online(target, references, inside), member, 0.05)
     assert ours > lira - 0.01
     assert ours > alone + 0.15
 
@@ -146,17 +146,17 @@ def test_a_network_without_references_is_scored_by_its_labels_and_its_tail():
 def test_a_balanced_design_reveals_members_only_through_the_complement():
     inside = halves(torch.arange(400), 8, Draws(0))
     counts = inside[[k for k in range(8) if k != 0]].sum(0).double()
-    assert rates.auc(-counts, inside[0]) == 1.0
-    assert rates.auc(-inside[others(0, 8)].sum(0).double(), inside[0]) == 0.5
+    assert scores.auc(-counts, inside[0]) == 1.0
+    assert scores.auc(-inside[others(0, 8)].sum(0).double(), inside[0]) == 0.5
 
 
 def test_rates_count_ties_against_the_attacker():
     score = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     member = torch.tensor([True, True, True, True, False, False, False, False])
-    assert rates.tpr(score, member, 0.1) == 0.0
-    assert rates.tpr(score, member, 0.25) == 0.75
-    assert rates.auc(score, member) == pytest.approx((3 * 3 + 3 * 0.5 + 3 * 0.5) / 16)
-    assert rates.tpr(torch.zeros(8), member, 0.25) == 0.0
+    assert scores.tpr(score, member, 0.1) == 0.0
+    assert scores.tpr(score, member, 0.25) == 0.75
+    assert scores.auc(score, member) == pytest.approx((3 * 3 + 3 * 0.5 + 3 * 0.5) / 16)
+    assert scores.tpr(torch.zeros(8), member, 0.25) == 0.0
 
 
 def test_the_interval_of_one_network_contains_the_true_rate():
@@ -165,18 +165,18 @@ def test_the_interval_of_one_network_contains_the_true_rate():
     for seed in range(60):
         values = Draws(seed).normal(torch.arange(2400), dtype=torch.float64)
         member = torch.arange(2400) < 1200
-        estimate = rates.tpr_of_one(values + member, member, fpr)
+        estimate = scores.tpr_of_one(values + member, member, fpr)
         assert estimate.low <= estimate.value <= estimate.high
         contained += estimate.low <= exact <= estimate.high
     assert contained >= 57
 
 
 def test_a_rate_with_fewer_than_ten_false_positives_is_refused():
-    rates.refuse_few(0.01, 1000)
+    scores.refuse_few(0.01, 1000)
     with pytest.raises(UsageError, match=r"expects 1 false positives among 1,000 .* 10,000 non-members"):
-        rates.refuse_few(0.001, 1000)
+        scores.refuse_few(0.001, 1000)
     with pytest.raises(UsageError, match="give fpr=0.05"):
-        rates.refuse_few(0.01, 200)
+        scores.refuse_few(0.01, 200)
 
 
 def test_networks_are_trained_as_one_as_they_are_alone():
@@ -443,7 +443,7 @@ def test_the_blind_classifier_finds_labels_spreads_and_nothing():
 
     def auc(x, y):
         batch = Batch(x, y, torch.arange(1200))
-        return rates.auc(controls.blind_scores(batch, member, CLASSES, Draws(0)), member)
+        return scores.auc(references.blind_scores(batch, member, CLASSES, Draws(0)), member)
 
     assert 0.45 < auc(x, y) < 0.55
     assert auc(torch.where(member[:, None], x, 0.5 + (x - 0.5) * 0.6), y) > 0.7

@@ -14,6 +14,7 @@ import holdfast
 from benchmarks.forging import accepted_fields
 from holdfast.api.audit_poison import training
 from holdfast.audits.features import penultimate
+from holdfast.audits.finding import StoredSteps
 from holdfast.audits.planting import Flip, poisoned
 from holdfast.audits.poison.audit import (
     METHODS,
@@ -27,19 +28,16 @@ from holdfast.audits.poison.audit import (
     with_trusted,
 )
 from holdfast.audits.poison.comparison import LEVEL, compared
-from holdfast.audits.poison.conclusion import finding_of, images_of
-from holdfast.audits.poison.confident_learning import LabelScores, label_scores
-from holdfast.audits.poison.feature_scores import feature_scores
-from holdfast.audits.poison.suspects import suspects_of
-from holdfast.audits.stored_steps import StoredSteps
+from holdfast.audits.poison.conclusion import finding_of, images_of, suspects_of
+from holdfast.audits.poison.scores import LabelScores, feature_scores, label_scores
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.runs.engine.executor import MemoryStore
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
-from holdfast.runs.engine.store import MemoryStore
 
 SIDE, CLASSES, TARGET = 8, 4, 2
 NET = """

@@ -15,11 +15,9 @@ from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
 from holdfast.certifiers.bounds import tracing
 from holdfast.certifiers.bounds.alpha import optimised, sharpen
 from holdfast.certifiers.bounds.crown import NO_CHOICES, cuts, refine, relaxed, substitute
-from holdfast.certifiers.bounds.graph import gamma
-from holdfast.certifiers.bounds.nonlinear import ReLU
+from holdfast.certifiers.bounds.graph import Region, Relaxation, gamma, region_of
+from holdfast.certifiers.bounds.operations import ReLU
 from holdfast.certifiers.bounds.reduction import AffineSum, reduced
-from holdfast.certifiers.bounds.region import Region, region_of
-from holdfast.certifiers.bounds.relaxation import Relaxation
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.bounds.windows import frames
 from holdfast.certifiers.branching.branching import OutputProperty, Search, Tree, _Problems

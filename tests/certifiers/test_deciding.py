@@ -8,15 +8,19 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from holdfast.certifiers.vnnlib.boxes import BoxSearch
-from holdfast.certifiers.vnnlib.deciding import decide
-from holdfast.certifiers.vnnlib.formulas import Affine, AtMostZero, alternatives, compared
-from holdfast.certifiers.vnnlib.problems import problems_of
-from holdfast.certifiers.vnnlib.query import DeclaredNetwork, Query, Variable
+from holdfast.certifiers.vnnlib.deciding import BoxSearch, JoinedNetworks, decide, problems_of
+from holdfast.certifiers.vnnlib.query import (
+    Affine,
+    AtMostZero,
+    DeclaredNetwork,
+    Query,
+    Variable,
+    alternatives,
+    compared,
+)
 from holdfast.certifiers.vnnlib.reading import read_query
-from holdfast.certifiers.vnnlib.subject import JoinedNetworks
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.io.onnx.networks import open_network
+from holdfast.io.onnx.opening import open_network
 from onnx_networks import exact_maximum, query_text, random_layers, replayed, write_graph, write_mlp
 
 FEW = (3, 8, 8, 3)
@@ -217,7 +221,7 @@ def test_time_that_is_too_short_gives_no_verdict_and_boxes_continue(tmp_path):
 def test_bounds_with_32_bits_contain_what_the_network_returns_with_32_bits():
     # a sum of large numbers that cancel: the rounding of the network itself is larger than the margin
     from holdfast.certifiers.bounds.crown import relaxed
-    from holdfast.certifiers.bounds.region import Region
+    from holdfast.certifiers.bounds.graph import Region
     from holdfast.certifiers.bounds.tracing import traced
 
     generator = torch.Generator().manual_seed(0)

@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.certifiers.boundary_geometry import SIDE, boundary_geometry
+from holdfast.certifiers.boundary_geometry import (
+    SIDE,
+    beside,
+    boundary_geometry,
+    boundary_slices,
+    certified_distance,
+    lipschitz_from_above,
+    lipschitz_from_below,
+)
 from holdfast.certifiers.bounds.crown import relaxed
+from holdfast.certifiers.bounds.graph import region_of
 from holdfast.certifiers.bounds.jacobian import local_lipschitz
-from holdfast.certifiers.bounds.region import region_of
 from holdfast.certifiers.bounds.tracing import traced
-from holdfast.certifiers.distances import certified_distance, lipschitz_from_above, lipschitz_from_below
 from holdfast.certifiers.provers import Crown
-from holdfast.certifiers.slices import beside, boundary_slices
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

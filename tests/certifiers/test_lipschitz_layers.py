@@ -12,8 +12,8 @@ from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.architectures import ARCHITECTURES
-from holdfast.io.models.lipschitz_layers import (
+from holdfast.io.models.architectures import (
+    ARCHITECTURES,
     AOLConv2d,
     AOLLinear,
     CayleyConv2d,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from holdfast.certifiers.protocol import Proofs, StatisticalProver
-from holdfast.certifiers.smoothing.votes import Counting
+from holdfast.certifiers.smoothing.smoothing import Counting
 from holdfast.certifiers.texts.masking import Masking, miss_limit
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws

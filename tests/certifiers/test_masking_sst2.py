@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.attacks.text_search import TextSearch
-from holdfast.certifiers.smoothing.smoothed_votes import SmoothedVotes
+from holdfast.certifiers.smoothing.smoothing import SmoothedVotes
 from holdfast.certifiers.texts.masking import Masking
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws

@@ -15,14 +15,14 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoBounds, TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.composed import Ensemble
 from holdfast.recipes import Partitions
 from holdfast.recipes.partitions import parts_of, restarted
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.runs.harden.held_out import split_by_content
 from holdfast.runs.stored.stored_runs import runs_in
 from holdfast.threats.parsing import parse_threat
-from holdfast.threats.training_set import TrainingSet
+from holdfast.threats.triggers import TrainingSet
 
 TINY = Training(epochs=4, batch=4, lr=1.0, optimizer="sgd", averaging="none")
 THREAT = ThreatModel(TrainingSet(1))

@@ -8,10 +8,7 @@ from scipy.special import ndtr
 from torch import nn
 
 from holdfast.certifiers.protocol import Proofs
-from holdfast.certifiers.smoothing.noise import numbered_noise
-from holdfast.certifiers.smoothing.smoothed import ABSTAINED, Smoothed
-from holdfast.certifiers.smoothing.smoothing import Smoothing
-from holdfast.certifiers.smoothing.votes import Counting
+from holdfast.certifiers.smoothing.smoothing import ABSTAINED, Counting, Smoothed, Smoothing, numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.certifiers.texts.embedded import EmbeddingModel
-from holdfast.certifiers.texts.substitutions import Substitutions
+from holdfast.certifiers.texts.substitutions import EmbeddingModel, Substitutions
 from holdfast.core.batch import Batch
 from holdfast.core.errors import NoBounds
 from holdfast.core.model import EVERY, Classifier

@@ -10,8 +10,7 @@ from torch import nn
 from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.attacks.pgd import PGD
 from holdfast.certifiers.bounds.graph import Graph, Node
-from holdfast.certifiers.bounds.linear import Dense
-from holdfast.certifiers.bounds.nonlinear import ReLU
+from holdfast.certifiers.bounds.operations import Dense, ReLU
 from holdfast.certifiers.provers import Crown
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws

@@ -9,11 +9,14 @@ import torch
 
 import holdfast
 from holdfast.attacks import Thresholds
-from holdfast.certifiers.trees.ensemble import rounded_up
-from holdfast.certifiers.trees.monotone import monotone_in, proved_unchanged
-from holdfast.certifiers.trees.proving import Trees, opened_trees
-from holdfast.certifiers.trees.reading import has_trees, inner_values, read_trees, refuse_other
-from holdfast.certifiers.trees.worst import smallest_lead
+from holdfast.certifiers.trees.proving import (
+    Trees,
+    monotone_in,
+    opened_trees,
+    proved_unchanged,
+    smallest_lead,
+)
+from holdfast.certifiers.trees.reading import has_trees, inner_values, read_trees, refuse_other, rounded_up
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, allowed
 from holdfast.core.draws import Draws

@@ -13,7 +13,7 @@ from holdfast.cli.app import run
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError
 from holdfast.monitoring import watching
-from holdfast.monitoring.power import Power
+from holdfast.monitoring.watching import Power
 from holdfast.reports import monitoring as reported
 
 

@@ -11,14 +11,12 @@ import torch
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost
 from holdfast.core.model import EVERY, Batches, Classifier
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 from holdfast.io.doctor import examine
-from holdfast.io.remote.answers import ServerAnswers
-from holdfast.io.remote.counting import InspectionCounter, rows_of_calls
-from holdfast.io.remote.payloads import Template
+from holdfast.io.remote.payloads import ServerAnswers, Template
 from holdfast.io.remote.remote import Remote
-from holdfast.io.remote.served_model import Served
+from holdfast.io.remote.served_model import InspectionCounter, Served, rows_of_calls
 from holdfast.runs.assess.expected_rows import ExpectedRows
 from servers import Server, examples
 

@@ -13,10 +13,8 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowe
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.testing import geometry
-from holdfast.threats.colour import Colour
-from holdfast.threats.corruptions import Corruptions
 from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Spatial
+from holdfast.threats.transformations import Colour, Corruptions, Spatial
 
 SEEDS = st.integers(0, 2**31)
 KINDS = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0, "l0-pixel": partial(L0, per="pixel")}

@@ -12,9 +12,9 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.number_format import computing, laid_out, lay_out
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.lipschitz_layers import AOLConv2d, CayleyConv2d, SLLConv2d, almost_orthogonal
+from holdfast.core.training import computing, laid_out, lay_out
+from holdfast.io.models.architectures import AOLConv2d, CayleyConv2d, SLLConv2d, almost_orthogonal
 from holdfast.recipes import CURE, LLR, GradientRegularisation, LipschitzConstraint, PGDTraining
 from holdfast.recipes.training.fit import Training
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from holdfast.core.errors import UsageError
 from holdfast.core.texts import LARGEST, decoded, encoded
-from holdfast.io.text_lists import text_edits
+from holdfast.io.texts_of_users import text_edits
 from holdfast.threats.text_edits import (
     HOMOGLYPHS,
     INVISIBLE,

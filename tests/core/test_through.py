@@ -6,8 +6,8 @@ from torch import nn
 
 import holdfast
 from holdfast.core.errors import UsageError
+from holdfast.core.gradients import Replacement, Through, View, instead
 from holdfast.core.model import Classifier
-from holdfast.core.through import Replacement, Through, View, instead
 
 X = torch.tensor([[0.2, 0.7], [0.4, 0.9]])
 

@@ -9,8 +9,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import Batches
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.allotting import LEAST, Allotment, allotted, as_allotted, probe_rows
-from holdfast.doubts.probing import probes_for
+from holdfast.doubts.probing import LEAST, Allotment, allotted, as_allotted, probe_rows, probes_for
 from holdfast.testing.fakes import examples, labelled, network
 
 THREAT = ThreatModel(Linf(0.1), access="scores", queries=60)

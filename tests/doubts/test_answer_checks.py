@@ -10,8 +10,16 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.answer_checks import agreeing, answer_checks, larger_sizes
-from holdfast.doubts.answering import BUDGET, SEARCH, arms, with_answers, within
+from holdfast.doubts.answering import (
+    BUDGET,
+    SEARCH,
+    agreeing,
+    answer_checks,
+    arms,
+    larger_sizes,
+    with_answers,
+    within,
+)
 
 N = 20
 

@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast.attacks import PGD, Square
-from holdfast.attacks.parts.prepare import in_training
+from holdfast.attacks.parts.fast_networks import in_training
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
-from holdfast.core.logit_scale import change
 from holdfast.core.meter import Metered
 from holdfast.core.model import Classifier
+from holdfast.core.outputs import change
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts import thresholds
-from holdfast.doubts.concluding import conclude
+from holdfast.doubts import protocol
 from holdfast.doubts.probing import (
     all_probes,
+    conclude,
     counts,
     doubt_tests,
     probes_for,
@@ -371,10 +371,10 @@ def test_probes_stay_within_their_budget(net):
     assert set(spent) == {probe.name for probe in all_probes()} - {"transfer"} | {"again"}
     forwards = sum(int(s.queries.max()) for name, s in spent.items() if name not in apart)
     backwards = sum(int(s.backwards.max()) for name, s in spent.items() if name not in apart)
-    assert 200 < forwards <= thresholds.FORWARDS
-    assert 100 < backwards <= thresholds.BACKWARDS
+    assert 200 < forwards <= protocol.FORWARDS
+    assert 100 < backwards <= protocol.BACKWARDS
     assert int(spent["search"].queries.max()) <= 1001
-    assert len(spent["again"].queries) <= thresholds.FRESH_ROWS
+    assert len(spent["again"].queries) <= protocol.FRESH_ROWS
 
 
 @pytest.mark.parametrize("attack", [Square(queries=1000), PGD(steps=40, restarts=3)])

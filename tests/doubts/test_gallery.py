@@ -11,7 +11,7 @@ from holdfast.api.verbs import exhibition
 from holdfast.cli import running
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
-from holdfast.core.through import Through
+from holdfast.core.gradients import Through
 from holdfast.doubts.gallery import DISCRETE, EPS, ITEMS, SLOW, undefended
 from holdfast.io.data.data import open_data
 from holdfast.runs.assess.exhibition import Exhibit, assessed_net

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from holdfast.core.through import Through
+from holdfast.core.gradients import Through
 from holdfast.doubts.gallery import SLOW
 from holdfast.doubts.gallery.purifiers import Purifier, network_of
 from holdfast.generators import Diffusion

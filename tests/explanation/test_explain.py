@@ -16,7 +16,7 @@ from holdfast.cli.app import run
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.explanation import attacked
+from holdfast.explanation import case
 from holdfast.explanation.explained import Explained, Figure, bars
 from holdfast.explanation.neighbours import tracin
 from store.test_foreign import rewritten
@@ -279,7 +279,7 @@ def test_an_example_that_the_run_broke_breaks_inside_its_threat(tmp_path, monkey
     run = holdfast.assess(**given, threat="linf:0.3", suite=FGSM(), doubts=False, run=tmp_path / "run")
     assert run.metrics["robust_accuracy"].value < 0.4
     monkeypatch.setattr(
-        attacked, "_smallest", lambda target, batch, *rest: (1 - batch.x, torch.full((len(batch),), 0.9))
+        case, "_smallest", lambda target, batch, *rest: (1 - batch.x, torch.full((len(batch),), 0.9))
     )
     margins = holdfast.Explain(**given, from_run=str(tmp_path / "run")).run()["margins"]
     assert margins.title.startswith("Half of the correctly classified examples break within 0.3;"), (

@@ -17,7 +17,7 @@ import torch
 from fuzzing.files import CLASSES, FEATURES, SIDE
 from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Bounds
-from holdfast.io.limited import calling, limits
+from holdfast.io.limited import calling, limited_main
 from holdfast.io.limited.limited_main import is_out_of_memory
 from holdfast.io.models.models import Declared, open_model
 
@@ -116,14 +116,14 @@ PARSED_APART = (
 def limit(form: str) -> int:
     """Bytes that a file of a few kilobytes may take; those of the process of its parser where it has one."""
     from holdfast.io.data import tables
-    from holdfast.io.models import archive, exported, skops_files, trees
+    from holdfast.io.models import exported, skops_files, trees, weights
     from holdfast.io.onnx import opening
 
     parsers = {
         "csv": tables,
         "csv.gz": tables,
         "parquet": tables,
-        "pt": archive,
+        "pt": weights,
         "pt2": exported,
         "onnx": opening,
         "skops": skops_files,
@@ -180,7 +180,7 @@ def serve(form: str, folder: str, first: str, answers: Connection) -> None:
 
     warm = _exit_code(form, Path(first))
     calling.answers_of = answered
-    limits.apply(limit(form), _CPU_SECONDS)
+    limited_main.apply(limit(form), _CPU_SECONDS)
     answers.send((*warm, 0, 0.0))
     while path := answers.recv():
         before, start = _reset_peak(), _cpu()

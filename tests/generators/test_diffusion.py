@@ -6,7 +6,7 @@ from torch import nn
 
 from holdfast.core.errors import UsageError
 from holdfast.generators import Diffusion
-from holdfast.generators.diffusion import fit, noised, signal_and_noise, velocity_loss
+from holdfast.generators.networks import fit, noised, signal_and_noise, velocity_loss
 
 
 class PointMass(nn.Module):

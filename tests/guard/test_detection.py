@@ -13,6 +13,7 @@ from guard.test_guard import LIMIT, N, offset, pair, problem, sides
 from holdfast.attacks import PGD
 from holdfast.core.constraints import L0, Linf
 from holdfast.core.errors import UsageError
+from holdfast.core.gradients import through
 from holdfast.core.guard import (
     Aim,
     rejected_as_correct,
@@ -23,17 +24,16 @@ from holdfast.core.guard import (
 )
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.through import through
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import DETECTION
+from holdfast.metrics.shares import Absent
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.harness.kinds.detection import PASSES
+from holdfast.runs.harness.kinds.passes import PASSES
 from holdfast.runs.harness.plan import adaptive_members
 from holdfast.runs.harness.stage import Against, Member
 from holdfast.runs.harness.target import WithDetector
-from holdfast.statistics.detection_rates import auroc, balance, median_width, threshold
+from holdfast.statistics.intervals import auroc, balance, median_width, threshold
 from runs.fakes import FAST, data, order, settled, subject
 
 EPS = 0.2

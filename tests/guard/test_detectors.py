@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from holdfast.core.errors import UsageError
-from holdfast.guard.detectors.detector_protocol import Observation
-from holdfast.guard.detectors.energy import Energy
-from holdfast.guard.detectors.mahalanobis import Mahalanobis
-from holdfast.guard.detectors.squeezing import FeatureSqueezing, prediction_change
-from holdfast.guard.detectors.stability import NoiseStability
-from holdfast.guard.squeezes import median_filtered, with_bits
+from holdfast.guard.detectors.mahalanobis import Mahalanobis, Observation
+from holdfast.guard.detectors.outputs import Energy, FeatureSqueezing, NoiseStability, prediction_change
+from holdfast.guard.rules import median_filtered, with_bits
 
 
 def test_energy_is_minus_the_logarithm_of_the_sum_and_zero_for_log_probabilities():

@@ -9,20 +9,20 @@ import torch
 
 import holdfast
 from holdfast.attacks import APGD, FGSM, FMN, PGD, HopSkipJump, Square
-from holdfast.attacks.parts.expectation import seen_through
+from holdfast.attacks.parts.images import seen_through
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.guard import rejected_as_correct, with_detector
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.io.models.object_digest import digest_of_object
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.columns import Absent
+from holdfast.metrics.shares import Absent
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.harness import Member, measure, members_of
-from holdfast.threats.corruptions import Corruptions
+from holdfast.threats.transformations import Corruptions
 from runs.fakes import data, network, order, settled, subject
 
 N, FEATURES, LIMIT = 40, 2, 0.3

@@ -11,11 +11,10 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.core.refused import Answering
+from holdfast.core.meter import Answering
 from holdfast.core.threat import ThreatModel
-from holdfast.guard.detectors.queries import QueryDetector
-from holdfast.guard.detectors.screened import Screened
-from holdfast.guard.query_trials import QueryTrials
+from holdfast.guard.detectors.queries import QueryDetector, Screened
+from holdfast.guard.query_rule import QueryTrials
 from holdfast.guard.states.memory import MemoryState
 from holdfast.runs.harness.target import prepared
 from holdfast.testing.fakes import examples, labelled, network

@@ -9,7 +9,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.outputs import REFUSED
 from holdfast.core.threat import ThreatModel
-from holdfast.guard.detectors.oars import OARS
+from holdfast.guard.detectors.evasion import OARS
 
 SHAPE, N = (1, 8, 8), 4
 

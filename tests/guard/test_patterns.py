@@ -9,9 +9,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.outputs import REFUSED
 from holdfast.core.threat import ThreatModel
-from holdfast.guard.detectors.detector_protocol import Observation
-from holdfast.guard.detectors.mahalanobis import Mahalanobis
-from holdfast.guard.detectors.patterns import CoarsePatterns
+from holdfast.guard.detectors.evasion import CoarsePatterns
+from holdfast.guard.detectors.mahalanobis import Mahalanobis, Observation
 
 EPS, N = 0.1, 3
 

@@ -11,8 +11,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.guard.detectors.blacklight import Blacklight
-from holdfast.guard.detectors.informed import InformedSquare
+from holdfast.guard.detectors.evasion import InformedSquare
+from holdfast.guard.detectors.fingerprints import Blacklight
 from holdfast.guard.detectors.queries import (
     QueryDetector,
     QuerySettings,

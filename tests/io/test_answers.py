@@ -12,8 +12,7 @@ from holdfast.api.verbs import assess
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UnclearOutput, UsageError
 from holdfast.io.models.models import Declared, open_model
-from holdfast.io.remote.answers import ServerAnswers, first_characters
-from holdfast.io.remote.payloads import Shaped, Template
+from holdfast.io.remote.payloads import ServerAnswers, Shaped, Template, first_characters
 from holdfast.io.remote.remote import Remote
 from servers import CLASSES, FEATURES, NAMES, Server, examples, network
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from holdfast.core.errors import TargetError
 from holdfast.io.limited.weights import state_dict
-from holdfast.io.models.archive import check_archive, read_weights
+from holdfast.io.models.weights import check_archive, read_weights
 
 
 class Bomb:

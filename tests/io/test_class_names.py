@@ -11,10 +11,10 @@ from torch import nn
 
 import holdfast
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.data.class_numbers import class_numbers
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.labels import class_numbers
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.settings.table_rules import rules_from
 

@@ -15,8 +15,8 @@ from holdfast.core.batch import Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.io.data.data import bundled_data, open_data
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (12, 5, 6), dtype=np.uint8)

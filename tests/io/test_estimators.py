@@ -15,11 +15,11 @@ from holdfast.attacks import RayS, Square
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 from holdfast.io.limited.estimators import read
-from holdfast.io.models.inspecting import refuse_access
 from holdfast.io.models.models import Declared, open_model
+from holdfast.io.models.skops_files import refuse_access
 
 sklearn = pytest.importorskip("sklearn")
 

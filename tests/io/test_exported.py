@@ -16,8 +16,7 @@ from torch._export.serde.schema import SCHEMA_VERSION
 from torch._export.serde.serialize import serialize
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.models.exported import FREE_BATCH
-from holdfast.io.models.exported_operators import is_operator_of_networks, replace_unchecked
+from holdfast.io.models.exported import FREE_BATCH, is_operator_of_networks, replace_unchecked
 from holdfast.io.models.models import open_model
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

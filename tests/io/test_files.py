@@ -25,7 +25,7 @@ from holdfast.io.models.models import CARD
 from holdfast.io.models.weights import state_dict_content
 from holdfast.io.onnx.reading import onnx_content
 from holdfast.io.remote.operator_port import read_key
-from holdfast.io.text_lists import text_edits
+from holdfast.io.texts_of_users import text_edits
 from holdfast.settings.guard_settings import read_guard_settings
 from holdfast.settings.label_files import read_labels
 from holdfast.settings.table_rules import table_threat

@@ -13,7 +13,7 @@ from holdfast.api.verb_settings import Assess
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.arrays import Choice
 from holdfast.io.data.data import open_data
-from holdfast.io.data.frames import open_frame
+from holdfast.io.data.tables import open_frame
 
 pandas = pytest.importorskip("pandas")
 

@@ -18,13 +18,13 @@ import holdfast
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.missing import WithMissing, with_missing, without_missing
 from holdfast.core.model import Bounds, Classifier
+from holdfast.core.per_example import WithMissing, with_missing, without_missing
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 from holdfast.io.limited import calling
-from holdfast.runs.harden.trainable import training_notes
+from holdfast.runs.harden.attempt_training import training_notes
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 5, 4, 3), dtype=np.uint8)

@@ -6,7 +6,7 @@ import torch
 
 from holdfast.core.errors import TargetError
 from holdfast.io.data.data import open_data
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 
 RNG = np.random.default_rng(0)
 X = RNG.random((6, 4), dtype=np.float32)

@@ -22,10 +22,9 @@ from fuzzing.encodings import chunks, png
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.io.data.data import open_data
 from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limits import Limits, cpu_seconds
-from holdfast.io.models.archive import Weights, check_archive, read_once
+from holdfast.io.limited.limited_main import Limits, cpu_seconds
 from holdfast.io.models.models import open_model
-from holdfast.io.models.weights import refuse_misfit
+from holdfast.io.models.weights import Weights, check_archive, read_once, refuse_misfit
 from holdfast.io.onnx.reading import bytes_beside
 from holdfast.settings.yaml_text import parse_yaml
 
@@ -133,7 +132,7 @@ def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("holdfast.io.limited.tables.MOST_CHARACTERS", 7)
     with pytest.raises(TargetError, match=r"has 2 different texts or more, of more than 7 characters in all"):
         open_data(str(tmp_path / "t.csv"), label="label")
-    monkeypatch.setattr("holdfast.io.data.class_numbers.MOST_NAMES", 1)
+    monkeypatch.setattr("holdfast.io.data.labels.MOST_NAMES", 1)
     (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,dog\n")
     with pytest.raises(TargetError, match="2 different text labels; at most 1 classes were expected"):
         open_data(str(tmp_path / "t.csv"), label="label")
@@ -142,7 +141,7 @@ def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
 def test_names_of_classes_are_short_in_all(tmp_path: Path, accepted_up_to):
     np.savez(tmp_path / "d.npz", x=np.zeros((2, 3), np.float32), y=np.array(["cat", "horse"]))
     accepted_up_to(
-        "data.class_numbers.MOST_CHARACTERS",
+        "data.labels.MOST_CHARACTERS",
         8,
         lambda: open_data(str(tmp_path / "d.npz")),
         "has 2 text labels of 8 characters in all; names of classes of at most 7",
@@ -165,7 +164,7 @@ def test_names_of_classes_are_short_in_all(tmp_path: Path, accepted_up_to):
     ],
 )
 def test_rows_that_take_no_space_in_the_file_take_none_in_memory(tmp_path: Path, monkeypatch, x, y, says):
-    monkeypatch.setattr("holdfast.io.data.class_numbers.MOST_TEXTS", 2)
+    monkeypatch.setattr("holdfast.io.data.labels.MOST_TEXTS", 2)
     np.savez(tmp_path / "d.npz", x=x, y=y)
     with pytest.raises(TargetError, match=says):
         open_data(str(tmp_path / "d.npz"))
@@ -321,7 +320,7 @@ def test_images_files_and_members_are_counted_first(tmp_path: Path, accepted_up_
     ):
         read_once(path, "weights file", max_bytes=size - 1)
     accepted_up_to(
-        "models.archive.MAX_MEMBERS",
+        "models.weights.MAX_MEMBERS",
         n,
         lambda: check_archive(path),
         f"holds {n} members; at most {n - 1} are read",

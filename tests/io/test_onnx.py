@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from holdfast.io.onnx.converting import OPERATORS  # noqa: E402
+from holdfast.io.onnx.opening import OPERATORS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 RNG = np.random.default_rng(0)

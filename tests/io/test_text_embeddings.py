@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.text_lists import text_edits
+from holdfast.io.texts_of_users import text_edits
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.text_edits import TextEdits
 

@@ -13,8 +13,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt
 from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
-from holdfast.gates.judging import AtLeast, AtMost, Doubts, exit_code, judge
-from holdfast.gates.training_verdicts import Before, training_verdict
+from holdfast.gates.judging import AtLeast, AtMost, Before, Doubts, exit_code, judge, training_verdict
 from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES
 from metrics.test_metrics import evidence
 

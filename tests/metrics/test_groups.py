@@ -10,8 +10,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, judge
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.columns import Absent
-from holdfast.metrics.shares import FEWEST_IN_GROUP, per_group, worst_group
+from holdfast.metrics.shares import FEWEST_IN_GROUP, Absent, per_group, worst_group
 from holdfast.statistics.intervals import bonferroni, clopper_pearson
 from metrics.test_metrics import evidence, minimum_norm
 

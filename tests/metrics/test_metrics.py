@@ -10,14 +10,13 @@ from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.threat import ThreatModel
-from holdfast.metrics import attacked, paired, shares
+from holdfast.metrics import comparisons, predictions, shares
 from holdfast.metrics.catalogue import BY_EPS, PAIRED, PLAIN, estimate, estimates
-from holdfast.metrics.columns import Absent
-from holdfast.metrics.corruptions import ACCURACIES
-from holdfast.metrics.curves import POINTS, accuracy_against_eps, accuracy_against_queries
-from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.names import AT_EPS, DETECTION, METRICS
 from holdfast.metrics.names import PAIRED as PAIRED_NAMES
+from holdfast.metrics.perturbations import POINTS, accuracy_against_eps, accuracy_against_queries
+from holdfast.metrics.predictions import ACCURACIES
+from holdfast.metrics.shares import Absent, robust_error_gap
 from holdfast.reports.card import generalisation_note
 from holdfast.runs.harden.hardened import generalisation
 
@@ -276,7 +275,7 @@ def test_calibration_error_by_hand():
         prediction=torch.tensor([0, 1, 0, 0]),
         confidence=torch.tensor([0.9, 0.9, 0.52, 0.52]),
     )
-    assert attacked.calibration_error(run).value == pytest.approx(
+    assert predictions.calibration_error(run).value == pytest.approx(
         (2 * abs(0.5 - 0.9) + 2 * abs(1 - 0.52)) / 4
     )
     sure = evidence(4, y=torch.zeros(4, dtype=torch.long), prediction=torch.zeros(4, dtype=torch.long))
@@ -323,27 +322,27 @@ def test_runs_are_paired_by_digest_whatever_their_order():
     before, after = evidence(), evidence(success=torch.zeros(60, dtype=torch.bool))
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     shuffled = dataclasses.replace(after, columns={k: v[order] for k, v in after.columns.items()})
-    assert paired.regression(after, before) == paired.regression(shuffled, before)
+    assert comparisons.regression(after, before) == comparisons.regression(shuffled, before)
     gained = shares.robust_accuracy(after).value - shares.robust_accuracy(before).value
-    assert paired.regression(after, before).value == pytest.approx(-gained)
-    assert paired.clean_accuracy_drop(after, before).value == 0
+    assert comparisons.regression(after, before).value == pytest.approx(-gained)
+    assert comparisons.clean_accuracy_drop(after, before).value == 0
 
 
 def test_copies_of_an_example_are_paired_one_by_one():
     same = torch.zeros(60, 32, dtype=torch.uint8)
-    assert len(paired.paired_examples(evidence(digest=same), evidence(digest=same))) == 60
-    assert len(paired.paired_examples(evidence(digest=same), evidence())) == 1
+    assert len(comparisons.paired_examples(evidence(digest=same), evidence(digest=same))) == 60
+    assert len(comparisons.paired_examples(evidence(digest=same), evidence())) == 1
 
 
 def test_runs_of_other_examples_are_refused():
     with pytest.raises(UsageError, match="share no example"):
-        paired.regression(evidence(), evidence(digest=torch.full((60, 32), 200, dtype=torch.uint8)))
+        comparisons.regression(evidence(), evidence(digest=torch.full((60, 32), 200, dtype=torch.uint8)))
 
 
 def test_regression_of_a_randomised_model_compares_chances():
     before = evidence(right_probability=torch.full((60,), 0.75))
     after = evidence(right_probability=torch.full((60,), 0.5))
-    assert paired.regression(after, before).value == pytest.approx(0.25)
+    assert comparisons.regression(after, before).value == pytest.approx(0.25)
 
 
 def test_the_eps_curve_falls_from_clean_accuracy_and_agrees_with_the_metric():

@@ -13,7 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.monitoring import watching
 from holdfast.monitoring.generated import Copies, SampleTests, Threshold
-from holdfast.monitoring.power import Power
+from holdfast.monitoring.watching import Power
 
 
 @pytest.fixture(autouse=True)

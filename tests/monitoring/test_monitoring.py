@@ -13,14 +13,12 @@ from scipy.stats import ks_2samp
 from benchmarks.drift_streams import varied
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.draws import Draws
-from holdfast.monitoring import kolmogorov_smirnov, martingale, mmd, watching
+from holdfast.monitoring import martingale, watching, windows
 from holdfast.monitoring.accuracy import Predictions, expected_accuracy, isotonic, measured_accuracy
-from holdfast.monitoring.adwin import Adwin
-from holdfast.monitoring.page_hinkley import PageHinkley
-from holdfast.monitoring.power import power_of
+from holdfast.monitoring.series import Adwin, PageHinkley
 from holdfast.monitoring.signals import Observed, Observer, Signals
+from holdfast.monitoring.watching import power_of, watch
 from holdfast.monitoring.watching import test_of as kind_of
-from holdfast.monitoring.watching import watch
 from holdfast.reports.monitoring import guarantees
 
 RIVER = Path(__file__).parents[2] / "benchmarks" / "references" / "river.json"
@@ -101,21 +99,21 @@ def test_p_values_of_kolmogorov_smirnov_are_those_of_scipy():
     rng = np.random.default_rng(0)
     reference, window = np.sort(rng.normal(size=700)), rng.normal(0.15, size=250)
     expected = ks_2samp(reference, window, method="asymp").pvalue
-    assert kolmogorov_smirnov.two_sample_p_value(reference, window) == pytest.approx(expected, rel=0.1)
+    assert windows.two_sample_p_value(reference, window) == pytest.approx(expected, rel=0.1)
 
 
 def test_p_values_of_mmd_are_uniform_without_a_shift_and_smallest_with_one():
     rng = np.random.default_rng(0)
-    p = [mmd.permutation_p_value(rng.normal(size=(60, 3)), 30, Draws(k)) for k in range(60)]
+    p = [windows.permutation_p_value(rng.normal(size=(60, 3)), 30, Draws(k)) for k in range(60)]
     assert 0.3 < np.mean(p) < 0.7
     assert np.mean(np.array(p) <= 0.2) < 0.4
     points = np.concatenate([rng.normal(size=(30, 3)), rng.normal(2.0, size=(30, 3))])
-    assert mmd.permutation_p_value(points, 30, Draws(0)) == 1 / (mmd.PERMUTATIONS + 1)
+    assert windows.permutation_p_value(points, 30, Draws(0)) == 1 / (windows.PERMUTATIONS + 1)
     assert (
-        mmd.permutation_p_value(np.full((60, 3), 0.3), 30, Draws(0)) == 1
+        windows.permutation_p_value(np.full((60, 3), 0.3), 30, Draws(0)) == 1
     )  # of a saturated model, for example
     tied = np.random.default_rng(1).integers(0, 2, (60, 2)).astype(float)
-    assert mmd.permutation_p_value(tied, 30, Draws(0)) > 0.05
+    assert windows.permutation_p_value(tied, 30, Draws(0)) > 0.05
 
 
 def test_a_stationary_stream_raises_no_alarm_and_a_short_one_states_what_a_test_needs(monkeypatch):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from holdfast.core.batch import UNLABELLED
-from holdfast.core.checkpoint import STATE, without_prefix
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import STATE, without_prefix
 from holdfast.recipes import AugmentPolicy, Tuning, augment_policy, tuning
 from holdfast.recipes.augment_policy import AUGMENTATIONS
 from holdfast.recipes.training.fit import Saving

@@ -11,13 +11,20 @@ import holdfast
 from holdfast.api.recipe_building import build_recipe
 from holdfast.attacks import PGD
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import WEIGHTS
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.int8 import int8_layers, layers_of, naive_gradients, packed, set_ranges, with_int8
+from holdfast.core.training import WEIGHTS
+from holdfast.io.models.architectures import (
+    int8_layers,
+    layers_of,
+    naive_gradients,
+    packed,
+    set_ranges,
+    with_int8,
+)
 from holdfast.io.models.models import open_model
 from holdfast.recipes import Int8, Prune
 from holdfast.recipes.training.fit import Saving, Training

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.certifiers.smoothing.noise import numbered_noise
+from holdfast.certifiers.smoothing.smoothing import numbered_noise
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
@@ -16,7 +16,7 @@ from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.architectures import cnn
-from holdfast.io.models.denoiser import DenoisedNetwork, with_denoiser
+from holdfast.io.models.composed import DenoisedNetwork, with_denoiser
 from holdfast.io.models.models import open_model
 from holdfast.io.models.weights import written
 from holdfast.recipes import Denoising

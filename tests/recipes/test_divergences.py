@@ -2,7 +2,7 @@
 
 import torch
 
-from holdfast.recipes.training.divergences import kullback_leibler, squared_error, weighted_gaps
+from holdfast.recipes.training.losses import kullback_leibler, squared_error, weighted_gaps
 
 G = torch.Generator().manual_seed(0)
 ONE, OTHER = (torch.randn(7, 5, generator=G, dtype=torch.float64) for _ in range(2))

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import STATE, without_prefix
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.memory import as_data
+from holdfast.core.training import STATE, without_prefix
+from holdfast.io.data.loaders import as_data
 from holdfast.recipes import GeneratedData, Standard, generated
 from holdfast.recipes.generated import FileSamples, copies
 from holdfast.recipes.training import fit
 from holdfast.recipes.training.fit import Saving
-from holdfast.recipes.training.generator import GAN
+from holdfast.recipes.training.gans import GAN
 from holdfast.recipes.training.recipe import Finished
 from holdfast.runs.harden.held_out import refuse_judged
 from holdfast.testing import fakes

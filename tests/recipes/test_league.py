@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from holdfast.attacks.parts.ascent import descend
-from holdfast.core.checkpoint import AVERAGE, STATE, WEIGHTS, without_prefix
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import AVERAGE, STATE, WEIGHTS, without_prefix
 from holdfast.recipes import LeagueTraining
 from holdfast.recipes.league import SIDES, Members, _published, _unpublished, cross_play, most_robust
 from holdfast.recipes.training.attack_policies import Policy

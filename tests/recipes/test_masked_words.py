@@ -11,14 +11,14 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.texts import LARGEST, encoded
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 from holdfast.io.models.models import Declared
 from holdfast.io.models.text_models import TextFunction
 from holdfast.recipes import MaskedWords
 from holdfast.recipes.training.fit import Training
+from holdfast.runs.harden.attempt_training import refuse_untrainable, with_trainable_texts
 from holdfast.runs.harden.held_out import without_judged
-from holdfast.runs.harden.trainable import refuse_untrainable, with_trainable_texts
 from holdfast.threats.text_edits import TextEdits
 
 THREAT = ThreatModel(TextEdits(edits=1, words=1))

@@ -8,12 +8,12 @@ import torch
 from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import STATE, without_prefix
 from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import STATE, without_prefix
 from holdfast.recipes import LeagueTraining, PGDTraining, PolicyTraining
 from holdfast.recipes.policy import ending_after
 from holdfast.recipes.training.attack_policies import (

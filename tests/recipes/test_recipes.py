@@ -54,9 +54,9 @@ from holdfast.recipes import (
     Tuning,
 )
 from holdfast.recipes.training.fit import _Loop
+from holdfast.recipes.training.follow_up import RAISED, OverfittingGuard
 from holdfast.recipes.training.learner import Learner, Loop, trained
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
+from holdfast.recipes.training.recipe import LossRecipe
 from holdfast.testing import fakes
 from holdfast.testing.recipes import (
     RECIPE_LAWS,

@@ -24,8 +24,8 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.recipes.training.fit import Turn
-from holdfast.recipes.training.frozen import twin
 from holdfast.recipes.training.learner import Learner
+from holdfast.recipes.training.weights import twin
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 from matrices import gains

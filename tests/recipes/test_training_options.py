@@ -27,8 +27,8 @@ from holdfast.recipes import (
 )
 from holdfast.recipes.training.augment import cut_and_mixed
 from holdfast.recipes.training.fit import Training, fit
-from holdfast.recipes.training.frozen import twin
 from holdfast.recipes.training.learner import Learner, hits
+from holdfast.recipes.training.weights import twin
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT, same
 

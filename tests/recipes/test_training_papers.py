@@ -33,8 +33,8 @@ from holdfast.recipes import (
 )
 from holdfast.recipes.training.augment import augmented, moves
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.frozen import twin
 from holdfast.recipes.training.learner import Learner
+from holdfast.recipes.training.weights import twin
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 from holdfast.threats.transformations import Spatial

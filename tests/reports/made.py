@@ -12,7 +12,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.columns import Absent
+from holdfast.metrics.shares import Absent
 from holdfast.reports.formats import html
 from holdfast.reports.run import run_report
 from holdfast.reports.summary import summary

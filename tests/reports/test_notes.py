@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from holdfast.attacks.parts.prepare import quickened
+from holdfast.attacks.parts.fast_networks import quickened
 from holdfast.core.model import Classifier
 from holdfast.reports.run import shown_notes
 

@@ -6,8 +6,8 @@ import jsonschema
 import pytest
 
 from holdfast.doubts.probing import doubt_test
+from holdfast.reports.defences import NAMES
 from holdfast.reports.json_schemas import summary_schema
-from holdfast.reports.rotation import NAMES
 from holdfast.reports.summary import summary
 from reports import made
 

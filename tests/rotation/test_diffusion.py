@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from holdfast.core.draws import Draws
-from holdfast.rotation.diffusion import Diffusion
+from holdfast.rotation.generating import Diffusion
 
 IDS = torch.arange(4_000)
 MEAN, DEVIATION = 0.7, 0.5

@@ -14,7 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.fit import Training, fit
-from holdfast.recipes.training.immunity import Immunity
+from holdfast.recipes.training.losses import Immunity
 from holdfast.rotation import Crafting, Immunise, chain, loaded
 from holdfast.rotation.collecting import trained_from_fresh_weights
 from rotation.problem import THREAT, accuracy, examples, network, task

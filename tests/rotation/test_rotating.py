@@ -12,9 +12,16 @@ from torch import nn
 
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.core.model import Classifier, Model
-from holdfast.rotation.live import Live, canary, churn, loaded, refuse_strange
-from holdfast.rotation.rotating_model import Answers, RotatingModel
-from holdfast.rotation.steps.swap import next_set
+from holdfast.rotation.rotating_model import (
+    Answers,
+    Live,
+    RotatingModel,
+    canary,
+    churn,
+    loaded,
+    refuse_strange,
+)
+from holdfast.rotation.steps.short_steps import next_set
 from holdfast.rotation.triggers import AnswersPerPrincipal
 from holdfast.testing import fakes
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Basins, Codec, Immunise, LatentDiffusion

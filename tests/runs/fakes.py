@@ -8,7 +8,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness import Member, Plan
 

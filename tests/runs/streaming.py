@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import holdfast
 from holdfast.core.errors import Interrupted
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.data.streamed import open_by_index
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, _Loop

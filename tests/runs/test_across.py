@@ -14,14 +14,13 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess import preparation
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harness import Member, paired
-from holdfast.runs.harness.kinds.across import _permuted
-from holdfast.runs.harness.kinds.transfer import MATRIX
+from holdfast.runs.harness.kinds.transfers import MATRIX, _permuted
 from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
@@ -108,7 +107,7 @@ def test_batches_and_resumption_change_nothing_of_it(tmp_path, monkeypatch):
     asked = carrying(elsewhere())
     whole = assess(subject(), data(), asked, run=tmp_path / "whole")
     assert shares(assess(subject(), data(), replace(asked, batch_size=7, shard_size=9))) == shares(whole)
-    from holdfast.runs.harness.kinds import across as module
+    from holdfast.runs.harness.kinds import transfers as module
 
     def stops(*arguments):
         raise KeyboardInterrupt

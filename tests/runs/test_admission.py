@@ -11,19 +11,18 @@ from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import Live, RotatingModel, canary
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.admission_gates import Measurements, gate_results
-from holdfast.rotation.steps.admit import _Admitting
-from holdfast.rotation.steps.comparing import worst
-from holdfast.rotation.steps.sanity import duplicate_gate
-from holdfast.rotation.steps.set_measuring import SetMeasurements, TransferResult
-from holdfast.rotation.steps.transfer_examples import (
+from holdfast.rotation.steps.admission_gates import Admission, Judged, Measurements, gate_results
+from holdfast.rotation.steps.admit import _Admitting, duplicate_gate
+from holdfast.rotation.steps.set_measuring import (
     Attacker,
     Attackers,
+    SetMeasurements,
     TransferExamples,
+    TransferResult,
     attackers_against,
     exposed_for,
+    worst,
 )
-from holdfast.rotation.steps.verdicts import Admission, Judged
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.encryption import KEY_VARIABLE

@@ -17,8 +17,8 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import doubt_tests
 from holdfast.gates.grammar import parse
-from holdfast.io.data.memory import as_data
-from holdfast.metrics.paired import basis
+from holdfast.io.data.loaders import as_data
+from holdfast.metrics.comparisons import basis
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harness import Member, measure

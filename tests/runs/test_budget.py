@@ -10,7 +10,7 @@ from holdfast.core.errors import Interrupted, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.overfitting import MOST_RAISED, RAISED, OverfittingGuard
+from holdfast.recipes.training.follow_up import MOST_RAISED, RAISED, OverfittingGuard
 from holdfast.runs.harden import attempt_training, candidates, checkpoints
 from holdfast.runs.harden.candidates import Evaluation
 from holdfast.runs.harden.checkpoints import LAST, saved

@@ -9,7 +9,7 @@ from holdfast.attacks import APGD, FAB, PGD, DeepFool, Relay, Square
 from holdfast.attacks.costs import expected_passes
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.threat import ThreatModel
-from holdfast.rotation.steps.admission_time import ExpectedTime
+from holdfast.rotation.steps.admit import ExpectedTime
 from holdfast.runs.assess import expected_time
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.expected_time import (

@@ -19,7 +19,7 @@ from holdfast.api.stored import report, verify
 from holdfast.cli.app import run as command_line
 from holdfast.core.batch import Batch
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.io.data.example_groups import Groups
+from holdfast.io.data.labels import Groups
 from holdfast.reports.json_schemas import summary_schema
 from holdfast.runs.assess.assess import assess
 from runs.fakes import N, data, order, settled, subject

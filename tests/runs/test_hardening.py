@@ -19,14 +19,14 @@ from holdfast.api.hardening import _usual_epochs
 from holdfast.api.recipe_building import settings_of
 from holdfast.api.stored import verify
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Interrupted, LostLoss, TargetError, UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import IN_PLACE, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.memory import as_data
+from holdfast.core.training import Checkpoint
+from holdfast.io.data.loaders import as_data
 from holdfast.recipes import (
     DPSGD,
     RSLAD,
@@ -40,7 +40,7 @@ from holdfast.recipes import (
     dp_sgd,
 )
 from holdfast.recipes.training.fit import Training, fit
-from holdfast.recipes.training.overfitting import RAISED, OverfittingGuard
+from holdfast.recipes.training.follow_up import RAISED, OverfittingGuard
 from holdfast.reports.formats.md import escaped
 from holdfast.runs.assess.expected_time import StageTimes, StepTime, StepTimes
 from holdfast.runs.assess.request import HardenRequest
@@ -48,11 +48,11 @@ from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.harden import assessment_budget, candidates
 from holdfast.runs.harden import harden as hardening
 from holdfast.runs.harden.assessment_budget import AssessmentTimes
+from holdfast.runs.harden.attempt_training import copy_of
 from holdfast.runs.harden.candidates import Candidate, Evaluation, attempts, standard_error
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.pace import Pace, _grown, pace
-from holdfast.runs.harden.trainable import copy_of
 from holdfast.runs.stored.stored_runs import open_run, runs_in
 from runs import fakes
 

@@ -12,7 +12,7 @@ from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.pieces import PIECE, results_in_pieces
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.recipes import IBPTraining
 from holdfast.runs.harden import epochs
 from holdfast.runs.harden.harden import harden

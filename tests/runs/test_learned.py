@@ -6,11 +6,10 @@ import pytest
 
 from holdfast.attacks import Universal
 from holdfast.core.errors import UsageError
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.harness import Member
-from holdfast.runs.harness.kinds.attack import AttackKind
-from holdfast.runs.harness.kinds.fit import Fit
+from holdfast.runs.harness.kinds.attack import AttackKind, Fit
 from runs.fakes import FAST, data, order, settled, subject
 
 LEARNED = Member("Universal", Universal(examples=30, steps=10, batch=10))

@@ -17,10 +17,10 @@ from holdfast import recipes
 from holdfast.api.checked_settings import check_settings
 from holdfast.api.recipe_building import build_recipe, settings_of
 from holdfast.api.verb_settings import Harden
-from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.errors import FunctionRaised, TargetError, UsageError
+from holdfast.core.training import Checkpoint, TrainingPlan
 from holdfast.io.trackers import CSVTracker, MLflowTracker
 from holdfast.recipes import (
     ATTA,
@@ -54,8 +54,7 @@ from holdfast.recipes.training.fit import Saving, Training
 from holdfast.runs.engine.signals import Stopped
 from holdfast.runs.harden.attempt_training import AttemptBudget, AttemptTraining
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.runs.harden.checkpoints import LAST, Point, save, save_within
-from holdfast.runs.harden.epoch_log import EpochLog
+from holdfast.runs.harden.checkpoints import LAST, EpochLog, Point, save, save_within
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.stored.run_manifest import harden_manifest
 from holdfast.settings.grammar import is_remote_log

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from holdfast.core.errors import TargetError
-from holdfast.runs.store import ownership
-from holdfast.runs.store.ownership import refuse_shared
+from holdfast.runs.store import files
+from holdfast.runs.store.files import refuse_shared
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions are no modes")
 as_root = pytest.mark.skipif(
@@ -91,7 +91,7 @@ def test_a_group_may_write_if_the_owner_is_its_only_member(group, accepted, file
     file.parent.chmod(0o775)
     if accepted:
         refuse_shared(file)
-        monkeypatch.setattr(ownership, "_has_list", lambda place: True)
+        monkeypatch.setattr(files, "_has_list", lambda place: True)
     with pytest.raises(TargetError, match="other users could change"):
         refuse_shared(file)
 

@@ -25,8 +25,12 @@ from holdfast.recipes import PGDTraining  # noqa: E402
 from holdfast.recipes.training.fit import Training  # noqa: E402
 from holdfast.runs.assess.assess import assess  # noqa: E402
 from holdfast.runs.engine import ray_cluster  # noqa: E402
-from holdfast.runs.engine.ray_cluster import Cluster, RayOptions, imported_ray  # noqa: E402
-from holdfast.runs.engine.ray_local import local_cluster  # noqa: E402
+from holdfast.runs.engine.ray_cluster import (  # noqa: E402
+    Cluster,
+    RayOptions,
+    imported_ray,
+    local_cluster,
+)
 from holdfast.runs.store.verify import verify  # noqa: E402
 from holdfast.runs.stored.stored_runs import open_run  # noqa: E402
 from runs.fakes import data, network, settled, subject  # noqa: E402

@@ -14,14 +14,14 @@ import torch
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.loaders import as_data
 from holdfast.rotation import Basins, Codec, Seeds, Subset
 from holdfast.rotation.collecting import last_of
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps import collect, contents, draw
 from holdfast.rotation.steps.generator_quality import trained_generator
 from holdfast.rotation.steps.rotation_request import split_examples
-from holdfast.rotation.steps.status import status
+from holdfast.rotation.steps.short_steps import status
 from rotation.problem import THREAT, accuracy, examples, network
 from runs import steps
 from runs.collected_pool import CODEC, DIFFUSION, IMMUNISE, terms

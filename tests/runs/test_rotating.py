@@ -18,15 +18,14 @@ from holdfast.api.verb_settings import Assess, RotateSettings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.gates.rotation_effects import protection_verdict, with_effects
+from holdfast.gates.judging import protection_verdict, with_effects
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps import attackers, contents, draw, train
 from holdfast.rotation.steps.alternatives import Alternatives, doubt, hardened
-from holdfast.rotation.steps.attackers import ATTACKERS, AttackerTable, Means
-from holdfast.rotation.steps.query_search import AcrossSwaps
+from holdfast.rotation.steps.attackers import ATTACKERS, AcrossSwaps, AttackerTable, Means
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.engine.progress import Step
 from holdfast.runs.store.verify import verify

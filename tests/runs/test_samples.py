@@ -7,7 +7,7 @@ import torch
 
 from holdfast.gates.judging import AtMost
 from holdfast.rotation.steps.admission_gates import NO_DOUBTS, gate_results
-from holdfast.rotation.steps.samples import (
+from holdfast.rotation.steps.set_measuring import (
     CONFIDENCE,
     MEASURED_LATER,
     POWER,

@@ -28,13 +28,12 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data import streamed
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.loaders import Source, in_order, index_order
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import Source, as_data, in_order, index_order
 from holdfast.io.data.streamed import Streamed, open_by_index, training_data
 from holdfast.recipes import ATTA, SingleStep
 from holdfast.recipes.training.fit import Saving, Training
-from holdfast.recipes.training.overfitting import OverfittingGuard
+from holdfast.recipes.training.follow_up import OverfittingGuard
 from holdfast.runs.harden.held_out import digest_of, examples_of
 from runs import fakes
 from runs.test_hardening import RECIPE, THREAT, training

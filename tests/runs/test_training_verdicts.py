@@ -15,10 +15,10 @@ from holdfast.gates.grammar import parse
 from holdfast.recipes import PGDTraining
 from holdfast.reports.card import checkpoint_text, help_sentence, verdict_sentence
 from holdfast.reports.write import rendered
-from holdfast.runs.harden.advice import advice
 from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.harden.epochs import collapsed
 from holdfast.runs.harden.harden import harden
+from holdfast.runs.harden.hardened import advice
 from holdfast.runs.stored.stored_runs import open_run
 from runs import fakes
 from runs.test_hardening import HOW, JUDGE, RECIPE, trainable, training, wish

@@ -13,11 +13,11 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
-from holdfast.metrics.transfer import ALL, matrix
+from holdfast.metrics.comparisons import ALL, matrix
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harness import Member
-from holdfast.runs.harness.kinds.transfer import MATRIX
+from holdfast.runs.harness.kinds.transfers import MATRIX
 from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
@@ -99,7 +99,7 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatc
     small = assess(subject(), data(), replace(asked, batch_size=7, shard_size=9))
     assert shares(small) == shares(whole)
     assess(subject(), data(), asked, run=tmp_path / "whole")
-    from holdfast.runs.harness.kinds.transfer import TransferMatrix
+    from holdfast.runs.harness.kinds.transfers import TransferMatrix
 
     real, calls = TransferMatrix.piece, []
 
@@ -118,7 +118,7 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_the_sample_is_bounded_and_seeded(monkeypatch):
-    monkeypatch.setattr("holdfast.runs.harness.kinds.transfer.MATRIX_ROWS", 11)
+    monkeypatch.setattr("holdfast.runs.harness.kinds.transfers.MATRIX_ROWS", 11)
     found = assess(subject(), data(), with_surrogates(other(), shard_size=5))
     ids = found.evidence.transfer["id"]
     assert len(ids) == 11

@@ -11,8 +11,8 @@ import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Inputs
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
 from holdfast.recipes import PGDTraining
 from holdfast.recipes.training.fit import Training
 

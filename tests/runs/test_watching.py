@@ -8,8 +8,8 @@ import pytest
 from holdfast.core.errors import Inconclusive, UsageError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.steps import rotation_run as watching
+from holdfast.rotation.steps.admission_gates import Admission, Judged
 from holdfast.rotation.steps.rotation_run import LoopSettings, RotationLoop
-from holdfast.rotation.steps.verdicts import Admission, Judged
 from runs import steps
 from runs.collected_pool import terms
 

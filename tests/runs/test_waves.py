@@ -12,8 +12,8 @@ from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.harness import Member, Plan, due_examples, measure_plan
+from holdfast.runs.harness.assembly import untried_bound
 from holdfast.runs.harness.kinds.attack import LEAST
-from holdfast.runs.harness.waves import untried_bound
 
 N = 40 * LEAST
 

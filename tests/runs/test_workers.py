@@ -20,7 +20,7 @@ from holdfast.attacks import PGD
 from holdfast.attacks.parts import ascent, losses
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.engine.children import import_path
+from holdfast.runs.engine.processes import import_path
 from holdfast.runs.harness import Member, Stage, task_of
 from holdfast.runs.harness.kinds.attack import SuiteAttack
 from holdfast.runs.store.verify import verify

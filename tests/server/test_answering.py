@@ -10,8 +10,8 @@ from torch import nn
 
 from holdfast.core.model import Classifier
 from holdfast.guard.decisions import Action, Incoming, Mode
-from holdfast.guard.detectors.energy import Energy
-from holdfast.guard.detectors.features import LastFeatures
+from holdfast.guard.detectors.mahalanobis import LastFeatures
+from holdfast.guard.detectors.outputs import Energy
 from holdfast.guard.detectors.queries import QueryDetector
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule

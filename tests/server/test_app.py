@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Mode, RowDecision, Score
+from holdfast.guard.decisions import Action, Mode, RowDecision, Score, release_of
 from holdfast.guard.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.guard.protocol import NoRules
-from holdfast.guard.released_scores import release_of
 from holdfast.guard.rules import InputSchema, Rule
 from holdfast.server.answering_requests import Answerer, ChainAudit, ServedSet
 from holdfast.server.app import ServedModel, application
@@ -27,8 +26,8 @@ from holdfast.server.batching import Batcher
 from holdfast.server.error_log import ErrorLog, shown
 from holdfast.server.keys import KeyFile, add_key
 from holdfast.server.openapi import openapi_document
-from holdfast.server.profile import OTHER, PARTS, PROFILED, WALL, Profile, profile_text
 from holdfast.server.telemetry import MetricTotals, Telemetry
+from holdfast.server.traffic import OTHER, PARTS, PROFILED, WALL, Profile, profile_text
 from holdfast.settings.serve_settings import RequestLimits
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request

@@ -18,11 +18,12 @@ from holdfast.server.audit_chain import (
     SUFFIX,
     AuditKey,
     ChainFile,
+    answered,
     end_chain,
     end_record,
+    started,
 )
 from holdfast.server.audit_folder import AuditFolder, verify_audit
-from holdfast.server.audit_records import answered, started
 from store.forging import chained
 
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from holdfast.server.batching import Batcher
-from holdfast.server.http_refusals import Refused
+from holdfast.server.requests import Refused
 
 
 class Gated:

@@ -14,8 +14,8 @@ from holdfast.server.adaptations import Adaptations
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.generation import Generation
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
+from holdfast.server.requests import Refused
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.traffic import SetCounts
 from holdfast.server.worker_processes import bound_socket

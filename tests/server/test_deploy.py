@@ -21,8 +21,8 @@ from holdfast.cli.app import run, verbs
 from holdfast.cli.assess import settings_of_flags
 from holdfast.cli.serve import serve
 from holdfast.guard.rules import Rule
-from holdfast.server.profile import Profile
 from holdfast.server.telemetry import METRICS, MetricTotals, Telemetry
+from holdfast.server.traffic import Profile
 from holdfast.settings.grammar import seconds
 from holdfast.settings.guard_settings import check_guard_settings
 from waiting import until

@@ -8,7 +8,7 @@ import torch
 
 from holdfast.core.errors import UsageError
 from holdfast.guard.decisions import Action, Incoming, Mode
-from holdfast.guard.detectors.energy import Energy
+from holdfast.guard.detectors.outputs import Energy
 from holdfast.guard.guard import LOST, REFUSED_TEXT, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.guard.rules import InputDefence, InputSchema, Rule
 

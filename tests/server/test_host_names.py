@@ -10,8 +10,7 @@ from holdfast.api.serving import server_setup
 from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import UsageError
 from holdfast.server.admin import admin_application
-from holdfast.server.host_names import HostNames
-from holdfast.server.http_refusals import Refused
+from holdfast.server.requests import HostNames, Refused
 
 from .small import request
 from .test_app import INFER, JSON, Here, X

@@ -14,9 +14,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.server.audit_chain import AuditKey
-from holdfast.server.http_refusals import Refused
-from holdfast.server.keys import KeyFile, add_key, burst_of, read_keys, revoke_key
-from holdfast.server.quotas import Quotas, Spending
+from holdfast.server.keys import KeyFile, Quotas, Spending, add_key, burst_of, read_keys, revoke_key
+from holdfast.server.requests import Refused
 from holdfast.settings.grammar import per_second
 
 

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.core.errors import UsageError
 from holdfast.guard.decisions import Action, Mode
-from holdfast.guard.detectors.energy import Energy
+from holdfast.guard.detectors.outputs import Energy
 from holdfast.guard.guard import UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.guard.rules import InputDefence, InputSchema, Rule
 from holdfast.server.middleware import GuardMiddleware

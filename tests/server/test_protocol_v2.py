@@ -12,8 +12,8 @@ import torch
 from holdfast.core.model import Bounds
 from holdfast.io.remote.payloads import Shaped
 from holdfast.server import protocol_v2
-from holdfast.server.http_refusals import Refused
 from holdfast.server.protocol_v2 import BINARY, LENGTH_HEADER, Signature, encoded, read_request
+from holdfast.server.requests import Refused
 
 from .small import CLASSES, FEATURES, SIGNATURE, request
 

@@ -26,9 +26,9 @@ from holdfast.guard.decisions import Incoming
 from holdfast.guard.protocol import NoRules
 from holdfast.server.answering_requests import Answerer, Job, ServedSet
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.http_refusals import Refused
 from holdfast.server.protocol_v2 import LENGTH_HEADER
 from holdfast.server.proxy import read_upstream
+from holdfast.server.requests import Refused
 from holdfast.server.upstream import UpstreamAddress
 from holdfast.server.worker_processes import bound_socket
 from waiting import until

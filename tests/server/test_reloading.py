@@ -22,12 +22,11 @@ from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.guard.calibration import Calibration, write_calibration
-from holdfast.server import server_signals as signals
+from holdfast.server import worker_processes as signals
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.generation import Candidate, Generation, PoolSet
-from holdfast.server.http_refusals import Refused
-from holdfast.server.loaded_model import LoadedModel, refuse_damaged
+from holdfast.server.generation import Candidate, Generation, LoadedModel, PoolSet, refuse_damaged
 from holdfast.server.messages import Opened, Prepare, decoded_by_worker
+from holdfast.server.requests import Refused
 from holdfast.server.served_weights import ServedWeights
 from holdfast.server.server_setup import ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor

@@ -14,8 +14,8 @@ from holdfast.guard.decisions import Incoming
 from holdfast.server import sampled_inputs
 from holdfast.server.answering_requests import Answer, Job, Outcome, ServedSet
 from holdfast.server.audit_chain import AuditKey
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key
+from holdfast.server.requests import Refused
 from holdfast.server.sampled_inputs import CollectedSamples, SampledInputs
 from waiting import until
 

@@ -17,8 +17,8 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.pool.pool import Pool
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.generation import LoadedModel, no_rules
 from holdfast.server.live_pool import LivePool
-from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.server_setup import HUNG_S, ServerSettings, ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
 from waiting import until

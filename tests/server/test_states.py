@@ -19,15 +19,12 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError
-from holdfast.guard.detectors.queries import QueryDetector
-from holdfast.guard.detectors.query_clusters import StateLimits, SteadyClock, Wanted
+from holdfast.guard.detectors.queries import QueryDetector, StateLimits, SteadyClock, Wanted
 from holdfast.guard.states import sqlite as sqlite_state
-from holdfast.guard.states.checkpoints import AT_LAST
-from holdfast.guard.states.hash_index import HashIndex
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.redis import RedisState
 from holdfast.guard.states.spending import Allowance, Charge
-from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.guard.states.sqlite import AT_LAST, HashIndex, SQLiteState
 from redis_server import redis_server
 
 KEY, SHAPE = bytes(range(32)), (3, 32, 32)
@@ -94,7 +91,7 @@ def test_all_states_give_the_scores_of_the_memory(state_of):
 @pytest.mark.parametrize("recent", [0, 50, 10_000])
 def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, monkeypatch, recent):
     """Each has an index of the file in memory, whose newest entries are merged after `recent` ones."""
-    monkeypatch.setattr("holdfast.guard.states.hash_index._RECENT", recent)
+    monkeypatch.setattr("holdfast.guard.states.sqlite._RECENT", recent)
     opened = [SQLiteState(tmp_path / "state.db") for _ in range(2)]
     alone = QueryDetector(KEY, MemoryState(), SHAPE)
     several = [QueryDetector(KEY, state, SHAPE) for state in opened]
@@ -111,7 +108,7 @@ def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, monkeypatch
 
 def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch):
     """Each query near a full bucket drops some, within a transaction for which other processes wait."""
-    monkeypatch.setattr("holdfast.guard.states.hash_index._RECENT", 40)
+    monkeypatch.setattr("holdfast.guard.states.sqlite._RECENT", 40)
     index, pairs, chance = HashIndex(), dict[int, list[int]](), random.Random(0)
     copies, merge = [], HashIndex._merge
     monkeypatch.setattr(HashIndex, "_merge", lambda each: (copies.append(each), merge(each)))

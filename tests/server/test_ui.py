@@ -17,8 +17,8 @@ from holdfast.runs.store.encryption import Seal
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.admin import admin_application
 from holdfast.server.flagged_inputs import FlaggedInputs
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import KeyFile, add_key, read_keys, revoke_key
+from holdfast.server.requests import Refused
 from holdfast.server.server_setup import ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.telemetry import MetricTotals, Telemetry

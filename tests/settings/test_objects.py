@@ -18,8 +18,8 @@ from holdfast.cli.app import run as command
 from holdfast.core.errors import UsageError
 from holdfast.core.names import limits_text, path_text
 from holdfast.core.threat import ThreatModel
-from holdfast.threats.corruptions import Corruptions
 from holdfast.threats.parsing import FORMS, Form, file_argument, parse_threat
+from holdfast.threats.transformations import Corruptions
 
 ASSESSED = {"model": "mnist-cnn", "data": "mnist-mini", "threat": "linf:0.1", "suite": "quick", "n": 16}
 

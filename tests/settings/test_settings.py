@@ -44,11 +44,9 @@ from holdfast.settings.spellings import (
     suite_or_attacks,
 )
 from holdfast.settings.threats_and_attacks import build_attack
-from holdfast.threats.colour import Colour
-from holdfast.threats.corruptions import Corruptions
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Spatial
+from holdfast.threats.transformations import Colour, Corruptions, Spatial
 
 REFUSED = [
     ("? [a]\n: b", "is not a valid key"),

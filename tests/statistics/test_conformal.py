@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holdfast.statistics.anytime import confidence_sequence
-from holdfast.statistics.conformal import combined_thresholds, fewest_examples
+from holdfast.statistics.intervals import combined_thresholds, fewest_examples
 
 
 @pytest.mark.parametrize("rules", [1, 2, 3])

@@ -17,9 +17,8 @@ from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Seconds
 from holdfast.runs.store.differences import differences
-from holdfast.runs.store.folder import open_run_folder
+from holdfast.runs.store.folder import open_run_folder, parsed
 from holdfast.runs.store.leases import FOREIGN_LEASE_S, Owner, ShardTimes, leased, spent_in, start_time
-from holdfast.runs.store.records import parsed
 from holdfast.runs.store.verify import verify
 
 MANIFEST = {

@@ -13,14 +13,12 @@ from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.harden.hardened import trained_under
-from holdfast.threats.colour import Colour
-from holdfast.threats.corruptions import Corruptions
 from holdfast.threats.domains import IMAGE, NUMBERS, TABLE, TEXT, domain_of
 from holdfast.threats.parsing import FORMS, parse_threat, threat_of
 from holdfast.threats.patches import Patch
 from holdfast.threats.stored import threat_for_report, threat_from_json, threat_to_json
-from holdfast.threats.training_set import TrainingSet
-from holdfast.threats.transformations import Spatial
+from holdfast.threats.transformations import Colour, Corruptions, Spatial
+from holdfast.threats.triggers import TrainingSet
 
 TEXTS = (
     "linf:8/255",

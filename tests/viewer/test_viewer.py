@@ -23,10 +23,8 @@ from holdfast.metrics.names import METRICS
 from holdfast.rotation.pool.pool import Pool
 from holdfast.runs.stored.stored_runs import attacked_stages, run_entry
 from holdfast.server.audit_folder import AuditFolder
-from holdfast.viewer.explaining import explainer
-from holdfast.viewer.exporting import export
-from holdfast.viewer.pages import NoPage, Site
-from holdfast.viewer.serving import listening, site_application
+from holdfast.viewer.pages import NoPage, Site, explainer
+from holdfast.viewer.serving import export, listening, site_application
 from holdfast.viewer.shelf import Shelf
 
 pytest.importorskip("starlette")

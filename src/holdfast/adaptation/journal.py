@@ -21,15 +21,16 @@ from holdfast.runs.engine.identity import code_digest, versions
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.files import MANIFEST, content_of
 from holdfast.runs.store.folder import (
+    Chain,
     RunFolder,
     open_run_folder,
     read_about,
+    read_chain,
     read_manifest,
     recorded_document,
     refuse_altered,
 )
 from holdfast.runs.store.forms import Name, refuse_form
-from holdfast.runs.store.records import Chain, read_chain
 from holdfast.runs.stored.record import VERDICT
 from holdfast.runs.stored.run_manifest import about_run
 from holdfast.runs.stored.stored_runs import RunEntry, open_run

@@ -14,8 +14,7 @@ from holdfast.core.errors import TargetError
 from holdfast.guard.calibration import read_calibration, write_calibration
 from holdfast.guard.guard import GuardPipeline
 from holdfast.reports.write import refuse_unwritable
-from holdfast.runs.store.files import PRIVATE
-from holdfast.runs.store.ownership import refuse_shared
+from holdfast.runs.store.files import PRIVATE, refuse_shared
 from holdfast.settings.guard_settings import read_guard_settings
 
 EARLIER, CANDIDATE = "guard.calibration.json", "candidate.calibration.json"

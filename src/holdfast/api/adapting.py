@@ -46,7 +46,7 @@ from holdfast.gates.judging import Doubts, Judgement, judge, judged_estimate
 from holdfast.generators.opening import names_generator
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
-from holdfast.io.data.selection import selected
+from holdfast.io.data.data import selected
 from holdfast.io.files import content_of_file
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
@@ -59,9 +59,8 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harness import Target
-from holdfast.runs.store.files import mode_of, usable, write_atomically
-from holdfast.runs.store.ownership import refuse_shared
-from holdfast.runs.store.records import read_chain
+from holdfast.runs.store.files import mode_of, refuse_shared, usable, write_atomically
+from holdfast.runs.store.folder import read_chain
 from holdfast.runs.stored.stored_runs import new_folder
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InputSpace, ModelSource

@@ -33,13 +33,12 @@ from holdfast.rotation.steps.admit import AdmitRequest, admit
 from holdfast.rotation.steps.contents import secret
 from holdfast.rotation.steps.rotation_request import RotateRequest, state_of
 from holdfast.rotation.steps.set_measuring import set_subject
-from holdfast.rotation.steps.swap import swap
+from holdfast.rotation.steps.short_steps import swap
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.store.columns import content_digest
-from holdfast.runs.store.files import POOL_MANIFEST
-from holdfast.runs.store.ownership import refuse_shared
+from holdfast.runs.store.files import POOL_MANIFEST, refuse_shared
 from holdfast.settings.grammar import seconds
 
 _POLL_S = 0.5

@@ -24,11 +24,10 @@ from holdfast.reports.terminal import as_lines, body
 from holdfast.reports.tree import Report
 from holdfast.reports.words import amount, open_doubts, threat_syntax
 from holdfast.reports.write import rendered, write
-from holdfast.rotation.pool.verify_pool import verify_pool
+from holdfast.rotation.pool.pool_manifest import verify_pool
 from holdfast.runs.store.files import AUDIT_MARK, MANIFEST, POOL_MANIFEST, content_of
-from holdfast.runs.store.folder import read_manifest
+from holdfast.runs.store.folder import parsed, read_manifest
 from holdfast.runs.store.forms import refuse_form
-from holdfast.runs.store.records import parsed
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import open_run
 from holdfast.server.audit_folder import server_records, verify_audit

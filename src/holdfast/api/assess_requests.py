@@ -28,9 +28,9 @@ from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, TREES, load
 from holdfast.core.evidence import Evidence
-from holdfast.io.data.selection import selected
-from holdfast.io.remote.counting import inspection_counter
+from holdfast.io.data.data import selected
 from holdfast.io.remote.remote import SCHEMES
+from holdfast.io.remote.served_model import inspection_counter
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request, reads_trees, smoothed_subject, without_attacks
 from holdfast.runs.assess.expected_rows import Rehearsed, rehearsed
@@ -215,7 +215,7 @@ def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> Assess
     any and the threat model supports them.
     """
     from holdfast.api.guard_opening import query_trials
-    from holdfast.guard.query_trials import measurable
+    from holdfast.guard.query_rule import measurable
 
     trials = query_trials(guard)
     if trials is None or not measurable(request.plan.threat, subject.model.access):

@@ -22,15 +22,14 @@ from holdfast.api.references import DataLike, ModelLike
 from holdfast.api.resolve import device_of_model, open_fit
 from holdfast.api.verb_settings import Assess
 from holdfast.attacks.protocol import Attack
-from holdfast.core.batch import Data
+from holdfast.core.batch import Data, Lookup
 from holdfast.core.errors import UsageError
-from holdfast.core.lookup import Lookup
 from holdfast.core.names import kind_of
 from holdfast.core.texts import decoded
 from holdfast.core.types import Inputs
 from holdfast.io.data.arrays import Arrays, in_original_form
-from holdfast.io.data.memory import as_array
-from holdfast.io.data.selection import Selection
+from holdfast.io.data.data import Selection
+from holdfast.io.data.loaders import as_array
 from holdfast.runs.assess import assess as assessing
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Progress, silent

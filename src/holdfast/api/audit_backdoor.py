@@ -23,15 +23,12 @@ from holdfast.api.resolve import (
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.backdoor.audit import CLEAN, BackdoorRequest, measure, refuse_other_shape
 from holdfast.audits.backdoor.conclusion import images_of, suspect
-from holdfast.audits.backdoor.controls import Controls, SizeCache
+from holdfast.audits.backdoor.controls import Controls, ControlTraining, SizeCache
 from holdfast.audits.backdoor.inversion import refuse_one_class
 from holdfast.audits.backdoor.measurements import STRIP, measured
-from holdfast.audits.backdoor.training import ControlTraining
-from holdfast.audits.finding import Images
-from holdfast.audits.stored_steps import StoredSteps
+from holdfast.audits.finding import Images, StoredSteps
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -39,6 +36,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.needs import Need
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import Checkpoint
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.data_catalogue import cache_folder
 from holdfast.recipes import Standard
@@ -48,7 +46,7 @@ from holdfast.rotation.collecting import with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.engine.run import Run
-from holdfast.runs.harden.trainable import refuse_untrainable
+from holdfast.runs.harden.attempt_training import refuse_untrainable
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import ExampleSelection
 

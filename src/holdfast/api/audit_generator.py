@@ -17,7 +17,7 @@ from holdfast.api.auditing.generator import AuditGenerator
 from holdfast.api.expecting import first_table, normalisation, notes_of, refuse_other_range, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.attacks.parts.small_networks import network_for
+from holdfast.attacks.parts.substitutes import network_for
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.generator.audit import (
     GeneratorAudit,
@@ -35,8 +35,7 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.generators.opening import bundled_generators, names_generator, opened_generator
 from holdfast.io.data.arrays import Arrays
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.layouts import layout_of_images
+from holdfast.io.data.layouts import Expected, layout_of_images
 from holdfast.io.models.factories import names_code, refuse_without_factory
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.io.models.models import bundled_models

@@ -15,14 +15,17 @@ from holdfast.api.plans import device_of
 from holdfast.api.reference_networks import FUNCTION_TOGETHER, TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
-from holdfast.audits.finding import Images
-from holdfast.audits.membership import rates
+from holdfast.audits.finding import Images, StoredSteps
+from holdfast.audits.membership import scores
 from holdfast.audits.membership.audit import SCORES, SEEDS, SENT, measure, scores_of, steps
-from holdfast.audits.membership.controls import first_copies, refuse_shared
-from holdfast.audits.membership.how import Design, MembershipAudit
-from holdfast.audits.membership.references import ReferenceTraining
+from holdfast.audits.membership.references import (
+    Design,
+    MembershipAudit,
+    ReferenceTraining,
+    first_copies,
+    refuse_shared,
+)
 from holdfast.audits.membership.report import METRIC, METRIC_FPR, images_of
-from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -32,7 +35,7 @@ from holdfast.runs.assess.executors import executor_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
 from holdfast.runs.engine.run import Run
-from holdfast.runs.harden.trainable import refuse_untrainable
+from holdfast.runs.harden.attempt_training import refuse_untrainable
 
 _NETWORKS = 16
 _PROBE = 64  # examples on which a training function is called twice
@@ -193,10 +196,10 @@ def _non_members(settings: AuditMembership, model: Classifier, first: Data) -> D
 def _refuse_too_few(settings: AuditMembership, how: MembershipAudit) -> None:
     n, members = how.design.n, how.design.members
     non_members = n // 2 if members is None else n - members
-    rates.refuse_few(settings.fpr, non_members)
-    if any(METRIC in gate for gate in settings.gates) and non_members < rates.needed(METRIC_FPR):
+    scores.refuse_few(settings.fpr, non_members)
+    if any(METRIC in gate for gate in settings.gates) and non_members < scores.needed(METRIC_FPR):
         raise UsageError(
-            f"a gate is on {METRIC}, which needs {rates.needed(METRIC_FPR):,} non-members, and there are "
+            f"a gate is on {METRIC}, which needs {scores.needed(METRIC_FPR):,} non-members, and there are "
             f"{non_members:,}; give more of them, or leave the gate out and read the rate at --fpr"
         )
 

@@ -14,7 +14,7 @@ from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.api.resolve import open_beside, open_seeded, open_training_examples, random_instead
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
-from holdfast.audits.finding import Images
+from holdfast.audits.finding import Images, StoredSteps
 from holdfast.audits.poison.audit import (
     EPOCHS,
     PoisonRequest,
@@ -25,7 +25,6 @@ from holdfast.audits.poison.audit import (
     with_trusted,
 )
 from holdfast.audits.poison.conclusion import images_of, write_suspects
-from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -38,7 +37,7 @@ from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import last_of, with_fresh_weights
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.engine.run import Run
-from holdfast.runs.harden.trainable import refuse_untrainable
+from holdfast.runs.harden.attempt_training import refuse_untrainable
 
 _BATCH, _SMALLEST_BATCH, _UPDATES = 128, 8, 50
 """Largest and smallest batch size, and the number of updates of an epoch that a small set has if possible."""

@@ -16,12 +16,12 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
 from holdfast.io.files import text_of_file
+from holdfast.io.functions import TrainingFunction, open_training, refuse_other_classes
 from holdfast.io.models.cards import trained_by
 from holdfast.io.models.models import CARD
-from holdfast.io.models.training_function import TrainingFunction, open_training, refuse_other_classes
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation.collecting import with_fresh_weights
-from holdfast.runs.harden.trainable import refuse_untrainable
+from holdfast.runs.harden.attempt_training import refuse_untrainable
 from holdfast.threats.parsing import parse_threat
 
 

@@ -6,7 +6,7 @@ from holdfast.api.resolve import open_examples, open_subject
 from holdfast.api.verb_settings import Doctor
 from holdfast.core.batch import Data
 from holdfast.io.doctor import Checkup, Finding, examine
-from holdfast.io.remote.counting import inspection_counter
+from holdfast.io.remote.served_model import inspection_counter
 from holdfast.runs.assess.request import Subject
 
 

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.api.checked_settings import group_of
 from holdfast.api.verb_settings import Assess, Certify, Opening
-from holdfast.attacks.parts.expectation import inner
+from holdfast.attacks.parts.images import inner
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -19,10 +19,8 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import did_you_mean
 from holdfast.io.data.arrays import Arrays
-from holdfast.io.data.data import Names
-from holdfast.io.data.expected import Expected, FirstTable
-from holdfast.io.data.ranges import Ranges
-from holdfast.io.data.selection import Selection, selected
+from holdfast.io.data.data import Names, Selection, selected
+from holdfast.io.data.layouts import Expected, FirstTable, Ranges
 from holdfast.io.doctor.behaviour import unlike_a_logit
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions

@@ -19,18 +19,17 @@ from holdfast.api.reading_settings import OPENED_WITH, given
 from holdfast.api.references import DataLike, ModelLike, beside
 from holdfast.api.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.api.verb_settings import Assess, Certify, Explain
-from holdfast.attacks.parts.expectation import MeanView, averaged_views
+from holdfast.attacks.parts.images import MeanView, averaged_views
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.explanation.attacked import Measured
+from holdfast.explanation.case import About, Measured
 from holdfast.explanation.example import explain_example
 from holdfast.explanation.explained import Explained
 from holdfast.explanation.whole_model import explain_model
-from holdfast.explanation.wording import About
-from holdfast.io.data.selection import selected
+from holdfast.io.data.data import selected
 from holdfast.io.models.factories import names_code
 from holdfast.io.models.models import WEIGHTS
 from holdfast.io.models.weights import digest_of_weights

@@ -20,8 +20,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.guard.calibration import Calibration, calibrated
-from holdfast.guard.detectors.detector_protocol import Fitted
-from holdfast.guard.detectors.mahalanobis import Mahalanobis
+from holdfast.guard.detectors.mahalanobis import Fitted, Mahalanobis
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import derived_key, guard_key
 from holdfast.guard.rules import QUERIES
@@ -30,7 +29,7 @@ from holdfast.reports.words import amount
 from holdfast.runs.assess.preparation import readied
 from holdfast.settings.groups import ExampleSelection
 from holdfast.settings.guard_settings import GuardSettings, read_guard_settings
-from holdfast.statistics.conformal import fewest_examples
+from holdfast.statistics.intervals import fewest_examples
 
 
 def candidate_calibrations(settings: Calibrate) -> tuple[Calibration, Calibration] | None:

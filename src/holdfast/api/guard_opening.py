@@ -12,13 +12,17 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.guard.calibration import Calibration, read_calibration, refuse_stale, with_calibration
-from holdfast.guard.decisions import Action, Mode
-from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, for_cameras, radius_for
-from holdfast.guard.detectors.query_clusters import QueryState, StateLimits
+from holdfast.guard.decisions import Action, Mode, ObservedRate
+from holdfast.guard.detectors.queries import (
+    QueryDetector,
+    QuerySettings,
+    QueryState,
+    StateLimits,
+    for_cameras,
+    radius_for,
+)
 from holdfast.guard.guard import GuardPipeline, QueryScorer
-from holdfast.guard.observed import ObservedRate
-from holdfast.guard.query_rule import QueryRule, derived_key, guard_key, scaled
-from holdfast.guard.query_trials import QueryTrials
+from holdfast.guard.query_rule import QueryRule, QueryTrials, derived_key, guard_key, scaled
 from holdfast.guard.rejecting import rejecting
 from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule
 from holdfast.guard.states.memory import MemoryState

@@ -41,14 +41,13 @@ from holdfast.guard.calibration import (
     write_calibration,
 )
 from holdfast.guard.decisions import Action, Incoming, RequestDecision
-from holdfast.guard.detectors.detector_protocol import Fitted, Observation
-from holdfast.guard.detectors.features import features_of
+from holdfast.guard.detectors.mahalanobis import Fitted, Observation, features_of
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import QUERIES
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.io.data.arrays import selected_rows
-from holdfast.io.data.selection import Selection
+from holdfast.io.data.data import Selection
 from holdfast.io.models.models import ROTATING
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject

@@ -12,20 +12,19 @@ from holdfast.api.grad_mode import gradients
 from holdfast.api.recipe_building import built
 from holdfast.api.verb_settings import Harden
 from holdfast.audits.audit import AuditResult, audited
-from holdfast.audits.finding import Images
+from holdfast.audits.finding import Images, StoredSteps
 from holdfast.audits.generator.audit import finding_of_steps, needs_of
 from holdfast.audits.generator.hardening import BEFORE, GeneratorHardening, measure, trainable
-from holdfast.audits.stored_steps import StoredSteps
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.needs import refuse_unmet
 from holdfast.generators.adapters import GAN
-from holdfast.generators.gan import ImageGAN
+from holdfast.generators.networks import ImageGAN
 from holdfast.generators.opening import FILE, bundled_generators, content_of, names_generator
 from holdfast.io.models.factories import names_code
 from holdfast.io.models.weights import written
-from holdfast.recipes.training.robust_gan import RobustLosses
+from holdfast.recipes.training.gans import RobustLosses
 from holdfast.reports.audit import audit_report, headline
 from holdfast.reports.write import rendered
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent

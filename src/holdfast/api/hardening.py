@@ -32,22 +32,21 @@ from holdfast.core.needs import Need
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.gates.grammar import parse
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.loaders import tensors_of
-from holdfast.io.data.memory import as_data
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data, tensors_of
 from holdfast.io.data.streamed import Streamed, changing_example, open_by_index, training_data
-from holdfast.io.models.denoiser import with_denoiser
+from holdfast.io.models.composed import with_denoiser
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.runs.assess.request import HardenRequest, Subject
 from holdfast.runs.engine.progress import Notify, ignore, silent
+from holdfast.runs.harden.attempt_training import copy_of, refuse_untrainable, with_trainable_texts
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.runs.harden.epoch_log import EpochLog, OnEpoch, opened_trackers
+from holdfast.runs.harden.checkpoints import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden, refuse_unfit, refuse_unmeasured
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
-from holdfast.runs.harden.trainable import copy_of, refuse_untrainable, with_trainable_texts
 from holdfast.settings.grammar import parse_log, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.naming import AUTO

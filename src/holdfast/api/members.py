@@ -13,9 +13,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import ACCESS_ORDER
-from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.composed import Ensemble, Mixture
 from holdfast.io.models.factories import converted_arguments
-from holdfast.io.models.mixtures import Mixture
 from holdfast.io.models.models import Declared, OpenedModel
 from holdfast.runs.assess.request import Subject
 from holdfast.settings.groups import Members

@@ -21,19 +21,20 @@ from holdfast.core.catalogue import SAMPLE_TESTS
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import REFERENCE, Remedy
-from holdfast.guard.detectors.features import features_of, layer_before_last_linear
-from holdfast.io.data.column_matching import in_order_of_first
-from holdfast.io.data.expected import Expected
+from holdfast.guard.detectors.mahalanobis import features_of, layer_before_last_linear
+from holdfast.io.data.columns import in_order_of_first
+from holdfast.io.data.layouts import Expected
 from holdfast.io.data.pictures import Pictures, holds_samples, open_samples
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.monitoring.accuracy import (
+    FEWEST,
     Predictions,
+    Reference,
     expected_accuracy,
     joined_predictions,
     measured_accuracy,
 )
 from holdfast.monitoring.monitored import Monitored, Source
-from holdfast.monitoring.reference import FEWEST, Reference
 from holdfast.monitoring.signals import Observed, Observer, Signals, joined_samples, means
 from holdfast.monitoring.watching import test_of, watch
 from holdfast.reports.numbers import percent

@@ -227,7 +227,7 @@ def _without_attacks(settings: Measuring, threat: ThreatModel) -> Plan:
     """Return the plan of a measurement under a threat that changes no input. Raises `UsageError` if the settings
     contain attacks.
     """
-    from holdfast.threats.training_set import TrainingSet  # late: few threats are on training sets
+    from holdfast.threats.triggers import TrainingSet  # late: few threats are on training sets
 
     given = [name for name in ("suite", "attacks", "surrogates", "only", "skip") if getattr(settings, name)]
     given += [name for name in ("curve", "full", "adaptive", "save_adversarial") if getattr(settings, name)]

@@ -20,9 +20,8 @@ from holdfast.core.names import parse_number
 from holdfast.core.spelling import did_you_mean
 from holdfast.io.data.arrays import Arrays, from_numpy
 from holdfast.io.data.data import open_data
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.layouts import layout_of_images
-from holdfast.io.data.memory import as_array
+from holdfast.io.data.layouts import Expected, layout_of_images
+from holdfast.io.data.loaders import as_array
 from holdfast.io.data.trigger_files import write_trigger
 from holdfast.io.files import replacing
 from holdfast.reports.write import explained

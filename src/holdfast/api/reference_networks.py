@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from holdfast.api.audited_trainings import Training, trained_like
 from holdfast.audits.membership.audit import columns_of
-from holdfast.audits.membership.how import MembershipAudit
 from holdfast.audits.membership.references import (
+    MembershipAudit,
     ReferenceTraining,
     Signals,
     joined,

@@ -14,7 +14,7 @@ from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import given
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Remedy
-from holdfast.io.data.frames import is_frame
+from holdfast.io.data.tables import is_frame
 from holdfast.io.models.adapting import refuse_no_model
 from holdfast.io.models.estimators import Predictor
 from holdfast.settings.groups import DataSource, ServerLimits

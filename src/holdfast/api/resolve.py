@@ -36,23 +36,22 @@ from holdfast.api.plans import SUPPORTED_DEVICES, Measuring, device_of, examples
 from holdfast.api.pooled import open_model_at
 from holdfast.api.references import beside, refuse_other_settings
 from holdfast.api.verb_settings import Assess, Certify, Opening
-from holdfast.attacks.parts.expectation import seen_through
+from holdfast.attacks.parts.images import seen_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
+from holdfast.core.gradients import DECAY, skipped
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
-from holdfast.core.skipped import DECAY, skipped
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.core.units import Units
 from holdfast.io.data.arrays import Arrays, Choice
-from holdfast.io.data.data import noting_fewer, open_data
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.frames import is_frame, open_frame, text_of
-from holdfast.io.data.memory import as_array, as_data
-from holdfast.io.data.selection import Selection, grouped, selected
+from holdfast.io.data.data import Selection, grouped, noting_fewer, open_data, selected
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_array, as_data
+from holdfast.io.data.tables import is_frame, open_frame, text_of
 from holdfast.io.models.adapting import object_identity, refuse_no_model
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.models import Declared, open_model
@@ -434,7 +433,7 @@ def with_groups(
     given = group_of(settings, ExampleGroups).groups
     if given is None:
         return data
-    from holdfast.io.data.example_groups import Groups  # only for data with groups
+    from holdfast.io.data.labels import Groups  # only for data with groups
 
     if isinstance(given, str):
         return grouped(data, None, whole=whole)
@@ -560,8 +559,10 @@ def open_all(settings: Assess | Certify) -> Opened:
     subject = with_found_properties(subject, surrogates, data)
     edits = edits_of(settings)
     if edits is not None and len(data):
-        from holdfast.io.models.truncation import truncation_notes  # late: few models are called with texts
-        from holdfast.io.models.unknown_words import unknown_notes
+        from holdfast.io.models.text_checks import (
+            truncation_notes,  # late: few models are called with texts
+            unknown_notes,
+        )
 
         notes = (*truncation_notes(subject.model, data), *unknown_notes(subject.model, data, edits))
         subject = replace(subject, notes=(*subject.notes, *notes))

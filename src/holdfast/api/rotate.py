@@ -29,18 +29,17 @@ from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
-from holdfast.rotation.steps import expose as exposure
 from holdfast.rotation.steps import rotation_run as loop
-from holdfast.rotation.steps import status as pool_status
-from holdfast.rotation.steps import swap as swapping
+from holdfast.rotation.steps import short_steps as exposure
+from holdfast.rotation.steps import short_steps as pool_status
+from holdfast.rotation.steps import short_steps as swapping
 from holdfast.rotation.steps import train as training
+from holdfast.rotation.steps.admission_gates import Admission
 from holdfast.rotation.steps.collect import Collected
 from holdfast.rotation.steps.draw import By, Drawn
-from holdfast.rotation.steps.expose import Exposed
 from holdfast.rotation.steps.generator_quality import TrainedGenerator
 from holdfast.rotation.steps.rotation_run import Rotated
-from holdfast.rotation.steps.swap import Swapped
-from holdfast.rotation.steps.verdicts import Admission
+from holdfast.rotation.steps.short_steps import Exposed, Swapped
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.store.append_log import Head
 from holdfast.runs.stored.stored_runs import new_folder

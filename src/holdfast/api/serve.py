@@ -56,8 +56,8 @@ def serve_until_stopped(settings: Serve, *, notify: Notify = ignore) -> None:
     from holdfast.server.admin import AdminServer
     from holdfast.server.error_log import json_line, log_to_stderr
     from holdfast.server.keys import KeyFile
-    from holdfast.server.profile import profile_text
     from holdfast.server.supervisor import Supervisor
+    from holdfast.server.traffic import profile_text
     from holdfast.server.worker_processes import bound_socket
 
     said, warn, options = notify, notify, setup.settings

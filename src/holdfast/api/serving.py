@@ -25,16 +25,15 @@ from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.guard.protocol import RequestGuard
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
-from holdfast.monitoring.reference import Reference
+from holdfast.monitoring.accuracy import Reference
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.triggers import Trigger
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.flagged_inputs import FlaggedInputs
-from holdfast.server.generation import NAME_DIGITS
+from holdfast.server.generation import NAME_DIGITS, LoadedModel, no_rules
 from holdfast.server.keys import read_keys
 from holdfast.server.live_pool import LivePool
-from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.proxy import UpstreamModel
 from holdfast.server.server_setup import HUNG_S, ServerSettings, ServerSetup, WorkerSetup
 from holdfast.settings.grammar import parse_every, seconds

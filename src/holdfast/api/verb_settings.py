@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from holdfast.runs.assess.expected_time import ExpectedCost
     from holdfast.runs.assess.request import Opened, Subject
     from holdfast.runs.assess.result import Result
-    from holdfast.runs.harden.epoch_log import OnEpoch
+    from holdfast.runs.harden.checkpoints import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
     from holdfast.server.server_setup import ServerSetup
 

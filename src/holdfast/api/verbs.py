@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from holdfast.io.doctor import Checkup
     from holdfast.monitoring.monitored import Monitored
     from holdfast.runs.assess.exhibition import Exhibit
-    from holdfast.runs.harden.epoch_log import OnEpoch
+    from holdfast.runs.harden.checkpoints import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
 
 __all__ = ["adapt", "assess", "certify", "demo", "doctor", "exhibition", "harden", "monitor"]
@@ -119,7 +119,7 @@ def harden(
     both measurements; a budget in which no epoch fits is refused unless `anyway` is True. The other arguments are those
     of `assess`, and apply to the measurements before and after the training. If `run` is given, all artefacts are
     stored in that folder, and `resume` continues the run in it. `on_epoch` is called with the measurements of each
-    epoch (`holdfast.runs.harden.epoch_log.EpochRecord`); an exception that it raises stops the run, which can be
+    epoch (`holdfast.runs.harden.checkpoints.EpochRecord`); an exception that it raises stops the run, which can be
     resumed.
     With a recipe for generators, such as `robust-gan`, `model` is a GAN, and so is that of the result; `before` and
     `after` are then audits.

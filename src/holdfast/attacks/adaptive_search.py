@@ -3,7 +3,7 @@ uses labels only.
 
 Our own. Successive halving: Jamieson & Talwalkar, "Non-stochastic best arm identification and hyperparameter
 optimization", AISTATS 2016, arXiv:1502.07943; here the arms are attacks, and the reward is the number of examples that
-they break. The attacks, with their papers, are in `holdfast.attacks.parts.methods`.
+they break. The attacks, with their papers, are in `holdfast.attacks.parts.adaptive_search`.
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.halving import COLUMNS, Halving
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.adaptive_search import COLUMNS, Halving
+from holdfast.attacks.parts.losses import expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import cosine
-from holdfast.attacks.parts.learned import Pasted, draw_minibatch, truncated, unfitted
-from holdfast.attacks.parts.patch_places import expect_patch, pasted
+from holdfast.attacks.parts.images import Pasted, draw_minibatch, expect_patch, pasted, truncated, unfitted
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import input_gradient

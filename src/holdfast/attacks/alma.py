@@ -12,10 +12,17 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.losses import dlr, margin_loss
-from holdfast.attacks.parts.norms import expect_norm, farthest, gap, length
+from holdfast.attacks.parts.boundaries import to_boundary
+from holdfast.attacks.parts.losses import (
+    Closest,
+    dlr,
+    expect_norm,
+    farthest,
+    firmly_broken,
+    gap,
+    length,
+    margin_loss,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Norm
 from holdfast.core.draws import Draws

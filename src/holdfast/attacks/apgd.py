@@ -10,11 +10,8 @@ first checkpoint counts the first step as a rise only if it raised the loss.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from holdfast.attacks.parts.adaptive_ascent import Climb
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.losses import Loss, aims, cross_entropy
-from holdfast.attacks.parts.norms import expect_eps
-from holdfast.attacks.parts.starts import surface
+from holdfast.attacks.parts.ascent import Climb, surface
+from holdfast.attacks.parts.losses import Best, Loss, aims, cross_entropy, expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws

@@ -12,10 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.gradient_estimates import gaussian, look
-from holdfast.attacks.parts.norms import expect_eps, expect_norm, length
-from holdfast.attacks.parts.squares import as_image
+from holdfast.attacks.parts.losses import Best, expect_eps, expect_norm, length
+from holdfast.attacks.parts.random_search import as_image
+from holdfast.attacks.parts.substitutes import gaussian, look
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, Norm
 from holdfast.core.draws import Draws

@@ -12,9 +12,8 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import cosine, gradient
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.losses import Loss, margin, margin_loss
-from holdfast.attacks.parts.table_rows import expect_table
+from holdfast.attacks.parts.losses import Best, Loss, margin, margin_loss
+from holdfast.attacks.parts.rows_and_words import expect_table
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import levelled

@@ -14,10 +14,18 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.losses import Loss, cross_entropy, margin_loss
-from holdfast.attacks.parts.norms import expect_norm, farthest, free, gap
+from holdfast.attacks.parts.boundaries import to_boundary
+from holdfast.attacks.parts.losses import (
+    Closest,
+    Loss,
+    cross_entropy,
+    expect_norm,
+    farthest,
+    firmly_broken,
+    free,
+    gap,
+    margin_loss,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws

@@ -12,10 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.norms import expect_norm, free
-from holdfast.attacks.parts.planes import across, planes, rivals_of
+from holdfast.attacks.parts.boundaries import across, planes, rivals_of, to_boundary
+from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken, free
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

@@ -12,10 +12,8 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.losses import margin_loss
-from holdfast.attacks.parts.norms import expect_norm
+from holdfast.attacks.parts.boundaries import to_boundary
+from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, Norm
 from holdfast.core.draws import Draws

@@ -13,12 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.closest import Closest, leeway
-from holdfast.attacks.parts.halfspace import Flat, plane, to_plane
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.losses import aims, margin
-from holdfast.attacks.parts.norms import expect_norm, farthest
-from holdfast.attacks.parts.starts import unit_noise
+from holdfast.attacks.parts.ascent import unit_noise
+from holdfast.attacks.parts.boundaries import Flat, plane, to_boundary, to_plane
+from holdfast.attacks.parts.losses import Closest, aims, expect_norm, farthest, leeway, margin
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

@@ -14,10 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
-from holdfast.attacks.parts.counted_queries import CountedQueries
-from holdfast.attacks.parts.feature_search import FeatureSearch
-from holdfast.attacks.parts.features import features_of
-from holdfast.attacks.parts.norms import expect_eps, expect_norm
+from holdfast.attacks.parts.feature_search import FeatureSearch, features_of
+from holdfast.attacks.parts.losses import expect_eps, expect_norm
+from holdfast.attacks.parts.queries import CountedQueries
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.attacks.parts.ascent import ascend
-from holdfast.attacks.parts.losses import Loss, cross_entropy
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.losses import Loss, cross_entropy, expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import cosine
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.image_transforms import flowed
-from holdfast.attacks.parts.losses import margin
+from holdfast.attacks.parts.images import flowed
+from holdfast.attacks.parts.losses import Best, margin
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import input_gradient, levelled

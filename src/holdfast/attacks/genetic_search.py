@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.table_rows import decisions, evaluated, expect_table
+from holdfast.attacks.parts.losses import Best
+from holdfast.attacks.parts.rows_and_words import decisions, evaluated, expect_table
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

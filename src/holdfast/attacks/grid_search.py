@@ -12,9 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.image_transforms import reached
-from holdfast.attacks.parts.losses import margin
+from holdfast.attacks.parts.images import reached
+from holdfast.attacks.parts.losses import Best, margin
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.label_search import Decisions
-from holdfast.attacks.parts.normals import normal
-from holdfast.attacks.parts.norms import expect_norm
+from holdfast.attacks.parts.boundaries import normal
+from holdfast.attacks.parts.losses import expect_norm
+from holdfast.attacks.parts.queries import Decisions
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws

@@ -15,10 +15,8 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.attacks.parts.norms import expect_norm, free
+from holdfast.attacks.parts.boundaries import to_boundary
+from holdfast.attacks.parts.losses import Closest, cross_entropy, expect_norm, firmly_broken, free
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0
 from holdfast.core.draws import Draws

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.gradient_estimates import climb, gaussian
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.losses import expect_eps
+from holdfast.attacks.parts.substitutes import climb, gaussian
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import cosine, gradient
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.losses import Loss, margin, margin_loss
-from holdfast.attacks.parts.patch_places import expect_patch
+from holdfast.attacks.parts.images import expect_patch
+from holdfast.attacks.parts.losses import Best, Loss, margin, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

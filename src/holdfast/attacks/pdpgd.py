@@ -21,12 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.attacks.parts.adam import Adam
-from holdfast.attacks.parts.ascent import gradient
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.losses import margin, margin_loss
-from holdfast.attacks.parts.norms import expect_norm, farthest, gap
+from holdfast.attacks.parts.ascent import Adam, gradient
+from holdfast.attacks.parts.boundaries import to_boundary
+from holdfast.attacks.parts.losses import (
+    Closest,
+    expect_norm,
+    farthest,
+    firmly_broken,
+    gap,
+    margin,
+    margin_loss,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf, Norm
 from holdfast.core.draws import Draws

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.attacks.parts.ascent import Schedule, ascend, cosine
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.losses import Loss, margin_loss, scaled_cross_entropy
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.losses import Best, Loss, expect_eps, margin_loss, scaled_cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

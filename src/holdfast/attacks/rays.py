@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.directions import waves
-from holdfast.attacks.parts.norms import expect_norm
+from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken
+from holdfast.attacks.parts.random_search import waves
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws

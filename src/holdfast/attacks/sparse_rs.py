@@ -13,10 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.losses import margin
-from holdfast.attacks.parts.norms import expect_eps, expect_norm
-from holdfast.attacks.parts.sampling import distinct_positions
+from holdfast.attacks.parts.losses import Best, expect_eps, expect_norm, margin
+from holdfast.attacks.parts.random_search import distinct_positions
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0
 from holdfast.core.draws import Draws

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.adam import Adam
-from holdfast.attacks.parts.gradient_estimates import climb, rademacher
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.ascent import Adam
+from holdfast.attacks.parts.losses import expect_eps
+from holdfast.attacks.parts.substitutes import climb, rademacher
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model

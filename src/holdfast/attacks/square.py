@@ -11,9 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.norms import expect_eps, expect_norm
-from holdfast.attacks.parts.squares import proposals_for, search, window_share
+from holdfast.attacks.parts.losses import Best, expect_eps, expect_norm
+from holdfast.attacks.parts.random_search import proposals_for, search, window_share
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

@@ -12,12 +12,18 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.ascent import cosine, gradient
-from holdfast.attacks.parts.counted_queries import DOUBLE_CHECKS, CountedQueries
-from holdfast.attacks.parts.losses import Loss, likeliest, margin, margin_loss, scaled_cross_entropy
-from holdfast.attacks.parts.norms import expect_eps, expect_norm
-from holdfast.attacks.parts.small_networks import SmallNetwork
-from holdfast.attacks.parts.starts import near
+from holdfast.attacks.parts.ascent import cosine, gradient, near
+from holdfast.attacks.parts.losses import (
+    Loss,
+    expect_eps,
+    expect_norm,
+    likeliest,
+    margin,
+    margin_loss,
+    scaled_cross_entropy,
+)
+from holdfast.attacks.parts.queries import DOUBLE_CHECKS, CountedQueries
+from holdfast.attacks.parts.substitutes import SmallNetwork
 from holdfast.attacks.square import Square
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf

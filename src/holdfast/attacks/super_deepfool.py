@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.losses import margin_loss
-from holdfast.attacks.parts.norms import expect_norm, free
-from holdfast.attacks.parts.planes import across, planes, rivals_of
+from holdfast.attacks.parts.boundaries import across, planes, rivals_of, to_boundary
+from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken, free, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Norm
 from holdfast.core.draws import Draws

@@ -14,9 +14,8 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from holdfast.attacks.parts.best import Best
-from holdfast.attacks.parts.losses import margin
-from holdfast.attacks.parts.word_changes import Operation, edited
+from holdfast.attacks.parts.losses import Best, margin
+from holdfast.attacks.parts.rows_and_words import Operation, edited
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError

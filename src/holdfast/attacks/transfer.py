@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.attacks.parts.ascent import gradient
-from holdfast.attacks.parts.averaged_models import Ensemble
-from holdfast.attacks.parts.losses import Loss, cross_entropy
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.fast_networks import Ensemble
+from holdfast.attacks.parts.losses import Loss, cross_entropy, expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError

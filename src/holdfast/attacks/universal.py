@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import cosine, gradient
-from holdfast.attacks.parts.learned import Added, draw_minibatch, truncated, unfitted
-from holdfast.attacks.parts.norms import expect_norm
+from holdfast.attacks.parts.images import Added, draw_minibatch, truncated, unfitted
+from holdfast.attacks.parts.losses import expect_norm
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws

@@ -12,10 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.closest import firmly_broken
-from holdfast.attacks.parts.learned import Added, draw_minibatch, unfitted
-from holdfast.attacks.parts.norms import expect_norm
-from holdfast.attacks.parts.planes import across, planes, rivals_of
+from holdfast.attacks.parts.boundaries import across, planes, rivals_of
+from holdfast.attacks.parts.images import Added, draw_minibatch, unfitted
+from holdfast.attacks.parts.losses import expect_norm, firmly_broken
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws

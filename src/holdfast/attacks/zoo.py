@@ -14,11 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.closest import Closest, firmly_broken
-from holdfast.attacks.parts.gradient_estimates import coordinate_slopes
-from holdfast.attacks.parts.line_search import to_boundary
-from holdfast.attacks.parts.norms import expect_norm
-from holdfast.attacks.parts.sampling import distinct_positions
+from holdfast.attacks.parts.boundaries import to_boundary
+from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken
+from holdfast.attacks.parts.random_search import distinct_positions
+from holdfast.attacks.parts.substitutes import coordinate_slopes
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Norm
 from holdfast.core.draws import Draws

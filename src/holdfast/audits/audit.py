@@ -15,8 +15,16 @@ from typing import Any
 
 import torch
 
-from holdfast.audits.finding import PICTURES, AuditVerdict, Finding, Measure, image_columns, shown
-from holdfast.audits.stored_steps import Source, StoredSteps
+from holdfast.audits.finding import (
+    PICTURES,
+    AuditVerdict,
+    Finding,
+    Measure,
+    Source,
+    StoredSteps,
+    image_columns,
+    shown,
+)
 from holdfast.core.catalogue import AUDITS
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
@@ -29,25 +37,25 @@ from holdfast.reports.numbers import strict
 from holdfast.reports.terminal import body
 from holdfast.reports.tree import Report
 from holdfast.reports.write import rendered, write
-from holdfast.runs.engine.executor import Executor, Inline
+from holdfast.runs.engine.executor import Executor, Inline, MemoryStore
 from holdfast.runs.engine.identity import code_digest, hardware, versions
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
-from holdfast.runs.engine.store import MemoryStore
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
+    Chain,
     StoredStage,
     open_run_folder,
     read_about,
+    read_chain,
     read_manifest,
     read_stage,
     recorded_document,
     refuse_altered,
 )
 from holdfast.runs.store.forms import refuse_form
-from holdfast.runs.store.records import Chain, read_chain
 from holdfast.runs.stored.record import VERDICT
 from holdfast.runs.stored.run_forms import JudgedAudit, ListedAudit, consistent
 from holdfast.runs.stored.run_manifest import about_run

@@ -1,5 +1,5 @@
-"""Geometry of the decision boundary around single examples: certified distances beside those of attacks, local
-Lipschitz constants, and slices of the boundary.
+"""Geometry of the decision boundary around single examples: certified distances beside those of attacks, slices,
+and Lipschitz constants.
 """
 
 import math
@@ -10,22 +10,164 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks import DDN, FMN
+from holdfast.certifiers.bounds.crown import relaxed
+from holdfast.certifiers.bounds.graph import Graph, region_of
+from holdfast.certifiers.bounds.jacobian import dual_size, local_lipschitz
 from holdfast.certifiers.bounds.lipschitz import PreparedLipschitz
 from holdfast.certifiers.bounds.tracing import traced
-from holdfast.certifiers.distances import certified_distance, lipschitz_from_above, lipschitz_from_below
 from holdfast.certifiers.protocol import Prover
-from holdfast.certifiers.provers import Crown
-from holdfast.certifiers.slices import beside, boundary_slices
+from holdfast.certifiers.provers import Crown, GraphProver, prepared_graph
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Table
 from holdfast.core.meter import margin
-from holdfast.core.model import Classifier
+from holdfast.core.model import Bounds, Classifier, Model
+from holdfast.core.per_example import spread
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, PerExample
+
+
+def certified_distance(
+    prover: Prover, model: Classifier, batch: Batch, norm: Linf | L2 | L1, most: PerExample, *, steps: int = 8
+) -> PerExample:
+    """Return for each example the largest radius, of those that a bisection tries, at which a prover certifies it: a
+    lower bound of the distance to the decision boundary, in float64.
+
+    `most` are radii at which the search begins, such as the distances at which an attack succeeds; the result is at
+    most these. `steps` halvings leave a gap of 2^-steps of them to the largest radius that the prover can certify.
+    Examples that are misclassified have the distance 0.
+    """
+    graph = prepared_graph(model, batch) if isinstance(prover, GraphProver) else None
+
+    def certified(one: Batch, eps: float) -> bool:
+        threat = ThreatModel(type(norm)(eps))
+        if isinstance(prover, GraphProver) and graph is not None:  # one graph serves for every radius
+            return bool(prover.on(graph, model, threat)(one).certified.all())
+        return bool(prover.ready(model, one, threat)(one).certified.all())
+
+    low, high = torch.zeros(len(batch), dtype=torch.float64), most.double().cpu().clone()
+    with torch.no_grad():
+        right = (model(batch.x).argmax(1) == batch.y).cpu()
+    for row in range(len(batch)):
+        one = batch.take(torch.tensor([row]))
+        below, above = 0.0, float(high[row])
+        if not right[row] or not 0 < above < torch.inf:
+            continue
+        for _ in range(steps):
+            eps = (below + above) / 2
+            below, above = (eps, above) if certified(one, eps) else (below, eps)
+        low[row] = below
+    return low
+
+
+def lipschitz_from_above(
+    graph: Graph, model: Classifier, batch: Batch, norm: Linf | L2 | L1, radius: PerExample, rivals: Labels
+) -> PerExample:
+    """Return for each example a proved Lipschitz constant of its margin over a rival class, on the ball of a radius
+    around it, in float64. Distances are those of `norm`.
+    """
+    constants = torch.zeros(len(batch), dtype=torch.float64)
+    graph = graph.to(torch.float64)
+    with torch.no_grad():
+        for row in range(len(batch)):
+            one = batch.take(torch.tensor([row]))
+            region = region_of(one.x.double(), type(norm)(float(radius[row])), model.bounds)
+            functions = _margin(one.y, rivals[row : row + 1], graph.shape_of(graph.output)[0])
+            constants[row] = local_lipschitz(relaxed(graph, region), functions.to(one.x.device), norm)[0, 0]
+    return constants
+
+
+def lipschitz_from_below(
+    model: Classifier,
+    batch: Batch,
+    norm: Linf | L2 | L1,
+    radius: PerExample,
+    rivals: Labels,
+    *,
+    samples: int,
+    rng: Draws,
+) -> PerExample:
+    """Return for each example the largest dual norm of the gradient of its margin over a rival class, at random points
+    of the ball of a radius around it: a lower bound of the Lipschitz constant there, in float64.
+
+    The clean input is one of the points. Weng et al., "Evaluating the Robustness of Neural Networks: An Extreme Value
+    Theory Approach", ICLR 2018, arXiv:1801.10578 (CLEVER), extrapolate from such samples; the largest one is returned
+    here without an extrapolation. Each sample costs one forward and one backward pass.
+    """
+    largest = torch.zeros(len(batch), dtype=torch.float64)
+    balls = [
+        (type(norm)(float(size)), one) for size, one in zip(radius.tolist(), batch.split(1), strict=True)
+    ]
+    for sample in range(samples):
+        x = batch.x
+        if sample and balls:
+            draws = rng.at("sample", sample)
+            x = torch.cat([ball.sample(one, model.bounds, draws) for ball, one in balls])
+        point = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(point)
+            margins = logits.gather(1, batch.y[:, None]) - logits.gather(1, rivals[:, None])
+            (gradient,) = torch.autograd.grad(margins.sum(), point)
+        largest = torch.maximum(largest, dual_size(gradient.double().flatten(1), norm).cpu())
+    return largest
+
+
+def _margin(y: Labels, rivals: Labels, classes: int) -> Tensor:
+    """The coefficients (n, 1, classes) of the margins of labels over rival classes."""
+    rows = torch.zeros(len(y), 1, classes, dtype=torch.float64)
+    rows[torch.arange(len(y)), 0, y.cpu()] = 1.0
+    rows[torch.arange(len(y)), 0, rivals.cpu()] -= 1.0
+    return rows
+
+
+_AT_ONCE = 2048
+"""number of points that are classified together"""
+
+
+def beside(first: Inputs, second: Inputs) -> Inputs:
+    """Return the part of each direction `second` (n, *features) that is orthogonal to `first`, in the Euclidean length
+    of `first`.
+
+    It is zero if the directions are parallel.
+    """
+    length = first.flatten(1).norm(dim=1)
+    unit = first / spread(length.clamp_min(1e-12), first)
+    rest = second - spread((second * unit).flatten(1).sum(1), second) * unit
+    size = rest.flatten(1).norm(dim=1)
+    parallel = size <= 1e-6 * second.flatten(1).norm(dim=1)
+    scaled = rest * spread(length / size.clamp_min(1e-12), rest)
+    return torch.where(spread(parallel, scaled), 0.0, scaled)
+
+
+def boundary_slices(
+    model: Model, x: Inputs, across: Inputs, up: Inputs, *, bounds: Bounds, side: int, reach: float
+) -> Tensor:
+    """Return the predicted classes (n, side, side) at points x + s * across + t * up, int16, for s and t from -reach to
+    reach. A point outside the bounds at which class k is predicted has the number -1 - k.
+
+    The first dimension of a grid is t, from `reach` downwards, and the second is s, as in a picture. `side` is odd, so
+    that the middle of the grid is the input itself. Costs side^2 forward passes for each input.
+    """
+    steps = torch.linspace(-reach, reach, side, dtype=x.dtype, device=x.device)
+    grids = []
+    low, high = bounds.like(x)
+    for place in range(len(x)):
+        rows = []
+        t, s = torch.meshgrid(steps.flip(0), steps, indexing="ij")
+        for start in range(0, side * side, _AT_ONCE):
+            some_t, some_s = (each.flatten()[start : start + _AT_ONCE] for each in (t, s))
+            shape = (-1, *(1,) * (x.dim() - 1))
+            points = x[place] + some_s.view(shape) * across[place] + some_t.view(shape) * up[place]
+            with torch.no_grad():
+                predicted = model(points).argmax(1)
+            inside = ((points >= low - 1e-6) & (points <= high + 1e-6)).flatten(1).all(1)
+            rows.append(torch.where(inside, predicted, -1 - predicted))
+        grids.append(torch.cat(rows).view(side, side).to(torch.int16).cpu())
+    return torch.stack(grids) if grids else torch.zeros(0, side, side, dtype=torch.int16)
+
 
 CROWN = Crown()
 SIDE = 41

@@ -18,8 +18,8 @@ from holdfast.core.errors import NoBounds, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.ensembles import Ensemble
-from holdfast.threats.training_set import TrainingSet
+from holdfast.io.models.composed import Ensemble
+from holdfast.threats.triggers import TrainingSet
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.bounds.crown import finite, relaxed, substitute
-from holdfast.certifiers.bounds.graph import Graph
-from holdfast.certifiers.bounds.linear import Dense
-from holdfast.certifiers.bounds.region import Region, region_of
+from holdfast.certifiers.bounds.graph import Graph, Region, region_of
+from holdfast.certifiers.bounds.operations import Dense
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.number_format import exactly
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import exactly
 from holdfast.core.types import Labels
 
 _INTERVALS_AT_ONCE, _BOUNDS_AT_ONCE = 256, 8

@@ -59,7 +59,7 @@ def show(voice: Voice, *, address: str, **options: Any) -> None:
 
     from holdfast.core.model import Bounds
     from holdfast.io.data.data import open_data
-    from holdfast.io.data.expected import Expected
+    from holdfast.io.data.layouts import Expected
     from holdfast.io.data_catalogue import CATALOGUE
     from holdfast.reports.terminal import cell
 

@@ -14,11 +14,11 @@ from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.reports.numbers import json_text
 from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
-from holdfast.rotation.steps import expose as exposure
-from holdfast.rotation.steps import status as pool_status
-from holdfast.rotation.steps import swap as swapping
+from holdfast.rotation.steps import short_steps as exposure
+from holdfast.rotation.steps import short_steps as pool_status
+from holdfast.rotation.steps import short_steps as swapping
 from holdfast.runs.store.files import usable, write_atomically
-from holdfast.runs.store.records import document
+from holdfast.runs.store.folder import document
 
 _STDOUT = "-"
 _AHEAD = 2

@@ -116,7 +116,7 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
 
 
 def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
-    from holdfast.rotation.pool.verify_pool import verify_pool
+    from holdfast.rotation.pool.pool_manifest import verify_pool
 
     verified = verify_pool(pool, expect_head=expect_head)
     if verified.authenticated:

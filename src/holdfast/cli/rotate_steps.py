@@ -18,7 +18,7 @@ from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
 from holdfast.rotation.steps import rotation_run
 from holdfast.rotation.steps import train as training
-from holdfast.rotation.steps.verdicts import Judged
+from holdfast.rotation.steps.admission_gates import Judged
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.engine.signals import stoppable
 

@@ -50,12 +50,12 @@ def ui(voice: Voice, folder: Path, port: int, exported: Path | None, *, trust_co
 
     shelf = Shelf(folder)
     if exported is not None:
-        from holdfast.viewer.exporting import export
+        from holdfast.viewer.serving import export
 
         n = export(Site(shelf, mode="files"), exported)
         voice.say(f"{n} files: {exported / 'index.html'}")
         return 0
-    from holdfast.viewer.explaining import explainer
+    from holdfast.viewer.pages import explainer
     from holdfast.viewer.serving import HOST, listening, serve_site
 
     listener = listening(port)

@@ -20,9 +20,9 @@ from holdfast.core.spelling import suggestion
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from holdfast.certifiers.vnnlib.deciding import Witness
     from holdfast.certifiers.vnnlib.query import Query, Variable
-    from holdfast.certifiers.vnnlib.subject import Witness
-    from holdfast.io.onnx.networks import OnnxNetwork
+    from holdfast.io.onnx.opening import OnnxNetwork
 
 _NAME = "holdfast-vnn"
 _STARTED = 0.35
@@ -54,7 +54,7 @@ def _element_types() -> tuple[str, ...]:
 
 
 def _operators() -> tuple[str, ...]:
-    from holdfast.io.onnx.converting import OPERATORS
+    from holdfast.io.onnx.opening import OPERATORS
 
     return tuple(sorted(OPERATORS))
 
@@ -214,7 +214,7 @@ def _answer(
     names = _needed(query, files)
 
     from holdfast.certifiers.vnnlib.deciding import decide
-    from holdfast.io.onnx.networks import open_network
+    from holdfast.io.onnx.opening import open_network
 
     networks = {name: open_network(files[given]) for name, given in names.items()}
     verdict = decide(query, networks, deadline=deadline)

@@ -1,18 +1,89 @@
-"""Batches of examples with labels and ids, and the protocols of training examples and of a data set from which they are
-read.
+"""Batches of examples with labels and ids, their lookup by id, and the protocols of training examples and of a
+data set.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Final, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from holdfast.core.draws import Draws
-from holdfast.core.types import Ids, Inputs, Labels
+from holdfast.core.errors import TargetError
+from holdfast.core.remedies import Remedy
+from holdfast.core.types import Ids, Inputs, Labels, Rows
+
+
+class Lookup:
+    """Index of a batch that maps the ids of examples to their positions. Repeated calls with the same tensor of ids use
+    a cached result.
+    """
+
+    def __init__(self, ids: Ids) -> None:
+        self._sorted, self._order = ids.sort()
+        self._last: tuple[Ids, Rows] | None = None
+
+    def rows(self, ids: Ids) -> Rows:
+        """Return the position of each id in the batch. Raises `KeyError` with the first unknown id."""
+        if self._last is None or self._last[0] is not ids:
+            self._last = ids, self._positions(ids)
+        return self._last[1]
+
+    def _positions(self, ids: Ids) -> Rows:
+        if not len(self._sorted):
+            at, known = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        else:
+            at = torch.searchsorted(self._sorted, ids.contiguous()).clamp_max_(len(self._sorted) - 1)
+            known = self._sorted[at] == ids
+        if not known.all():
+            raise KeyError(int(ids[~known][0]))
+        return self._order[at]
+
+
+CLASSIFIERS_ONLY: Final = (
+    "Holdfast attacks classifiers with one class per example; regression and models with several outputs per example "
+    "are not supported"
+)
+"""Sentence about targets that are not classes."""
+
+
+def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: bool = False) -> TargetError:
+    """Return the error for the data set `name`, whose labels range from `lowest` to `highest` and do not fit a
+    model with `classes` classes. `remote` means a served model.
+    """
+    return TargetError(
+        f"the labels of {name} range from {lowest} to {highest}, but the model has {classes} classes "
+        f"(0 to {classes - 1}); {advice(lowest, highest, classes)}",
+        *remedies(lowest, highest, classes, remote=remote),
+    )
+
+
+def advice(lowest: int, highest: int, classes: int) -> str:
+    """Return the part of an error message that suggests what to do if labels from `lowest` to `highest` do not fit a
+    model with `classes` classes.
+    """
+    if lowest == 1 and highest == classes:
+        return "they appear to count from 1: subtract 1"
+    return (
+        "check the label column, and that the model was trained on these classes (targets of a regression are no "
+        "classes)"
+    )
+
+
+def remedies(lowest: int, highest: int, classes: int, *, remote: bool) -> tuple[Remedy, ...]:
+    """Return the changes of arguments by which a served model may have more classes than its responses show."""
+    if not remote or lowest < 0 or (lowest == 1 and highest == classes):
+        return ()
+    number = Remedy("classes", highest + 1, function="open_model")
+    return (
+        Remedy(
+            "http_labels", True, function="open_model", also=(number,), reason="if the server returns classes"
+        ),
+    )
+
 
 UNLABELLED = -1
 """label of a training example that has no label"""

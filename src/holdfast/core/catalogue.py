@@ -55,7 +55,7 @@ GENERATOR_RECIPES: Final[Mapping[str, Mapping[str, float]]] = {
     "distil": {"eps": 0.0, "smoothness": 0.0, "r1": 0.0, "class_head": 0.0, "teacher": 1.0},
 }
 """Recipes for generators, with their settings that differ from the defaults of
-`holdfast.recipes.training.robust_gan.RobustLosses`."""
+`holdfast.recipes.training.gans.RobustLosses`."""
 
 
 @dataclass(frozen=True)
@@ -255,10 +255,10 @@ DOUBTS: Final = (
 
 DRIFT_TESTS: Final[Mapping[str, str]] = {
     "martingale": "martingale:ConformalMartingale",
-    "ks": "kolmogorov_smirnov:KolmogorovSmirnov",
-    "mmd": "mmd:MMD",
-    "adwin": "adwin:AdwinTest",
-    "page-hinkley": "page_hinkley:PageHinkleyTest",
+    "ks": "windows:KolmogorovSmirnov",
+    "mmd": "windows:MMD",
+    "adwin": "series:AdwinTest",
+    "page-hinkley": "series:PageHinkleyTest",
 }
 """module and class in `holdfast.monitoring` of each test of a stream, in the order of reports"""
 
@@ -269,10 +269,10 @@ BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},
     "certifiers": {name: f"holdfast.certifiers.{path}" for name, path in PROVERS.items()},
     "detectors": {
-        "energy": "holdfast.guard.detectors.energy:Energy",
-        "squeezing": "holdfast.guard.detectors.squeezing:FeatureSqueezing",
+        "energy": "holdfast.guard.detectors.outputs:Energy",
+        "squeezing": "holdfast.guard.detectors.outputs:FeatureSqueezing",
         "mahalanobis": "holdfast.guard.detectors.mahalanobis:Mahalanobis",
-        "stability": "holdfast.guard.detectors.stability:NoiseStability",
+        "stability": "holdfast.guard.detectors.outputs:NoiseStability",
     },
     "doubts": {name: f"holdfast.doubts.{name.replace('-', '_')}:TEST" for name in DOUBTS},
     "recipes": {name: f"holdfast.recipes.{entry.module}:{entry.cls}" for name, entry in RECIPES.items()},

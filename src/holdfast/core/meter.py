@@ -1,20 +1,72 @@
-"""Metering of an attacked model: the queries of each example are counted, the query budget is enforced, and outputs
-outside the access of the attacker are hidden.
+"""Metering of an attacked model: queries are counted by purpose, the query budget is enforced, and rejected
+inputs are handled.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, Lookup
 from holdfast.core.constraints import allowed, extent
 from holdfast.core.errors import BudgetSpent, UsageError
-from holdfast.core.lookup import Lookup
 from holdfast.core.model import Bounds, Model
+from holdfast.core.outputs import refused
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
+
+LOOK = "look"
+"""name, in place of a stage, for the examination of the model before the first stage, and for queries that open the
+data"""
+Kind = Literal["clean", "attacks", "doubts", "judging"]
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """Purpose of a query: the stage and shard of a run that make it, and whether it serves the clean pass, an attack, a
+    doubt or the final evaluation.
+    """
+
+    stage: str = LOOK
+    """name of a stage, or `LOOK`"""
+    shard: int = 0
+    kind: Kind = "clean"
+
+
+_FIRST = Purpose()
+_PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=_FIRST)
+
+
+def current() -> Purpose:
+    """Return the current purpose of queries. If none was set, it is the first examination of the model."""
+    return _PURPOSE.get()
+
+
+@contextmanager
+def purpose(stage: str, shard: int, kind: Kind) -> Iterator[None]:
+    """Context manager that sets the purpose of all queries inside it: a stage, a shard and a kind."""
+    token = _PURPOSE.set(Purpose(stage, shard, kind))
+    try:
+        yield
+    finally:
+        _PURPOSE.reset(token)
+
+
+@contextmanager
+def judging() -> Iterator[None]:
+    """Context manager for the final evaluation of attacked inputs, whose queries are then counted as "judging" and no
+    longer as "attacks".
+    """
+    outer = current()
+    token = _PURPOSE.set(replace(outer, kind="judging") if outer.kind == "attacks" else outer)
+    try:
+        yield
+    finally:
+        _PURPOSE.reset(token)
 
 
 def margin(logits: Logits, batch: Batch) -> PerExample:
@@ -210,3 +262,48 @@ def _occurrence(rows: Tensor) -> Tensor:
     counts = torch.empty_like(rows)
     counts[order] = torch.arange(1, len(rows) + 1, device=rows.device) - begins
     return counts
+
+
+_LEAD = 1.0  # smallest margin of a rejected input, also before any input of its example was answered
+
+
+def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Logits:
+    """Return logits (n, classes) in which each input that the server rejected counts as classified with its label `y`,
+    with the margin `lead`.
+    """
+    rows = refused(logits)
+    if not rows.any():
+        return logits
+    label_logits = torch.zeros_like(logits)
+    label_logits.scatter_(1, y[:, None], torch.as_tensor(lead, dtype=logits.dtype).expand(len(y))[:, None])
+    return torch.where(rows[:, None], label_logits, logits)
+
+
+class Answering:
+    """Wrapper of a served model for an attack on a batch. Inputs that the server rejects get logits with a large
+    margin, so that the attack avoids them.
+
+    The margin of a rejected input is the largest margin of any answer for its example so far, so that no attack moves
+    there.
+    """
+
+    def __init__(self, model: Model, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+        self._lookup = Lookup(batch.ids)
+        self._lead: Tensor | None = None
+
+    @property
+    def bounds(self) -> Bounds:
+        """Lowest and highest valid values of the inputs of the model."""
+        return self._model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Return the logits (n, classes) of the inputs; those of rejected inputs are replaced."""
+        rows = self._lookup.rows(self._batch.ids if ids is None else ids)
+        logits = self._model(x, ids)
+        y = self._batch.y[rows]
+        if self._lead is None:
+            self._lead = torch.full_like(self._batch.ids, _LEAD, dtype=logits.dtype)
+        lead = lead_of(logits, y)  # NaN for a rejected row
+        self._lead.scatter_reduce_(0, rows, lead.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), "amax")
+        return for_label(logits, y, self._lead[rows])

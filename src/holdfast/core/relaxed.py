@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from holdfast.core.through import instead
+from holdfast.core.gradients import instead
 
 _SOFTNESS = 0.3
 """temperature of a distribution over outcomes, and width of a soft step, in standard deviations of their arguments:

@@ -15,11 +15,17 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.types import Ids, Inputs
 from holdfast.corruptions.blur import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
-from holdfast.corruptions.colour import brightness, contrast, saturate
 from holdfast.corruptions.constants import LARGE, LARGE_FROM, SMALL, Constants
-from holdfast.corruptions.digital import elastic_transform, pixelate
-from holdfast.corruptions.jpeg import jpeg_compression
-from holdfast.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
+from holdfast.corruptions.digital import elastic_transform, jpeg_compression, pixelate
+from holdfast.corruptions.noise import (
+    brightness,
+    contrast,
+    gaussian_noise,
+    impulse_noise,
+    saturate,
+    shot_noise,
+    speckle_noise,
+)
 from holdfast.corruptions.weather import fog, frost, snow, spatter
 from holdfast.threats.domains import refuse_no_images
 

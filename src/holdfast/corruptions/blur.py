@@ -1,14 +1,136 @@
-"""Blur corruptions of images in [0, 1]: defocus, glass, motion, zoom and Gaussian."""
+"""Blur corruptions of images in [0, 1], and the filters, zooms and warps of the common corruptions."""
 
 import math
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.draws import Draws
-from holdfast.core.types import Ids, Inputs
+from holdfast.core.types import Ids, Inputs, PerExample
 from holdfast.corruptions.constants import Constants
-from holdfast.corruptions.filters import clamped, disk, filtered, gaussian_kernel, motion_blurred, zoomed
+
+Edge = Literal["edge", "mirror", "symmetric"]
+"""continuation of an image beyond its border: `aaa|abc`, `cb|abc` or `cba|abc`"""
+
+
+def wrapped_positions(index: Tensor, size: int, edge: Edge) -> Tensor:
+    """Map pixel positions that may lie outside an image to positions inside it, from 0 to `size` - 1, according to the
+    padding mode `edge`.
+    """
+    if edge == "edge":
+        return index.clamp(0, size - 1)
+    last = 2 * size - 1 if edge == "symmetric" else 2 * size - 2
+    index = index % max(last + (edge == "symmetric"), 1)
+    return torch.minimum(index, last - index).clamp_min(0)
+
+
+def along(x: Inputs, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply the matrix `rows` along the height of each image and the matrix `columns` along its width, as separable
+    filters require.
+    """
+    mapped: Tensor = rows @ x @ columns.T
+    return mapped
+
+
+def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0) -> Inputs:
+    """Blur the images with a Gaussian of standard deviation `sigma`, whose kernel ends at `reach` times `sigma`."""
+    radius = int(reach * sigma + 0.5)
+    if radius == 0:
+        return x
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.exp(-0.5 * (offsets.to(x) / sigma) ** 2)
+    taps = taps / taps.sum()
+
+    def blurs(size: int) -> Tensor:
+        """Return the matrix that blurs a line of `size` pixels."""
+        ends = wrapped_positions(torch.arange(size, device=x.device)[:, None] + offsets, size, edge)
+        return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
+
+    return along(x, blurs(x.shape[2]), blurs(x.shape[3]))
+
+
+def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
+    """Return the images filtered with a kernel: the correlation of every channel with `kernel`, whose sides are odd."""
+    n, channels, height, width = x.shape
+    above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
+    rows = wrapped_positions(torch.arange(-above, height + above, device=x.device), height, edge)
+    columns = wrapped_positions(torch.arange(-left, width + left, device=x.device), width, edge)
+    padded = x[:, :, rows][:, :, :, columns].reshape(n * channels, 1, len(rows), len(columns))
+    return F.conv2d(padded, kernel.to(x)[None, None]).view(x.shape)
+
+
+def disk(radius: float, alias: float) -> Tensor:
+    """Return a filter kernel in the form of a disk, with sum one. Its edge is smoothed by a Gaussian with standard
+    deviation `alias` over 3 or 5 pixels.
+    """
+    half, soft = (8, 1) if radius <= 8 else (math.floor(radius), 2)
+    line = torch.arange(-half, half + 1, dtype=torch.float64)
+    inside = (line[:, None] ** 2 + line**2 <= radius**2).double()
+    taps = torch.exp(-0.5 * (torch.arange(-soft, soft + 1).double() / alias) ** 2)
+    taps = taps / taps.sum()
+    return filtered((inside / inside.sum())[None, None], taps[:, None] * taps)[0, 0]
+
+
+def zoomed(x: Inputs, factor: float) -> Inputs:
+    """Return the centre of each image, enlarged by `factor` to the size of the whole image with bilinear
+    interpolation.
+    """
+    size = x.shape[2:]
+    cut = [math.ceil(side / factor) for side in size]
+    top, left = ((side - short) // 2 for side, short in zip(size, cut, strict=True))
+    middle = x[:, :, top : top + cut[0], left : left + cut[1]]
+    enlarged_size = [round(short * factor) for short in cut]
+    middle = F.interpolate(middle, size=enlarged_size, mode="bilinear", align_corners=True)
+    top, left = ((side - short) // 2 for side, short in zip(enlarged_size, size, strict=True))
+    return middle[:, :, top : top + size[0], left : left + size[1]]
+
+
+def motion_blurred(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inputs:
+    """Apply motion blur along an angle in degrees for each image. The kernel is half a Gaussian with standard deviation
+    `sigma`, over 2 `radius` + 1 pixels.
+    """
+    width, angle = 2 * math.ceil(radius) + 1, torch.deg2rad(degrees.double())
+    taps = torch.exp(-0.5 * (torch.arange(width).double() / sigma) ** 2)
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    total = torch.zeros_like(x)
+    for step, share in enumerate((taps / taps.sum()).tolist()):
+        down, right = (
+            torch.ceil(step * component - 0.5).long()[:, None] for component in (angle.sin(), angle.cos())
+        )
+        row, column = (
+            wrapped_positions(rows + down, len(rows), "edge"),
+            wrapped_positions(columns + right, len(columns), "edge"),
+        )
+        total += share * x[image, :, row[:, :, None], column[:, None, :]].movedim(3, 1)
+    return total
+
+
+def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
+    """Return images whose pixels are read from `x` at the fractional positions `row` and `column` (n, height, width),
+    with bilinear interpolation.
+    """
+    height, width = x.shape[2:]
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    top, left = row.floor(), column.floor()
+    down, right = (row - top)[:, None].to(x), (column - left)[:, None].to(x)
+
+    def at(below: int, beside: int) -> Inputs:
+        i, j = (
+            wrapped_positions(top.long() + below, height, edge),
+            wrapped_positions(left.long() + beside, width, edge),
+        )
+        return x[image, :, i, j].movedim(3, 1)
+
+    upper = (1 - right) * at(0, 0) + right * at(0, 1)
+    return (1 - down) * upper + down * ((1 - right) * at(1, 0) + right * at(1, 1))
+
+
+def clamped(x: Inputs) -> Inputs:
+    """Return the images with all values clipped to [0, 1]."""
+    return x.clamp(0, 1)
 
 
 def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:

@@ -5,9 +5,7 @@ from torch import Tensor
 
 from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
-from holdfast.corruptions.colour import grey, paint
-from holdfast.corruptions.constants import Constants
-from holdfast.corruptions.filters import (
+from holdfast.corruptions.blur import (
     clamped,
     filtered,
     gaussian_kernel,
@@ -15,6 +13,8 @@ from holdfast.corruptions.filters import (
     wrapped_positions,
     zoomed,
 )
+from holdfast.corruptions.constants import Constants
+from holdfast.corruptions.noise import grey, paint
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise, as in the published code
 _MUD = (63 / 255, 42 / 255, 20 / 255)  # brown, as in the published code

@@ -10,9 +10,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import VOTES, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.protocol import Case, DoubtTest, Probe, within_budget
+from holdfast.doubts.protocol import POINTS_BY_RIVAL, SEARCHES, Case, DoubtTest, Probe, within_budget
 from holdfast.doubts.short_attacks import MARGIN, MARGIN_TITLE, compared, voted_columns
-from holdfast.doubts.thresholds import POINTS_BY_RIVAL, SEARCHES
 
 
 def search(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1) -> dict[str, Tensor]:

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.losses import cross_entropy, likeliest, probability_margin
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, Lookup
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
-from holdfast.core.lookup import Lookup
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Logits, PerExample
-from holdfast.doubts.protocol import Case, DoubtTest, Probe, share
+from holdfast.doubts.protocol import P_BY_RIVAL, Case, DoubtTest, Probe, share
 from holdfast.doubts.short_attacks import CROSS_ENTROPY, MARGIN, STEPS, short_pgd, short_pgd_on
-from holdfast.doubts.thresholds import P_BY_RIVAL
 from holdfast.statistics.intervals import mcnemar
 
 LOSS_SPREAD = 0.15

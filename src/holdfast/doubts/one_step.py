@@ -10,9 +10,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.protocol import DoubtTest, Probe
+from holdfast.doubts.protocol import POINTS_BY_RIVAL, DoubtTest, Probe
 from holdfast.doubts.short_attacks import CROSS_ENTROPY, broken_columns, compared
-from holdfast.doubts.thresholds import POINTS_BY_RIVAL
 
 
 def one_step(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:

@@ -1,12 +1,10 @@
-"""The interface of a doubt: its test, the probes that measure something for it, and what its conclusion receives.
-
-A probe is a pure function of model, batch, threat model and random stream, and returns columns. All probes use the same
-random stream, so that two losses start from the same points.
+"""The interface of a doubt: its test, the probes that measure something for it, its conclusion, and shared
+thresholds.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +17,27 @@ from holdfast.core.evidence import Columns, Doubt, DoubtState
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Ids, Mask, Rows
-from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
+
+SAMPLE: Final = 128
+"""largest number of examples for a probe"""
+FORWARDS: Final = 300
+"""largest number of forward passes of all probes for each example, without `black-box` and the new run of
+`not-exhausted`"""
+BACKWARDS: Final = 150
+"""largest number of backward passes of all probes for each example, with the same exceptions"""
+SEARCHES: Final = 1000
+"""number of queries of the search of `black-box` for each example"""
+FRESH_ROWS: Final = 32
+"""number of surviving examples on which the suite is run again, those with the lowest margin"""
+
+POINTS_BY_RIVAL: Final = 0.02
+"""difference of success rates by which a weaker attack must exceed a stronger one to raise a doubt"""
+P_BY_RIVAL: Final = 0.01
+"""exact McNemar p-value below which this difference is significant"""
+CHANGE: Final = 1e-4
+"""relative change of the logits between two calls that raises a doubt; differences of about 1e-6 are normal for
+different batch sizes"""
+
 
 Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
 """function that returns the columns of a probe for a batch; attacks return `broken`, the lowest `margin`, and its input

@@ -7,12 +7,11 @@ from holdfast.attacks.costs import Passes
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
-from holdfast.core.logit_scale import change
 from holdfast.core.model import Model
 from holdfast.core.names import suite_name
+from holdfast.core.outputs import change
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.protocol import Case, DoubtTest, Probe, largest
-from holdfast.doubts.thresholds import CHANGE
+from holdfast.doubts.protocol import CHANGE, Case, DoubtTest, Probe, largest
 
 
 def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:

@@ -6,9 +6,8 @@ from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Doubt
 from holdfast.core.types import Logits, PerExample
-from holdfast.doubts.protocol import Case, DoubtTest, Probe, share
+from holdfast.doubts.protocol import P_BY_RIVAL, Case, DoubtTest, Probe, share
 from holdfast.doubts.short_attacks import CROSS_ENTROPY, STEPS, short_pgd_on
-from holdfast.doubts.thresholds import P_BY_RIVAL
 from holdfast.statistics.intervals import mcnemar
 
 POINTS_BY_SCALE = 0.03

@@ -2,7 +2,7 @@
 
 from holdfast.core.evidence import Doubt, DoubtState
 from holdfast.doubts.protocol import Case, DoubtTest
-from holdfast.doubts.slopes import GRADIENTS
+from holdfast.doubts.short_attacks import GRADIENTS
 
 SLOPE_RATIO = (0.5, 2.0)
 """interval in which the median ratio of measured to predicted change must be"""

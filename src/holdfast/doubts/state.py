@@ -3,9 +3,8 @@ mode.
 """
 
 from holdfast.core.evidence import Doubt
-from holdfast.doubts.protocol import Case, DoubtTest, largest
+from holdfast.doubts.protocol import CHANGE, Case, DoubtTest, largest
 from holdfast.doubts.randomness import STEADINESS
-from holdfast.doubts.thresholds import CHANGE
 
 
 def conclude(case: Case) -> Doubt:

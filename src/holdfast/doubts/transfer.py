@@ -12,9 +12,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import VOTES, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.protocol import Case, DoubtTest, Probe
+from holdfast.doubts.protocol import POINTS_BY_RIVAL, Case, DoubtTest, Probe
 from holdfast.doubts.short_attacks import MARGIN, MARGIN_TITLE, compared, voted_columns
-from holdfast.doubts.thresholds import POINTS_BY_RIVAL
 
 
 def transferred(

@@ -4,7 +4,7 @@ random point near it, or the gradient of a detector's score is so everywhere.
 
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.protocol import Case, DoubtTest
-from holdfast.doubts.slopes import GRADIENTS
+from holdfast.doubts.short_attacks import GRADIENTS
 
 ZERO_GRADIENTS = 0.01
 """fraction of examples without a gradient of the margin above which the doubt is raised; a ReLU network may have no

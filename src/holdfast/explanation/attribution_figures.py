@@ -20,9 +20,8 @@ from holdfast.explanation.attributions import (
     smooth_gradient,
     top_overlap,
 )
-from holdfast.explanation.case import Case, grid_rows
+from holdfast.explanation.case import Case, grid_rows, listed, plane, signed_picture
 from holdfast.explanation.explained import Cell, Figure, bars
-from holdfast.explanation.wording import listed, plane, signed_picture
 from holdfast.reports.numbers import plain
 from holdfast.reports.words import amount
 

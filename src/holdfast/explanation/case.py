@@ -1,23 +1,169 @@
-"""One example of a model under a threat, with its counterfactual, which the figures of its explanation share."""
+"""What an explanation is about: one example or several, with their smallest changes, and values as text."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from holdfast.attacks.fmn import FMN
 from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.names import in_255ths
+from holdfast.core.per_example import spread
+from holdfast.core.texts import decoded
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs
-from holdfast.explanation.counterfactual import Counterfactual
+from holdfast.core.types import Access, Inputs, Labels, Mask, PerExample
+from holdfast.explanation.counterfactual import Counterfactual, broken, counterfactual
 from holdfast.explanation.explained import Cell
-from holdfast.explanation.wording import About, plane
+from holdfast.io.data.labels import Groups
+from holdfast.reports.curves import class_name
+from holdfast.reports.gallery import png, shrunk
+from holdfast.reports.numbers import plain
+from holdfast.reports.tree import Picture
+from holdfast.reports.words import amount
 from holdfast.runs.harness import Target
-from holdfast.threats.domains import TEXT, is_image
+from holdfast.threats.domains import TABLE, TEXT, is_image
 from holdfast.threats.tables.table import Table, table_of
+
+_BLUE, _RED = (0.13, 0.40, 0.67), (0.70, 0.09, 0.17)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an explanation is about."""
+
+    model: str
+    """name of the model"""
+    data: str
+    """name of the data"""
+    threat: str
+    """the threat model in the syntax of the command line"""
+    classes: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    """names of the columns of a table; empty for other inputs"""
+    seed: int = 0
+    digest: str = ""
+    """digest of the model"""
+    notes: tuple[str, ...] = ()
+    examples: bool = True
+    """whether pictures and words of examples are shown"""
+
+    def name_of(self, label: int) -> str:
+        """Return the name of a class; "rejected" for -1."""
+        return "rejected" if label < 0 else class_name(label, self.classes)
+
+    def called(self, label: int) -> str:
+        """Return a class for a sentence: its name in quotation marks, or its number."""
+        return f"“{self.name_of(label)}”" if 0 <= label < len(self.classes) else self.name_of(label)
+
+    def feature(self, place: int) -> str:
+        """Return the name of a column, or its position if it has no name."""
+        return self.features[place] if place < len(self.features) else f"feature {place}"
+
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Names and values for the end of the page."""
+        digest = f", digest {self.digest[:16]}" if self.digest else ""
+        return (
+            ("model", f"{self.model}{digest}"),
+            ("data", self.data),
+            ("threat", self.threat),
+            ("seed", str(self.seed)),
+        )
+
+
+def distance_text(constraint: Constraint, distance: float, model: Classifier) -> str:
+    """Return a distance as text in the unit of eps, such as `0.8/255` under `linf:8/255`."""
+    if constraint.bounds_each_value and model.units is None and in_255ths(constraint.eps):
+        return f"{plain(distance * 255, 2 if distance * 255 < 10 else 3)}/255"
+    if constraint.counts_changes:
+        return amount(round(distance), "pixels" if constraint.counts_pixels else "values")
+    if constraint.domain is TABLE:
+        return f"{percent(distance / constraint.eps)} of the budget" if constraint.eps else plain(distance)
+    return plain(distance)
+
+
+def allowed_text(about: About, constraint: Constraint, model: Classifier) -> str:
+    """Return what the threat model allows, such as `linf:8/255 allows 8/255`."""
+    if not math.isfinite(constraint.eps):
+        return f"{about.threat} allows changes of any size"
+    return f"{about.threat} allows {distance_text(constraint, constraint.eps, model)}"
+
+
+def certifiable(constraint: Constraint, access: Access) -> bool:
+    """Return whether `holdfast certify` applies to a network under a constraint."""
+    return constraint.in_input_units and access == "gradients"
+
+
+def training_advice(about: About, constraint: Constraint, access: Access) -> str:
+    """Return how a more robust model is trained."""
+    if constraint.domain is TEXT:
+        return (
+            "Train a more robust model, if it is a network or a pipeline that ends with a linear classifier: holdfast "
+            f"harden MODEL DATA --fit TRAIN --threat {about.threat} --recipe masked-words."
+        )
+    if access != "gradients":
+        return (
+            "Train a network (holdfast harden), or train the model with changed examples as well: holdfast assess "
+            "--save-adversarial stores them. A model without gradients is not hardened by Holdfast."
+        )
+    return f"Train a more robust model: holdfast harden MODEL DATA --threat {about.threat} --budget 10min."
+
+
+def changed_words(x: Tensor, x_adv: Tensor) -> list[tuple[str, str]]:
+    """Return the words of a text (1, length) that differ from those of another, each with its replacement. An appended
+    word replaces an empty one.
+    """
+    before, after = (decoded(text)[0].split() for text in (x, x_adv))
+    return [(a, b) for a, b in zip_longest(before, after, fillvalue="") if a != b]
+
+
+def listed(texts: Sequence[str], most: int = 3, noun: str = "others") -> str:
+    """Return texts as a list in a sentence, of which at most `most` are named.
+
+    >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c", "d"], 2, "more words")
+    ('a', 'a, b and c', 'a, b and 2 more words')
+    """
+    shown = [*texts[:most]] + ([amount(len(texts) - most, noun)] if len(texts) > most else [])
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
+
+
+def picture(x: Tensor, caption: str, model: Classifier) -> Picture:
+    """Return the picture of an image (channels, height, width)."""
+    low, high = (torch.as_tensor(side) for side in (model.bounds.low, model.bounds.high))
+    return Picture(png(shrunk(((x.cpu() - low.cpu()) / (high - low).cpu()).float())), caption)
+
+
+def signed_picture(values: Tensor, caption: str, scale: float | None = None) -> Picture:
+    """Return the picture of values (height, width), red if positive, blue if negative and white if 0.
+
+    `scale` is the absolute value with full colour; without it, it is the largest one.
+    """
+    values = values.cpu()
+    size = float(values.abs().max()) if scale is None else scale
+    share = (values / size if size > 0 else values * 0).clamp(-1, 1).float()
+    colour = torch.where(
+        share[None] >= 0, torch.tensor(_RED)[:, None, None], torch.tensor(_BLUE)[:, None, None]
+    )
+    return Picture(png(shrunk(1 - share.abs()[None] * (1 - colour))), caption)
+
+
+def plane(values: Tensor) -> Tensor:
+    """Return values of an image (channels, height, width) summed over the channels."""
+    return values.sum(0) if values.dim() == 3 else values
+
+
+def percent(share: float) -> str:
+    """Return a fraction as a percentage without decimal places, or with one if it is below 10 %."""
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+
 
 _GRID = 28
 """longest side of the attributions whose values are written as CSV"""
@@ -127,3 +273,113 @@ def grid_rows(planes: Sequence[Tensor]) -> tuple[tuple[Cell, ...], ...]:
         for row in range(size[0])
         for column in range(size[1])
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run has stored about the examples."""
+
+    ids: Tensor | None = None
+    broken: Mask | None = None
+    """mask of the examples that the run broke, in the order of `ids`"""
+    adversarial_ids: Tensor | None = None
+    adversarial: Inputs | None = None
+    doubts: Mapping[str, str] = field(default_factory=dict)
+    """state of each doubt by its name"""
+    groups: Groups | None = None
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """The examples with adversarial inputs, which the figures share."""
+
+    target: Target
+    batch: Batch
+    threat: ThreatModel
+    about: About
+    x_adv: Inputs
+    """smallest changes that were found; clean inputs where none was found or the example is misclassified"""
+    distance: PerExample
+    """distances of `x_adv`; 0 for misclassified examples, and infinite if none was found"""
+    predicted: Labels
+    becomes: Labels
+    """predicted classes of `x_adv`"""
+    surviving: Mask
+    """correct, and not broken inside the constraint"""
+    missed: int
+    """number of examples that survived the run, and that this search breaks"""
+    rng: Draws
+
+    @property
+    def hit(self) -> Mask:
+        """Correctly classified examples for which an adversarial input was found inside the constraint."""
+        return (self.predicted == self.batch.y) & ~self.surviving & (self.distance > 0) & self.found
+
+    @property
+    def found(self) -> Mask:
+        """Examples for which an adversarial input was found, inside the constraint or not."""
+        return self.distance.isfinite()
+
+    def named(self, label: int) -> str:
+        """Return the name of a class."""
+        return self.about.name_of(label)
+
+    def called(self, label: int) -> str:
+        """Return a class for a sentence."""
+        return self.about.called(label)
+
+
+def attacked(
+    target: Target, batch: Batch, threat: ThreatModel, about: About, known: Measured, rng: Draws
+) -> Attacked:
+    """Return the examples of `batch` with the smallest changes that a search finds, or that a run has stored."""
+    predicted = target.predicted(target.logits(batch.x))
+    correct = predicted == batch.y
+    x_adv, distance = _smallest(target, batch, threat, rng)
+    for row, place in _positions(known.adversarial_ids, batch).items():
+        assert known.adversarial is not None
+        stored = known.adversarial[place : place + 1].to(batch.x)
+        size = threat.constraint.distance(stored, batch.x[row : row + 1])[0]
+        if size < distance[row] and bool(broken(target, batch.take(torch.tensor([row])), stored)[0]):
+            x_adv[row : row + 1], distance[row] = stored, size
+    distance = torch.where(correct, distance, 0.0)
+    x_adv = torch.where(spread(correct & distance.isfinite(), x_adv), x_adv, batch.x)
+    surviving, missed = correct & (distance > threat.constraint.eps * (1 + 1e-6) + 1e-7), 0
+    if known.broken is not None:
+        for row, place in _positions(known.ids, batch).items():
+            missed += bool(correct[row] & ~surviving[row]) and not bool(known.broken[place])
+            surviving[row] &= not bool(known.broken[place])
+    becomes = target.predicted(target.logits(x_adv))
+    return Attacked(target, batch, threat, about, x_adv, distance, predicted, becomes, surviving, missed, rng)
+
+
+def _positions(ids: Tensor | None, batch: Batch) -> dict[int, int]:
+    """Rows of the batch with the position of their ids in a stored column."""
+    if ids is None:
+        return {}
+    stored = {value: place for place, value in enumerate(ids.tolist())}
+    return {row: stored[value] for row, value in enumerate(batch.ids.tolist()) if value in stored}
+
+
+def _smallest(target: Target, batch: Batch, threat: ThreatModel, rng: Draws) -> tuple[Inputs, PerExample]:
+    """The smallest change of each example that is found, and its size."""
+    goal = None if threat.goal is None else torch.full_like(batch.y, threat.goal)
+    own = batch.towards(goal)
+    constraint = threat.constraint
+    if constraint.is_ball and target.bare.access == "gradients" and threat.access == "gradients":
+        free = replace(threat, constraint=constraint.resized(math.inf))
+        parts = [
+            FMN()(target.queried(target.quick, some), some, free, rng=rng.at("model"))
+            for some in own.split(256)
+        ]
+        x_adv = torch.cat(parts)
+        done = torch.cat([broken(target, a, x) for a, x in zip(own.split(256), parts, strict=True)])
+        distance = constraint.distance(x_adv, batch.x)
+        return x_adv, torch.where(done, distance, torch.inf)
+    points, sizes = [], []
+    for row in range(len(own)):
+        one = own.take(torch.tensor([row]))
+        result = counterfactual(target, one, threat, rng=rng)
+        points.append(one.x if result.nearest is None else result.nearest)
+        sizes.append(result.distance)
+    return torch.cat(points), torch.tensor(sizes, dtype=batch.x.dtype, device=batch.x.device)

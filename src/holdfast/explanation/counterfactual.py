@@ -16,8 +16,7 @@ from torch import Tensor
 
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.hop_skip_jump import HopSkipJump
-from holdfast.attacks.parts.closest import firmly_broken
-from holdfast.attacks.parts.losses import margin_loss
+from holdfast.attacks.parts.losses import firmly_broken, margin_loss
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.suites import is_possible, suite
 from holdfast.core.batch import Batch

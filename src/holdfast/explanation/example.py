@@ -9,23 +9,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.slices import beside, boundary_slices
+from holdfast.certifiers.boundary_geometry import beside, boundary_slices
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.texts import decoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.explanation.attribution_figures import attribution_figures
-from holdfast.explanation.case import Case, grid_rows
-from holdfast.explanation.counterfactual import changes, counterfactual
-from holdfast.explanation.explained import Explained, Figure
-from holdfast.explanation.neighbours import Checkpoint, neighbour_figure, tracin_figure
-from holdfast.explanation.wording import (
+from holdfast.explanation.case import (
     About,
+    Case,
     allowed_text,
     certifiable,
     changed_words,
     distance_text,
+    grid_rows,
     listed,
     percent,
     picture,
@@ -33,6 +31,9 @@ from holdfast.explanation.wording import (
     signed_picture,
     training_advice,
 )
+from holdfast.explanation.counterfactual import changes, counterfactual
+from holdfast.explanation.explained import Explained, Figure
+from holdfast.explanation.neighbours import Checkpoint, neighbour_figure, tracin_figure
 from holdfast.reports.gallery import png
 from holdfast.reports.geometry import PALETTE
 from holdfast.reports.numbers import feature_value

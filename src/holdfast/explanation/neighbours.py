@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.attacks.parts.expectation import inner
+from holdfast.attacks.parts.images import inner
 from holdfast.audits.features import penultimate
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, Labels
+from holdfast.explanation.case import About, picture
 from holdfast.explanation.explained import Cell, Figure
-from holdfast.explanation.wording import About, picture
 from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
 from holdfast.runs.harness import Target

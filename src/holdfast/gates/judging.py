@@ -2,17 +2,52 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence, Scope
+from holdfast.core.goal import Goal
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.grammar import Claim, refused_verdict
-from holdfast.gates.training_verdicts import Before, training_verdict
 from holdfast.metrics.catalogue import estimate as estimate_of
+from holdfast.metrics.comparisons import LOSSES, basis, change, improvement
 from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
-from holdfast.metrics.paired import basis
+
+TrainingVerdict = Literal["improved", "no difference shown", "worse"]
+
+
+@dataclass(frozen=True)
+class Before:
+    """The measurement of the given model of a training, and the goal of the recipe."""
+
+    evidence: Evidence
+    goal: Goal
+
+    def improvement(self, after: Evidence) -> Estimate:
+        """Return the change from the given model to the new one on the same examples, positive if it is better."""
+        return improvement(self.goal, change(self.goal.metric, after, self.evidence))
+
+
+def training_verdict(improvement: Estimate) -> TrainingVerdict:
+    """Return the verdict on a training by the interval of the improvement.
+
+    >>> training_verdict(Estimate(0.2, 0.1, 0.3, 100)), training_verdict(Estimate(0.2, -0.1, 0.5, 10))
+    ('improved', 'no difference shown')
+    """
+    if improvement.low > 0:
+        return "improved"
+    return "worse" if improvement.high < 0 else "no difference shown"
+
+
+def refuse_goal(recipe: str, goal: Goal) -> None:
+    """Raise `UsageError` if the metric that a recipe declares is not known as a difference between two runs."""
+    if goal.metric not in LOSSES:
+        raise UsageError(
+            f"recipe {recipe} declares the goal {goal.metric!r}, whose difference between two models is not known; "
+            f"one of {', '.join(LOSSES)} was expected"
+        )
+
 
 Verdict = Literal["pass", "fail", "unclear"]
 
@@ -202,3 +237,72 @@ def exit_code(verdicts: Iterable[Verdict]) -> int:
     otherwise 4.
     """
     return EXIT_CODES[overall(tuple(verdicts))]
+
+
+AS_A0, LITTLE, HALF, NOTHING = 1.2, 0.05, 0.5, 0.8
+"""Limits of the effects. Slowed: with confidence, the success is at most `HALF` of that of the white-box attack.
+Stopped: slowed, and with confidence at most `AS_A0` times the success of A0; or with confidence at most `LITTLE`.
+Unclear: the interval contains half of the white-box success. A0 and A5 are not affected by swaps. If A1 achieves
+`NOTHING` of the white-box success or more, rotation does not protect from thefts."""
+EFFECTS = {
+    "stopped": "stopped",
+    "slowed": "slowed",
+    "unclear": "unclear because there are too few inputs",
+    "not affected": "not affected",
+}
+Json = dict[str, Any]
+
+
+def with_effects(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> list[Json]:
+    """Add the effect of the rotation, such as stopped or slowed, to the measured success rate of each attacker.
+
+    `white_box` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
+    """
+    shares = {row["attacker"]: row["share"] for row in rows}
+    white, none = (white_box or shares["A5"])["value"], shares["A0"]["value"]
+    return [{**row, "effect": _effect(row["attacker"], row["share"], white, none)} for row in rows]
+
+
+def _effect(attacker: str, share: Mapping[str, Any] | None, white: float, none: float) -> str:
+    if share is None:
+        return "not measured"
+    if attacker in ("A0", "A5"):
+        return "not affected"
+    half = share["high"] <= HALF * white
+    if share["high"] <= LITTLE or (half and share["high"] <= AS_A0 * none):
+        return "stopped"
+    if half:
+        return "slowed"
+    return "unclear" if share["low"] <= HALF * white else "not affected"
+
+
+def protection_verdict(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> str:
+    """Return one or two sentences that state how well the rotation protects against each attacker."""
+    by = {row["attacker"]: row for row in rows}
+    stolen_share, white = by["A1"]["share"], white_box or by["A5"]["share"]
+    by_effect = {effect: [row["attacker"] for row in rows if row["effect"] == effect] for effect in EFFECTS}
+    parts = [
+        f"{_listed(attackers)} {'is' if len(attackers) == 1 else 'are'} {text}"
+        for effect, text in EFFECTS.items()
+        if (attackers := by_effect[effect])
+    ]
+    text = f"against the serving set, {'; '.join(parts)}"
+    if not white["value"]:
+        return (
+            "white-box attacks on the serving set break nothing, so the effect of a theft cannot be measured; "
+            f"{text}"
+        )
+    if (
+        stolen_share is not None
+        and stolen_share["value"] >= NOTHING * white["value"]
+        and by["A1"]["effect"] == "not affected"
+    ):
+        return (
+            f"no protection: an attack on one stolen set breaks {100 * stolen_share['value']:.1f} %, an attack on the "
+            f"serving set {100 * white['value']:.1f} %; {text}"
+        )
+    return text
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -3,8 +3,7 @@ of the user and for pipelines of diffusers.
 """
 
 from holdfast.generators.adapters import GAN, VAE, Diffusers
-from holdfast.generators.diffusion import Diffusion
-from holdfast.generators.gan import ImageGAN
+from holdfast.generators.networks import Diffusion, ImageGAN
 from holdfast.generators.vae import ImageVAE
 
 __all__ = ["GAN", "VAE", "Diffusers", "Diffusion", "ImageGAN", "ImageVAE"]

@@ -8,8 +8,7 @@ from types import MappingProxyType
 from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.generators.diffusion import Diffusion
-from holdfast.generators.gan import ImageGAN
+from holdfast.generators.networks import Diffusion, ImageGAN
 from holdfast.generators.vae import ImageVAE
 from holdfast.io.files import sha256_of_file
 from holdfast.io.models.generators import OpenedGenerator, open_generator

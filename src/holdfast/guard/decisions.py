@@ -1,13 +1,57 @@
-"""Decisions of the guard about requests: what happens to each input, and the scores from which that follows."""
+"""Decisions of the guard about requests, what clients receive of the scores, and how often rules fire."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from functools import cached_property
+from functools import cached_property, partial
+from threading import Lock
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from holdfast.core.estimate import Estimate
+from holdfast.core.model import Bounds, Model
+from holdfast.core.outputs import refused
+from holdfast.core.types import Ids, Inputs, Logits
+from holdfast.statistics.anytime import confidence_sequence
+
+
+@dataclass
+class ObservedRate:
+    """Counter of the inputs for which a calibrated rule fired. The rate is that of false positives if there are no
+    attacks, and otherwise an upper bound of it.
+    """
+
+    expected: float = 0.001
+    """false-positive rate to which the guard was calibrated"""
+    n: int = 0
+    """number of inputs"""
+    alarms: int = 0
+    """number of inputs for which a calibrated rule fired"""
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def add(self, n: int, alarms: int) -> None:
+        """Add `n` inputs, of which `alarms` fired a rule. May be called by several threads."""
+        with self._lock:
+            self.n, self.alarms = self.n + n, self.alarms + alarms
+
+    def estimate(self, confidence: float = 0.95) -> Estimate | None:
+        """Return the rate with an interval that is valid at all times, or None before the first input."""
+        with self._lock:
+            n, alarms = self.n, self.alarms
+        if not n:
+            return None
+        return Estimate(alarms / n, *confidence_sequence(alarms, n, confidence, expected=self.expected), n)
+
+    @property
+    def too_high(self) -> bool:
+        """Whether the rate is above the calibrated one, with 95 % confidence: the inputs have changed, or there is an
+        attack.
+        """
+        estimate = self.estimate()
+        return estimate is not None and estimate.low > self.expected
 
 
 class Action(IntEnum):
@@ -131,3 +175,61 @@ class Incoming:
     request: str = field(default_factory=lambda: secrets.token_hex(16))
     sent: Tensor | None = field(default=None, repr=False)
     """inputs as the client sent them, if `x` was rounded to another data type"""
+
+
+Release = Callable[[Tensor], Tensor]
+"""function from the scores (n, classes) of a model to those that clients receive"""
+
+
+def all_scores(scores: Tensor) -> Tensor:
+    """Return the scores unchanged."""
+    return scores
+
+
+def labels(scores: Tensor) -> Tensor:
+    """Return 1 for the predicted class of each row and 0 for the others. A single column contains class numbers, which
+    are returned unchanged.
+    """
+    if scores.shape[1] == 1:
+        return scores
+    return torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
+
+
+def release_of(detail: str) -> Release:
+    """Return the function for a setting: `all`, `labels`, or a number of decimal digits."""
+    if detail == "labels":
+        return labels
+    return all_scores if detail == "all" else partial(_rounded, decimals=int(detail))
+
+
+def _rounded(scores: Tensor, decimals: int) -> Tensor:
+    """Return scores with a number of decimal digits. Class numbers are unchanged, as are scores so large that their
+    product with a power of ten overflows: these have no decimal digits.
+    """
+    if not scores.is_floating_point():
+        return scores
+    rounded = torch.round(scores, decimals=decimals)
+    return torch.where(rounded.isfinite(), rounded, scores)
+
+
+_LEAD = 1e-4  # of the predicted class, which clients know: less than the digits that are released
+
+
+class Releasing:
+    """Model of which an attack receives what a release returns. The predicted class has the largest score also where
+    rounded scores are equal, and rejected inputs stay marked.
+    """
+
+    def __init__(self, model: Model, release: Release) -> None:
+        self._model, self._release = model, release
+
+    @property
+    def bounds(self) -> Bounds:
+        """Lowest and highest valid values of the inputs of the model."""
+        return self._model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Return the released scores (n, classes) of the inputs."""
+        logits = self._model(x, ids)
+        released = self._release(logits) + _LEAD * labels(logits)
+        return torch.where(refused(logits)[:, None], logits, released)

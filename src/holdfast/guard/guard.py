@@ -16,10 +16,9 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
-from holdfast.guard.decisions import Action, Incoming, Mode, RequestDecision, RowDecision, Score
-from holdfast.guard.detectors.detector_protocol import Detector, Fitted, Observation
-from holdfast.guard.detectors.query_clusters import Fail
-from holdfast.guard.observed import ObservedRate
+from holdfast.guard.decisions import Action, Incoming, Mode, ObservedRate, RequestDecision, RowDecision, Score
+from holdfast.guard.detectors.mahalanobis import Detector, Fitted, Observation
+from holdfast.guard.detectors.queries import Fail
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule, all_finite
 

@@ -11,7 +11,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, PerExample
-from holdfast.guard.detectors.detector_protocol import Observation
+from holdfast.guard.detectors.mahalanobis import Observation
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import InputDefence
 

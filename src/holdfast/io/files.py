@@ -1,4 +1,6 @@
-"""Opens, checks and computes digests of files that the user, a configuration or another file names."""
+"""Opens, checks and computes digests of files that the user, a configuration or another file names, and remedies
+of readers.
+"""
 
 import hashlib
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.spelling import most_similar, suggestion
 
 MOST_TEXT = 16 * 2**20
@@ -251,3 +254,13 @@ def _way_out(path: Path) -> str:
         return f", and neither does its folder {str(path.parent)!r}; check the path"
     folder_text = f" in the folder {str(path.parent.absolute())!r}; check the path"
     return similar_file(path) or folder_text
+
+
+LAYOUT = Remedy("layout", Placeholder("LAYOUT", "LAYOUT"), function="open_data", reason="(chw, hwc or asis)")
+"""declaration of the axes of stored arrays"""
+ARCHITECTURE = Remedy("arch", Placeholder("file.py:factory", "'file.py:factory'"), function="open_model")
+"""the network of a file that contains weights only, as a function in the user's code"""
+NORMALISED_DATA = Remedy("data_normalised")
+"""removal of a declared normalisation of the data"""
+OWN_FUNCTION = "write a function that returns scores (n, classes) into scores.py, and give scores.py:make"
+"""advice for models that are no classifiers of numbers, which lines of code follow"""

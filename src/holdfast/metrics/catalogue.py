@@ -8,10 +8,10 @@ from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.metrics import attacked, corruptions, detection, paired, perturbations, shares
-from holdfast.metrics.columns import Absent
+from holdfast.metrics import comparisons, perturbations, predictions, shares
+from holdfast.metrics.comparisons import transfer_success
 from holdfast.metrics.names import METRICS
-from holdfast.metrics.transfer import transfer_success
+from holdfast.metrics.shares import Absent
 
 Metric = Callable[[Evidence], Estimate]
 """function `metric(evidence)` that returns an `Estimate`"""
@@ -21,27 +21,27 @@ PLAIN: Mapping[str, Metric] = {
     "clean_error_rate": shares.clean_error_rate,
     "suite_robust_accuracy": shares.suite_robust_accuracy,
     "rejection_rate": shares.rejection_rate,
-    **detection.DETECTION_METRICS,
+    **predictions.DETECTION_METRICS,
     "targeted_success_rate": shares.targeted_success_rate,
     "trigger_success_rate": shares.trigger_success_rate,
     "transfer_success": transfer_success,
     **perturbations.PERTURBATIONS,
     "robust_margin": perturbations.robust_margin,
     "adversarial_radius": perturbations.adversarial_radius,
-    "precision": attacked.precision,
-    "recall": attacked.recall,
-    "f1": attacked.f1,
-    "attacked_precision": partial(attacked.precision, of="attacked"),
-    "attacked_recall": partial(attacked.recall, of="attacked"),
-    "attacked_f1": partial(attacked.f1, of="attacked"),
-    "defensive_entropy": attacked.defensive_entropy,
-    "defensive_entropy_rise": attacked.defensive_entropy_rise,
-    "defensive_margin": attacked.defensive_margin,
-    "calibration_error": attacked.calibration_error,
-    "attacked_calibration_error": partial(attacked.calibration_error, of="attacked"),
-    "corruption_error_rate": corruptions.corruption_error_rate,
-    "worst_corruption": corruptions.worst_corruption,
-    **corruptions.ACCURACIES,
+    "precision": predictions.precision,
+    "recall": predictions.recall,
+    "f1": predictions.f1,
+    "attacked_precision": partial(predictions.precision, of="attacked"),
+    "attacked_recall": partial(predictions.recall, of="attacked"),
+    "attacked_f1": partial(predictions.f1, of="attacked"),
+    "defensive_entropy": predictions.defensive_entropy,
+    "defensive_entropy_rise": predictions.defensive_entropy_rise,
+    "defensive_margin": predictions.defensive_margin,
+    "calibration_error": predictions.calibration_error,
+    "attacked_calibration_error": partial(predictions.calibration_error, of="attacked"),
+    "corruption_error_rate": predictions.corruption_error_rate,
+    "worst_corruption": predictions.worst_corruption,
+    **predictions.ACCURACIES,
 }
 """metrics of one run, by name"""
 
@@ -66,9 +66,9 @@ BY_EPS: Mapping[str, AtEps] = {
 """metrics of one run that can be computed at another eps, by name"""
 
 PAIRED: Mapping[str, Callable[[Evidence, Evidence], Estimate]] = {
-    "regression": paired.regression,
-    "clean_accuracy_drop": paired.clean_accuracy_drop,
-    "mce": corruptions.mce,
+    "regression": comparisons.regression,
+    "clean_accuracy_drop": comparisons.clean_accuracy_drop,
+    "mce": predictions.mce,
 }
 """metrics that compare a run with its baseline, by name"""
 
@@ -105,10 +105,10 @@ def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
 
     The result is empty if mCE has a value, or if a run did not measure corruptions.
     """
-    if baseline is None or not corruptions.measured(evidence) or not corruptions.measured(baseline):
+    if baseline is None or not predictions.measured(evidence) or not predictions.measured(baseline):
         return ()
     try:
-        corruptions.refuse_incomparable(evidence, baseline)
+        predictions.refuse_incomparable(evidence, baseline)
     except Absent as why:
         return (why.on_command_line(),)
     return ()

@@ -1,19 +1,102 @@
-"""Metrics that are proportions of examples, with exact confidence intervals: accuracies, error rates and success rates.
-
-If `eps` is given and differs from the eps of the run, they are computed from the distances of minimum-norm attacks.
+"""Metrics that are proportions of examples, with exact confidence intervals, and access to the columns of
+evidence.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import TRIGGERED, Evidence
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Mask, PerExample
-from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
-from holdfast.statistics.absent_classes import absent_classes, classes_of, listed_classes
-from holdfast.statistics.intervals import CONFIDENCE, bonferroni, complement, mean, proportion
+from holdfast.statistics.intervals import (
+    CONFIDENCE,
+    bonferroni,
+    complement,
+    independent_difference,
+    mean,
+    proportion,
+)
+from holdfast.statistics.samples import absent_classes, classes_of, listed_classes
+
+ATTACKED_INPUT = (Remedy("suite", "standard", reason="whose fixed PGD-40 pass measures it"),)
+"""remedies for a metric of attacked inputs"""
+MINIMUM_NORM = (
+    Remedy("curve", True),
+    Remedy("suite", "minimum-norm", reason="whose attacks search for the smallest change"),
+)
+"""remedies for a metric of smallest changes"""
+ATTACKED = "run at least one attack"
+
+
+class Absent(UsageError):
+    """Error for a metric whose attack was not run. Its message states how to measure the metric."""
+
+
+def column(evidence: Evidence, name: str, way_out: str = "", remedies: tuple[Remedy, ...] = ()) -> Tensor:
+    """Return a column of the evidence by its name. Raises `Absent` with the advice `way_out` and the remedies if the
+    evidence does not contain it.
+    """
+    if name not in evidence:
+        advice = f"; {way_out}" if way_out else ""
+        raise Absent(f"this run measured no {name.replace('_', ' ')}{advice}", *remedies)
+    return evidence[name]
+
+
+def within(distance: PerExample, eps: float) -> Mask:
+    """Return the mask of the perturbations whose size is at most `eps`. A small tolerance permits rounding errors."""
+    return distance.double() <= eps * (1 + 1e-6) + 1e-7
+
+
+def untargeted(evidence: Evidence, metric: str) -> None:
+    """Raise `Absent` if the threat model has a target class, for a metric that is defined only for
+    untargeted attacks.
+    """
+    if evidence.threat.goal is not None:
+        raise Absent(
+            f"{metric} does not exist under goal=targeted:{evidence.threat.goal}; use targeted_success_rate, or "
+            "leave the goal out"
+        )
+
+
+def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
+    """Return the mask of the correct examples that an attack broke with a change of at most `eps`, by default the eps
+    of the run.
+
+    For another eps the distances of the minimum-norm attacks are used.
+    """
+    untargeted(evidence, metric)
+    eps_of_run = evidence.threat.constraint.eps
+    if eps is None and math.isinf(eps_of_run):
+        raise Absent(f"{metric} needs an eps in a minimum-norm run; write {metric}@EPS, as in {metric}@0.5")
+    if eps is None or (eps == eps_of_run and "distance" not in evidence):
+        return column(evidence, "success", ATTACKED) & evidence["correct"]
+    way_out = f"this run attacked at eps={eps_of_run:g} only"
+    broken = within(column(evidence, "distance", way_out, MINIMUM_NORM), eps)
+    return evidence["correct"] & (broken | evidence["success"] if eps == eps_of_run else broken)
+
+
+def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:
+    """Return the mask of the examples that are classified correctly both without an attack and under every attack of
+    the run.
+    """
+    return evidence["correct"] & ~broken_examples(evidence, metric, eps)
+
+
+def suite_robust(evidence: Evidence, metric: str) -> Mask:
+    """Return the mask of the examples that are classified correctly both without an attack and under every attack of
+    the suite. Other attacks of the run are ignored.
+    """
+    untargeted(evidence, metric)
+    if math.isinf(evidence.threat.constraint.eps):
+        usual = evidence.threat.with_size(0.5)
+        raise Absent(f"{metric} needs an eps", Remedy("threat", usual))
+    return evidence["correct"] & ~column(evidence, "suite_success", ATTACKED)
+
 
 FEWEST_IN_GROUP = 30
 """Number of examples below which a group is unclear. With 30, the interval of an accuracy of 50 % ends at 31 and 69 %,
@@ -309,3 +392,13 @@ def _accuracy_of(
     if chance is not None:
         return mean(chance[members], confidence)
     return proportion(robust(evidence, metric, eps)[members], confidence)
+
+
+def robust_error_gap(robust: int, n: int, robust_in_training: int, n_training: int) -> Estimate:
+    """Return the robust error on `n` examples that a model was not trained on minus that on `n_training` training
+    examples, with its 95 % confidence interval.
+
+    `robust` and `robust_in_training` are the numbers of examples that the same attack does not break. The interval is
+    that of two independent samples. A gap whose interval is above 0 is overfitting.
+    """
+    return independent_difference(n - robust, n, n_training - robust_in_training, n_training)

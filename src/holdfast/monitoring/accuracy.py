@@ -1,22 +1,16 @@
-"""The accuracy on a stream: measured where labels are known, and expected from the confidence where they are not.
-
-CBPE (confidence-based performance estimation): Kivimäki, Białek, Nurminen & Kuberski, "Confidence-based estimators for
-predictive performance in model monitoring", JAIR 2025, arXiv:2407.08649, for the mean confidence as an estimate of the
-accuracy and its interval, here the normal approximation of theirs. The confidence is calibrated on the reference by
-isotonic regression (Zadrozny & Elkan, "Transforming classifier scores into accurate multiclass probability estimates",
-KDD 2002). The calibration error is that of Guo, Pleiss, Sun & Weinberger, "On calibration of modern neural networks",
-ICML 2017, arXiv:1706.04599.
-"""
+"""The accuracy on a stream, measured or expected from the confidence, and the reference of a monitor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
-from holdfast.monitoring.signals import Array, Observed
+from holdfast.monitoring.signals import Array, Observed, Observer, Signals
 from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson, normal_quantile
 
 _BINS = 10
@@ -141,3 +135,73 @@ def _calibration_error(confidence: Array, correct: Bools) -> float:
     sums = np.zeros(_BINS)
     np.add.at(sums, bins, confidence - correct)
     return float(np.abs(sums).sum() / len(confidence))
+
+
+_FITTED_SHARE = 4
+"""One of so many samples of the reference is used to estimate scales, and the others are compared."""
+FEWEST = 134
+"""Smallest number of samples of the reference: without those for the scales, 100 remain."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a stream is compared with."""
+
+    name: str
+    n: int
+    shape: Sequence[int]
+    """shape of one sample"""
+    observer: Observer
+    signals: Signals
+    """signals of the samples that were not used for the scales"""
+    predictions: Predictions
+    """of all samples"""
+    class_names: Sequence[str] | None = None
+    model: str | None = None
+    """name of the model; None if only the inputs are compared"""
+    layer: str | None = None
+    """name of the layer of the embeddings; None without embeddings"""
+    n_features: int = 0
+    """number of features of an embedding"""
+    notes: tuple[str, ...] = ()
+    """notes on the samples and on how requests are compared with them"""
+
+    @classmethod
+    def of(
+        cls,
+        seen: Observed,
+        rng: Draws,
+        name: str,
+        class_names: Sequence[str] | None,
+        model: str | None,
+        *,
+        errors: bool = False,
+        features: Sequence[str] | None = None,
+        missing: bool = False,
+        layer: str | None = None,
+        observer: Observer | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> "Reference":
+        """Return the reference of samples. `errors` states whether it is a signal if the model is wrong, which needs
+        the labels of each sample of the stream. `features` and `missing` are those of `Observer.fitted`. `layer` is the
+        source of the embeddings. With `observer`, its scales are used and none are estimated.
+        """
+        order = rng.at("reference").uniform(torch.arange(len(seen.x)), dtype=torch.float64).argsort()
+        fit, rest = order.tensor_split([len(order) // _FITTED_SHARE])
+        samples = seen if errors else replace(seen, y=None)
+        observer = observer or Observer.fitted(
+            samples.take(fit), rng.at("projections"), features=features, missing=missing
+        )
+        return cls(
+            name,
+            len(seen.x),
+            seen.x.shape[1:],
+            observer,
+            observer(samples.take(rest)),
+            Predictions.of(seen),
+            class_names,
+            model,
+            layer,
+            0 if seen.features is None else seen.features.shape[1],
+            notes,
+        )

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from holdfast.core.draws import Draws
 from holdfast.core.types import Inputs, Mask, PerExample
-from holdfast.monitoring.protocol import WINDOW, Alarm
-from holdfast.monitoring.watching import ALPHA, DriftResult, State
+from holdfast.monitoring.watching import ALPHA, WINDOW, Alarm, DriftResult, State
 from holdfast.reports.numbers import percent
 from holdfast.statistics.anytime import confidence_sequence
 from holdfast.statistics.intervals import proportion
-from holdfast.statistics.nearest import copy_threshold, nearest_example
+from holdfast.statistics.repeats import copy_threshold, nearest_example
 
 _COMPARED = 1000
 """examples of the reference whose nearest other example is searched for"""

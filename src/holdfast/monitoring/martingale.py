@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from holdfast.core.draws import Draws
-from holdfast.monitoring.protocol import Alarm, Part
 from holdfast.monitoring.signals import Array, Signals
+from holdfast.monitoring.watching import Alarm, Part
 
 RATES = (1e-2, 1e-3, 1e-4)
 """rates of jumping. A further one falls as 1 / n after n samples, so that the wealth of long streams without a change

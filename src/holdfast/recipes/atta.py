@@ -17,16 +17,15 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import IN_MEMORY_BYTES, Batch
+from holdfast.core.batch import IN_MEMORY_BYTES, Batch, Lookup
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import UsageError
-from holdfast.core.lookup import Lookup
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.recipes.training.augment import moves
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 _BYTES = 2  # of a stored value
 

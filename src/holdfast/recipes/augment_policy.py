@@ -22,8 +22,7 @@ from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.augment import cut_and_mixed, drawn_moves, refuse_augmentation
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, LossRecipe
 from holdfast.recipes.training.reserved import reserved, robust_share
 
 AUGMENTATIONS: Final = (

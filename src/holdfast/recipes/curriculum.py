@@ -20,7 +20,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.types import Count, Fraction, Inputs, Logits, Positive, Rows, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from holdfast.certifiers.smoothing.noise import numbered_noise
+from holdfast.certifiers.smoothing.smoothing import numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, NonNegative, Steps
-from holdfast.io.models.denoiser import DEPTH, WIDTH, DenoisedNetwork
+from holdfast.io.models.composed import DEPTH, WIDTH, DenoisedNetwork
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Denoising(LossRecipe):
         if not isinstance(loop.model.net, DenoisedNetwork):
             raise UsageError(
                 "denoised trains a denoiser, and the model has none; put an untrained one in front of its network, as "
-                "harden does: Classifier(DenoisedNetwork(net, channels=3)), from holdfast.io.models.denoiser"
+                "harden does: Classifier(DenoisedNetwork(net, channels=3)), from holdfast.io.models.composed"
             )
         if not self.mse and not self.stability:
             raise UsageError("mse and stability are both 0; give at least one of them a positive weight")

@@ -36,8 +36,8 @@ from holdfast.core.remedies import Install, Remedy
 from holdfast.core.types import Inputs, Positive
 from holdfast.recipes.training.fit import Training, drawing, updates
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.statistics.group_privacy import RowBudget, row_budget
+from holdfast.recipes.training.recipe import LossRecipe
+from holdfast.statistics.samples import RowBudget, row_budget
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooksFastGradientClipping as Hooks

@@ -19,7 +19,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

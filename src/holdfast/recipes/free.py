@@ -20,7 +20,7 @@ from holdfast.core.model import Bounds
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 _DELTA = "delta"
 _EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation is not clipped: it is used on other images

@@ -19,8 +19,7 @@ from holdfast.core.types import Fraction, Inputs, Positive
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.follow_up import after_repair, trigger_of
 from holdfast.recipes.training.learner import Learner, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, LossRecipe
 
 _TINY = 1e-12  # keeps the perturbation finite where the gradient is zero
 

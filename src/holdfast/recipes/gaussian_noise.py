@@ -15,12 +15,12 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from holdfast.certifiers.smoothing.noise import numbered_noise
+from holdfast.certifiers.smoothing.smoothing import numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,14 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.io.data.ranges import Ranges
+from holdfast.io.data.layouts import Ranges
 from holdfast.recipes.trades import TRADES
-from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Training, Turn
-from holdfast.recipes.training.generator import GAN
+from holdfast.recipes.training.gans import GAN
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
-from holdfast.statistics.nearest import copy_threshold, nearest_example
+from holdfast.recipes.training.losses import kullback_leibler
+from holdfast.recipes.training.recipe import Finished, LossRecipe
+from holdfast.statistics.repeats import copy_threshold, nearest_example
 
 COMPARED = 500
 """largest number of generated examples, and of test examples, whose nearest training example is searched"""
@@ -213,7 +212,7 @@ class GeneratedData(LossRecipe):
         if not self.samples:
             return None
         from holdfast.io.data.data import open_data  # only for a recipe with a file
-        from holdfast.io.data.expected import Expected
+        from holdfast.io.data.layouts import Expected
 
         found = open_data(self.samples, x="x", y="y", expected=Expected(model.bounds, model.classes))
         return found.read(0, len(found))

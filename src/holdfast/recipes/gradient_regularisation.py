@@ -23,7 +23,7 @@ from holdfast.core.gradients import gradient_of, rise, sloped
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Positive
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

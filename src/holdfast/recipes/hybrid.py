@@ -20,7 +20,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import GROWN, Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 from holdfast.recipes.training.weights import ema
 
 _TEACHER, _UPDATES = "teacher.", "updates"

@@ -17,7 +17,7 @@ from holdfast.core.types import Fraction, Inputs, NonNegative
 from holdfast.recipes.training.bounds import BoundedLoss, Initialisation, with_bounds
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner, Loop
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.io.models.int8 import int8_layers, layers_of, packed, set_ranges, with_int8
+from holdfast.io.models.architectures import int8_layers, layers_of, packed, set_ranges, with_int8
 from holdfast.recipes.training.compression import after_compression, bytes_of, compressed, uncompressed
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, LossRecipe
 
 _MEASURED = 512
 """Number of training examples on which the ranges of the inputs of layers are measured."""

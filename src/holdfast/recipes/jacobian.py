@@ -17,7 +17,7 @@ from holdfast.core.gradients import gradient_of
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 _PLACE = "place"  # state with the seed of an update's projections, the same for every evaluation of the loss
 

@@ -18,19 +18,18 @@ from torch import Tensor, nn
 
 from holdfast.attacks.parts.ascent import descend
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.meter import margin
 from holdfast.core.model import Classifier
 from holdfast.core.pieces import results_in_pieces
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.types import Inputs, Mask, NonNegative, Steps
 from holdfast.recipes.training import attack_policies as policies
 from holdfast.recipes.training.attack_policies import Played, Policy
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, LossRecipe
 
 SIDES = 2
 """number of policies, and of networks in training"""

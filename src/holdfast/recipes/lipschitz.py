@@ -10,7 +10,7 @@ the convolution itself at the size of its input, with strides and padding, and n
 Differs from the papers: both are combined, eps grows at first, and under Linf, where the gain is that of one output,
 only outputs beyond the bound shrink; the power iteration under L2 continues from its state after the last update. The
 bound of a whole network is the product over its layers and far too loose for a certificate: see
-`io/models/lipschitz_layers.py` for layers that are made for one.
+`io/models/architectures.py` for layers that are made for one.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 Order = Literal["linf", "l2", "l1"]
 """norm in which changes of inputs and outputs are measured"""

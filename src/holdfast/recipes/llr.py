@@ -21,7 +21,7 @@ from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

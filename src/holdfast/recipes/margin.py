@@ -5,7 +5,7 @@ Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschi
 arXiv:2208.03160. Differs from the paper: the offset is in multiples of the margin that certifies the ball of the
 threat, instead of the square root of two for every ball; eps grows at first, the weights are averaged, and the learning
 rate follows one cycle. Any network can be trained in this way; only one of the layers in
-`io/models/lipschitz_layers.py` has the certificate.
+`io/models/architectures.py` has the certificate.
 """
 
 import math
@@ -18,10 +18,10 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.types import Inputs, NonNegative, Positive
-from holdfast.io.models.lipschitz_layers import input_constant
+from holdfast.io.models.architectures import input_constant
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

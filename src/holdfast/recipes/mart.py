@@ -16,10 +16,10 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.losses import kullback_leibler
+from holdfast.recipes.training.recipe import LossRecipe
 
 _ABOVE_ONE = 1.0001  # as in the authors' code, so that the argument of the logarithm is positive
 

@@ -25,7 +25,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 _OTHERS = Remedy("recipe.others", Placeholder("l2:1.5,l1:10", "(L2(1.5), L1(10.0))"))
 

@@ -21,15 +21,15 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch, TrainingData
-from holdfast.core.checkpoint import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.goal import Goal
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.types import Rows
 from holdfast.io.data.streamed import Streamed
-from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.composed import Ensemble
 from holdfast.recipes.standard import Standard
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.learner import trained

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import TrainingPlan
 from holdfast.core.errors import UsageError
+from holdfast.core.training import TrainingPlan
 from holdfast.core.types import Inputs, Logits, NonNegative, Steps
 from holdfast.recipes.training.attack_policies import (
     REACH,
@@ -32,8 +32,7 @@ from holdfast.recipes.training.attack_policies import (
 )
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, LossRecipe
 from holdfast.recipes.training.update_plans import Pacing
 
 _POLICY, _PASSES = "policy.", "passes"

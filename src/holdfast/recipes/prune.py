@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.training import STATE, Checkpoint
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.compression import after_compression, bytes_of, compressed, uncompressed
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, LossRecipe
 
 _DONE, _MASK = "done", "kept."
 """names of the state tensors: the completed fraction of the training, and which weights are not pruned"""

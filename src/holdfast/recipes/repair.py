@@ -17,8 +17,7 @@ from holdfast.core.types import Fraction, Inputs
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.follow_up import after_repair, trigger_of
 from holdfast.recipes.training.learner import Learner
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.recipe import Finished
+from holdfast.recipes.training.recipe import Finished, LossRecipe
 
 
 @dataclass(frozen=True)

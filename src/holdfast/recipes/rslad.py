@@ -19,10 +19,10 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Fraction, Inputs, Logits, Positive, Steps
-from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import UNWRITTEN, Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.losses import kullback_leibler
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 class SoftLabels:

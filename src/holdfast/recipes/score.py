@@ -13,10 +13,10 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.divergences import squared_error
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.losses import squared_error
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

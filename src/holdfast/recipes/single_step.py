@@ -21,9 +21,9 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
 from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.follow_up import N_HELD_OUT, RAISED, OverfittingGuard
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
-from holdfast.recipes.training.overfitting import N_HELD_OUT, RAISED, OverfittingGuard
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

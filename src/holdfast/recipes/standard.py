@@ -9,7 +9,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

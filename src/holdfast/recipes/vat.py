@@ -21,10 +21,10 @@ from torch import Tensor
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.loss_recipe import LossRecipe
+from holdfast.recipes.training.losses import kullback_leibler
+from holdfast.recipes.training.recipe import LossRecipe
 
 
 @dataclass(frozen=True)

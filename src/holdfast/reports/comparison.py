@@ -10,8 +10,7 @@ from torch import Tensor
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence, Scope
 from holdfast.core.types import Mask
-from holdfast.metrics.columns import Absent
-from holdfast.metrics.paired import (
+from holdfast.metrics.comparisons import (
     Pairs,
     basis,
     clean_accuracy_drop,
@@ -19,6 +18,7 @@ from holdfast.metrics.paired import (
     regression,
     robust_in_scope,
 )
+from holdfast.metrics.shares import Absent
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent, plain, strict
 from holdfast.reports.tree import Block, Cell, Facts, Group, Items, Report, Section, Table

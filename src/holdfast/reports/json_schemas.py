@@ -10,8 +10,7 @@ from holdfast.core.evidence import CheckState, DoubtState, MethodState, Scope
 from holdfast.core.types import Access, NonNegative
 from holdfast.core.types import Count as Natural
 from holdfast.core.types import Steps as Positive
-from holdfast.gates.judging import Verdict
-from holdfast.gates.training_verdicts import TrainingVerdict
+from holdfast.gates.judging import TrainingVerdict, Verdict
 
 Number = float | Literal["inf", "-inf", "nan"]
 """number; strict JSON has no infinity"""

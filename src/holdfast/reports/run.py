@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports import certification, curves, geometry, rotation, stateful, transfer
-from holdfast.reports.attacks import attack_sections, hardest
+from holdfast.reports import certification, curves, defences, geometry, transfer
 from holdfast.reports.charts import staircases
+from holdfast.reports.curves import attack_sections, hardest
 from holdfast.reports.numbers import count_text, feature_value, number, percent, plain, seconds_text
 from holdfast.reports.tree import (
     Block,
@@ -183,12 +183,12 @@ def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[Section]:
     ):
         if results is not None:
             yield section(results, noun)
-    if (of_detector := stateful.detector_section(summary)) is not None:
+    if (of_detector := defences.detector_section(summary)) is not None:
         yield of_detector
     if summary.get("query_detector") is not None:
-        yield stateful.query_section(summary["query_detector"], noun)
+        yield defences.query_section(summary["query_detector"], noun)
     if summary.get("rotation") is not None:
-        yield rotation.section(summary["rotation"], noun)
+        yield defences.section(summary["rotation"], noun)
     if summary["metrics"]:
         yield metrics_section(summary)
     if summary["doubts"]:

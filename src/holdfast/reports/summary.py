@@ -15,7 +15,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import Judgement, exit_code, overall
-from holdfast.metrics.columns import within
+from holdfast.metrics.shares import within
 from holdfast.reports import json_schemas as forms
 from holdfast.reports.certification import certification
 from holdfast.reports.curves import (
@@ -26,11 +26,11 @@ from holdfast.reports.curves import (
     per_class_to_json,
     robust_examples,
 )
+from holdfast.reports.defences import rotation as rotated
+from holdfast.reports.defences import stateful_results
 from holdfast.reports.gallery import example_images
 from holdfast.reports.geometry import geometry_results
 from holdfast.reports.numbers import strict
-from holdfast.reports.rotation import rotation as rotated
-from holdfast.reports.stateful import stateful_results
 from holdfast.reports.transfer import across, transfer
 from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 from holdfast.statistics.intervals import CONFIDENCE, median, proportion

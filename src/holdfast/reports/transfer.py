@@ -10,8 +10,8 @@ from typing import Any
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.metrics.columns import Absent
-from holdfast.metrics.transfer import accuracies, matrix, model_names
+from holdfast.metrics.comparisons import accuracies, matrix, model_names
+from holdfast.metrics.shares import Absent
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent
 from holdfast.reports.tree import Cell, Paragraph, Section, Table

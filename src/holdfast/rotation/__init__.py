@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from holdfast.core.catalogue import load_class
 
 if TYPE_CHECKING:
-    from holdfast.rotation.codec import Codec as Codec
-    from holdfast.rotation.codec import Embedding as Embedding
     from holdfast.rotation.collecting import Basins as Basins
     from holdfast.rotation.collecting import LowRank as LowRank
     from holdfast.rotation.collecting import Seeds as Seeds
@@ -19,36 +17,36 @@ if TYPE_CHECKING:
     from holdfast.rotation.collecting import Task as Task
     from holdfast.rotation.collecting import collect as collect
     from holdfast.rotation.distilling import Distilled as Distilled
+    from holdfast.rotation.generating import Codec as Codec
+    from holdfast.rotation.generating import Embedding as Embedding
     from holdfast.rotation.generating import Generator as Generator
     from holdfast.rotation.generating import LatentDiffusion as LatentDiffusion
     from holdfast.rotation.immunising import Crafting as Crafting
     from holdfast.rotation.immunising import Immunise as Immunise
     from holdfast.rotation.immunising import chain as chain
-    from holdfast.rotation.live import Live as Live
-    from holdfast.rotation.live import canary as canary
-    from holdfast.rotation.live import churn as churn
-    from holdfast.rotation.live import loaded as loaded
     from holdfast.rotation.parameter_sets import Members as Members
     from holdfast.rotation.parameter_sets import put as put
     from holdfast.rotation.parameter_sets import weights_of as weights_of
     from holdfast.rotation.rotating_model import Answers as Answers
+    from holdfast.rotation.rotating_model import Live as Live
     from holdfast.rotation.rotating_model import RotatingModel as RotatingModel
-    from holdfast.rotation.steps.swap import next_set as next_set
+    from holdfast.rotation.rotating_model import canary as canary
+    from holdfast.rotation.rotating_model import churn as churn
+    from holdfast.rotation.rotating_model import loaded as loaded
+    from holdfast.rotation.steps.short_steps import next_set as next_set
     from holdfast.rotation.triggers import AnswersPerPrincipal as AnswersPerPrincipal
     from holdfast.rotation.triggers import Elapsed as Elapsed
     from holdfast.rotation.triggers import Watch as Watch
     from holdfast.rotation.triggers import refuse_faster as refuse_faster
 
 _MODULES = {
-    **dict.fromkeys(("Codec", "Embedding"), "codec"),
     **dict.fromkeys(("Basins", "LowRank", "Seeds", "Source", "Subset", "Task", "collect"), "collecting"),
     "Distilled": "distilling",
-    **dict.fromkeys(("Generator", "LatentDiffusion"), "generating"),
+    **dict.fromkeys(("Codec", "Embedding", "Generator", "LatentDiffusion"), "generating"),
     **dict.fromkeys(("Crafting", "Immunise", "chain"), "immunising"),
-    **dict.fromkeys(("Live", "canary", "churn", "loaded"), "live"),
     **dict.fromkeys(("Members", "put", "weights_of"), "parameter_sets"),
-    **dict.fromkeys(("Answers", "RotatingModel"), "rotating_model"),
-    "next_set": "steps.swap",
+    **dict.fromkeys(("Answers", "Live", "RotatingModel", "canary", "churn", "loaded"), "rotating_model"),
+    "next_set": "steps.short_steps",
     **dict.fromkeys(("AnswersPerPrincipal", "Elapsed", "Watch", "refuse_faster"), "triggers"),
 }
 __all__ = sorted(_MODULES)  # noqa: PLE0605

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import STATE, Checkpoint
 from holdfast.core.types import Positive, Steps
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe, trained_as

@@ -17,8 +17,7 @@ from typing import Protocol
 import torch
 
 from holdfast.attacks.parts.ascent import ascend
-from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.losses import cross_entropy, expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
@@ -26,7 +25,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, NonNegative, Positive, Steps
-from holdfast.recipes.training.immunity import Immunity
+from holdfast.recipes.training.losses import Immunity
 from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.rotation.collecting import last_of, rows_of
 

@@ -18,9 +18,8 @@ from typing import ClassVar, TypeVar
 import torch
 
 from holdfast.attacks.parts.ascent import ascend, cosine
-from holdfast.attacks.parts.averaged_models import Ensemble
-from holdfast.attacks.parts.losses import Loss, margin_loss
-from holdfast.attacks.parts.norms import expect_eps
+from holdfast.attacks.parts.fast_networks import Ensemble
+from holdfast.attacks.parts.losses import Loss, expect_eps, margin_loss
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.transfer import Transfer
 from holdfast.core.batch import Batch

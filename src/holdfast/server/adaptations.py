@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.adaptation.server_state import Approval
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey
+from holdfast.server.requests import Refused
 from holdfast.server.served_weights import Record
 
 HELD_S = 60.0

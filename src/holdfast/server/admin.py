@@ -20,11 +20,11 @@ from starlette.routing import Route
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.server.app import REASONS
+from holdfast.server.asgi import ASGIApplication, UvicornServer
 from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.flagged_inputs import MOST
 from holdfast.server.generation import Candidate
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ADMIN, ApiKey, KeyFile
 from holdfast.server.live_monitor import LiveMonitor
 from holdfast.server.operator_authentication import (
@@ -33,10 +33,9 @@ from holdfast.server.operator_authentication import (
     proven_key,
 )
 from holdfast.server.protocol_v2 import JSON, compact
+from holdfast.server.requests import Refused
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.ui import ui_routes
-from holdfast.server.uvicorn_server import UvicornServer
-from holdfast.server.whole_messages import ASGIApplication
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _CONNECTIONS, _HEADER_S = 64, 10.0

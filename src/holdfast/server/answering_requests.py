@@ -16,18 +16,15 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Incoming, RequestDecision
+from holdfast.guard.decisions import Action, Incoming, Release, RequestDecision, all_scores, labels
 from holdfast.guard.protocol import RequestGuard
-from holdfast.guard.released_scores import Release, all_scores, labels
 from holdfast.guard.rules import all_finite
-from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, end_record, now
-from holdfast.server.audit_records import answered, started
+from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, end_record, now, started
 from holdfast.server.error_log import ErrorLog
-from holdfast.server.forwarding import Headers, forwarding
-from holdfast.server.http_refusals import Refused, wait_first
-from holdfast.server.profile import Timing, no_timing
-from holdfast.server.quotas import Quotas, Spending
+from holdfast.server.keys import Quotas, Spending
+from holdfast.server.requests import Headers, Refused, forwarding, wait_first
 from holdfast.server.telemetry import Telemetry
+from holdfast.server.traffic import Timing, no_timing
 
 _AUDIT_FULL = "the audit log cannot be written, so no request is answered"
 _MODEL = "the model failed"

@@ -27,11 +27,7 @@ from holdfast.server.answering_requests import Answer, Job
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.batching import Batcher
 from holdfast.server.error_log import ErrorLog
-from holdfast.server.forwarding import is_sendable
-from holdfast.server.host_names import HostNames
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey, KeyFile
-from holdfast.server.profile import Timing, no_timing
 from holdfast.server.protocol_v2 import (
     BINARY,
     EXTENSIONS,
@@ -44,7 +40,9 @@ from holdfast.server.protocol_v2 import (
     read_request,
 )
 from holdfast.server.readiness import Readiness
+from holdfast.server.requests import HostNames, Refused, is_sendable
 from holdfast.server.telemetry import Telemetry
+from holdfast.server.traffic import Timing, no_timing
 from holdfast.settings.grammar import seconds
 from holdfast.settings.serve_settings import RequestLimits
 

@@ -1,10 +1,4 @@
-"""Audit chains of a server: one hash chain for each worker process, and one for the supervisor, which lists the others.
-
-A chain is a file `RUN.worker-N.jsonl` or `RUN.server.jsonl` in the audit folder. A record `started` is written before
-the model is called, and `answered` with the decision before the response is sent. Records of a batch are written with
-one call. When a worker dies, the supervisor adds a record `interrupted` for each request that was not answered.
-Principals are stored as pseudonyms and inputs as keyed digests; the key is in a file beside the folder.
-"""
+"""The audit chain of a worker: one record for each request, in a file that only grows."""
 
 import errno
 import hashlib
@@ -18,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from json.encoder import encode_basestring_ascii as quoted
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,12 +22,59 @@ from typing_extensions import TypedDict
 from holdfast.core.chain import canonical
 from holdfast.core.errors import TargetError
 from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.guard.decisions import Action, RequestDecision, RowDecision
 from holdfast.io.files import open_regular
 from holdfast.runs.store import files as store
 from holdfast.runs.store.append_log import BEGINNING, Head, LogForm, LogReader
 from holdfast.runs.store.files import content_of, create_private
 from holdfast.runs.store.forms import Count, Whole, conforming, required
 from holdfast.runs.store.leases import WAIT_S
+
+_ACTIONS = tuple(map(str, Action))
+"""names of the actions by their numbers"""
+
+
+def started(request: str, principal: str, rows: int, digest: str, time: float) -> bytes:
+    """Return the record of a request before the model is called: its identifier, the pseudonym of its client, its
+    number of inputs and their digest.
+    """
+    return (
+        f'{{"digest":{quoted(digest)},"kind":"started","principal":{quoted(principal)},"request":{quoted(request)},'
+        f'"rows":{rows},"time":{time!r}}}'
+    ).encode()
+
+
+def answered(
+    request: str,
+    decision: RequestDecision,
+    action: Action,
+    status: int,
+    set_name: str,
+    epoch: int,
+    time: float,
+) -> bytes:
+    """Return the record of the end of a request about which the guard decided, with the scores of each input."""
+    scored = [_row(row) for row in decision.rows if row.scores]
+    rows = f'"rows":[{",".join(scored)}],' if scored else ""
+    notes = f'"notes":{canonical(dict(decision.notes)).decode()},' if decision.notes else ""
+    return (
+        f'{{"action":"{_ACTIONS[action]}","epoch":{epoch},"kind":"answered",{notes}'
+        f'"request":{quoted(request)},{rows}"set":{quoted(set_name)},"status":{status},"time":{time!r}}}'
+    ).encode()
+
+
+def _row(row: RowDecision) -> str:
+    """The action for an input, and the score of each rule with whether it fired and the mode of the rule."""
+    scores = [
+        f'{quoted(rule)}:[{_number(value)},{"true" if fired else "false"},"{mode.value}"]'
+        for rule, value, fired, mode, _ in sorted(row.scores)
+    ]
+    return f'["{_ACTIONS[row.action]}",{{{",".join(scores)}}}]'
+
+
+def _number(value: float) -> str:
+    return repr(round(value, 6)) if isfinite(value) else f'"{value}"'
+
 
 SUFFIX = ".jsonl"
 SERVER = ".server"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from holdfast.server.http_refusals import wait_first
+from holdfast.server.requests import wait_first
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")

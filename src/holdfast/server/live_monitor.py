@@ -18,12 +18,16 @@ from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.errors import HoldfastError
 from holdfast.core.estimate import Estimate
 from holdfast.core.names import line
-from holdfast.monitoring.accuracy import Accuracy, Predictions, expected_accuracy, measured_accuracy
+from holdfast.monitoring.accuracy import (
+    Accuracy,
+    Predictions,
+    Reference,
+    expected_accuracy,
+    measured_accuracy,
+)
 from holdfast.monitoring.monitored import Monitored, Source
-from holdfast.monitoring.power import Power
-from holdfast.monitoring.reference import Reference
 from holdfast.monitoring.signals import Signals
-from holdfast.monitoring.watching import Watch
+from holdfast.monitoring.watching import Power, Watch
 from holdfast.runs.engine.progress import Notify
 from holdfast.server.messages import Observations
 from holdfast.server.served_weights import Record, lower_priority

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, Inconclusive, TargetError
 from holdfast.core.model import Classifier
-from holdfast.rotation.live import loaded, refuse_strange
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.swap import next_set
+from holdfast.rotation.rotating_model import loaded, refuse_strange
+from holdfast.rotation.steps.short_steps import next_set
 from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
 from holdfast.server.generation import Generation, PoolSet
 

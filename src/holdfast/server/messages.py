@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from holdfast.core.errors import HoldfastError, failure_from_json
-from holdfast.runs.engine.children import Send
 from holdfast.runs.engine.executor import ERRORS
+from holdfast.runs.engine.processes import Send
 
 # --- to a worker
 

@@ -1,6 +1,6 @@
 """Authenticates requests to the operator's port whose client proves that it has a key, and the answers to them.
 
-See `holdfast.io.remote.operator_proofs` for the proofs. The sessions are in memory, so that a client begins a new one
+See `holdfast.io.remote.operator_port` for the proofs. The sessions are in memory, so that a client begins a new one
 after a restart.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hmac import compare_digest
 
-from holdfast.io.remote.operator_proofs import (
+from holdfast.io.remote.operator_port import (
     ANSWER_HEADER,
     NO_SESSION,
     SCHEME,
@@ -22,19 +22,11 @@ from holdfast.io.remote.operator_proofs import (
     hash_of,
     new_nonce,
 )
+from holdfast.server.asgi import ASGIApplication, Message, Receive, Send, WholeResponse, replayed, whole_body
 from holdfast.server.guarded_routes import Scope
-from holdfast.server.http_refusals import Refused
 from holdfast.server.keys import ApiKey, KeyFile
 from holdfast.server.protocol_v2 import JSON, compact
-from holdfast.server.whole_messages import (
-    ASGIApplication,
-    Message,
-    Receive,
-    Send,
-    WholeResponse,
-    replayed,
-    whole_body,
-)
+from holdfast.server.requests import Refused
 
 SESSION_S, UNPROVEN_S = 3600.0, 30.0
 """seconds after its beginning in which a session is used, and in which its first request must arrive"""

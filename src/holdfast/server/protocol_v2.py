@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from holdfast.core.model import Bounds
-from holdfast.server.http_refusals import Refused
+from holdfast.server.requests import Refused
 
 INPUT, OUTPUT = "input", "scores"
 """names of the only input and the only output of a served model"""

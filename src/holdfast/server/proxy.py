@@ -19,9 +19,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.core.types import Ids, Inputs, Logits
-from holdfast.server.forwarding import forwarded
-from holdfast.server.http_refusals import Refused
 from holdfast.server.protocol_v2 import BINARY, EXTENSIONS, JSON, LENGTH_HEADER, TYPES, Signature, compact
+from holdfast.server.requests import Refused, forwarded
 from holdfast.server.upstream import METADATA_BYTES, Connection, KeyRefused, UpstreamAddress, unusable
 
 _NUMBER_BYTES, _REST_BYTES = 64, 1 << 16

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from holdfast.guard.detectors.query_clusters import QueryState, Wanted
+from holdfast.guard.detectors.queries import QueryState, Wanted
 from holdfast.server.audit_chain import ChainFile
 from holdfast.server.error_log import shown
 

@@ -30,9 +30,9 @@ from typing import Any, Literal, Protocol
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.runs.engine.progress import Notify
 from holdfast.server.generation import NAME_DIGITS, Candidate, Generation, State
-from holdfast.server.http_refusals import Refused
 from holdfast.server.live_pool import LivePool
 from holdfast.server.messages import Activate, Opened, Serve
+from holdfast.server.requests import Refused
 from holdfast.server.server_setup import ServerSetup, WorkerSetup
 from holdfast.server.stand_in import StandIn
 from holdfast.server.telemetry import MetricTotals, Telemetry

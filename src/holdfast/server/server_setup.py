@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.guard.protocol import RequestGuard
-from holdfast.monitoring.reference import Reference
+from holdfast.monitoring.accuracy import Reference
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.flagged_inputs import FlaggedInputs
-from holdfast.server.host_names import HostNames
+from holdfast.server.generation import LoadedModel, no_rules
 from holdfast.server.live_pool import LivePool
-from holdfast.server.loaded_model import LoadedModel, no_rules
 from holdfast.server.protocol_v2 import Signature
+from holdfast.server.requests import HostNames
 from holdfast.settings.serve_settings import ProxySettings, RequestLimits, ServeOptions, is_public
 
 HUNG_S = 30.0

@@ -28,14 +28,14 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
-from holdfast.guard.detectors.features import LastFeatures
+from holdfast.guard.decisions import release_of
+from holdfast.guard.detectors.mahalanobis import LastFeatures
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
-from holdfast.guard.released_scores import release_of
 from holdfast.guard.states.sqlite import SQLiteState
-from holdfast.rotation.live import loaded
-from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared
+from holdfast.rotation.rotating_model import loaded
+from holdfast.runs.engine.processes import Send, read_message, serve_parent, unshared
 from holdfast.server import messages
 from holdfast.server.answering_requests import (
     Answer,
@@ -48,23 +48,20 @@ from holdfast.server.answering_requests import (
     ServedSet,
 )
 from holdfast.server.app import ServedModel, application
+from holdfast.server.asgi import UvicornServer
 from holdfast.server.audit_chain import ChainFile
 from holdfast.server.batching import Batcher
-from holdfast.server.closing_socket import refuse_connections
-from holdfast.server.connections import limited_protocol
+from holdfast.server.connections import limited_protocol, refuse_connections
 from holdfast.server.error_log import ErrorLog, log_to_stderr
-from holdfast.server.keys import KeyFile
-from holdfast.server.loaded_model import refuse_damaged
-from holdfast.server.profile import Profile
+from holdfast.server.generation import refuse_damaged
+from holdfast.server.keys import KeyFile, Quotas
 from holdfast.server.protocol_v2 import Signature
-from holdfast.server.quotas import Quotas
 from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
 from holdfast.server.request_log import log_requests
-from holdfast.server.reservoir import Reservoir
-from holdfast.server.sampled_inputs import SampledInputs
+from holdfast.server.sampled_inputs import Reservoir, SampledInputs
 from holdfast.server.server_setup import WorkerSetup
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
-from holdfast.server.uvicorn_server import UvicornServer
+from holdfast.server.traffic import Profile
 from holdfast.settings.grammar import seconds
 
 _ENDING_S = 3.0

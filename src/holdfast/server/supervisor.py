@@ -19,22 +19,27 @@ from typing import Any
 from msgspec import to_builtins
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.runs.engine.children import unshared
+from holdfast.runs.engine.processes import unshared
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.server import messages
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import AuditFolder
 from holdfast.server.generation import Generation
-from holdfast.server.http_refusals import Refused
 from holdfast.server.live_monitor import LiveMonitor
+from holdfast.server.requests import Refused
 from holdfast.server.sampled_inputs import ALL_BYTES, CollectedSamples
 from holdfast.server.served_weights import ServedWeights
 from holdfast.server.server_setup import ServerSetup, WorkerSetup
-from holdfast.server.server_signals import ending_signals, hang_up_signals
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.server.traffic import Traffic
-from holdfast.server.worker_processes import Inbox, WorkerProcess, bound_socket
+from holdfast.server.worker_processes import (
+    Inbox,
+    WorkerProcess,
+    bound_socket,
+    ending_signals,
+    hang_up_signals,
+)
 from holdfast.settings.grammar import seconds
 
 _TICK_S = 0.1

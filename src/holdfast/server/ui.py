@@ -10,9 +10,9 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from holdfast.core.errors import UsageError
-from holdfast.server.http_refusals import Refused
+from holdfast.server.asgi import page_headers, style_sheet
 from holdfast.server.keys import ADMIN, KeyFile
-from holdfast.server.page_shell import page_headers, style_sheet
+from holdfast.server.requests import Refused
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.ui_page import login_page, operator_page
 from holdfast.server.ui_sessions import SESSION_S, Operator, Sessions

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 
-from holdfast.server.http_refusals import Refused, wait_first
 from holdfast.server.keys import ApiKey, KeyFile
+from holdfast.server.requests import Refused, wait_first
 
 SESSION_S = 8 * 3600.0
 """seconds after which an operator must log in again"""

@@ -17,9 +17,8 @@ import httpcore
 
 from holdfast.core.errors import UsageError
 from holdfast.io.remote.remote import header_variable
-from holdfast.server.forwarding import is_sendable
-from holdfast.server.http_refusals import Refused, wait_first
 from holdfast.server.protocol_v2 import JSON, LENGTH_HEADER
+from holdfast.server.requests import Refused, is_sendable, wait_first
 
 METADATA_BYTES = 1 << 22
 """largest number of bytes of metadata"""

@@ -1,24 +1,102 @@
-"""A worker process as the supervisor sees it, and the socket that all workers share."""
+"""A worker process as the supervisor sees it, the socket that all workers share, and the signals of the
+supervisor.
+"""
 
 import math
 import os
 import queue
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from mmap import mmap
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from holdfast.core.errors import HoldfastError, UsageError
-from holdfast.runs.engine.children import Child
+from holdfast.runs.engine.processes import Child
 from holdfast.runs.store.encryption import KEY_VARIABLE
 from holdfast.server.generation import Generation
 from holdfast.server.messages import Drain, FailingCheck, Report, ToWorker, encoded_for_worker
 from holdfast.server.telemetry import MEMORY_BYTES
+
+
+@contextmanager
+def ending_signals(stop: Callable[[], object]) -> Iterator[None]:
+    """Context manager in which SIGTERM and SIGINT call `stop`."""
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        stop()
+
+    with _handlers({signal.SIGTERM: ended, signal.SIGINT: ended}):
+        yield
+
+
+@contextmanager
+def hang_up_signals(stop: Callable[[], object], swap: Callable[[], object]) -> Iterator[None]:
+    """Context manager in which SIGHUP calls `swap`.
+
+    SIGHUP also reports that the terminal of a process in its foreground was closed. It then calls `stop`, unless it was
+    ignored, as `nohup` has it. A process in the background receives no such report.
+    """
+    foreground, ignored = in_foreground(), signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+    def hung_up(number: int, frame: FrameType | None) -> None:
+        nonlocal foreground
+        if not foreground or has_terminal():
+            swap()
+            return
+        foreground = False
+        if not ignored:
+            stop()
+
+    with _handlers({signal.SIGHUP: hung_up}):
+        yield
+
+
+@contextmanager
+def _handlers(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Context manager with handlers of signals. In another thread than the main one, signals are not handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def has_terminal() -> bool:
+    """Return whether this process has a terminal."""
+    return _foreground_group() is not None
+
+
+def in_foreground() -> bool:
+    """Return whether this process is in the foreground of a terminal."""
+    return _foreground_group() == os.getpgrp()
+
+
+def _foreground_group() -> int | None:
+    """Return the process group in the foreground of the terminal of this process; None without a terminal."""
+    try:
+        terminal = os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return None
+    try:
+        return os.tcgetpgrp(terminal)
+    except OSError:
+        return None
+    finally:
+        os.close(terminal)
+
 
 BACKLOG = 2048
 """largest number of connections that the system accepts before a worker does"""

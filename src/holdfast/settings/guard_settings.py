@@ -19,7 +19,7 @@ from holdfast.settings.wording import complaint, place
 from holdfast.settings.yaml_text import load
 
 if TYPE_CHECKING:
-    from holdfast.guard.detectors.detector_protocol import Detector
+    from holdfast.guard.detectors.mahalanobis import Detector
 
 ModeName = Literal["observe", "shadow", "enforce"]
 ActionName = Literal["allow", "flag", "label_only", "abstain", "delay", "block"]

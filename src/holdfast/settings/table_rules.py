@@ -101,7 +101,7 @@ def drafted(
     path: Path, label: str | None, drop: tuple[str, ...], separator: str | None
 ) -> tuple[str, tuple[str, ...]]:
     """Return a draft of the rules of a table file as YAML, and notes about what the draft leaves to the user."""
-    from holdfast.io.data.expected import Expected  # late, because it imports torch
+    from holdfast.io.data.layouts import Expected  # late, because it imports torch
     from holdfast.io.data.tables import SUFFIXES, label_column, read_table
 
     if not path.name.endswith(SUFFIXES):

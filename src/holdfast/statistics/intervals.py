@@ -1,13 +1,9 @@
-"""Confidence intervals and statistical tests. They are exact if there is a closed form and use the bootstrap otherwise,
-and all are deterministic.
-
-Clopper & Pearson, "The use of confidence or fiducial limits", Biometrika 26, 1934. Efron, "Better bootstrap confidence
-intervals", JASA 82, 1987 (BCa). McNemar, Psychometrika 12, 1947, in its exact binomial form. Bonett & Price, "Adjusted
-Wald confidence interval for a difference of binomial proportions based on paired data", JEBS 37, 2012.
+"""Confidence intervals, statistical tests, and thresholds. They are exact if there is a closed form and use the
+bootstrap otherwise.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -302,3 +298,104 @@ def wilson(k: int, n: int, confidence: float) -> tuple[float, float]:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def threshold(clean: PerExample, false_positives: float) -> float:
+    """Return the threshold of a detector: the lowest score of a clean input that at most the fraction `false_positives`
+    of the clean scores exceed. At least one score is needed.
+    """
+    return float(clean.sort().values[len(clean) - 1 - math.floor(false_positives * len(clean))])
+
+
+def auroc(clean: PerExample, attacked: PerExample, confidence: float = 0.95) -> Estimate:
+    """Return the area under the ROC curve of a detector with its confidence interval: the probability that an attacked
+    input has a higher score than a clean one, where ties count half.
+
+    The bootstrap interval resamples examples, so that the clean and the attacked input of an example stay together.
+    """
+    n = len(clean)
+    scores, codes = torch.unique(torch.cat((clean, attacked)), return_inverse=True)
+
+    def statistic(rows: torch.Tensor) -> PerExample:
+        below, equal = (_counts(codes[half][rows], len(scores)) for half in (slice(n), slice(n, None)))
+        return (equal * (below.cumsum(1) - below / 2)).sum(1) / n**2
+
+    return bootstrap(statistic, n, confidence)
+
+
+def _counts(codes: torch.Tensor, of: int) -> torch.Tensor:
+    """Counts of the codes 0 to `of` - 1 in each row, float64."""
+    counts = torch.zeros(len(codes), of, dtype=torch.float64)
+    return counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float64))
+
+
+def median_width(margins: PerExample) -> float:
+    """Return the median of the absolute margins of a classifier, which is used as the scale of its logits; 0 if it is
+    not finite.
+    """
+    width = float(margins.double().abs().median())
+    return width if math.isfinite(width) else 0.0
+
+
+def balance(scores: PerExample, width: float) -> float:
+    """Return the factor by which the scores of a detector are multiplied so that their interquartile range is `width`;
+    1 if one of the two is zero or infinite.
+    """
+    ordered = scores.double().sort().values
+    spread = float(ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4])
+    return width / spread if width > 0 and 0 < spread < math.inf else 1.0
+
+
+_ROUNDED = 1e-9  # so that 0.001 * 1000 counts as 1
+
+
+def fewest_examples(false_positives: float, scores: int = 1) -> int:
+    """Return the number of calibration inputs with which `scores` scores can always be combined: scores / alpha - 1.
+
+    >>> fewest_examples(0.001), fewest_examples(0.001, 2)
+    (999, 1999)
+    """
+    return math.ceil(scores / false_positives - _ROUNDED) - 1
+
+
+def combined_thresholds(
+    scores: Sequence[PerExample], false_positives: float, already: Mask | None = None
+) -> tuple[float, ...] | None:
+    """Return a threshold for each score, such that a new input exceeds one of them with a probability of at most
+    `false_positives`; None if there are too few inputs.
+
+    Each of `scores` has the values of one score for all calibration inputs (n,). `already` is the mask of the inputs on
+    which a rule with a given threshold fires, which counts as well; without scores it is decided whether these rules
+    alone keep to the share. The k-th largest value of each score is its threshold, with the same k for all.
+    """
+    masks = [*scores, *([] if already is None else [already])]
+    n = len(masks[0])
+    allowed = math.floor(false_positives * (n + 1) + _ROUNDED)
+    if already is not None and not scores:
+        return () if int(already.sum()) + 1 <= allowed else None
+    ranks = torch.stack([_ranks(values) for values in scores])
+    fixed = torch.zeros(n, dtype=torch.bool) if already is None else already
+    for k in range(min(allowed, n), 0, -1):
+        inside = ranks <= k
+        n_exceeding = int((inside.any(0) | fixed).sum())
+        # A new input that exceeds the threshold of a score has a larger value than the k-th largest, whose own rank
+        # becomes k + 1; it leaves unless another rule includes it.
+        pushed = [
+            int((inside[j] & (ranks[j] == k) & ~fixed & ~_others(inside, j)).sum())
+            for j in range(len(scores))
+        ]
+        n_with_new = n_exceeding + 1 - (min(pushed) if already is None else 0)
+        if n_with_new <= allowed:
+            return tuple(float(values.sort(descending=True).values[k - 1]) for values in scores)
+    return None
+
+
+def _ranks(values: PerExample) -> torch.Tensor:
+    """Number of values that are at least as large, for each value."""
+    ordered = values.sort().values
+    return len(values) - torch.searchsorted(ordered, values.contiguous())
+
+
+def _others(inside: torch.Tensor, j: int) -> Mask:
+    """Mask of the inputs that are inside for another score than the j-th."""
+    return inside.sum(0) > inside[j].int()

@@ -1,7 +1,5 @@
-"""Rows that equal a known row: how many are expected among new rows, and whether there are more than among others.
-
-New rows of images, or of columns with many values, equal no known row. Rows of columns with few values do: they repeat
-by nature.
+"""Rows that equal or nearly equal a known row: how many are expected among new rows, and distances to the
+nearest one.
 """
 
 import math
@@ -11,7 +9,31 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import fingerprints_of
-from holdfast.core.types import Mask
+from holdfast.core.types import Mask, PerExample
+
+PERCENTILE = 0.01
+"""share of unseen examples that are nearer to a training example than the distance below which a sample is a copy"""
+_ROWS = 500  # points whose distances to all training examples are in memory at once
+
+
+def nearest_example(points: Tensor, training: Tensor) -> tuple[PerExample, Tensor]:
+    """Return the Euclidean distance of each point (n, *features) to its nearest training example (m, *features), and
+    the row of that example.
+    """
+    flat, found = training.flatten(1), []
+    for rows in torch.split(points.flatten(1), _ROWS):
+        index = torch.cdist(rows, flat).argmin(1)
+        # computed again, because the errors of matrix products are as large as the distance of a copy
+        found.append((torch.linalg.vector_norm(rows - flat[index], dim=1), index))
+    return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
+
+
+def copy_threshold(unseen: PerExample) -> float:
+    """Return the distance below which a sample is a copy, from the distances of unseen examples (n) to their nearest
+    training example. It is set on every second of them, so that its rate can be checked on the others.
+    """
+    return float(torch.quantile(unseen[::2].double(), PERCENTILE))
+
 
 LEVEL = 0.02
 """Largest probability with which new rows are taken for copies, and smallest expected number of repeats from which

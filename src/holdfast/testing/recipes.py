@@ -11,14 +11,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import WEIGHTS, Checkpoint
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import WEIGHTS, Checkpoint
 from holdfast.io.data.loaders import Source
 from holdfast.io.data.streamed import Streamed
-from holdfast.io.models.denoiser import with_denoiser
+from holdfast.io.models.composed import with_denoiser
 from holdfast.recipes import Denoising
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import Recipe, facts_of, trained_as

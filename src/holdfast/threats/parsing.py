@@ -277,7 +277,7 @@ FORMS: Final[dict[str, Form]] = {
     "l1": replace(_NORM, creator="holdfast.core.constraints:L1"),
     "l0": Form("holdfast.core.constraints:L0", _count),
     "corruptions": Form(
-        "holdfast.threats.corruptions:Corruptions",
+        "holdfast.threats.transformations:Corruptions",
         _severity,
         aimed=False,
     ),
@@ -311,7 +311,7 @@ FORMS: Final[dict[str, Form]] = {
         provable=True,
     ),
     "text": Form(
-        "holdfast.io.text_lists:text_edits",
+        "holdfast.io.texts_of_users:text_edits",
         arguments={
             **{
                 name: _matching(
@@ -332,7 +332,7 @@ FORMS: Final[dict[str, Form]] = {
         example=_TEXT_EXAMPLES["edits"],
     ),
     "training-set": Form(
-        "holdfast.threats.training_set:TrainingSet",
+        "holdfast.threats.triggers:TrainingSet",
         _changes,
         provable=True,
         aimed=False,
@@ -342,7 +342,7 @@ FORMS: Final[dict[str, Form]] = {
         file_argument("file"),
     ),
     "colour": Form(
-        "holdfast.threats.colour:Colour",
+        "holdfast.threats.transformations:Colour",
         arguments=_limits(RECOLOURED, _COLOUR_EXAMPLE),
         example=_COLOUR_EXAMPLE,
     ),

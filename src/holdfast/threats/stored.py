@@ -15,11 +15,11 @@ Json = dict[str, Any]
 
 _HOMES: Mapping[str, str] = {
     **dict.fromkeys(("Linf", "L2", "L1", "L0"), "holdfast.core.constraints"),
-    "Corruptions": "holdfast.threats.corruptions",
-    "TrainingSet": "holdfast.threats.training_set",
+    "Corruptions": "holdfast.threats.transformations",
+    "TrainingSet": "holdfast.threats.triggers",
     "Patch": "holdfast.threats.patches",
     "Spatial": "holdfast.threats.transformations",
-    "Colour": "holdfast.threats.colour",
+    "Colour": "holdfast.threats.transformations",
     "Table": "holdfast.threats.tables.table",
     "TextEdits": "holdfast.threats.text_edits",
     "Stamped": "holdfast.threats.triggers",

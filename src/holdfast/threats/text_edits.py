@@ -20,7 +20,7 @@ from holdfast.core.texts import decoded
 from holdfast.core.types import Inputs, PerExample
 from holdfast.threats.domains import TEXT, Domain
 from holdfast.threats.parsing import refuse_text_limits
-from holdfast.threats.whole import Whole
+from holdfast.threats.transformations import Whole
 
 INVISIBLE = "\u200b"
 """Character that an edit may insert anywhere: the zero-width space."""

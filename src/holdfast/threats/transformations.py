@@ -1,18 +1,44 @@
-"""Rotations, shifts, scales and displacements of images as a constraint, such as `spatial:rotate=30` in threat models.
-
-Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, and Xiao et al.,
-"Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612, for its flow.
+"""Changes of images as constraints: rotations and shifts, colours, and common corruptions; and the base classes
+of constraints that are no balls.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
+from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.remedies import Remedy
 from holdfast.core.types import Fraction, Inputs, NonNegative, PerExample
+from holdfast.threats.domains import refuse_no_images
 from holdfast.threats.parsing import MOST_SCALED, refuse_mixed
-from holdfast.threats.whole import Whole
+
+
+class Whole(Constraint):
+    """Base class of constraints that change an input as a whole, such as rotations, under which attacks on single input
+    values raise `UsageError`.
+    """
+
+    @abstractmethod
+    def refusal(self) -> UsageError:
+        """Return the error for an attack on single input values, which cannot be used under such a constraint."""
+
+    def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Raise an error, because an attack that projects cannot be used: no nearest allowed input can be computed."""
+        raise self.refusal()
+
+    def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Raise an error, because an attack that steps along gradients cannot be used under this constraint."""
+        raise self.refusal()
+
+    def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
+        """Raise an error, because the constraint has no ball from which a random input could be sampled."""
+        raise self.refusal()
+
 
 _COLOURED = ("hue", "saturation")
 """transformations that need three channels"""
@@ -98,7 +124,7 @@ class Spatial(Transformation):
     @property
     def axes(self) -> Mapping[str, float]:
         """Largest amount of each transformation in both directions, by the names that
-        `holdfast.attacks.parts.image_transforms` uses, such as `shift_x`.
+        `holdfast.attacks.parts.images` uses, such as `shift_x`.
         """
         along = {"shift": ("shift_x", "shift_y")}
         return {axis: limit for name, limit in super().axes.items() for axis in along.get(name, (name,))}
@@ -132,3 +158,72 @@ def expect_flow(constraint: Constraint, attack: object) -> float:
         f"{type(attack).__name__} displaces the pixels of images; the threat model is {constraint}. "
         f"Choose a threat such as spatial:flow=1.5"
     )
+
+
+@dataclass(frozen=True)
+class Colour(Transformation):
+    """Constraint that allows changes of the hue, saturation, brightness and contrast of an image, each up to a
+    limit.
+    """
+
+    name: ClassVar[str] = "colour"
+
+    hue: NonNegative = 0.0
+    """largest rotation of the hue in degrees, in both directions"""
+    saturation: Fraction = 0.0
+    """largest fraction by which colours may become stronger or paler"""
+    brightness: Fraction = 0.0
+    """largest change in both directions, as a fraction of the width of the box"""
+    contrast: Fraction = 0.0
+    """largest fraction by which differences from the mean brightness may grow or shrink"""
+
+    def resized(self, eps: float) -> "Colour":
+        """Return the constraint with the limit of every colour change multiplied by `eps`."""
+        shares = (min(share * eps, 1.0) for share in (self.saturation, self.brightness, self.contrast))
+        return Colour(self.hue * eps, *shares)
+
+
+@dataclass(frozen=True)
+class Corruptions(Whole):
+    """Constraint of one common corruption of an image, such as fog, at a severity from 1 to 5. The severity is `eps`.
+
+    There is no ball: any image inside the box is allowed, since only corruptions run under this constraint and every
+    other attack raises `UsageError`. The corruptions are in `holdfast.corruptions`.
+    """
+
+    name: ClassVar[str] = "corruptions"
+    judges_misclassified: ClassVar[bool] = True
+    drawn_at_random: ClassVar[bool] = True
+
+    severity: int = 3
+
+    def without_surrogates(self) -> str:
+        """Return why surrogates are not used: a corruption uses no model."""
+        return "under common corruptions"
+
+    def refuse_unfit(self, x: Inputs) -> None:
+        """Raise `UsageError` if inputs are not images."""
+        refuse_no_images(x)
+
+    @property
+    def eps(self) -> float:
+        """Severity of the corruption, from 1 to 5."""
+        return float(self.severity)
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """Return for each example the severity of the corruption if the image changed, else 0."""
+        return self.eps * (x_adv != x).flatten(1).any(1).to(x)
+
+    def resized(self, eps: float) -> "Corruptions":
+        """Return the constraint of corruptions whose severity is the integer from 1 to 5 that is nearest to `eps`."""
+        return Corruptions(round(min(max(eps, 1), 5)))
+
+    def refusal(self) -> UsageError:
+        """Return the error for an attack that cannot be used under this constraint. Its message names the suite of
+        corruptions.
+        """
+        return UsageError(
+            f"under {self} images are corrupted, not attacked",
+            Remedy("suite", "corruptions"),
+            Remedy("threat", "linf:8/255"),
+        )

@@ -1,11 +1,4 @@
-"""The trigger of a backdoor: a change of the input to which a manipulated model responds with a class of the attacker.
-
-As a constraint, such as `trigger:drill.trigger.npz` in a threat model, an input may only get this trigger.
-
-Gu et al., "BadNets", 2017, arXiv:1708.06733; Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using
-Data Poisoning", 2017, arXiv:1712.05526; Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption Without
-Label Poisoning", 2019, arXiv:1902.11237.
-"""
+"""Threats to a training: triggers of a backdoor, and changes of the training set."""
 
 import base64
 import json
@@ -24,7 +17,45 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, PerExample
-from holdfast.threats.whole import Whole
+from holdfast.threats.transformations import Whole
+
+
+@dataclass(frozen=True)
+class TrainingSet(Whole):
+    """Constraint of additions and removals of training examples. Their largest number is `eps`.
+
+    A replaced example counts twice: one is removed and one is added. The inputs of the model do not change, so no
+    attack applies.
+    """
+
+    name: ClassVar[str] = "training-set"
+    provers: ClassVar[tuple[str, ...]] = ("partitions",)
+    changes_inputs: ClassVar[bool] = False
+    measures_robustness: ClassVar[bool] = False
+
+    changes: int
+
+    @property
+    def eps(self) -> float:
+        """Largest number of training examples that are added or removed."""
+        return float(self.changes)
+
+    def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
+        """Return 0 for each input that did not change, and infinity for any other."""
+        changed = (x_adv != x).flatten(1).any(1)
+        return x.new_zeros(len(x)).masked_fill(changed, float("inf"))
+
+    def resized(self, eps: float) -> "TrainingSet":
+        """Return the constraint of the number of changes that is nearest to `eps`."""
+        return TrainingSet(round(eps))
+
+    def refusal(self) -> UsageError:
+        """Return the error for an attack, which changes inputs."""
+        return UsageError(
+            f"the threat {self} changes the training set and no input, so that no attack applies",
+            Remedy("threat", "linf:8/255"),
+        )
+
 
 _ROUNDING = 1e-3
 """Largest difference from the stamped input, as a share of the largest value of an input: the rounding of half

@@ -1,4 +1,4 @@
-"""The pages of a folder of runs. Each has a path, under which the server answers and the export writes a file."""
+"""The pages of a folder of runs. Each has a path, under which the server answers and the export writes it."""
 
 import threading
 from collections import Counter, OrderedDict
@@ -13,23 +13,27 @@ from markupsafe import Markup
 from holdfast.adaptation.adapted import Adapted, steps_table
 from holdfast.adaptation.journal import open_adaptation
 from holdfast.audits.audit import open_audit
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.names import slug
+from holdfast.io.models.factories import names_code
+from holdfast.io.remote.remote import SCHEMES
 from holdfast.reports.formats.csv import csv_text
 from holdfast.reports.formats.html import filled
 from holdfast.reports.run import card_facts, example_group, metrics_section
 from holdfast.reports.tree import Block, Items, Report, Section, Table
 from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.reports.write import rendered
-from holdfast.rotation.pool.verify_pool import verify_pool
+from holdfast.rotation.pool.pool_manifest import verify_pool
 from holdfast.runs.assess.result import Result
 from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import Comparison, open_run
+from holdfast.server.asgi import style_sheet
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.page_shell import style_sheet
 from holdfast.viewer.outcomes import (
     ANY,
+    HEIGHT,
     KINDS,
+    WIDTH,
     Attempt,
     attempts,
     broken_by,
@@ -37,9 +41,10 @@ from holdfast.viewer.outcomes import (
     class_text,
     kinds,
     pairs,
+    trend_csv,
+    trends,
 )
 from holdfast.viewer.shelf import Item, Shelf, fingerprint
-from holdfast.viewer.trends import HEIGHT, WIDTH, trend_csv, trends
 
 Explain = Callable[[Result, int], str]
 """function from a run and the id of an example to the HTML fragment of its explanation"""
@@ -541,3 +546,45 @@ def _all_examples(opened: _Opened) -> list[list[Any]]:
         attacked = [each.outcome(row) for each in opened.tried]
         rows.append([number, label, outcomes[row], breakers[row], *attacked])
     return rows
+
+
+def explainer(*, trust_code: bool = False) -> Explain:
+    """Return the function that explains an example of a run as HTML.
+
+    The address of the model is that of the run, which may come from someone else. Without `trust_code`, a model is
+    therefore refused whose opening would run code or send requests. A model that changed since the run is refused, too.
+    """
+
+    def explain_example(result: Result, number: int) -> str:
+        from holdfast.api.explain import explain  # opens models, which the other pages do not need
+        from holdfast.api.verb_settings import Explain as ExplainSettings
+
+        card = result.evidence.model
+        name, folder = str(card.get("name", "")), str(result.run_folder)
+        is_code = card.get("how") == "python" or names_code(name)
+        is_remote = name.partition("://")[0] in SCHEMES
+        if (is_code or is_remote) and not trust_code:
+            raise UsageError(
+                f"the model of the run is {name!r}; opening it would {'run code' if is_code else 'send requests'}. The "
+                "page of the example shows what the run stores; if you trust the model, start holdfast ui with "
+                "--trust-code"
+            )
+        if not is_code:
+            return explain(folder, index=number).fragment(level=1)
+        data: Any = result.evidence.data.get("name")
+        if data is None:
+            raise TargetError(
+                f"the run {folder!r} does not name its data; use holdfast explain with the data"
+            )
+        settings = ExplainSettings(model=name, data=data, from_run=folder, index=number, trust_code=True)
+        try:
+            return settings.run().fragment(level=1)
+        except UsageError as error:
+            reason = error.on_command_line()
+            raise UsageError(
+                f"the model {name} and the data {data} cannot be opened without the options of the run, which its "
+                f"folder does not state ({reason}); use holdfast explain {name} {data} with these options and "
+                f"--from-run {folder} --index {number}"
+            ) from error
+
+    return explain_example

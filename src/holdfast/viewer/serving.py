@@ -1,8 +1,9 @@
-"""The server of the pages of runs: read-only, on the loopback interface, without scripts."""
+"""The server of the pages of runs, and their export as static files."""
 
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,12 +13,37 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from holdfast.server.host_names import HostNames
-from holdfast.server.http_refusals import Refused
-from holdfast.server.page_shell import page_headers
-from holdfast.server.uvicorn_server import UvicornServer
+from holdfast.core.errors import UsageError
+from holdfast.runs.store.files import usable
+from holdfast.server.asgi import UvicornServer, page_headers
+from holdfast.server.requests import HostNames, Refused
 from holdfast.server.worker_processes import bound_socket
 from holdfast.viewer.pages import NoPage, Site
+
+
+def export(site: Site, folder: Path) -> int:
+    """Write all pages of a site to a new or empty folder, and return their number. Raises `UsageError` if the folder
+    contains files.
+    """
+    refuse_used(folder)
+    site.shelf.check()
+    n = 0
+    for path in site.paths():
+        file = folder / path if path.endswith((".css", ".csv")) else folder / path / "index.html"
+        with usable(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(site.page(path).text, encoding="utf-8")
+        n += 1
+    return n
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise `UsageError` if the folder of an export contains files, or is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"export is {str(folder)!r}, which contains files; a new or empty folder was expected"
+        )
+
 
 HOST = "127.0.0.1"
 """the only address of the server, because the pages have no login"""

@@ -17,7 +17,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.names import slug
 from holdfast.gates.judging import overall
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.columns import Absent
+from holdfast.metrics.shares import Absent
 from holdfast.runs.store.files import AUDIT_MARK, MANIFEST, POOL_MANIFEST
 from holdfast.runs.stored.stored_runs import RunEntry, open_run, run_entry
 

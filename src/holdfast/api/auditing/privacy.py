@@ -65,7 +65,7 @@ class AuditPrivacy(TrainingFunctionSource, AuditVerb):
         from holdfast.api.plans import device_of
         from holdfast.audits.audit import AuditRequest, PreparedAudit
         from holdfast.audits.privacy.audit import LOSSES, PrivacyAudit, measure
-        from holdfast.statistics.group_privacy import row_budget
+        from holdfast.statistics.samples import row_budget
 
         if self.train is None:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Runs of gradient ascent on the features of a model before the operations without a useful gradient."""
+"""Attacks on the features of a model before the operations that mask its gradient."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,18 +6,258 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from holdfast.attacks.parts.ascent import cosine
-from holdfast.attacks.parts.counted_queries import DOUBLE_CHECKS, CountedQueries
-from holdfast.attacks.parts.features import Features
+from holdfast.attacks.parts.ascent import cosine, near
 from holdfast.attacks.parts.losses import margin_loss, scaled_cross_entropy
-from holdfast.attacks.parts.small_networks import SmallNetwork
-from holdfast.attacks.parts.starts import near
+from holdfast.attacks.parts.queries import DOUBLE_CHECKS, CountedQueries
+from holdfast.attacks.parts.substitutes import SmallNetwork
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.gradients import input_gradient
+from holdfast.core.errors import HoldfastError
+from holdfast.core.gradients import Replacement, StraightThrough, Through, detoured, input_gradient
+from holdfast.core.model import Model, out_of_memory
+from holdfast.core.relaxed import Relaxation, relaxed
 from holdfast.core.types import Inputs, Logits, PerExample, Rows
+
+_LOOKED_AT = 8
+"""number of examples on which a model is inspected"""
+_LARGEST = 20_000
+"""largest number of features of one example that are attacked; more are slow to compare"""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Places in a model whose values an attack can change on purpose, and how gradients reach them."""
+
+    cross: bool
+    """whether gradients pass through `detach` and `no_grad`"""
+    relaxed: bool
+    """whether a gradient reaches the logits through relaxed operations"""
+    places: tuple[tuple[int, ...], ...]
+    """positions of the tensors of each place in the record of a forward pass, counted from its end: a model that treats
+    the examples one by one before it decides records more of them for a larger batch"""
+    widths: tuple[int, ...]
+    """number of features of each place"""
+    chooses: bool
+    """whether the model chooses among outcomes without a gradient, such as the entries of a codebook"""
+
+    def forward(self, model: Model, batch: Batch, x: Inputs) -> tuple[Logits, list[Tensor]]:
+        """Return the logits of `x` and the features (n, k) of each place, with gradients with respect to `x`.
+
+        The features of a place that this forward pass does not have are zeros.
+        """
+        with torch.enable_grad(), relaxed(cross=self.cross) as record:
+            logits = model(x, batch.ids)
+        pairs = zip(self.places, self.widths, strict=True)
+        return logits, [_joined(record, place, width, x) for place, width in pairs]
+
+
+def features_of(model: Model, batch: Batch) -> Features | None:
+    """Return the places of a model before the operations that have no useful gradient, or None if it has none.
+
+    The places are the tensors that enter the last such operation (all that have the same shape, as of several votes),
+    and the last output of a module before it. Cost: one to three forwards and backwards of at most 8 examples.
+    """
+    looked = batch.first(_LOOKED_AT)
+    if not len(looked):
+        return None
+    for cross in (True, False):
+        try:
+            found = _inspected(model, looked, cross=cross)
+        except (HoldfastError, RuntimeError) as error:
+            if not _by_relaxation(error):
+                raise
+        else:
+            return found
+    return None
+
+
+def _by_relaxation(error: Exception) -> bool:
+    """Whether an error of a model may come from gradients that it does not expect, as in a second backward pass."""
+    cause = error.__cause__ if isinstance(error, HoldfastError) else error
+    return isinstance(cause, (RuntimeError, TypeError)) and not out_of_memory(cause)
+
+
+def _inspected(model: Model, batch: Batch, *, cross: bool) -> Features | None:
+    leaf = batch.x.detach().requires_grad_()
+    with torch.enable_grad(), relaxed(cross=cross) as record:
+        logits = model(leaf, batch.ids)
+    reaches = logits.requires_grad
+    if reaches:
+        highest = logits.amax(1)
+        gradient = input_gradient(highest, leaf)  # an error of the backward pass is raised here
+        if not record.passed and gradient.flatten(1).any(1).double().mean() > 0.5:
+            return None  # what is cut beside the way of a gradient is usually no defence
+    if not record.passed and not record.cuts:
+        return None
+    places = tuple(place for place in _places(record, len(batch)) if place)
+    relaxes = record.passed > 0 and reaches
+    if not places and not relaxes:
+        return None
+    widths = tuple(sum(record.recorded[k][0].numel() for k in place) for place in places)
+    end = len(record.recorded)
+    relative = tuple(tuple(k - end for k in place) for place in places)
+    return Features(cross, relaxes, relative, widths, record.choices > 0)
+
+
+def _places(record: Relaxation, n: int) -> tuple[tuple[int, ...], ...]:
+    usable = [
+        k for k, values in enumerate(record.recorded)
+        if values.dim() > 1 and len(values) == n and values[0].numel() <= _LARGEST
+    ]  # fmt: skip
+    cuts = [k for k in record.cuts if k in set(usable)]
+    if not cuts:
+        return ()
+    last = record.recorded[cuts[-1]]
+    alike = [k for k in cuts if record.recorded[k].shape == last.shape]
+    group = tuple(alike[-(_LARGEST // last[0].numel()) :])
+    before = [
+        k for k in usable if k < group[0] and record.recorded[k].shape != last.shape and k not in set(cuts)
+    ]
+    return group, tuple(before[-1:])
+
+
+def _joined(record: Relaxation, place: tuple[int, ...], width: int, x: Inputs) -> Tensor:
+    parts = [record.recorded[k] for k in place if k >= -len(record.recorded)]
+    if all(part.dim() and len(part) == len(x) and part.is_floating_point() for part in parts):
+        joined = [part.flatten(1).to(x.dtype) for part in parts if part.dim() > 1]
+        if sum(part.shape[1] for part in joined) == width:
+            return torch.cat(joined, dim=1)
+    return x.new_zeros(len(x), width)
+
+
+_MOVES = 0.01
+"""Step along the gradient, as a share of the root mean square of the inputs."""
+_LEAST = 1e-3
+"""Root mean square that is assumed if all inputs are zero."""
+_HONEST = (0.5, 2.0)
+"""Range of the median ratio of measured to predicted change for an unmasked gradient, as for the doubt `shattered`."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """The parts of a network that mask gradients, with the replacements that an adaptive attack uses to avoid them."""
+
+    replacements: tuple[Replacement, ...] = ()
+    steps: bool = False
+    """whether the network contains roundings, inside modules or between them, whose gradient is replaced"""
+
+    def __bool__(self) -> bool:
+        return bool(self.replacements) or self.steps
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """Descriptions of the parts of a network whose gradient an adaptive attack replaces, for the report."""
+        declared = "the stand-in that it declares"
+        descriptions = [
+            f"{replacement.name or 'the network'} ({_kind(replacement.module)}) by "
+            f"{'the identity' if replacement.stand_in is None else declared}"
+            for replacement in self.replacements
+        ]
+        return (*descriptions, *(["every rounding by the identity"] if self.steps else []))
+
+
+def masking(net: nn.Module, x: Tensor) -> Masking:
+    """Find the parts of a network whose gradient an adaptive attack replaces. These declare a replacement, or they have
+    a zero or wrong gradient and do not change the shape of their input.
+
+    Roundings are replaced first, because a stage without its roundings is closer to the original than the identity is.
+    The tests use inputs like `x`. Cost: three forwards of the network, and for each module that preserves the shape
+    three forwards and a backward.
+    """
+    modules = dict(net.named_modules())
+    declared = [Replacement(name, m, m.backward) for name, m in modules.items() if isinstance(m, Through)]
+    inside = {m for replacement in declared for m in replacement.module.modules()}
+    with detoured(declared, steps=True) as counter:
+        _slope(net, x)
+    steps, replacements = counter.passed > 0, list[Replacement]()
+    # inner modules first, so that an outer one is not replaced for a fault of an inner one
+    for name, (module_input, module_output) in sorted(
+        _shape_candidates(net, x).items(), key=lambda named: -named[0].count(".")
+    ):
+        module = modules[name]
+        if module in inside or module_input.shape != module_output.shape:
+            continue
+        passed = any(
+            replacement.module in set(module.modules()) for replacement in (*declared, *replacements)
+        )
+        with detoured((*declared, *replacements), steps=steps) as counter:
+            if _masks(module, module_input, counter, slopes=not passed):
+                replacements.append(Replacement(name, module))
+    order = {name: position for position, name in enumerate(modules)}
+    return Masking(
+        tuple(sorted((*declared, *replacements), key=lambda replacement: order[replacement.name])), steps
+    )
+
+
+def _shape_candidates(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """First input and output of each module that takes and returns one floating-point tensor."""
+    recorded: dict[str, tuple[Tensor, Tensor]] = {}
+    names = {module: name for name, module in net.named_modules()}
+
+    def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        floats = [v for v in (*inputs, output) if isinstance(v, Tensor) and v.is_floating_point()]
+        if len(inputs) == 1 and len(floats) == 2:
+            recorded.setdefault(names[module], (floats[0].detach().clone(), floats[1].detach()))
+
+    handles = [module.register_forward_hook(note) for module in names]
+    try:
+        with torch.no_grad():
+            net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded
+
+
+def _masks(module: nn.Module, x: Tensor, counter: StraightThrough, *, slopes: bool) -> bool:
+    """Whether a module's gradient is zero for most examples, or (with `slopes`) does not predict a small step."""
+    slope, weights = _slope(module, x)
+    useless = _dead(slope)
+    if 2 * int(useless.sum()) > len(x):
+        return True
+    if counter.passed or not slopes:  # the gradient of a replacement does not predict small steps
+        return False
+    step = _MOVES * x.square().mean().sqrt().clamp_min(_LEAST) * slope.sign()
+    predicted = (step * slope).flatten(1).sum(1)
+    change = (weights * (_seeded(module, x + step) - _seeded(module, x))).flatten(1).sum(1)
+    ratio = (change / predicted)[~useless]
+    return not _HONEST[0] <= float(ratio.median()) <= _HONEST[1]
+
+
+def _dead(slope: Tensor) -> Tensor:
+    flat = slope.flatten(1)
+    return (flat == 0).all(1) | ~flat.isfinite().all(1)
+
+
+def _slope(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of a fixed combination of a module's outputs, and its weights; zero if the module cuts the graph."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = _seeded(module, leaf, grad=True)
+        weights = torch.cos(torch.arange(output[0].numel(), device=x.device, dtype=x.dtype)).view_as(
+            output[:1]
+        )
+        if not output.requires_grad:
+            return torch.zeros_like(x), weights
+        (slope,) = torch.autograd.grad((weights * output).sum(), leaf, materialize_grads=True)
+    return slope, weights
+
+
+def _seeded(module: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor:
+    """Output of a module with the same random numbers at every call."""
+    with torch.random.fork_rng(), torch.set_grad_enabled(grad):
+        torch.manual_seed(0)
+        output: Tensor = module(x.clone())  # a module may change its input in place
+        return output
+
+
+def _kind(module: nn.Module) -> str:
+    """Class or function name of a stage."""
+    stage = module.stage if isinstance(module, Through) else module
+    return str(getattr(stage, "__name__", type(stage).__name__))
+
 
 _REACH = 15.0
 """length of a run in multiples of eps"""

@@ -1,8 +1,4 @@
-"""Losses that attacks maximise, with one number for each example. A loss is larger for inputs that are closer to being
-misclassified or to the target class.
-
-The batch determines the goal: away from `batch.y`, or towards `batch.target` if there is one.
-"""
+"""Losses that attacks maximise, functions that depend on a norm, and records of what an attack has found."""
 
 from collections.abc import Callable
 
@@ -10,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, Lookup
+from holdfast.core.constraints import Constraint, Norm
+from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
-from holdfast.core.model import Model
-from holdfast.core.types import Labels, Logits, PerExample
+from holdfast.core.model import Bounds, Model
+from holdfast.core.outputs import scale
+from holdfast.core.per_example import pick
+from holdfast.core.types import Inputs, Labels, Logits, Mask, PerExample, Rows
 
 __all__ = [
     "Loss",
@@ -112,3 +112,169 @@ def aims(model: Model, batch: Batch, k: int) -> list[Labels | None]:
         return [None]
     with torch.no_grad():
         return list(likeliest(model(batch.x, batch.ids), batch.y, k).unbind(1))
+
+
+class Best:
+    """Best point that an attack has found for each example over all restarts, which is the point with the lowest
+    margin.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._ids = batch.ids
+        self._lookup = Lookup(batch.ids)
+        self.x: Inputs = batch.x.clone()
+        """best point of each example; the clean input until a point with a lower margin is offered"""
+        self.margin: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+        """margin of the best point; positive while the example survives"""
+
+    @property
+    def surviving(self) -> Rows:
+        """Positions of the examples that the attack has not broken so far."""
+        return (self.margin > 0).nonzero()[:, 0]
+
+    def rows(self, subset: Batch) -> Rows:
+        """Return the positions in the whole batch of the examples of `subset`, which is a part of it."""
+        return self._lookup.rows(subset.ids)
+
+    def offer(self, subset: Batch, x: Inputs, margin: PerExample) -> Mask:
+        """Store those points `x` of the examples `subset` whose margin is lower than that of the best point so far (NaN
+        is lowest), and return a mask of the stored points.
+        """
+        # a full batch, as at the start of most attacks, needs no lookup of rows
+        if subset.ids is self._ids:
+            lower = ~(margin >= self.margin)
+            self.x = pick(lower, x, self.x)
+            # NaN counts as broken; as minus infinity it can be compared
+            self.margin = torch.where(lower, margin, self.margin).nan_to_num_(
+                -torch.inf, torch.inf, -torch.inf
+            )
+            return lower
+        rows = self._lookup.rows(subset.ids)
+        lower = ~(margin >= self.margin[rows])
+        self.x[rows[lower]] = x[lower]
+        self.margin[rows[lower]] = margin[lower].nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        return lower
+
+
+def leeway(logits: Logits) -> PerExample:
+    """Return a tolerance for margins: below minus this value, a margin is negative for every batch size despite
+    rounding. It is about 1e-5 of the largest logit in float32.
+    """
+    return 100 * torch.finfo(logits.dtype).eps * scale(logits)
+
+
+def firmly_broken(logits: Logits, batch: Batch) -> Mask:
+    """Return a mask of the examples that the model misclassifies by more than rounding. NaN counts as broken."""
+    return ~(margin(logits, batch) > -leeway(logits))
+
+
+class Closest:
+    """Closest broken point that an attack has found for each example, with its distance. Without a broken point it is
+    the clean input at an infinite distance.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._ids = batch.ids
+        self._lookup = Lookup(batch.ids)
+        self.x: Inputs = batch.x.clone()
+        """closest broken point of each example"""
+        self.distance: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
+        """distance of the closest broken point from the clean input"""
+
+    @property
+    def found(self) -> Mask:
+        """Mask of the examples for which a broken point was found."""
+        return self.distance < torch.inf
+
+    def rows(self, subset: Batch) -> Rows:
+        """Return the positions in the whole batch of the examples of `subset`, which is a part of it."""
+        return self._lookup.rows(subset.ids)
+
+    def take(self, subset: Batch) -> "Closest":
+        """Return a new record that contains only the closest broken points of the examples of `subset`."""
+        rows, record = self.rows(subset), Closest(subset)
+        record.x, record.distance = self.x[rows], self.distance[rows]
+        return record
+
+    def unsolved(self, subset: Batch, eps: float) -> Mask:
+        """Return a mask of the examples of `subset` that an attack must still try, because it has found no broken point
+        within eps.
+
+        With infinite eps, return whether its clean input is not misclassified, that is whether a closer point may
+        exist.
+        """
+        return self.distance[self.rows(subset)] > (eps if eps < torch.inf else 0.0)
+
+    def offer(self, subset: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
+        """Store the broken points among `x` that are closer to their clean inputs than the stored ones, and return a
+        mask of the examples with a new closest point.
+        """
+        rows = slice(None) if subset.ids is self._ids else self.rows(subset)
+        closer = broken & (distance < self.distance[rows])
+        new = closer.nonzero()[:, 0]  # usually few: faster than torch.where over all inputs
+        targets = new if isinstance(rows, slice) else rows[new]
+        self.x[targets], self.distance[targets] = x[new], distance[new]
+        return closer
+
+
+_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+"""example eps of each norm for error messages"""
+
+
+def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> Norm:
+    """Return the constraint if it is one of the norms that an attack supports. Raises `UsageError` otherwise."""
+    for kind in kinds:
+        if isinstance(constraint, kind):
+            return constraint
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise UsageError(
+        f"{type(attack).__name__} minimises {names}; the threat model is {constraint}. "
+        f"Choose another threat, or leave the attack out"
+    )
+
+
+def expect_eps(constraint: Constraint, attack: object) -> Constraint:
+    """Return the constraint if it has a finite eps, for attacks that need one. Raises `UsageError` otherwise."""
+    if constraint.eps < torch.inf:
+        return constraint
+    norm = constraint.name
+    raise UsageError(
+        f"{type(attack).__name__} searches for any change within eps, and the threat model {norm} has no eps. "
+        f"Give one, as in {norm}:{_USUAL.get(norm, '0.5')}, or choose an attack that searches for the smallest change, "
+        f"such as FMN"
+    )
+
+
+def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:
+    """Return the distance from each input to the farthest valid input."""
+    low, high = bounds.like(x)
+    return norm.distance(torch.where(high - x > x - low, high, low), x)
+
+
+def length(gradient: Inputs) -> PerExample:
+    """Return the Euclidean length of the gradient of each example, without overflow or underflow of the squares in
+    float32.
+    """
+    flat = gradient.flatten(1)
+    largest = flat.abs().amax(1)
+    scaled = flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)[:, None]
+    size: PerExample = largest * torch.linalg.vector_norm(scaled, dim=1)
+    return size
+
+
+def gap(norm: Norm, grad: Inputs, logits: Logits, batch: Batch, bounds: Bounds) -> PerExample:
+    """Return the first-order estimate of the distance from each input to the decision boundary, computed from the
+    margin and its gradient.
+    """
+    slope = (grad * norm.steepest(grad, batch.x, bounds)).flatten(1).sum(1).abs()
+    # beyond the boundary, because a margin within rounding does not count as broken
+    return (margin(logits, batch).abs() + 2 * leeway(logits)) / slope.clamp_min(1e-30)
+
+
+def free(grad: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+    """Return the gradient with zeros for the input values that are at the limit of their valid range and that a step
+    along the gradient would move out of it.
+    """
+    low, high = bounds.like(x)
+    ahead = torch.addcmul(x, grad.sign(), 1e-6 * (high - low))
+    return grad * (ahead.clamp(low, high) == ahead)  # four times faster than masked_fill

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.best import Best
-from holdfast.core.batch import Batch
+from holdfast.attacks.parts.losses import Best
+from holdfast.core.batch import Batch, Lookup
 from holdfast.core.constraints import Constraint, allowed
 from holdfast.core.errors import BudgetSpent, TargetError, TargetLost, TargetRefused
-from holdfast.core.lookup import Lookup
 from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Model, out_of_memory
 from holdfast.core.types import Ids, Inputs, Logits, PerExample, Rows

@@ -10,11 +10,13 @@ import torch
 from holdfast.audits.backdoor.controls import (
     MIN_CONTROLS,
     Controls,
+    ControlTraining,
     SizeCache,
     predicted,
     ranked,
+    trained_controls,
 )
-from holdfast.audits.backdoor.inversion import Inversion, Inverted, joined
+from holdfast.audits.backdoor.inversion import Inversion, Inverted, Strip, joined
 from holdfast.audits.backdoor.measurements import (
     ACCURACY,
     STRIP,
@@ -26,8 +28,6 @@ from holdfast.audits.backdoor.measurements import (
     controls_of,
     groups_of,
 )
-from holdfast.audits.backdoor.strip import Strip
-from holdfast.audits.backdoor.training import ControlTraining, trained_controls
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError

@@ -1,11 +1,4 @@
-"""Trigger inversion (Neural Cleanse): the smallest change with which a model predicts a class for every input.
-
-Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019.
-
-Differs from the paper: the triggers of all classes are optimised in one batch, on examples that are drawn again in each
-step; examples of the class itself are left out, because they succeed without a trigger; the weight of the size is
-adjusted after a few steps and not after an epoch, and a class ends early once its trigger no longer becomes smaller.
-"""
+"""Trigger inversion (Neural Cleanse), and STRIP: searches for triggers in a model and in a stream of inputs."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +6,15 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.core.types import Fraction, Inputs, Labels, Positive, Steps
+from holdfast.core.types import Fraction, Ids, Inputs, Labels, PerExample, Positive, Steps
+from holdfast.statistics.intervals import threshold
 from holdfast.threats.triggers import Trigger
 
 VERIFIED = 256
@@ -207,3 +201,45 @@ class _Search:
         x = self._x[self._rng.at("verified").integers(ids, len(self._x))]
         stamped = Trigger(self.mask, self.pattern).stamped(x, model.bounds)
         return float((model(stamped).argmax(1) == self.label).double().mean())
+
+
+_ROWS = 1024
+"""Number of blended inputs in one forward pass."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Scores inputs by the mean entropy of the predictions for the sum of an input and a clean example, clamped to the
+    valid range.
+    """
+
+    overlays: Steps = 64
+    """number of clean examples that are laid over each input"""
+    false_positives: Fraction = 0.01
+    """share of clean inputs below the threshold"""
+
+    @torch.no_grad()
+    def entropy(self, model: Classifier, x: Inputs, ids: Ids, clean: Inputs, *, rng: Draws) -> PerExample:
+        """Return the mean entropy of each input, in nats. It is low if the predicted class does not depend on the
+        overlay. Costs `overlays` forward passes for each input.
+        """
+        chosen = rng.at("overlays").integers(ids, len(clean), self.overlays)
+        low, _ = model.bounds.like(x)
+
+        def blended(rows: Tensor) -> Inputs:
+            return model.bounds.clamp(x[rows, None] + (clean[chosen[rows]] - low)).flatten(0, 1)
+
+        entropies = [
+            _entropy(model(blended(rows))).view(-1, self.overlays).mean(1)
+            for rows in torch.split(torch.arange(len(x), device=x.device), max(1, _ROWS // self.overlays))
+        ]
+        return torch.cat(entropies)
+
+    def threshold(self, clean: PerExample) -> float:
+        """Return the entropy below which an input is suspect, from the entropies of clean inputs."""
+        return -threshold(-clean, self.false_positives)
+
+
+def _entropy(logits: Tensor) -> PerExample:
+    logs = log_softmax(logits.double(), 1)
+    return -(logs.exp() * logs).sum(1)

@@ -10,13 +10,12 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from holdfast.audits.backdoor.controls import MIN_CONTROLS, Rank, is_comparable, ranked
-from holdfast.audits.backdoor.inversion import Inverted, joined
-from holdfast.audits.backdoor.strip import Strip
-from holdfast.audits.stored_steps import Number, Share, Size, StoredSteps
+from holdfast.audits.backdoor.inversion import Inverted, Strip, joined
+from holdfast.audits.finding import Number, Share, Size, StoredSteps
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import PerExample
-from holdfast.runs.store.column_forms import IDS, Form, whole
+from holdfast.runs.store.columns import IDS, Form, whole
 from holdfast.runs.store.forms import Flag
 from holdfast.statistics.intervals import difference_of_counts
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from holdfast.audits.features import penultimate
-from holdfast.audits.finding import Finding, Images
-from holdfast.audits.generator import quality
+from holdfast.audits.finding import Finding, Images, Size, StoredSteps
+from holdfast.audits.generator import copies
 from holdfast.audits.generator.backdoor import BackdoorScan
 from holdfast.audits.generator.copies import FORMS, copies_of, measured_copies
 from holdfast.audits.generator.evasion import Autoencoder, Discriminator
@@ -24,7 +24,6 @@ from holdfast.audits.generator.parts import Context, Part
 from holdfast.audits.generator.report import Measured, finding_of, images_of, joined
 from holdfast.audits.generator.sensitivity import LatentChange
 from holdfast.audits.generator.tables import TablePart
-from holdfast.audits.stored_steps import Size, StoredSteps
 from holdfast.core.batch import Batch, fingerprints_of
 from holdfast.core.catalogue import AUDITS
 from holdfast.core.draws import Draws
@@ -33,10 +32,10 @@ from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
 from holdfast.core.needs import Need
 from holdfast.gates.grammar import parse
-from holdfast.io.data.ranges import Ranges
+from holdfast.io.data.layouts import Ranges
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.column_forms import Form, whole
+from holdfast.runs.store.columns import Form, whole
 
 SAMPLES, FEATURES, MEASURED, MISSING = "samples", "features", "measured", "missing"
 """Names of the steps of an audit: the samples, the features of all examples, the distances and measures from which
@@ -252,7 +251,7 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
         **measured_copies((samples, how.training.x, how.held_out.x), how.rows),
         "ranges": torch.tensor(astuple(Ranges.of(samples, how.training.x)), dtype=torch.float64),
         **{
-            f"{name}.values": quality.measured_values(sets[name][:n], reference)
+            f"{name}.values": copies.measured_values(sets[name][:n], reference)
             for name in ("samples", "held_out")
         },
         **{
@@ -266,8 +265,8 @@ def _measures(how: GeneratorAudit, samples: Tensor, columns: Columns) -> Columns
 _FORMS = {
     **FORMS,
     "ranges": Form((2, 2)),
-    "samples.values": Form((quality.MEASURES, quality.VALUES)),
-    "held_out.values": Form((quality.MEASURES, quality.VALUES)),
+    "samples.values": Form((copies.MEASURES, copies.VALUES)),
+    "held_out.values": Form((copies.MEASURES, copies.VALUES)),
     "samples.classes": whole("classes", high=2**31),
     "training.classes": whole("classes", high=2**31),
     "numbers": whole(4, low=1),
@@ -281,12 +280,12 @@ def _measured(steps: StoredSteps) -> Measured:
     if not all(int(each.sum()) for each in counts):
         raise steps.refuse(MEASURED, "no predicted classes", "the class of each sample")
     return Measured(
-        quality.quality_of(columns["samples.values"], n),
-        quality.quality_of(columns["held_out.values"], n),
+        copies.quality_of(columns["samples.values"], n),
+        copies.quality_of(columns["held_out.values"], n),
         copies_of(columns),
         Ranges(*((low, high) for low, high in columns["ranges"].tolist())),
-        quality.label_entropy(counts[0]),
-        quality.label_entropy(counts[1]),
+        copies.label_entropy(counts[0]),
+        copies.label_entropy(counts[1]),
         len(counts[0]),
         distinct,
         features,

@@ -24,7 +24,7 @@ from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table
 from holdfast.audits.generator.parts import Context
 from holdfast.audits.generator.sensitivity import as_images, decoder, opened, without_gradients
 from holdfast.core.evidence import Columns
-from holdfast.runs.store.column_forms import Form, flag
+from holdfast.runs.store.columns import Form, flag
 
 REVERSAL = 0.4
 """share of the shift of the noise from which a diffusion model is flagged"""

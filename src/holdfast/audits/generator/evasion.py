@@ -30,7 +30,7 @@ from holdfast.audits.generator.sensitivity import (
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds
 from holdfast.reports.numbers import percent
-from holdfast.runs.store.column_forms import Form
+from holdfast.runs.store.columns import Form
 from holdfast.statistics.intervals import proportion
 
 _SIZES = (0.1, 0.2, 0.4, 0.7)  # of the curve, as shares of the distance of an example to its target

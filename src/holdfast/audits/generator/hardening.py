@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from holdfast.audits.features import penultimate
-from holdfast.audits.finding import Finding, Images, Picture, Table, in_unit_range
+from holdfast.audits.finding import Finding, Images, Picture, Size, StoredSteps, Table, in_unit_range
 from holdfast.audits.generator.audit import GeneratorAudit, finding_of_steps, standardised
 from holdfast.audits.generator.audit import measure as measure_generator
-from holdfast.audits.generator.quality import frechet_distance
-from holdfast.audits.stored_steps import Size, StoredSteps
+from holdfast.audits.generator.copies import frechet_distance
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -26,10 +25,9 @@ from holdfast.core.model import Bounds
 from holdfast.core.remedies import Remedy
 from holdfast.generators.adapters import GAN
 from holdfast.io.models.generators import OpenedGenerator
-from holdfast.recipes.training.generator import BATCH
-from holdfast.recipes.training.robust_gan import RobustGAN, RobustLosses
+from holdfast.recipes.training.gans import BATCH, RobustGAN, RobustLosses
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.column_forms import Form
+from holdfast.runs.store.columns import Form
 
 BEFORE, AFTER, PLAN = "before-", "after-", "updates"
 """Prefixes of the stages of the two audits, and the name of the document with the number of updates."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.audits.generator.parts import Context, share_and_range
 from holdfast.audits.generator.sensitivity import as_images
-from holdfast.audits.membership.rates import auc, needed, threshold, tpr_of_one
+from holdfast.audits.membership.scores import auc, needed, threshold, tpr_of_one
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
@@ -27,9 +27,9 @@ from holdfast.core.evidence import Columns
 from holdfast.core.types import PerExample
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.reports.numbers import percent
-from holdfast.runs.store.column_forms import Form, whole
+from holdfast.runs.store.columns import Form, whole
 from holdfast.statistics.intervals import CONFIDENCE, bonferroni, proportion
-from holdfast.statistics.nearest import copy_threshold, nearest_example
+from holdfast.statistics.repeats import copy_threshold, nearest_example
 
 FPR = 0.01
 """false-positive rate among the held-out examples at which members are found"""

@@ -16,7 +16,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.reports.numbers import percent
-from holdfast.runs.store.column_forms import Form
+from holdfast.runs.store.columns import Form
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Inputs, Labels
 from holdfast.generators.adapters import GAN, VAE
-from holdfast.generators.diffusion import Diffusion, Loss, fit, velocity_loss
+from holdfast.generators.networks import Diffusion, Loss, fit, velocity_loss
 
 Decoding = TypeVar("Decoding", GAN, VAE)
 UPDATES = 200

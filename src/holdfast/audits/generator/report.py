@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, Table, in_unit_range
-from holdfast.audits.generator.copies import Copies
+from holdfast.audits.generator.copies import Copies, Quality
 from holdfast.audits.generator.parts import share_and_range, shown
-from holdfast.audits.generator.quality import Quality
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import PerExample
-from holdfast.io.data.ranges import Ranges
+from holdfast.io.data.layouts import Ranges
 from holdfast.reports.numbers import percent
 from holdfast.statistics.repeats import LEVEL
 

@@ -26,9 +26,9 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Labels, PerExample
 from holdfast.io.models.generators import OpenedGenerator
-from holdfast.runs.store.column_forms import Form, whole
+from holdfast.runs.store.columns import Form, whole
 from holdfast.statistics.intervals import Support, mean
-from holdfast.statistics.nearest import nearest_example
+from holdfast.statistics.repeats import nearest_example
 
 ROWS = 50
 """largest number of latent vectors or examples that are attacked, so that an audit takes seconds"""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from holdfast.audits.finding import Finding, Table
+from holdfast.audits.generator.copies import jackknife
 from holdfast.audits.generator.parts import Context, share_and_range
-from holdfast.audits.generator.quality import jackknife
 from holdfast.core.catalogue import TABLE_METRICS
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
@@ -17,10 +17,19 @@ from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask
 from holdfast.io.data.mixed_tables import MixedTables
 from holdfast.reports.numbers import percent
-from holdfast.runs.store.column_forms import Form, flag
+from holdfast.runs.store.columns import Form, flag
 from holdfast.statistics.intervals import bonferroni
-from holdfast.statistics.table_fidelity import column_shapes, pair_trends, pairs_of
-from holdfast.statistics.table_risks import Attacked, Rows, inference, linkability, risk, singling_out
+from holdfast.statistics.synthetic_tables import (
+    Attacked,
+    Rows,
+    column_shapes,
+    inference,
+    linkability,
+    pair_trends,
+    pairs_of,
+    risk,
+    singling_out,
+)
 
 _ATTEMPTS = 1000
 """attempts of each attack; more make its interval narrower"""

@@ -14,18 +14,16 @@ from pydantic import Field, Strict
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from holdfast.audits.finding import Finding
-from holdfast.audits.membership import controls, rates, scores
-from holdfast.audits.membership.how import Design, MembershipAudit
-from holdfast.audits.membership.references import Signals, halves, others
+from holdfast.audits.finding import Finding, Size, StoredSteps
+from holdfast.audits.membership import references, scores
+from holdfast.audits.membership.references import Design, MembershipAudit, Signals, halves, others
 from holdfast.audits.membership.report import Results, finding_of
-from holdfast.audits.membership.signals import LARGEST
-from holdfast.audits.stored_steps import Size, StoredSteps
+from holdfast.audits.membership.scores import LARGEST
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask, PerExample
 from holdfast.runs.engine.run import Run, Shards
-from holdfast.runs.store.column_forms import IDS, Form, flag, whole
+from holdfast.runs.store.columns import IDS, Form, flag, whole
 from holdfast.runs.store.forms import Count, Flag
 
 PIECE = 1000
@@ -114,7 +112,7 @@ def measure(run: Run, how: MembershipAudit, query: Query | None) -> None:
         group = torch.full((design.n,), -1)
         for place, mask in enumerate(design.groups.values()):
             group[mask] = place
-        blind = controls.blind_scores(how.examples, design.member, how.classes, design.rng.at("blind"))
+        blind = references.blind_scores(how.examples, design.member, how.classes, design.rng.at("blind"))
         return {
             "id": design.places,
             "row": how.examples.ids.cpu(),
@@ -162,7 +160,7 @@ def concluded(steps: StoredSteps) -> Finding:
         {name: score() for name, score in case.attacks(labels=found.labels).items()} for case in found.cases
     ]
     members = [case.member for case in found.cases]
-    nulls = [rates.auc(case.headline(labels=found.labels), case.member) for case in found.nulls]
+    nulls = [scores.auc(case.headline(labels=found.labels), case.member) for case in found.nulls]
     first = found.cases[0]
     tail = None
     if design.members is not None and not found.labels:
@@ -175,13 +173,13 @@ def concluded(steps: StoredSteps) -> Finding:
             members,
             columns,
             null_auc=sum(nulls) / len(nulls),
-            blind_auc=rates.auc(examples["blind"], first.member),
+            blind_auc=scores.auc(examples["blind"], first.member),
             accuracy=_mean([float(case.right[case.member].double().mean()) for case in found.cases]),
             other_accuracy=_mean([float(case.right[~case.member].double().mean()) for case in found.cases]),
             tail=tail,
             labels=found.labels,
             probabilities=found.probabilities,
-            rounded=not found.labels and any(controls.is_rounded(case.target) for case in found.cases),
+            rounded=not found.labels and any(references.is_rounded(case.target) for case in found.cases),
         ),
         ()
         if training is None or not steps.document(SEEDS, _Seeds)["ignored"]
@@ -218,7 +216,7 @@ def _measured(steps: StoredSteps, settings: _Settings) -> tuple[Design, Columns,
     references = _references(steps, networks, n) if networks else None
     groups = {name: examples["group"] == place for place, name in enumerate(named)}
     design = Design(n, networks, settings["fpr"], steps.manifest["seed"], members, groups)
-    rates.refuse_few(design.fpr, n // 2 if members is None else n - members)
+    scores.refuse_few(design.fpr, n // 2 if members is None else n - members)
     if members is None:
         assert references is not None
         return design, examples, _of_procedure(design, references)
@@ -319,7 +317,9 @@ def _per_example(design: Design, examples: Columns, found: Measured) -> dict[str
     """
     headline = [case.headline(labels=found.labels) for case in found.cases]
     score, member = torch.stack(headline), torch.stack([case.member for case in found.cases])
-    hit = torch.stack([rates.found(each, mask, design.fpr) for each, mask in zip(score, member, strict=True)])
+    hit = torch.stack(
+        [scores.found(each, mask, design.fpr) for each, mask in zip(score, member, strict=True)]
+    )
     n = member.sum(0)
     return {
         "id": design.places,

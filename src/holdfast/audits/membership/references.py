@@ -1,23 +1,117 @@
-"""Reference networks of an audit of membership: the halves that they are trained on, and their training.
+"""Reference networks of an audit of membership, the halves that they are trained on, and controls."""
 
-Networks of one architecture are trained as one network with batched weights (`torch.func.stack_module_state`) where
-their layers allow it, else one after another.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
-from holdfast.audits.membership.controls import are_labels
-from holdfast.audits.membership.signals import phi
+from holdfast.audits.membership.scores import phi
+from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, are_probabilities, logits_of, of_classes
-from holdfast.core.types import Ids, Inputs, Labels
+from holdfast.core.types import Ids, Inputs, Labels, Mask, PerExample
+
+_WIDTH, _FEATURES, _FOLDS = 256, 512, 5
+_RIDGE = 0.1  # of the number of training examples, in units of the variance of a feature
+_DISTINCT, _COMPARED = 0.9, 5000
+
+
+def width(members: int, non_members: int) -> float:
+    """Return how far the area under the curve of a control may be from 1/2: 0.05, or three standard deviations of that
+    of a random score if these are more.
+    """
+    return max(0.05, 3 * math.sqrt((members + non_members + 1) / (12 * members * non_members)))
+
+
+def blind_scores(examples: Batch, member: Mask, classes: int, rng: Draws) -> PerExample:
+    """Return the scores of a classifier that tells members from non-members by their inputs and labels alone, in
+    five-fold cross-validation.
+
+    It is a ridge regression on the inputs (a random projection of large ones), on random features of them, and on the
+    labels. It does not use the audited model, so that what it finds is a difference between the data.
+    """
+    inputs = torch.nan_to_num(examples.x.flatten(1).double().cpu())
+    if inputs.shape[1] > _WIDTH:
+        dimensions = torch.arange(inputs.shape[1])
+        inputs = inputs @ rng.at("projection").normal(dimensions, _WIDTH, dtype=torch.float64)
+    inputs = _standardised(inputs)
+    weights = rng.at("features").normal(torch.arange(inputs.shape[1]), _FEATURES, dtype=torch.float64)
+    random = (
+        inputs @ weights / math.sqrt(inputs.shape[1])
+        + rng.at("shift").normal(torch.zeros(1, dtype=torch.int64), _FEATURES, dtype=torch.float64)
+    ).relu()
+    labels = torch.nn.functional.one_hot(examples.y.cpu(), classes).double()
+    features = _standardised(torch.cat((inputs, random, labels), 1))
+    folds = rng.at("fold").uniform(torch.arange(len(inputs))).argsort(stable=True) % _FOLDS
+    target = member.double() - member.double().mean()
+    score = torch.empty_like(target)
+    for fold in range(_FOLDS):
+        fitted = folds != fold
+        a = features[fitted]
+        gram = a.T @ a + _RIDGE * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
+        score[~fitted] = features[~fitted] @ torch.linalg.solve(gram, a.T @ target[fitted])
+    return score
+
+
+def refuse_shared(members: Batch, non_members: Batch) -> None:
+    """Raise `UsageError` if an input occurs among the members and among the non-members."""
+    known = {print_: int(row) for print_, row in zip(members.fingerprints(), members.ids, strict=True)}
+    both = [
+        (known[print_], int(row))
+        for print_, row in zip(non_members.fingerprints(), non_members.ids, strict=True)
+        if print_ in known
+    ]
+    if both:
+        raise UsageError(
+            f"{len(both):,} of the {len(non_members):,} non-members are also among the members, such as row "
+            f"{both[0][1]} (row {both[0][0]} of the members); remove them from the non-members"
+        )
+
+
+def first_copies(examples: Batch) -> Batch:
+    """Return the examples without those whose input occurred before."""
+    seen: set[bytes] = set()
+    kept = []
+    for row, print_ in enumerate(examples.fingerprints()):
+        if print_ not in seen:
+            seen.add(print_)
+            kept.append(row)
+    return (
+        examples
+        if len(kept) == len(examples)
+        else examples.take(torch.tensor(kept, device=examples.x.device))
+    )
+
+
+def is_rounded(signal: PerExample) -> bool:
+    """Return whether more than a tenth of the signals of distinct inputs are equal to another one. Sums of the same
+    rounded probabilities differ in their last digits, so that signals are compared to five decimals, and only some:
+    among very many, equal ones occur by chance.
+    """
+    some = signal[:_COMPARED].round(decimals=5)
+    return len(torch.unique(some)) < _DISTINCT * len(some)
+
+
+def are_labels(logits: Tensor) -> bool:
+    """Return whether outputs (n, classes) contain only labels: each row has one value for the predicted class and one
+    for all others.
+    """
+    top = logits.max(1, keepdim=True).values
+    rest = torch.where(logits == top, -torch.inf, logits).max(1, keepdim=True).values
+    two = ((logits == top) | (logits == rest)).all(1) & ((logits == top).sum(1) == 1)
+    same = len(torch.unique(top)) == 1 and len(torch.unique(rest)) == 1
+    return logits.shape[1] > 1 and same and bool(two.all())
+
+
+def _standardised(features: Tensor) -> Tensor:
+    return (features - features.mean(0)) / features.std(0, correction=0).clamp_min(1e-6)
+
 
 _PIECE = 512  # examples in one forward pass of all networks
 
@@ -229,3 +323,62 @@ def _alone(net: nn.Module) -> tuple[Forward, list[Tensor]]:
         return _tensor(net(x[0]), net)[None]
 
     return forward, [parameter.requires_grad_() for parameter in net.parameters()]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which examples are members of which networks, and what is compared."""
+
+    n: int
+    """number of examples"""
+    networks: int
+    """number of reference networks, or of networks that are targets in turn"""
+    fpr: float
+    seed: int
+    members: int | None = None
+    """number of the first examples, those that the model was trained on; None if a training procedure is audited"""
+    groups: Mapping[str, Mask] = field(default_factory=dict)
+    """members of each group, by name, as a mask of the examples"""
+
+    @property
+    def rng(self) -> Draws:
+        """Random numbers of the audit."""
+        return Draws(self.seed).at("membership")
+
+    @property
+    def member(self) -> Mask:
+        """Mask of the training examples of the model, or of the first network."""
+        return self.inside()[0] if self.members is None else self.places < self.members
+
+    @property
+    def places(self) -> Tensor:
+        """Positions of the examples, by which random numbers are drawn; ids may occur in two data sets."""
+        return torch.arange(self.n)
+
+    def inside(self) -> Tensor:
+        """Return which examples each network is trained on."""
+        return halves(self.places, self.networks, self.rng)
+
+    def null(self) -> Tensor:
+        """Return other halves, which no network was trained on."""
+        return halves(self.places, max(self.networks, 2), self.rng.at("null"))
+
+
+@dataclass(frozen=True)
+class MembershipAudit:
+    """What is audited, and how."""
+
+    design: Design
+    examples: Batch
+    classes: int
+    together: int = 2
+    """number of networks that one shard trains; an even number"""
+    epochs: int = 1
+    """number of times that progress is reported for each network"""
+
+    @property
+    def shards(self) -> tuple[tuple[int, int], ...]:
+        """For each shard, its first network and the network after its last one."""
+        networks = self.design.networks
+        firsts = range(0, networks, self.together)
+        return tuple((first, min(first + self.together, networks)) for first in firsts)

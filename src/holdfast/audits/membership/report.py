@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from holdfast.audits.finding import AuditVerdict, Curve, Finding, Picture, Table, in_unit_range
-from holdfast.audits.membership import controls, rates
-from holdfast.audits.membership.how import Design
+from holdfast.audits.membership import references, scores
+from holdfast.audits.membership.references import Design
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Inputs, Mask, PerExample
@@ -55,12 +55,12 @@ class Results:
     def rate(self, attack: str, fpr: float) -> Estimate:
         """Return the true-positive rate of an attack: the mean of several targets, or that of the only one."""
         if len(self.scores) == 1:
-            return rates.tpr_of_one(self.scores[0][attack], self.members[0], fpr)
-        return rates.mean_of_networks(self._of_each(attack, fpr))
+            return scores.tpr_of_one(self.scores[0][attack], self.members[0], fpr)
+        return scores.mean_of_networks(self._of_each(attack, fpr))
 
     def auc(self, attack: str) -> float:
         """Return the mean area under the curve of an attack."""
-        values = [rates.auc(s[attack], m) for s, m in zip(self.scores, self.members, strict=True)]
+        values = [scores.auc(s[attack], m) for s, m in zip(self.scores, self.members, strict=True)]
         return sum(values) / len(values)
 
     def mean_rate(self, attack: str, fpr: float) -> float:
@@ -69,7 +69,7 @@ class Results:
         return sum(values) / len(values)
 
     def _of_each(self, attack: str, fpr: float) -> list[float]:
-        return [rates.tpr(s[attack], m, fpr) for s, m in zip(self.scores, self.members, strict=True)]
+        return [scores.tpr(s[attack], m, fpr) for s, m in zip(self.scores, self.members, strict=True)]
 
 
 def finding_of(how: Design, results: Results, notes: Sequence[str]) -> Finding:
@@ -79,16 +79,16 @@ def finding_of(how: Design, results: Results, notes: Sequence[str]) -> Finding:
     rate = results.rate(results.headline, how.fpr)
     n_members = int(results.members[0].sum())
     n_others = how.n - n_members
-    verdict, reasons = _judged(how, results, rate, controls.width(n_members, n_others))
+    verdict, reasons = _judged(how, results, rate, references.width(n_members, n_others))
     metrics = {}
-    if n_others >= rates.needed(METRIC_FPR):
+    if n_others >= scores.needed(METRIC_FPR):
         metrics[METRIC] = results.rate(results.headline, METRIC_FPR)
     subject = "the training procedure" if how.members is None else "the model"
     headline = (
         f"an attacker ({results.headline}) finds {percent(rate.value)} of the training examples of {subject} "
         f"({percent(rate.low)} to {percent(rate.high)}) at a false-positive rate of {_percent(how.fpr)}"
     )
-    if failed := _failed_control(results, controls.width(n_members, n_others)):
+    if failed := _failed_control(results, references.width(n_members, n_others)):
         headline = f"{failed}, so that no rate is stated"
     return Finding(
         verdict,
@@ -161,8 +161,8 @@ def _attacks(how: Design, results: Results, n_others: int) -> Table:
     shown = sorted({*_RATES, how.fpr})
 
     def cell(attack: str, fpr: float) -> str:
-        if n_others < rates.needed(fpr):
-            return f"needs {rates.needed(fpr):,} non-members"
+        if n_others < scores.needed(fpr):
+            return f"needs {scores.needed(fpr):,} non-members"
         return percent(results.mean_rate(attack, fpr))
 
     note = "TPR is the share of the training examples that are found. The first attack is the result, chosen before."
@@ -254,7 +254,7 @@ def _curve(results: Results, n_others: int) -> Curve:
         "true-positive rate",
         [*lines, ("chance", [(fpr, fpr) for fpr in usable])],
         least,
-        f"Below {rates.EXPECTED / n_others:.2g}, fewer than {rates.EXPECTED} false positives are expected.",
+        f"Below {scores.EXPECTED / n_others:.2g}, fewer than {scores.EXPECTED} false positives are expected.",
     )
 
 

@@ -1,19 +1,34 @@
-"""Scores of membership: pure functions of the signals of a target network and of reference networks, in which members
-score higher.
-
-Every function gets the signals `target` (n) of the network under test, `references` (networks, n) of networks that were
-trained on random halves, and the mask `inside` (networks, n) of the examples that each was trained on.
-Differs from the papers: each example is queried once, without augmentation.
-"""
+"""Scores of membership from the signals of networks, and their true-positive rates at a low false-positive rate."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from holdfast.core.types import PerExample
+from holdfast.core.errors import UsageError
+from holdfast.core.estimate import Estimate
+from holdfast.core.remedies import Remedy
+from holdfast.core.types import Labels, Mask, PerExample
+from holdfast.statistics.intervals import CONFIDENCE, bonferroni, clopper_pearson, upper_tail
+
+LARGEST = 60.0
+"""Largest absolute signal. Probabilities that are stored as floats may be exactly 0 or 1, whose logits are infinite."""
+
+
+def phi(logits: Tensor, y: Labels) -> Tensor:
+    """Return the logit of the probability of the label, `z_y - logsumexp(z_other)`, in float64.
+
+    The logits have the shape (…, n, classes).
+    """
+    z = logits.double()
+    labels = y.expand(z.shape[:-1])[..., None]
+    own = z.gather(-1, labels)[..., 0]
+    rest = z.scatter(-1, labels, -torch.inf).logsumexp(-1)
+    return torch.nan_to_num(own - rest, nan=0.0, posinf=LARGEST, neginf=-LARGEST).clamp(-LARGEST, LARGEST)
+
 
 PER_RECORD = 62
 """Number of reference networks from which LiRA estimates a variance for each example: those of 64 networks in
@@ -164,3 +179,94 @@ def _deviation(values: Tensor, mask: Tensor, mean: Tensor, *, per_record: bool) 
         return values[mask].std(correction=0).clamp_min(_LEAST_SD)
     squares = torch.where(mask, (values - mean) ** 2, 0.0).sum(0)
     return (squares / mask.sum(0).clamp_min(1)).sqrt().clamp_min(_LEAST_SD)
+
+
+EXPECTED = 10
+"""Number of false positives that a rate must expect. With fewer, the threshold depends on a few examples."""
+
+
+def needed(fpr: float) -> int:
+    """Return the number of non-members that a false-positive rate needs."""
+    return math.ceil(EXPECTED / fpr - 1e-9)
+
+
+def refuse_few(fpr: float, non_members: int) -> None:
+    """Raise `UsageError` if a false-positive rate expects fewer than ten false positives among the non-members."""
+    if non_members >= needed(fpr):
+        return
+    message = (
+        f"fpr is {fpr:g}, which expects {fpr * non_members:.3g} false positives among {non_members:,} non-members; "
+        f"at least {EXPECTED} are needed, so {needed(fpr):,} non-members"
+    )
+    possible = next(
+        (rate for rate in (0.01, 0.02, 0.05, 0.1) if rate > fpr and needed(rate) <= non_members), None
+    )
+    if possible is None:
+        raise UsageError(message)
+    raise UsageError(message, Remedy("fpr", possible, reason="with these data"))
+
+
+def threshold(score: PerExample, member: Mask, fpr: float) -> float:
+    """Return the threshold that at most the share `fpr` of the non-members exceed."""
+    return _ranked(score[~member], math.floor(fpr * int((~member).sum()) + 1e-9))
+
+
+def found(score: PerExample, member: Mask, fpr: float) -> Mask:
+    """Return which examples have a score above the threshold."""
+    return score > threshold(score, member, fpr)
+
+
+def tpr(score: PerExample, member: Mask, fpr: float) -> float:
+    """Return the share of the members that are found."""
+    return float(found(score, member, fpr)[member].double().mean())
+
+
+def auc(score: PerExample, member: Mask) -> float:
+    """Return the area under the curve: the probability that a member has a larger score than a non-member, where a tie
+    counts half.
+    """
+    _, places, counts = torch.unique(score, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0).double() - (counts - 1) / 2)[places]
+    m, n = int(member.sum()), int((~member).sum())
+    return float(ranks[member].sum() - m * (m + 1) / 2) / (m * n)
+
+
+def tpr_of_one(score: PerExample, member: Mask, fpr: float, confidence: float = CONFIDENCE) -> Estimate:
+    """Return the true-positive rate of one network with an interval that covers the choice of the members and of the
+    non-members.
+
+    Its ends are one-sided Clopper-Pearson bounds at two thresholds, of which one has a false-positive rate of at most
+    `fpr` with high confidence, the other one of at least `fpr`. Each of the four bounds has a quarter of the error.
+    """
+    tail = (1 - confidence) / 4
+    non_members, members = score[~member], score[member]
+    n, m = len(non_members), len(members)
+    rank = math.floor(fpr * n)
+    lower = next((k for k in range(rank, -1, -1) if 1 - upper_tail(k + 1, n, fpr) <= tail), None)
+    upper = next((k for k in range(rank, n) if upper_tail(k + 1, n, fpr) <= tail), n)
+    confidence = bonferroni(confidence, 2)
+    low = 0.0
+    if lower is not None:
+        low = clopper_pearson(int((members > _ranked(non_members, lower)).sum()), m, confidence)[0]
+    high = clopper_pearson(int((members > _ranked(non_members, upper)).sum()), m, confidence)[1]
+    value = tpr(score, member, fpr)
+    return Estimate(value, min(low, value), max(high, value), m)
+
+
+def mean_of_networks(values: Sequence[float]) -> Estimate:
+    """Return the mean of a rate over networks, with a Student-t interval, in which networks are the sample."""
+    from scipy.special import stdtrit
+
+    each = torch.tensor(values, dtype=torch.float64)
+    n, mean = len(each), float(each.mean())
+    if n == 1:
+        return Estimate(mean, 0.0, 1.0, 1)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(each.std()) / math.sqrt(n)
+    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+
+
+def _ranked(values: PerExample, rank: int) -> float:
+    """The value that `rank` others exceed or equal; -inf if there are not so many."""
+    if rank >= len(values):
+        return -math.inf
+    return float(values.sort(descending=True).values[rank])

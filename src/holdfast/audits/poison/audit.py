@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from holdfast.audits.features import penultimate
+from holdfast.audits.finding import StoredSteps
 from holdfast.audits.poison.comparison import Comparison, Tested, compared
-from holdfast.audits.poison.confident_learning import LabelScores, label_scores
-from holdfast.audits.poison.feature_scores import feature_scores
-from holdfast.audits.stored_steps import StoredSteps
+from holdfast.audits.poison.scores import LabelScores, feature_scores, label_scores
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -28,7 +27,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.types import Ids, Labels, Logits, Mask, PerExample
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.column_forms import IDS, Form, flag, whole
+from holdfast.runs.store.columns import IDS, Form, flag, whole
 
 EPOCHS = 4
 """number of epochs of each network, after which manipulated examples differ most and labels are not memorised"""

@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import TypedDict
 
-from holdfast.audits.finding import Finding, Images, Table
-from holdfast.audits.privacy.bounds import epsilon_from_guesses, p_value
-from holdfast.audits.privacy.canaries import Canaries, CanaryKind, planted, right_guesses
-from holdfast.audits.stored_steps import Share, Size, StoredSteps
+from holdfast.audits.finding import Finding, Images, Share, Size, StoredSteps, Table
+from holdfast.audits.privacy.canaries import (
+    Canaries,
+    CanaryKind,
+    epsilon_from_guesses,
+    p_value,
+    planted,
+    right_guesses,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -25,9 +30,9 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, Labels
 from holdfast.reports.numbers import percent
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.column_forms import Form, flag, whole
-from holdfast.statistics.group_privacy import RowBudget
+from holdfast.runs.store.columns import Form, flag, whole
 from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson
+from holdfast.statistics.samples import RowBudget
 
 LOSSES = "losses"
 """name of the stage with the losses of the canaries"""

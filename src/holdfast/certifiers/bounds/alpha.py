@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, one_hot, substitute
-from holdfast.certifiers.bounds.graph import Graph
-from holdfast.certifiers.bounds.nonlinear import Lines, ReLU
-from holdfast.certifiers.bounds.relaxation import Relaxation
+from holdfast.certifiers.bounds.graph import Graph, Relaxation
+from holdfast.certifiers.bounds.operations import Lines, ReLU
 
 _RATE, _DECAY = 0.25, 0.93
 """step size of Adam for slopes, and its factor after each step"""

@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.bounds import windows
-from holdfast.certifiers.bounds.graph import Graph, gamma
-from holdfast.certifiers.bounds.linear import Linear
-from holdfast.certifiers.bounds.nonlinear import MaxPool, PoolLines, ReLU
-from holdfast.certifiers.bounds.region import Region
-from holdfast.certifiers.bounds.relaxation import Relaxation
+from holdfast.certifiers.bounds.graph import Graph, Region, Relaxation, gamma
+from holdfast.certifiers.bounds.operations import Linear, MaxPool, PoolLines, ReLU
 
 _ELEMENTS, _ON_CPU = 2**22, 2**20
 """largest numbers of coefficients of one value that are computed at once, on accelerators and on a CPU, whose cache

@@ -14,10 +14,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.bounds.graph import gamma
-from holdfast.certifiers.bounds.linear import Interval, Linear
-from holdfast.certifiers.bounds.nonlinear import Activation, MaxPool, Piecewise, ReLU, Smooth
-from holdfast.certifiers.bounds.relaxation import Relaxation
+from holdfast.certifiers.bounds.graph import Relaxation, gamma
+from holdfast.certifiers.bounds.operations import (
+    Activation,
+    Interval,
+    Linear,
+    MaxPool,
+    Piecewise,
+    ReLU,
+    Smooth,
+)
 from holdfast.core.constraints import L1, L2, Linf
 
 _CELLS = 32

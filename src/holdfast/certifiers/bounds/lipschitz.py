@@ -1,28 +1,34 @@
-"""Certificates from Lipschitz constants, for threats in Euclidean distance.
-
-If the logits of a network have the Lipschitz constant L, the difference of two logits has at most sqrt(2) L, so that no
-input within margin / (sqrt(2) L) is misclassified (Tsuzuku, Sato & Sugiyama, "Lipschitz-Margin Training: Scalable
-Certification of Perturbation Invariance for Deep Neural Networks", NeurIPS 2018, arXiv:1802.04034). L is bounded by the
-product over the layers of proved upper bounds of their gains (`certifiers/bounds/spectral.py`). If the last operation
-is linear, the difference of its two rows replaces sqrt(2) times its gain, as in the same paper.
-"""
+"""Certificates from Lipschitz constants of layers and networks, for threats in Euclidean distance."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from holdfast.attacks.parts.closest import leeway
-from holdfast.certifiers.bounds.graph import Graph, Node
-from holdfast.certifiers.bounds.linear import Convolution, Dense, Nonnegative, Scaled, Sum
-from holdfast.certifiers.bounds.nonlinear import MaxPool, Piecewise, ReLU, Smooth
-from holdfast.certifiers.bounds.opaque import Contraction, traced_by_layers
-from holdfast.certifiers.bounds.region import region_of
-from holdfast.certifiers.bounds.spectral import UP, convolution_bound, spectral_bound
+from holdfast.attacks.parts.losses import leeway
+from holdfast.certifiers.bounds.graph import Graph, Node, gamma, region_of
+from holdfast.certifiers.bounds.operations import (
+    Activation,
+    Convolution,
+    Dense,
+    Interval,
+    MaxPool,
+    Nonnegative,
+    Piecewise,
+    ReLU,
+    Scaled,
+    Smooth,
+    Sum,
+)
+from holdfast.certifiers.bounds.operators import TRANSLATIONS, TracedValue, Translator
+from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.certifiers.provers import margin_rows
 from holdfast.core.batch import Batch
@@ -31,7 +37,337 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import PerExample
+from holdfast.core.types import Inputs, PerExample
+from holdfast.io.models.architectures import CayleyConv2d, MaxMin, SLLConv2d, overlaps
+
+UP = 1 + 1e-12
+"""factor that covers the rounding errors of sums, products and roots of a few thousand nonnegative numbers"""
+_STEPS = 40
+"""number of steps of power iterations, which only propose a bound"""
+_SLACKS = (1e-6, 1e-4, 1e-3, 1e-2, 0.1)
+"""relative distances of the bounds that are tried from the square of the proposed singular value"""
+_WORK = 5e10
+"""largest number of multiplications for one layer, about ten seconds on one core; cheaper bounds are used beyond it"""
+_DIRECT = 2e9
+"""number of values, rows times squared columns, up to which eigenvalues are proposed by a direct solver"""
+_BETWEEN = 0.004
+"""relative error of the values between the points of a grid of frequencies that is aimed at"""
+
+
+def spectral_bound(matrices: Tensor) -> float:
+    """Return a proved upper bound of the largest singular value of all matrices (…, m, n), real or complex.
+
+    The bound is at most a millionth too large in most cases. It is looser for matrices of more than about 2,500 rows
+    and columns, for which the decomposition is not computed.
+    """
+    a = _as_double(matrices).flatten(0, -3) if matrices.dim() > 2 else _as_double(matrices)[None]
+    if a.shape[1] < a.shape[2]:
+        a = a.mH
+    sizes = a.abs()
+    squares = sizes.square().sum((1, 2))
+    by_norms = (sizes.sum(1).amax(1) * sizes.sum(2).amax(1)).sqrt()
+    cheap = float(torch.minimum(squares.sqrt(), by_norms).amax()) * UP
+    b, m, n = a.shape
+    if not cheap or not math.isfinite(cheap) or b * m * n * n > _WORK:
+        return cheap
+    gram = a.mH @ a
+    # a complex product has at most four times the relative error of a real one
+    error = 8 * gamma(m + 4, torch.float64) * squares
+    bound = cheap
+    proposed = _proposed(gram)
+    for slack in _SLACKS:
+        candidate = proposed * (1 + slack)
+        if math.sqrt(candidate) * UP >= cheap:
+            break
+        if _dominated(gram, candidate, error):
+            bound = math.sqrt(candidate) * UP
+            break
+    return bound
+
+
+def _as_double(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _proposed(gram: Tensor) -> float:
+    """An approximation of the largest eigenvalue of positive semi-definite matrices (b, n, n)."""
+    if len(gram) * gram.shape[1] ** 3 <= _DIRECT:
+        return max(float(torch.linalg.eigvalsh(gram).amax()), 0.0)
+    first = gram.diagonal(dim1=1, dim2=2).abs().argmax(1)
+    v = gram[torch.arange(len(gram)), :, first][:, :, None]
+    value = torch.zeros(len(gram), dtype=torch.float64)
+    for _ in range(_STEPS):
+        v = v / v.flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]
+        v = gram @ v
+        value = v.flatten(1).norm(dim=1)
+    return float(value.amax())
+
+
+def _dominated(gram: Tensor, candidate: float, error: Tensor) -> bool:
+    """Whether candidate * I - A^H A is proved to be positive semi-definite for all matrices `gram` (b, n, n), which
+    differ from A^H A by at most `error` (b) in the spectral norm.
+    """
+    n = gram.shape[1]
+    trace = n * candidate * UP
+    shift = error + 8 * gamma(n + 4, torch.float64) * trace + 1e-300
+    shifted = -gram
+    shifted.diagonal(dim1=1, dim2=2).add_((candidate - shift)[:, None])
+    _, info = torch.linalg.cholesky_ex(shifted)
+    return not bool(info.any())
+
+
+def overlap_bound(kernel: Tensor) -> float:
+    """Return a proved upper bound of the gain of a convolution with stride 1 and a kernel (out, in, *size), from the
+    absolute correlations between its filters.
+
+    For the matrix G of these correlations and any positive vector q, the largest entry of G q / q is at least the
+    square of the gain. The vector is computed by power iteration, so that the entry approaches the spectral radius.
+    """
+    weight = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.transpose(0, 1)
+    correlate = _CONVOLUTIONS[weight.dim() - 2]
+    pads = [size - 1 for size in weight.shape[2:]]
+    terms = weight[0].numel()
+    sizes = weight.abs().flatten(1).sum(1)
+    # the sums of magnitudes over outputs and inputs: the cheapest bound
+    columns = weight.abs().flatten(2).sum(2).sum(0).amax()
+    by_sums = math.sqrt(float(sizes.amax() * columns)) * UP
+    shifts = math.prod(2 * size - 1 for size in weight.shape[2:])
+    if len(weight) ** 2 * terms * shifts > _WORK:
+        return by_sums
+    sums = correlate(weight, weight, padding=pads).abs().flatten(2).sum(2)
+    sums = sums + gamma(terms + 4, torch.float64) * sizes[:, None] * sizes[None]
+    q = torch.ones(len(sums), dtype=torch.float64)
+    best = math.inf
+    for _ in range(_STEPS):
+        image = sums @ q
+        best = min(best, float((image / q).amax()))
+        q = image / image.amax().clamp_min(1e-300)
+        q = q.clamp_min(1e-9)
+    return min(by_sums, math.sqrt(best) * UP)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolution_bound(
+    weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> float:
+    """Return a proved upper bound of the gain of a convolution with a kernel (out, in / groups, *size).
+
+    It holds for zero padding of any width and for inputs of any size.
+    """
+    kernels = _as_double(weight).view(groups, -1, *weight.shape[1:])
+    if max(stride) > 1:
+        kernels = _phases(_dilated(kernels, dilation), stride)
+    # on the unbounded plane a dilated convolution with stride 1 is several copies of the one without dilation
+    by_overlaps = max(overlap_bound(kernel) for kernel in kernels)
+    return min(by_overlaps, _symbol_bound(kernels))
+
+
+def _dilated(kernels: Tensor, dilation: tuple[int, ...]) -> Tensor:
+    """Kernels with zeros between their entries."""
+    if max(dilation) == 1:
+        return kernels
+    size = [(k - 1) * step + 1 for k, step in zip(kernels.shape[3:], dilation, strict=True)]
+    spread = kernels.new_zeros(*kernels.shape[:3], *size)
+    places = tuple(slice(None, None, step) for step in dilation)
+    spread[(slice(None), slice(None), slice(None), *places)] = kernels
+    return spread
+
+
+def _phases(kernels: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Kernels (groups, out, in * phases, *size) of stride 1 with the same gain: the input is divided into one channel
+    for each phase of the stride.
+    """
+    missing = [-size % step for size, step in zip(kernels.shape[3:], stride, strict=True)]
+    kernels = F.pad(kernels, [width for least in reversed(missing) for width in (0, least)])
+    dims = len(stride)
+    for axis, step in enumerate(stride):
+        shape = kernels.shape
+        at = 3 + 2 * axis
+        kernels = kernels.reshape(*shape[:at], shape[at] // step, step, *shape[at + 1 :])
+    places, phases = [3 + 2 * axis for axis in range(dims)], [4 + 2 * axis for axis in range(dims)]
+    return kernels.permute(0, 1, 2, *phases, *places).flatten(2, 2 + dims)
+
+
+def _symbol_bound(kernels: Tensor) -> float:
+    """Bound of the singular values of the symbols of kernels (groups, out, in, *size); infinity if it would take too
+    long.
+    """
+    groups, out, inner, *size = kernels.shape
+    each = groups * out * inner * min(out, inner) * 4
+    points = _grid(tuple(size), each)
+    if points is None:
+        return math.inf
+    beyond = math.prod(1 / math.cos(math.pi * (k - 1) / 2 / n) for k, n in zip(size, points, strict=True))
+    # the symbol of a real kernel at -w is the conjugate of that at w
+    half = [*points[:-1], points[-1] // 2 + 1]
+    axes = [
+        torch.arange(n)[:, None] * torch.arange(k) % full
+        for n, k, full in zip(half, size, points, strict=True)
+    ]
+    waves = torch.ones(1, 1, dtype=torch.complex128)
+    for turns, full in zip(axes, points, strict=True):
+        angles = turns.double() * (2 * math.pi / full)
+        wave = torch.complex(angles.cos(), -angles.sin())
+        waves = (waves[:, None, :, None] * wave[None, :, None, :]).flatten(2).flatten(0, 1)
+    flat = kernels.flatten(3)
+    # rounding of each entry, of which the Frobenius norm bounds the effect on singular values
+    terms = flat.shape[3]
+    rounding = 4 * gamma(terms + 16, torch.float64) * float(flat.abs().sum(3).norm())
+    largest = 0.0
+    for piece in torch.split(waves, max(1, 2**21 // (groups * out * inner))):
+        symbols = torch.einsum("goiq,fq->fgoi", flat.to(torch.complex128), piece)
+        largest = max(largest, spectral_bound(symbols))
+    return (largest + rounding) * beyond * UP
+
+
+def _grid(size: tuple[int, ...], work: float) -> tuple[int, ...] | None:
+    """Number of frequencies in each dimension, or None if even a coarse grid exceeds the limit of work."""
+    for between, most in ((_BETWEEN, _WORK / 5), (4 * _BETWEEN, _WORK / 5), (16 * _BETWEEN, _WORK)):
+        points = tuple(
+            max(1, math.ceil(math.pi * (k - 1) / 2 * math.sqrt(len(size) / (2 * between)))) for k in size
+        )
+        if math.prod(points) / 2 * work <= most:
+            return points
+    return None
+
+
+_LAYERS = (CayleyConv2d, MaxMin, SLLConv2d)
+_ROUNDING = 1e-9
+"""relative rounding error of the outputs of a layer in float64, which is assumed"""
+
+_traced_layers: list[nn.Module] = []
+"""layers of the model that is being traced; an operation of torch has only tensors and numbers as its arguments"""
+
+
+@torch.library.custom_op("holdfast::layer", mutates_args=())
+def _layer(x: Tensor, place: int) -> Tensor:
+    y: Tensor = _traced_layers[place](x)
+    return y.clone()
+
+
+@_layer.register_fake
+def _(x: Tensor, place: int) -> Tensor:
+    """Return a tensor without values in the shape of the outputs, from the shape of the inputs."""
+    layer = _traced_layers[place]
+    with unset_fake_temporarily():
+        shape = layer(torch.zeros(x.shape, dtype=x.dtype)).shape
+    return x.new_empty(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction(Activation):
+    """A layer of a network with a known gain, as one operation that acts on whole tensors."""
+
+    module: nn.Module
+    """the layer in float64"""
+    gain: float
+    """proved upper bound of its Lipschitz constant in Euclidean distance"""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the outputs of the layer."""
+        y: Tensor = self.module(x.double()).to(x.dtype)
+        return y
+
+    def interval(self, x: Interval) -> Interval:
+        """Return bounds of the outputs from the output for the centre, the gain and the Euclidean radius."""
+        low, high = x
+        y = self((low + high) / 2)
+        radius = self.gain * ((high - low) / 2).flatten(1).norm(dim=1) * UP
+        radius = radius + _ROUNDING * (1 + y.flatten(1).abs().amax(1))
+        spread = radius.view(-1, *(1,) * (y.dim() - 1))
+        return y - spread, y + spread
+
+    def offsets(self, slope: Tensor, x: Interval) -> Interval:
+        """Return bounds of f(x) - slope * x, from those of both terms."""
+        smallest, largest = self.interval(x)
+        first, second = slope * x[0], slope * x[1]
+        return smallest - torch.maximum(first, second), largest - torch.minimum(first, second)
+
+    def candidates(self, x: Interval) -> tuple[Tensor, ...]:
+        """Return the slope 0."""
+        return (torch.zeros_like(self.interval(x)[0]),)
+
+
+class _Recorded(nn.Module):
+    """A layer that is recorded as one operation."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the layer."""
+        y: Tensor = _layer(x, self.place)
+        return y
+
+
+def traced_by_layers(model: Classifier, sample: Inputs) -> Graph:
+    """Return the graph of a classifier in evaluation mode, with layers of known gain as single operations.
+
+    Raises `UsageError` as `holdfast.certifiers.bounds.tracing.traced` does.
+    """
+    if not any(isinstance(layer, _LAYERS) for layer in model.modules()):
+        return traced(model, sample)
+    with _recording(model) as recorded:
+        return traced(recorded, sample)
+
+
+@contextmanager
+def _recording(model: Classifier) -> Iterator[Classifier]:
+    copy = deepcopy(model)
+    layers: list[nn.Module] = []
+    for parent in list(copy.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, _LAYERS):
+                setattr(parent, name, _Recorded(len(layers)))
+                layers.append(layer)
+    _traced_layers[:] = layers
+    try:
+        yield copy
+    finally:
+        _traced_layers.clear()
+
+
+def _translated(to: Translator, x: TracedValue, place: TracedValue) -> TracedValue:
+    layer = _traced_layers[place.constant]
+    gain = _gain(layer, to.shape_of(x))
+    return to.add(Contraction(deepcopy(layer).double(), gain), x)
+
+
+TRANSLATIONS["holdfast.layer"] = _translated
+
+
+def _gain(layer: nn.Module, shape: torch.Size) -> float:
+    with torch.no_grad():
+        if isinstance(layer, SLLConv2d):
+            return _residual_gain(layer)
+        if isinstance(layer, CayleyConv2d):
+            kernel = layer.weight.shape[2]
+            small = min(shape[1:]) < kernel
+            size = torch.Size(side + kernel - 1 for side in shape[1:]) if small else shape[1:]
+            # as stored while the model runs
+            stored = torch.complex64 if layer.weight.dtype == torch.float32 else torch.complex128
+            return spectral_bound(layer.matrices(size).to(stored).to(torch.complex128))
+    return 1.0  # maxima and minima of pairs: a permutation of the inputs on each piece
+
+
+def _residual_gain(layer: SLLConv2d) -> float:
+    """Bound of the gain of an SLL layer, with the divisors as they are computed.
+
+    With divisors T for which T - W W^T is positive semi-definite the gain is one. If rounding made them too small by a
+    factor 1 / r, the layer is r times such a layer plus (1 - r) times the identity.
+    """
+    kernel = layer.weight.detach().cpu().double()
+    q = layer.ratios.detach().cpu().double()
+    sizes = kernel.abs().flatten(1).sum(1)
+    rounding = gamma(kernel[0].numel() + 4, torch.float64) * sizes[:, None] * sizes[None]
+    needed = (overlaps(kernel) + rounding) @ q / q
+    ratio = float((needed / layer.heights().detach().cpu().double()).amax()) * UP
+    return max(1.0, 2 * ratio - 1)
+
 
 _AT_ONCE = 64
 """number of examples whose logits are bounded together"""

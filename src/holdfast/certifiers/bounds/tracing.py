@@ -17,8 +17,7 @@ from torch import Tensor, fx
 from torch.fx.traceback import preserve_node_meta
 
 from holdfast.certifiers.bounds.graph import Graph
-from holdfast.certifiers.bounds.operators import TRANSLATIONS
-from holdfast.certifiers.bounds.translation import LIBRARIES, ROWS, Translator, operation_name
+from holdfast.certifiers.bounds.operators import LIBRARIES, ROWS, TRANSLATIONS, Translator, operation_name
 from holdfast.core.errors import NoBounds, TargetError, UsageError
 from holdfast.core.outputs import of_classes, without_values
 

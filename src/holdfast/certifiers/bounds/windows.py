@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.certifiers.bounds.graph import Graph, Node, gamma
-from holdfast.certifiers.bounds.linear import Convolution, Nonnegative, Scaled, Sum
-from holdfast.certifiers.bounds.nonlinear import Activation, Lines, ReLU
-from holdfast.certifiers.bounds.region import Region
-from holdfast.certifiers.bounds.relaxation import Relaxation
+from holdfast.certifiers.bounds.graph import Graph, Node, Region, Relaxation, gamma
+from holdfast.certifiers.bounds.operations import (
+    Activation,
+    Convolution,
+    Lines,
+    Nonnegative,
+    ReLU,
+    Scaled,
+    Sum,
+)
 
 _SMALL = 0.6
 """largest part of a value that a window may cover, so that it is cheaper than the whole value"""

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from holdfast.certifiers.bounds.alpha import Optimised, optimised
 from holdfast.certifiers.bounds.crown import Choices, refine, substitute
-from holdfast.certifiers.bounds.graph import Graph
-from holdfast.certifiers.bounds.leaves import solved_leaf
-from holdfast.certifiers.bounds.linear import Interval, Linear
-from holdfast.certifiers.bounds.nonlinear import ReLU
-from holdfast.certifiers.bounds.relaxation import Relaxation
+from holdfast.certifiers.bounds.graph import Graph, Relaxation
+from holdfast.certifiers.bounds.operations import Interval, Linear, ReLU
+from holdfast.certifiers.bounds.reduction import solved_leaf
 
 _DEEP = 4
 """one of so many subproblems is chosen by its number of assumed signs, the others by their bounds"""

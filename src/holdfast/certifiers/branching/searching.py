@@ -10,17 +10,15 @@ from torch import Tensor
 
 from holdfast.certifiers.bounds.alpha import Optimised, optimised, sharpen
 from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, relaxed, substitute
-from holdfast.certifiers.bounds.graph import Graph
+from holdfast.certifiers.bounds.graph import Graph, Relaxation, region_of
 from holdfast.certifiers.bounds.reduction import reduced, reducible
-from holdfast.certifiers.bounds.region import region_of
-from holdfast.certifiers.bounds.relaxation import Relaxation
 from holdfast.certifiers.branching.branching import BranchingResult, OutputProperty, Search, Tree, splittable
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.certifiers.provers import GraphProver, margin_rows
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
-from holdfast.core.number_format import exactly
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import exactly
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,14 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs
-from holdfast.certifiers.smoothing.noise import MOST_DRAWS
-from holdfast.certifiers.smoothing.smoothed_votes import SmoothedVotes
-from holdfast.certifiers.smoothing.votes import FOR_WRONG, Counting, counted_votes, refuse_impossible
+from holdfast.certifiers.smoothing.smoothing import (
+    FOR_WRONG,
+    MOST_DRAWS,
+    Counting,
+    SmoothedVotes,
+    counted_votes,
+    refuse_impossible,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import MASKING
 from holdfast.core.constraints import Constraint

@@ -1,29 +1,405 @@
 """Decides a query: `sat` with a confirmed witness, `unsat` by a proof, or neither within the time."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.certifiers.bounds.alpha import optimised, sharpen
 from holdfast.certifiers.bounds.crown import relaxed, substitute
-from holdfast.certifiers.bounds.graph import Graph
+from holdfast.certifiers.bounds.graph import Graph, Region, Relaxation
 from holdfast.certifiers.bounds.reduction import reduced, reducible
-from holdfast.certifiers.bounds.region import Region
-from holdfast.certifiers.bounds.relaxation import Relaxation
-from holdfast.certifiers.branching.branching import Search, Tree, splittable
-from holdfast.certifiers.vnnlib.boxes import BoxSearch
-from holdfast.certifiers.vnnlib.falsifying import falsified
-from holdfast.certifiers.vnnlib.problems import Problem, UnsafeSet, problems_of
-from holdfast.certifiers.vnnlib.query import DeclaredNetwork, Query, Variable
-from holdfast.certifiers.vnnlib.subject import JoinedNetworks, Witness
+from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.branching.branching import OutputProperty, Search, Tree, splittable
+from holdfast.certifiers.vnnlib.query import ConstrainedBox, DeclaredNetwork, Query, Variable
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.io.onnx.networks import OnnxNetwork
+from holdfast.io.onnx.opening import OnnxNetwork
+
+
+@dataclass(frozen=True, eq=False)
+class UnsafeSet:
+    """A set of outputs: those at which all of some linear functions are at most zero."""
+
+    rows: Tensor
+    """coefficients (k, values) of the functions, float64"""
+    constants: Tensor
+    """constants (k) of the functions, float64"""
+    strict: Tensor
+    """mask (k) of the functions that must be negative"""
+
+    def claim(self, dtype: torch.dtype) -> OutputProperty:
+        """Return the claim that the set is not reached, as at least one function is positive.
+
+        Constants are rounded down. If the coefficients are integers, the sum of the functions is a further function: if
+        it is positive, one of them is, and it may have a positive bound where none of them has one.
+        """
+        rows, constants = self.rows, self.constants
+        if len(rows) > 1 and bool((rows == rows.round()).all()):
+            error = 4 * len(rows) * torch.finfo(torch.float64).eps * constants.abs().sum()
+            rows = torch.cat((rows, rows.sum(0, keepdim=True)))
+            constants = torch.cat((constants, (constants.sum() - error)[None]))
+        # twice: the sum of a bound and the constant is rounded, too
+        rounded = (constants - 2 * torch.finfo(dtype).eps * constants.abs()).to(dtype)
+        return OutputProperty(rows.to(dtype), rounded)
+
+    def exact_in(self, dtype: torch.dtype) -> bool:
+        """Return whether the coefficients are numbers of a data type."""
+        return bool((self.rows.to(dtype).double() == self.rows).all())
+
+    def reached(self, values: Tensor) -> Tensor:
+        """Return the mask of the rows of values (n, values) that are in the set."""
+        functions = values @ self.rows.t() + self.constants
+        return torch.where(self.strict, functions < 0, functions <= 0).all(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The question whether an input of a box leads to one of some sets of outputs."""
+
+    low: Tensor
+    """smallest values (d) of the inputs, float64"""
+    high: Tensor
+    """largest values (d) of the inputs, float64"""
+    targets: tuple[UnsafeSet, ...]
+
+    @property
+    def varying(self) -> int:
+        """Number of inputs that are not fixed."""
+        return int((self.low < self.high).sum())
+
+
+def problems_of(query: Query) -> tuple[tuple[Problem, ...], bool]:
+    """Return the problems of a query, with one problem for each different box, and whether the values on which its
+    constraints depend include the inputs.
+
+    The values are all outputs, followed by all inputs if they are included.
+    """
+    cases = list(query.alternatives.all())
+    with_inputs = any(
+        key >= 0 and value
+        for case in cases
+        for each in case.constraints
+        for key, value in each.function.coefficients.items()
+    )
+    boxes: dict[bytes, tuple[Tensor, list[UnsafeSet]]] = {}
+    for case in cases:
+        box = torch.tensor(
+            [[bounds[i] for i in range(query.inputs)] for bounds in (case.low, case.high)],
+            dtype=torch.float64,
+        )
+        targets = boxes.setdefault(box.numpy().tobytes(), (box, []))[1]
+        targets.append(_target(case, query, with_inputs=with_inputs))
+    return tuple(Problem(box[0], box[1], tuple(targets)) for box, targets in boxes.values()), with_inputs
+
+
+def _target(case: ConstrainedBox, query: Query, *, with_inputs: bool) -> UnsafeSet:
+    size = query.outputs + (query.inputs if with_inputs else 0)
+    rows = torch.zeros(len(case.constraints), size, dtype=torch.float64)
+    for row, constraint in zip(rows, case.constraints, strict=True):
+        for key, value in constraint.function.coefficients.items():
+            row[-1 - key if key < 0 else query.outputs + key] = value
+    constants = [constraint.function.constant for constraint in case.constraints]
+    strict = [constraint.strict for constraint in case.constraints]
+    return UnsafeSet(
+        rows, torch.tensor(constants, dtype=torch.float64), torch.tensor(strict, dtype=torch.bool)
+    )
+
+
+_TOLERANCE = 1e-4
+"""largest distance of a reported input from its box, as in VNN-COMP; it is only used for inputs that are no numbers of
+the network's data type"""
+
+
+class _Joined(nn.Module):
+    """The function from all inputs, joined, to all outputs, followed by the inputs if `with_inputs`."""
+
+    def __init__(self, networks: Sequence[OnnxNetwork], *, with_inputs: bool) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(network.net for network in networks)
+        self.examples = [network.example for network in networks]
+        self.sizes = [int(np.prod(network.example)) for network in networks]
+        self.with_inputs = with_inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values (n, values) for inputs (n, *shape)."""
+        if len(self.nets) == 1:
+            parts = [self.nets[0](x).flatten(1)]
+        else:
+            parts, start = [], 0
+            for net, example, size in zip(self.nets, self.examples, self.sizes, strict=True):
+                parts.append(net(x[:, start : start + size].reshape(len(x), *example)).flatten(1))
+                start += size
+        if self.with_inputs:
+            parts.append(x.flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Inputs of all networks that lead to a target, with the outputs of onnxruntime."""
+
+    inputs: Tensor
+    """values (d), float64, each of which is a number of the data type of its network"""
+    outputs: Tensor
+    """values of onnxruntime, float64"""
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedNetworks:
+    """The networks of a query, joined to one function."""
+
+    networks: tuple[OnnxNetwork, ...]
+    graph: Graph
+    """the function with constants of 64 bits"""
+    with_inputs: bool
+    narrow: tuple[bool, ...]
+    """for each input whether its network computes with 32 bits or fewer"""
+
+    @staticmethod
+    def of(networks: Sequence[OnnxNetwork], problem: Problem, *, with_inputs: bool) -> "JoinedNetworks":
+        """Return the joined networks. Raises `UsageError` for an operation without sound bounds."""
+        module = (
+            _Joined(networks, with_inputs=with_inputs).double().eval().requires_grad_(requires_grad=False)
+        )
+        shape = networks[0].example if len(networks) == 1 else (len(problem.low),)
+        middle = (problem.low + problem.high) / 2
+        sample = torch.stack((middle, problem.low, problem.high)).reshape(3, *shape)
+        graph = traced(module, sample).to(torch.float64)
+        narrow = [n.dtype != np.float64 for n in networks for _ in range(int(np.prod(n.example)))]
+        return JoinedNetworks(tuple(networks), graph, with_inputs, tuple(narrow))
+
+    def rounded(self, x: Tensor, problem: Problem) -> Tensor:
+        """Return inputs (n, d) as numbers of the data types of the networks, inside the box if it contains some."""
+        x = torch.minimum(torch.maximum(x, problem.low), problem.high)
+        nearest = x.float()
+        up = nearest.nextafter(torch.full_like(nearest, torch.inf)).double()
+        down = nearest.nextafter(torch.full_like(nearest, -torch.inf)).double()
+        single = nearest.double()
+        single = torch.where((single < problem.low) & (up <= problem.high), up, single)
+        single = torch.where((single > problem.high) & (down >= problem.low), down, single)
+        return torch.where(torch.tensor(self.narrow), single, x)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Return the values (n, values) of inputs (n, d) with 64 bits."""
+        return self.graph(x.reshape(len(x), *self.graph.shape))
+
+    def confirmed(self, x: Tensor, problem: Problem, target: UnsafeSet) -> Witness | None:
+        """Return the first of some inputs (n, d) that leads to a target, or None.
+
+        The target must be reached in the computation with 64 bits and in onnxruntime, without a tolerance.
+        """
+        candidates = self.rounded(x.double(), problem)
+        near = ((candidates >= problem.low - _TOLERANCE) & (candidates <= problem.high + _TOLERANCE)).all(1)
+        with torch.no_grad():
+            reached = near & target.reached(self.values(candidates))
+        for row in candidates[reached]:
+            outputs = self._replayed(row)
+            values = torch.cat((outputs, row)) if self.with_inputs else outputs
+            if bool(target.reached(values[None])):
+                return Witness(row, outputs)
+        return None
+
+    def _replayed(self, x: Tensor) -> Tensor:
+        """The outputs of all networks in onnxruntime."""
+        outputs, start = [], 0
+        for network in self.networks:
+            size = int(np.prod(network.example))
+            y = network.runtime(x[start : start + size].numpy())
+            outputs.append(torch.from_numpy(np.asarray(y, np.float64).reshape(-1)))
+            start += size
+        return torch.cat(outputs)
+
+
+_ELEMENTS = 2**22
+"""largest number of values of the inputs that are changed at once"""
+
+
+def falsified(
+    subject: JoinedNetworks, problem: Problem, rng: Draws, *, starts: int, steps: int, deadline: float
+) -> Witness | None:
+    """Return an input of the box that leads to a target, or None if `starts` descents for each target lead to none.
+
+    `deadline` is a value of `time.perf_counter()`. The first start is the middle of the box, the others are random.
+    """
+    graph = subject.graph.to(torch.float32)
+    at_once = max(1, _ELEMENTS // (starts * graph.shape.numel()))
+    for first in range(0, len(problem.targets), at_once):
+        targets = problem.targets[first : first + at_once]
+        ids = torch.arange(first, first + len(targets)).repeat_interleave(starts)
+        noise = rng.at("start").uniform(
+            ids * starts + torch.arange(starts).repeat(len(targets)), len(problem.low)
+        )
+        noise[::starts] = 0.5
+        low, high = problem.low.float(), problem.high.float()
+        width = high - low
+        x = low + width * noise
+        for step in range(steps + 1):
+            x.requires_grad_()
+            values = graph(x.reshape(len(x), *graph.shape))
+            losses = []
+            for j, target in enumerate(targets):
+                mine = values[j * starts : (j + 1) * starts]
+                witness = _checked(
+                    subject, problem, target, x.detach()[j * starts : (j + 1) * starts], mine.detach()
+                )
+                if witness is not None:
+                    return witness
+                losses.append(_loss(target, mine))
+            if step == steps or time.perf_counter() >= deadline:
+                break
+            (slope,) = torch.autograd.grad(torch.stack(losses).sum(), x)
+            size = 0.25 * (1 + math.cos(math.pi * step / steps)) / 2 + 0.002
+            x = torch.minimum(torch.maximum(x.detach() - size * width * slope.sign(), low), high)
+        if time.perf_counter() >= deadline:
+            return None
+    return None
+
+
+def _loss(target: UnsafeSet, values: Tensor) -> Tensor:
+    functions = values @ target.rows.t().to(values) + target.constants.to(values)
+    if not functions.shape[1]:
+        return values.sum() * 0
+    half = len(values) // 2
+    return functions[half:].amax(1).sum() + functions[:half].clamp(min=0).sum()
+
+
+def _checked(
+    subject: JoinedNetworks, problem: Problem, target: UnsafeSet, x: Tensor, values: Tensor
+) -> Witness | None:
+    """A confirmed witness among inputs whose values with 32 bits lead to the target, or nearly."""
+    functions = values.double() @ target.rows.t() + target.constants
+    near = (functions <= 1e-5 * (1 + functions.abs())).all(1)
+    return subject.confirmed(x[near], problem, target) if near.any() else None
+
+
+_AT_ONCE = 2048
+"""largest number of boxes whose bounds are computed together"""
+_VALUES = 2**21
+"""largest number of values of the network for all boxes that are computed together"""
+_MOST = 2**20
+"""largest number of boxes that wait"""
+_FINEST = 2.0**-24
+"""width of a box, relative to the first one, below which it is not divided"""
+
+
+@dataclass(eq=False)
+class BoxSearch:
+    """Branch and bound over boxes for one problem. It can be continued after a time limit."""
+
+    subject: JoinedNetworks
+    problem: Problem
+    graph: Graph
+    """the graph of the subject, in the data type of the bounds"""
+    low: Tensor = field(init=False)
+    """smallest values (n, d) of the boxes that wait, float64"""
+    high: Tensor = field(init=False)
+    bound: Tensor = field(init=False)
+    """lower bounds (n) of the largest function of the worst target"""
+    exhausted: bool = False
+    """whether a box could be neither excluded nor divided"""
+    work: int = 0
+    """number of boxes whose bounds were computed"""
+
+    def __post_init__(self) -> None:
+        self.low, self.high = self.problem.low[None], self.problem.high[None]
+        self.bound = torch.zeros(1, dtype=torch.float64)
+        dtype = _dtype(self.graph)
+        self.claims = [target.claim(dtype) for target in self.problem.targets]
+        self.dtype = dtype
+        values = sum(node.shape.numel() for node in self.graph.nodes)
+        self.at_once = max(4, min(_AT_ONCE, _VALUES // values))
+
+    @property
+    def finished(self) -> bool:
+        """Whether no box waits: the targets are excluded, unless the search is exhausted."""
+        return not len(self.low)
+
+    def search(self, deadline: float) -> Witness | None:
+        """Continue until no box waits, a witness is found, the search is exhausted, or until the deadline.
+
+        `deadline` is a value of `time.perf_counter()`.
+        """
+        at_once = min(16, self.at_once)
+        with torch.no_grad():
+            while len(self.low) and not self.exhausted and time.perf_counter() < deadline:
+                order = self.bound.argsort(stable=True)
+                chosen, rest = order[:at_once], order[at_once:]
+                low, high = self.low[chosen], self.high[chosen]
+                self.low, self.high, self.bound = self.low[rest], self.high[rest], self.bound[rest]
+                witness = self._treated(low, high)
+                if witness is not None:
+                    return witness
+                at_once = min(2 * at_once, self.at_once)
+        return None
+
+    def _treated(self, low: Tensor, high: Tensor) -> Witness | None:
+        """Bound some boxes, and put the halves of those that are not excluded among the boxes that wait."""
+        self.work += len(low)
+        shape = (len(low), *self.graph.shape)
+        region = Region(low.view(shape), high.view(shape), ((low + high) / 2).view(shape)).to(self.dtype)
+        rows = torch.cat([claim.rows for claim in self.claims])
+        result = substitute(relaxed(self.graph, region), self.graph.output, rows[None])
+        bound, row, worst = _worst(result.lower, self.claims)
+        left = ~(bound > 0)  # a NaN is not a proof
+        if not left.any():
+            return None
+        low, high, bound, row, worst = low[left], high[left], bound[left], row[left], worst[left]
+        slopes = result.coefficients[left].flatten(2)[torch.arange(len(row)), row].double()
+        corners = torch.where(slopes > 0, low, high)
+        for j in sorted(set(worst.tolist())):
+            mine = worst == j
+            points = torch.cat((corners[mine], (low[mine] + high[mine]) / 2))
+            witness = self.subject.confirmed(points, self.problem, self.problem.targets[j])
+            if witness is not None:
+                return witness
+        self._divide(low, high, bound.double(), slopes)
+        return None
+
+    def _divide(self, low: Tensor, high: Tensor, bound: Tensor, slopes: Tensor) -> None:
+        whole = (self.problem.high - self.problem.low).clamp(min=torch.finfo(torch.float64).tiny)
+        width = high - low
+        relative = width / whole
+        if bool((relative.amax(1) < _FINEST).any()) or len(self.low) > _MOST:
+            self.exhausted = True
+            return
+        gain = width * slopes.abs()
+        score = gain + 1e-3 * relative * gain.amax(1, keepdim=True) + 1e-30 * relative
+        score = torch.where(relative < _FINEST, -1.0, score)
+        dimension = score.argmax(1, keepdim=True)
+        middle = ((low + high) / 2).gather(1, dimension)
+        self.low = torch.cat((self.low, low, low.scatter(1, dimension, middle)))
+        self.high = torch.cat((self.high, high.scatter(1, dimension, middle), high))
+        self.bound = torch.cat((self.bound, bound, bound))
+
+
+def _dtype(graph: Graph) -> torch.dtype:
+    for node in graph.nodes:
+        for value in vars(node.operation).values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.dtype
+    return torch.float64
+
+
+def _worst(lower: Tensor, claims: list[OutputProperty]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each box the smallest bound (n) of all claims, the row (n) of the function with this bound, and the claim."""
+    bounds, rows, start = [], [], 0
+    for claim in claims:
+        size = len(claim.rows)
+        best = (lower[:, start : start + size] + claim.constants).max(1)
+        bounds.append(best.values)
+        rows.append(best.indices + start)
+        start += size
+    worst = torch.stack(bounds, 1).nan_to_num(nan=-torch.inf).min(1)
+    row = torch.stack(rows, 1).gather(1, worst.indices[:, None])[:, 0]
+    return worst.values, row, worst.indices
+
 
 Answer = Literal["sat", "unsat", "unknown", "timed-out"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
-from holdfast.core.through import Through, through
+from holdfast.core.gradients import Through, through
 from holdfast.doubts.gallery.item import Item
 from holdfast.doubts.gallery.small_networks import digit_network, trained_on_digits
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
-from holdfast.core.through import through
+from holdfast.core.gradients import through
 from holdfast.doubts.gallery.item import Item
 from holdfast.doubts.gallery.small_networks import trained_on_digits
 

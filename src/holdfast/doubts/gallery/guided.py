@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
-from holdfast.core.through import instead, through
+from holdfast.core.gradients import instead, through
 from holdfast.doubts.gallery.item import EPS, Item
 from holdfast.doubts.gallery.small_networks import trained_on_digits
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.through import through
-from holdfast.corruptions.jpeg import jpeg_compression
+from holdfast.core.gradients import through
+from holdfast.corruptions.digital import jpeg_compression
 from holdfast.doubts.gallery.item import Item
 from holdfast.doubts.gallery.small_networks import digit_network, trained_on_digits
 

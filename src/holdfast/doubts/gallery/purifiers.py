@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
-from holdfast.core.through import instead, through
+from holdfast.core.gradients import instead, through
 from holdfast.doubts.gallery.item import Item
-from holdfast.generators.diffusion import Diffusion, noised
+from holdfast.generators.networks import Diffusion, noised
 from holdfast.generators.opening import bundled_generators, load
 from holdfast.io.models.models import open_model
 

@@ -1,25 +1,143 @@
-"""Mahalanobis distance to the nearest class mean, on logits, on the features of an inner layer, or on inputs.
+"""The interface of stateless detectors, and the Mahalanobis distance to the nearest class mean."""
 
-Lee, Lee, Lee & Shin, "A simple unified framework for detecting out-of-distribution samples and adversarial attacks",
-NeurIPS 2018, arXiv:1807.03888.
-Differs from the paper: one layer is used, and inputs are not preprocessed by a gradient step, so that no further pass
-is needed. The covariance is shrunk towards a multiple of the identity, as features may be linearly dependent. Inputs
-that are images are averaged over the cells of a grid. They are far from the means if cells change that are nearly equal
-in benign images, such as the background of digits, which coarse patterns change (`patterns.py`).
-"""
-
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.errors import UsageError
-from holdfast.core.types import Fraction, Labels, PerExample
-from holdfast.guard.detectors.detector_protocol import Need, Observation
+from holdfast.core.types import Fraction, Inputs, Labels, Logits, PerExample
 from holdfast.guard.detectors.fingerprints import grid_of
+
+Need = Literal["network", "features", "fit"]
+"""what a detector needs besides inputs and logits: calls of the network, features, or parameters that are fitted"""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Inputs of a classifier with its outputs, as detectors receive them."""
+
+    x: Inputs
+    """inputs (n, *features) of the network"""
+    logits: Logits
+    """outputs of the network (n, classes); log probabilities are logits too"""
+    features: Tensor | None = None
+    """activations of an inner layer (n, d), for detectors that need them"""
+    network: Callable[[Tensor], Tensor] | None = None
+    """function from inputs to logits, for detectors that need further forward passes"""
+
+
+class Detector(Protocol):
+    """Protocol of a stateless detector: a frozen dataclass that maps inputs and outputs to one score for each input.
+
+    Its fields are the settings of its rule in a guard.yaml, except those with the metadata `{"written": False}`: `low`
+    and `high`, which the guard sets to the valid range of the inputs, and the parameters of a `Fitted` detector.
+    """
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What the detector needs besides inputs and logits."""
+
+    def __call__(self, seen: Observation) -> PerExample:
+        """Return the scores (n,), larger for more suspicious inputs."""
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """Protocol of a detector with parameters that are estimated from clean examples. They are float32 tensors in fields
+    with the metadata `{"written": False}`, which a calibration stores.
+    """
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the parameters have been estimated."""
+
+    def fit(self, seen: Observation, y: Labels) -> "Fitted":
+        """Return the detector with parameters that are estimated from clean examples with labels (n,)."""
+
+
+_SHOWN = 12
+"""number of names that a message lists"""
+
+
+@contextmanager
+def features_of(
+    network: nn.Module | Callable[[Tensor], Tensor], layer: str
+) -> Iterator[Callable[[], Tensor]]:
+    """Context manager that yields a function which returns the outputs of a layer (n, d) in all calls of the network
+    since its last call. Images of features are averaged over their pixels, as in the paper of the Mahalanobis detector.
+
+    `layer` is the name of a module, as in `layer4` or `0.2`. Raises `UsageError` if the network has no such module.
+
+    >>> net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    >>> with features_of(net, "0") as taken:
+    ...     _ = net(torch.zeros(4, 3))
+    ...     taken().shape
+    torch.Size([4, 5])
+    """
+    modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+    if not layer or layer not in modules:
+        names = [name for name in modules if name]
+        known = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+        raise UsageError(f"the network has no layer {layer!r}; it has {known or 'none, as it is a function'}")
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: object) -> None:
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            raise UsageError(
+                f"the layer {layer} returns {type(output).__name__}; name one that returns (n, d, …)"
+            )
+        outputs.append(output.flatten(2).mean(2) if output.dim() > 2 else output)
+
+    def taken() -> Tensor:
+        parts = torch.cat(outputs)
+        outputs.clear()
+        return parts
+
+    hook = modules[layer].register_forward_hook(keep)
+    try:
+        yield taken
+    finally:
+        hook.remove()
+
+
+def layer_before_last_linear(net: object) -> str | None:
+    """Return the name of the layer without parts that precedes the last linear layer; None if there is none."""
+    if not isinstance(net, nn.Module):
+        return None
+    leaves = [(name, module) for name, module in net.named_modules() if name and not list(module.children())]
+    linear = [place for place, (_, module) in enumerate(leaves) if isinstance(module, nn.Linear)]
+    return leaves[linear[-1] - 1][0] if linear and linear[-1] else None
+
+
+class LastFeatures:
+    """Function that returns the outputs of a layer (n, …) in the last call of a network by the same thread, which it
+    forgets; None if there was none, if they are no tensor, or if there is no such layer. Copies of the network share
+    it.
+    """
+
+    def __init__(self, network: object, layer: str | None) -> None:
+        self._last = threading.local()
+        modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+        if layer is not None and layer in modules:
+            modules[layer].register_forward_hook(self._keep)
+
+    def __deepcopy__(self, memo: object) -> "LastFeatures":
+        return self
+
+    def _keep(self, module: nn.Module, inputs: object, output: object) -> None:
+        self._last.output = output
+
+    def __call__(self) -> Tensor | None:
+        output, self._last.output = getattr(self._last, "output", None), None
+        return output if isinstance(output, Tensor) and output.dim() > 1 else None
+
 
 _CELLS = 200  # largest number of cells of an image, as in the query detector
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
 
-from holdfast.guard.detectors.query_clusters import (
+from holdfast.guard.detectors.queries import (
     Account,
     Fail,
     Health,

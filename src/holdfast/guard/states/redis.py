@@ -16,7 +16,7 @@ from typing import Any
 
 from holdfast.core.errors import UsageError
 from holdfast.core.remedies import Install
-from holdfast.guard.detectors.query_clusters import (
+from holdfast.guard.detectors.queries import (
     Account,
     Fail,
     Health,
@@ -26,9 +26,7 @@ from holdfast.guard.detectors.query_clusters import (
     SteadyClock,
     Wanted,
 )
-from holdfast.guard.states.packing import sketch_bytes, sketches_from
-from holdfast.guard.states.reachability import Reachability
-from holdfast.guard.states.spending import Charge, Grant
+from holdfast.guard.states.spending import Charge, Grant, Reachability, sketch_bytes, sketches_from
 
 _ATTEMPT_S = 0.25  # of a call, because a request waits for it
 _RETRY_S = 1.0

@@ -1,11 +1,80 @@
-"""Rates and query budgets of principals: token buckets, and the protocol of a state that stores them."""
+"""Rates and query budgets of principals, and what all states share."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from holdfast.core.errors import UsageError
-from holdfast.guard.detectors.query_clusters import QueryState
+from holdfast.guard.detectors.fingerprints import Floats
+from holdfast.guard.detectors.queries import Fail, Health, QueryState
+
+
+def sketch_bytes(sketch: Floats) -> bytes:
+    """Return a sketch as bytes, in half precision, whose error is far below the radius."""
+    return sketch.astype("<f2").tobytes()
+
+
+def sketches_from(contents: Sequence[bytes]) -> Floats:
+    """Return the sketches (n, 64) that `sketch_bytes` converted to bytes. They are converted together, which is faster
+    than one by one.
+    """
+    width = len(contents[0]) // 2 if contents else 0
+    return np.frombuffer(b"".join(contents), "<f2").astype(np.float32).reshape(len(contents), width)
+
+
+_log = logging.getLogger("holdfast.server")
+
+
+class Reachability:
+    """Record of whether a shared state can be reached. A loss and a return are reported once each, as log records.
+
+    After a loss, an attempt is made at most once in each `retry_s` seconds, so that requests do not wait for a server
+    that is away.
+    """
+
+    def __init__(
+        self, name: str, fail: Fail, retry_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.health = Health()
+        self._name, self._fail, self._retry_s, self._clock = name, fail, retry_s, clock
+        self._again, self._lost_s = -float("inf"), 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the state is lost and the time of the next attempt has not come."""
+        return not self.health.reachable and self._clock() < self._again
+
+    def lost(self, error: Exception) -> None:
+        """Record that the state could not be reached."""
+        now = self._clock()
+        self._again = now + self._retry_s
+        if self.health.reachable:
+            self._lost_s = now
+            what = (
+                "requests are answered without it"
+                if self._fail == "open"
+                else "requests that need it are refused"
+            )
+            _log.error("The %s is lost; %s until it returns: %s", self._name, what, error)
+            self.health = replace(self.health, reachable=False, losses=self.health.losses + 1)
+        self.health = replace(self.health, error=f"{type(error).__name__}: {error}")
+
+    def reached(self) -> None:
+        """Record that the state was reached."""
+        if not self.health.reachable:
+            _log.info("The %s has returned after %.1f s", self._name, self._clock() - self._lost_s)
+            self.health = replace(self.health, reachable=True)
+
+    def emptied(self) -> None:
+        """Record that the content of the state was removed or replaced, so that earlier queries are forgotten."""
+        _log.error(
+            "The %s was emptied or replaced; earlier queries and used budgets are forgotten", self._name
+        )
+        self.health = replace(self.health, emptied=self.health.emptied + 1)
 
 
 @dataclass(frozen=True)

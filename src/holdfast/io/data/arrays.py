@@ -21,16 +21,13 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
-from holdfast.io.data.class_numbers import Numbered
-from holdfast.io.data.column_matching import in_order_of_first
-from holdfast.io.data.columns import EXACT, inexact
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.labels import class_labels, refuse_swapped
-from holdfast.io.data.layouts import LayoutReading, reading_of
-from holdfast.io.models.declarations import NORMALISED_DATA
-from holdfast.io.remote.probing import ProbedClassifier
-from holdfast.io.remote.value_ranges import (
+from holdfast.io.data.columns import EXACT, in_order_of_first, inexact
+from holdfast.io.data.labels import Numbered, class_labels, refuse_swapped
+from holdfast.io.data.layouts import Expected, LayoutReading, reading_of
+from holdfast.io.files import NORMALISED_DATA
+from holdfast.io.remote.probing import (
     BYTES,
+    ProbedClassifier,
     as_in_training,
     before_normalisation,
     extremes,
@@ -39,7 +36,7 @@ from holdfast.io.remote.value_ranges import (
 )
 
 if TYPE_CHECKING:
-    from holdfast.io.data.example_groups import Groups
+    from holdfast.io.data.labels import Groups
     from holdfast.threats.text_edits import TextEdits
 
 _CHUNK = 1 << 22
@@ -364,7 +361,7 @@ def _rule_notes(x: Array, expected: Expected, ids: NDArray[np.int64], name: str)
     """Return notes about rows of a table that has rules, and an empty tuple for other inputs."""
     if expected.rules is None:
         return ()
-    from holdfast.io.data.table_rows import notes_of_rules  # late: few inputs have rules
+    from holdfast.io.data.columns import notes_of_rules  # late: few inputs have rules
 
     return notes_of_rules(expected.rules, x, ids, name)
 

@@ -1,13 +1,8 @@
-"""Determines the layout of input arrays, such as channels first: the declared layout, or else the only one that the
-network accepts.
-
-Inside Holdfast the channels of images come first. A `LayoutReading` defines how the axes of a stored array are
-converted to those of the inputs, and which layout the network receives.
-"""
+"""Layout and ranges of input arrays: what is declared, and what the values themselves show."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds
+from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Remedy
-from holdfast.core.types import Layout, Logits
-from holdfast.io.models.declarations import LAYOUT
+from holdfast.core.types import Inputs, Layout, Logits
+from holdfast.core.units import Units
+from holdfast.io.files import LAYOUT
 from holdfast.io.remote.probing import HWC_NOTE, ProbedClassifier
+
+if TYPE_CHECKING:
+    from holdfast.threats.tables.rules import Rules
+    from holdfast.threats.text_edits import TextEdits
 
 CHANNELS = (1, 3, 4)
 """Sizes of an axis that may be the channels: grey, colour, colour with transparency."""
@@ -276,3 +278,167 @@ def _ambiguous(
 def _declared(reading: LayoutReading, shape: Sequence[int]) -> Layout:
     """Return the layout that declares an interpretation: `asis` if the axes do not change."""
     return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored
+
+
+ClassOrder = Literal["lexical", "numeric"]
+"""Order in which class folders and string labels are numbered if no class names are declared."""
+
+
+@dataclass(frozen=True)
+class FirstTable:
+    """The data set of a run that was opened first, by whose names of columns those of others are matched."""
+
+    name: str
+    columns: tuple[str, ...] | None
+    """features in the order of the inputs, or their positions without names; None if the data are no table"""
+    named: bool
+    """whether `columns` are names"""
+
+    @property
+    def has(self) -> str:
+        """The beginning of a message about its columns."""
+        return f"the first table, {self.name}, has"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Declared properties of a data set, and the model that will be called with it. A property is None if it is
+    unknown.
+    """
+
+    bounds: Bounds = Bounds()
+    """valid range; floats outside it are rejected, and it determines how bytes are scaled"""
+    classes: int | None = None
+    """number of classes; labels that are not below it are rejected"""
+    class_names: tuple[str, ...] | None = None
+    """names of the model's outputs, in their order"""
+    class_labels: tuple[int, ...] | None = None
+    """labels of the model's outputs, in their order, if they are integers other than 0, 1, 2, …"""
+    feature_names: tuple[str, ...] | None = None
+    """names of the columns of the table that the model was fitted on, in their order"""
+    names_declared: bool = False
+    """whether the user declared the class names; False if they come from the model's file"""
+    class_order: ClassOrder | None = None
+    layout: Layout | None = None
+    """layout of the stored arrays"""
+    normalised: Normalisation | None = None
+    """normalisation of the stored values; it is undone when they are read"""
+    units: Units | None = None
+    """units in which inputs are measured when they are read; `bounds` are in these units"""
+    probe: ProbedClassifier | None = None
+    """model whose accepted input shapes and number of classes are determined by calling it"""
+    lenient: bool = False
+    """whether values outside the bounds and labels outside the classes are accepted"""
+    accepts_missing: bool = False
+    """whether missing values are accepted without a test of the model"""
+    checks_labels: bool = True
+    """whether labels are checked; False if they are not used"""
+    needs_labels: bool = True
+    """whether data without labels are refused; otherwise their labels are `UNLABELLED`"""
+    groups: str | None = None
+    """column of a table, or array of an `.npz` file, that states the group of each example"""
+    needs_groups: bool = True
+    """whether data without this column or array are refused; False if their groups are not used"""
+    words: tuple[str, ...] | None = ()
+    """columns of a table that are read as strings, and are no numeric features; None for all columns"""
+    rules: "Rules | None" = None
+    """rules of the table whose rows are the inputs; None for other inputs"""
+    first: FirstTable | None = None
+    """data set whose columns those of a table are matched with; None for the first of a run"""
+    has_threat: bool = True
+    """whether the verb has a threat model, which may have rules of a table or be on texts"""
+    edits: "TextEdits | None" = None
+    """constraint on texts, if the inputs are texts; None for numbers"""
+
+    @property
+    def bounds_of_values(self) -> Bounds:
+        """Valid range of the stored values."""
+        return self.bounds if self.units is None else self.units.values
+
+    @property
+    def column_names(self) -> tuple[str, ...] | None:
+        """Names of the columns of the first table or, without one, of those that the model was fitted on."""
+        return self.first.columns if self.first is not None and self.first.named else self.feature_names
+
+    @property
+    def column_source(self) -> str:
+        """The source of `column_names`, as the beginning of a message."""
+        named = self.first is not None and self.first.named
+        return self.first.has if self.first is not None and named else "the model was fitted on"
+
+    @property
+    def any_label(self) -> bool:
+        """Whether labels outside the classes of the model are accepted."""
+        return self.lenient or not self.checks_labels
+
+    @property
+    def remote(self) -> bool:
+        """Whether the model that will be called with the data is behind a server."""
+        return self.probe is not None and self.probe.model.remote
+
+
+_LEAST_WIDTH, _MOST_SHIFT = 0.55, 1 / 3
+"""width of a range, and shift of its middle, relative to the wider one, beyond which the units are probably others"""
+_USUAL = ((0.0, 1.0), (-1.0, 1.0), (-0.5, 0.5), (0.0, 255.0))
+_NEAR = 0.05  # distance of the ends from those of a usual range, relative to its width
+_ENDS = (0.01, 0.99)  # quantiles of the values of rows, in which single values may be far away
+_VALUES = 1_000_000  # of which quantiles are computed
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The ranges of the values of two sets of examples."""
+
+    own: tuple[float, float]
+    first: tuple[float, float]
+    """range of the examples with which the others are compared"""
+
+    @classmethod
+    def of(cls, x: Inputs, first: Inputs) -> "Ranges":
+        """Return the ranges of inputs (n, *features): those of all values, and for rows those of 98 % of them."""
+        return cls(_range(x), _range(first))
+
+    @property
+    def differ(self) -> bool:
+        """Whether one range is twice as wide as the other, or shifted by a third of it. A single value inside the range
+        of the first examples is none: the inputs are constant.
+        """
+        (low, high), (first_low, first_high) = self.own, self.first
+        width, first_width = high - low, first_high - first_low
+        largest, shift = max(width, first_width), abs(low + high - first_low - first_high) / 2
+        if width == 0 and first_low <= low <= first_high:
+            return False
+        return min(width, first_width) <= _LEAST_WIDTH * largest or shift >= _MOST_SHIFT * largest
+
+    @property
+    def may_be_poor(self) -> bool:
+        """Whether the range lies inside that of the first examples and is not a usual one, so that a generator may be
+        poor instead of having other units.
+        """
+        low, high = self.own
+        is_usual = any(
+            max(abs(low - usual), abs(high - other)) <= _NEAR * (other - usual) for usual, other in _USUAL
+        )
+        return self.first[0] <= low and high <= self.first[1] and not is_usual
+
+    def sentence(self, subject: str, first: str) -> str:
+        """Return a sentence with both ranges, whose subjects include the verb."""
+        (low, high), (first_low, first_high) = self.own, self.first
+        return (
+            f"{subject} values from {low:.4g} to {high:.4g}, and {first} values from {first_low:.4g} to "
+            f"{first_high:.4g}"
+        )
+
+    def refuse(self, subject: str, first: str) -> None:
+        """Raise `UsageError` if the ranges differ."""
+        if self.differ:
+            raise UsageError(f"{self.sentence(subject, first)}; write both in the same range")
+
+
+def _range(x: Inputs) -> tuple[float, float]:
+    values = x.nan_to_num().flatten()
+    if x.dim() > 2:
+        return float(values.min()), float(values.max())
+    some = values[:: -(-len(values) // _VALUES)].double()
+    low, high = torch.quantile(some, some.new_tensor(_ENDS)).tolist()
+    return low, high

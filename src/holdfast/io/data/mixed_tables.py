@@ -15,7 +15,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.core.types import Mask
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words, as_numbers
-from holdfast.io.data.expected import Expected
+from holdfast.io.data.layouts import Expected
 from holdfast.io.data.tables import read_table
 from holdfast.io.files import names_of, similar_name
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.io.files import megabytes, names_of, opened, reason_of, similar_name
-from holdfast.io.limited.limits import MEMORY, requested_memory
+from holdfast.io.limited.limited_main import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
 """Largest total size in bytes of the arrays of one archive after decompression."""

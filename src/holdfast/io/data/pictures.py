@@ -25,17 +25,15 @@ from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Remedy
 from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
-from holdfast.io.data.class_numbers import lenient_numbers
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.layouts import GREY_NOTE
-from holdfast.io.files import existing, megabytes, opened, sha256_of_file, similar_name
+from holdfast.io.data.labels import lenient_numbers
+from holdfast.io.data.layouts import GREY_NOTE, Expected
+from holdfast.io.files import NORMALISED_DATA, existing, megabytes, opened, sha256_of_file, similar_name
 from holdfast.io.limited.calling import too_slow
-from holdfast.io.limited.limits import MEMORY, cpu_seconds, requested_memory
-from holdfast.io.models.archive import RAISE_LIMIT, read_once
-from holdfast.io.models.declarations import NORMALISED_DATA
+from holdfast.io.limited.limited_main import MEMORY, cpu_seconds, requested_memory
+from holdfast.io.models.weights import RAISE_LIMIT, read_once
 
 if TYPE_CHECKING:
-    from holdfast.io.data.example_groups import Groups
+    from holdfast.io.data.labels import Groups
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")

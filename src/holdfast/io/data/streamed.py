@@ -20,11 +20,17 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.types import Ids, Inputs, Labels
 from holdfast.io.data.arrays import Arrays, check_inputs, from_numpy
-from holdfast.io.data.class_numbers import numbered
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.labels import class_labels, whole_numbers
-from holdfast.io.data.loaders import RowsOfData, Source, index_order, options_of, unchanged
-from holdfast.io.data.memory import as_array, tensors_in
+from holdfast.io.data.labels import class_labels, numbered, whole_numbers
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import (
+    RowsOfData,
+    Source,
+    as_array,
+    index_order,
+    options_of,
+    tensors_in,
+    unchanged,
+)
 
 _CHUNK_BYTES = 1 << 22
 """Size in bytes of the inputs that are read at a time when all examples are read once."""

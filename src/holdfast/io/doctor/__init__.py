@@ -6,7 +6,7 @@ compare accuracies (another scale, another normalisation, shifted labels) report
 far more often with the alternative than with the declared one, so that a weak model does not cause findings.
 """
 
-from holdfast.io.doctor.data_checks import names_of_labels, spread_examples
+from holdfast.io.doctor.behaviour import names_of_labels, spread_examples
 from holdfast.io.doctor.examination import examine, misfit
 from holdfast.io.doctor.examined import BETTER, Checkup, Finding
 from holdfast.io.doctor.readings import FILLED, share_filled

@@ -1,27 +1,191 @@
-"""Checks of the behaviour of a model on a sample of its data: its accuracy, its outputs, whether they are repeatable,
-and its gradients.
+"""Checks of data against a model, and of the behaviour of a model, in this process or behind a server, on a
+sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.expectation import inner
+from holdfast.attacks.parts.images import inner
 from holdfast.attacks.parts.losses import margin_loss
-from holdfast.core.batch import Batch, Data
-from holdfast.core.errors import TargetError, UnclearOutput
+from holdfast.core.batch import Batch, Data, advice
+from holdfast.core.batch import remedies as more_classes_of
+from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import EVERY, Classifier, out_of_memory
 from holdfast.core.outputs import PROBABILITY, are_probabilities
-from holdfast.core.refusals import CUTS
 from holdfast.core.remedies import Remedy
-from holdfast.core.types import Logits
-from holdfast.io.doctor.data_checks import spread_examples
-from holdfast.io.doctor.examined import STEADY, Examined, Finding
-from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels
+from holdfast.core.training import CUTS
+from holdfast.core.types import Labels, Logits, Rows
+from holdfast.io.data.arrays import Arrays, ranges_of_features
+from holdfast.io.data.labels import listed
+from holdfast.io.data.pictures import Pictures
+from holdfast.io.doctor.examined import BETTER, STEADY, Examined, Finding, outputs_of, relative_change
+from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels, units
+from holdfast.io.files import LAYOUT
 from holdfast.io.models.estimators import Estimator
-from holdfast.io.remote.probing import ProbedClassifier, refused_gradient
+from holdfast.io.remote.probing import (
+    BYTES,
+    ProbedClassifier,
+    extremes,
+    outside,
+    pixel_divisor,
+    refused_gradient,
+    scaling,
+)
+from holdfast.io.remote.served_model import InspectionCounter, inspection_counter, rows_of_calls
 from holdfast.statistics.intervals import against_majority
+
+SAMPLE = 256
+"""Number of examples in the sample that the checks use."""
+_MISFITS = 16  # number of examples outside the bounds or the classes that are added to the sample
+_CHUNK = 4096  # examples that are converted at once, so that a large array is not copied as a whole
+
+
+def strange_classes(data: Data) -> Iterator[Finding]:
+    """Yield a finding if it is uncertain which class number belongs to a class name, for example if a class of the
+    model has no folder of images.
+    """
+    if isinstance(data, Pictures | Arrays) and data.objection:
+        yield Finding("classes", "problem", data.objection.message, remedies=data.objection.remedies)
+
+
+def names_of_labels(data: Data) -> tuple[str, ...] | None:
+    """Return the class names in the order of their numbers if the labels of the data are names, such as strings or
+    class folders; otherwise None.
+    """
+    named = isinstance(data, Pictures) or (isinstance(data, Arrays) and data.text_labels)
+    return data.classes if named else None
+
+
+def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
+    """Return the smallest and the largest label of all examples if the data are arrays; otherwise those of the sample
+    `batch`.
+    """
+    y = torch.from_numpy(data.y) if isinstance(data, Arrays) else batch.y
+    return int(y.min()), int(y.max())
+
+
+def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batch:
+    """Return at most `n` examples that are spread evenly over a data set, so that all classes occur even if the data
+    are sorted by class.
+
+    If `model` is given, some examples that `assess` would reject are added.
+    """
+    n = min(n, len(data))
+    misfits = [] if model is None else _misfits(data, model)
+    rows = sorted({*(k * len(data) // n for k in range(n)), *misfits})
+    pieces = [data.read(row, row + 1) for row in rows]
+    return Batch(
+        torch.cat([p.x for p in pieces]), torch.cat([p.y for p in pieces]), torch.cat([p.ids for p in pieces])
+    )
+
+
+def _misfits(data: Data, model: Classifier) -> list[int]:
+    """Return the rows of the first examples that `assess` would reject, for data in arrays.
+
+    For other data the list is empty: images are bytes in class folders, and therefore are always accepted.
+    """
+    misfits: list[int] = []
+    if isinstance(data, Arrays):
+        for start in range(0, len(data), _CHUNK):
+            batch = data.read(start, min(start + _CHUNK, len(data)))
+            misfit = outside(batch.x, model.bounds).flatten(1).any(1) | (batch.y < 0)
+            if model.classes is not None:
+                misfit |= batch.y >= model.classes
+            misfits += (start + misfit.nonzero().flatten()).tolist()
+    return misfits[:_MISFITS]
+
+
+def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:
+    """Return the inputs `x` divided by 255, or a similar divisor, if they are pixels outside the bounds of the model;
+    otherwise return them unchanged.
+
+    Without this correction, the later checks would report only effects of the wrong
+    scale.
+    """
+    divisor = pixel_divisor(*extremes(sample), sample.dim())
+    if bool(outside(sample, model.bounds).any()) and model.bounds.width <= 1 and divisor is not None:
+        return x / divisor
+    return x
+
+
+def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labels, Rows]:
+    """Return those labels that are valid class numbers of the model, and their row indices. Labels from 1 to `classes`
+    are reduced by 1.
+
+    If the range `labels` of all labels is 1 to `classes`, all labels are reduced by 1. Otherwise labels outside the
+    classes are left out; if no label is left, all are clamped to the classes.
+    """
+    if labels == (1, classes):
+        return y - 1, torch.arange(len(y), device=y.device)
+    usable = ((y >= 0) & (y < classes)).nonzero()[:, 0]
+    if not len(usable):
+        return y.clamp(0, classes - 1), torch.arange(len(y), device=y.device)
+    return y[usable], usable
+
+
+def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
+    """Yield a finding on whether input values are inside the bounds of the model, and not in an unexpectedly small part
+    of them.
+    """
+    low, high = extremes(x)
+    text = f"inputs range from {low:.4g} to {high:.4g}"
+    if bool(outside(x, model.bounds).any()):
+        if isinstance(data, Arrays) and data.pixels is not None:
+            way_out, remedies = data.pixels.advice(high)
+        elif isinstance(data, Arrays) and data.x.ndim == 2 and data.units is None:
+            way_out, remedies = scaling(x)
+            remedies = (*remedies, ranges_of_features(data))
+        elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
+            way_out, remedies = "divide them by 255", (BYTES,)
+        else:
+            way_out, remedies = scaling(x)
+        yield Finding("range", "problem", f"{text}, outside the bounds", way_out, remedies=remedies)
+    elif model.bounds.width >= 100 and high <= 1.0:
+        reach = float(model.bounds.like(x)[1].max())
+        yield Finding(
+            "range",
+            "problem",
+            f"{text}, but the upper bound is {reach:g}",
+            remedies=(Remedy("bounds", (0, 1)),),
+        )
+    else:
+        yield Finding("range", "good", f"{text}, inside the bounds")
+
+
+def without_estimates(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return findings in which the value range has no advice of its own if there is one on the normalisation: the
+    latter is measured, and the former, an estimate from the values alone, may contradict it.
+    """
+    listed = tuple(findings)
+    if not any(finding.check == "normalisation" for finding in listed):
+        return listed
+    return tuple(
+        replace(finding, advice="see the normalisation below", remedies=())
+        if (finding.check, finding.level) == ("range", "problem")
+        else finding
+        for finding in listed
+    )
+
+
+def labels_outside(
+    lowest: int, highest: int, classes: int, *, remote: bool, class_labels: tuple[int, ...] | None = None
+) -> Iterator[Finding]:
+    """Yield a finding if the lowest or the highest label is not a class number of the model. `class_labels` are the
+    labels in the data for which the numbers stand, if they are others.
+    """
+    if (lowest < 0 or highest >= classes) and class_labels is not None:
+        text = f"there are labels outside the classes of the model, which are {listed(list(map(str, class_labels)))}"
+        yield Finding("labels", "problem", text, "give the labels that the model was fitted on")
+    elif lowest < 0 or highest >= classes:
+        text = f"labels range from {lowest} to {highest}, but the model has classes 0 to {classes - 1}"
+        from_one = (lowest, highest) == (1, classes)
+        way_out = "they seem to start at 1: subtract 1" if from_one else advice(lowest, highest, classes)
+        more_classes = more_classes_of(lowest, highest, classes, remote=remote)
+        yield Finding("labels", "problem", text, way_out, remedies=more_classes)
+
 
 _EXAMPLES = 64
 _ROWS = 8
@@ -242,3 +406,152 @@ def _gradient(model: Classifier, batch: Batch) -> Tensor | None:
         return None
     grad: Tensor | None = torch.autograd.grad(margin_loss(logits, batch).sum(), x, allow_unused=True)[0]
     return grad
+
+
+_ASKED = 20
+"""Number of examples that are sent if the server accepts any number of rows."""
+
+
+def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
+    """Run the checks of `holdfast doctor` on a model behind a server, and return their findings. The last one states
+    how many inputs were sent.
+
+    Raises `TargetError` if the model can be run on the data neither in this layout nor with the channels last.
+    """
+    server = inspection_counter(model)
+    assert server is not None
+    findings = without_estimates(_findings(model, data, server))
+    if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
+        findings = tuple(finding for finding in findings if finding.check != "labels")
+    text = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
+    return (*findings, Finding("rows sent", "good", text))
+
+
+def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Iterator[Finding]:
+    yield from strange_classes(data)
+    sample = spread_examples(data, SAMPLE, model)
+    yield from range_of_values(model, sample.x, data)
+    yield from batch_sizes(model)
+    n_first, n_again = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
+    if not n_first:
+        text = "the model was not checked: all rows were needed to determine the layout of the data"
+        yield Finding(
+            "model",
+            "warning",
+            text,
+            remedies=(LAYOUT,),
+        )
+        return
+    batch = spread_examples(data, n_first)
+    batch = batch.at(moved_inside(model, batch.x, sample.x))
+    try:
+        logits = outputs_of(model, batch.x)
+    except UnclearOutput as error:
+        yield unclear_output(error)
+    except TargetLost:
+        raise
+    except TargetError:
+        if not _takes_channels_last(model, batch.x, server):
+            raise
+        shape = tuple(batch.x.shape[1:])
+        text = f"the model refuses inputs of shape {shape}, but accepts them with the channels last"
+        way_out = "write $x_last in the template of the requests, which puts the channels last"
+        yield Finding("layout", "problem", text, way_out)
+    else:
+        ends, names = range_of_labels(data, sample), names_of_labels(data)
+        yield from _response_findings(model, batch, logits, ends, n_again, server, names)
+
+
+def _response_findings(
+    model: Classifier,
+    batch: Batch,
+    logits: Tensor,
+    ends: tuple[int, int],
+    again: int,
+    server: InspectionCounter,
+    names: tuple[str, ...] | None,
+) -> Iterator[Finding]:
+    """Yield the findings about the first responses. The first `again` examples are sent once more. `names` are the
+    class names if the labels of the data are names.
+    """
+    classes = logits.shape[1] - model.rejects
+    yield from labels_outside(*ends, classes, remote=True)
+    moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
+    y, rows = known_labels(batch.y, classes, ends)
+    labelled = Batch(batch.x[rows], y, batch.ids[rows])
+    examined = Examined(
+        model,
+        labelled,
+        (),
+        logits[rows],
+        len(rows),
+        left=lambda: server.remaining,
+        moved_by=moved,
+        names=names,
+    )
+    off = tuple(label_findings(examined))
+    yield from (*outputs(examined), *off, *accuracy_of(examined))
+    explained = any(examined.accuracy + (finding.gain or 0.0) >= 1 - BETTER for finding in off)
+    if not explained:
+        yield from units(examined)
+    if examined.untried:
+        n = len(examined.untried)
+        yield Finding(
+            "readings",
+            "warning",
+            f"{n} other {'reading' if n == 1 else 'readings'} of the data (scale, normalisation) "
+            f"{'was' if n == 1 else 'were'} not tried: doctor sends at most {server.most} rows to a server",
+            "compare with how the server's other clients scale and normalise their inputs",
+        )
+    yield unsteady
+    yield from gradient_findings(examined)
+
+
+def _takes_channels_last(model: Classifier, x: Tensor, server: InspectionCounter) -> bool:
+    """Return whether the server accepts images with the channels last; False if too few rows are left for a test."""
+    images = x[:2]
+    if images.dim() != 4 or max(len(images), _size(model)) > server.remaining:
+        return False
+    try:
+        outputs_of(model, images.permute(0, 2, 3, 1).contiguous())
+    except TargetError:
+        return False
+    return True
+
+
+def _moved(model: Classifier, x: Tensor, logits: Tensor, server: InspectionCounter) -> tuple[float, Finding]:
+    """Return the largest change of outputs when `x` is sent in reverse order, relative to the largest output, and a
+    finding.
+    """
+    if not len(x):
+        description = (
+            f"not checked: another batch would exceed the {server.most} rows that doctor sends at most"
+        )
+        return 0.0, Finding("steadiness", "warning", description)
+    reversed_change = relative_change(outputs_of(model, x.flip(0)).flip(0), logits)
+    if reversed_change <= STEADY:
+        description = f"the same inputs get the same outputs, in any order (on {len(x)} examples)"
+        return reversed_change, Finding("steadiness", "good", description)
+    fits = server.remaining // _size(model) * _size(model) >= len(x)
+    # NaN, with which both comparisons are false, if too few rows are left for the test
+    repeated_change = relative_change(outputs_of(model, x), logits) if fits else torch.nan
+    if repeated_change > STEADY:
+        return repeated_change, Finding(
+            "randomness",
+            "warning",
+            f"two calls on the same inputs differ by {repeated_change:.2g} of the largest logit",
+            "if this is not a defence, dropout may be active; a run judges each input by a vote over 41 rows",
+        )
+    text = "outputs depend on the other inputs in the batch, or differ from call to call"
+    if repeated_change <= STEADY:
+        text = "outputs depend on the other inputs in the batch"
+    return reversed_change, Finding(
+        "state",
+        "problem",
+        f"{text} (by {reversed_change:.2g} of the largest logit)",
+        "check whether batch norm uses batch statistics, or the model stores a state between calls",
+    )
+
+
+def _size(model: Classifier) -> int:
+    return 1 if model.batches is None else model.batches.size

@@ -4,35 +4,33 @@ assessment.
 
 from collections.abc import Callable, Iterator
 
-from holdfast.attacks.parts.prepare import in_training
+from holdfast.attacks.parts.fast_networks import in_training
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
 from holdfast.core.model import IN_PLACE, Classifier, fitted
 from holdfast.core.pieces import Room, batch_size_for, in_room
 from holdfast.io.doctor.behaviour import (
+    SAMPLE,
     accuracy_of,
     batch_sizes,
+    examine_served,
     gradient_findings,
-    label_findings,
-    outputs,
-    steadiness_findings,
-    unclear_output,
-)
-from holdfast.io.doctor.data_checks import (
-    SAMPLE,
     known_labels,
+    label_findings,
     labels_outside,
     moved_inside,
     names_of_labels,
+    outputs,
     range_of_labels,
     range_of_values,
     spread_examples,
+    steadiness_findings,
     strange_classes,
+    unclear_output,
     without_estimates,
 )
 from holdfast.io.doctor.examined import Examined, Finding, outputs_in_batches, outputs_of
 from holdfast.io.doctor.readings import class_orders, labels_from_one, layouts, units
-from holdfast.io.doctor.served_checks import examine_served
 from holdfast.io.remote.probing import settle_output, settle_predictions
 
 

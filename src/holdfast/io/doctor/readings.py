@@ -14,9 +14,9 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Logits
-from holdfast.io.data.class_numbers import listed
+from holdfast.io.data.labels import listed
 from holdfast.io.doctor.examined import BETTER, MORE, Examined, Finding, Level, share_right
-from holdfast.io.remote.value_ranges import BYTES, NORMALISATIONS, extremes, outside, range_of_training
+from holdfast.io.remote.probing import BYTES, NORMALISATIONS, extremes, outside, range_of_training
 from holdfast.statistics.intervals import against_majority
 
 FILLED = 0.1

@@ -21,8 +21,18 @@ from holdfast.core.errors import (
     failure_from_json,
 )
 from holdfast.io.files import megabytes
-from holdfast.io.limited.limited_main import ANSWER, NO_SPACE, NOT_STARTED, REQUEST, answers_of
-from holdfast.io.limited.limits import MEMORY, SECONDS, WALL_FACTOR, Limits, cpu_seconds
+from holdfast.io.limited.limited_main import (
+    ANSWER,
+    MEMORY,
+    NO_SPACE,
+    NOT_STARTED,
+    REQUEST,
+    SECONDS,
+    WALL_FACTOR,
+    Limits,
+    answers_of,
+    cpu_seconds,
+)
 
 _ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
 _PACKAGE = Path(__file__).resolve().parents[2]

@@ -33,7 +33,7 @@ from holdfast.io.data.columns import (
     side_by_side,
 )
 from holdfast.io.files import megabytes, opened, reason_of
-from holdfast.io.limited.limits import MEMORY, requested_memory
+from holdfast.io.limited.limited_main import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
 """Largest number of bytes of a text table after decompression."""

@@ -14,12 +14,10 @@ from torch import nn
 from holdfast.core.catalogue import GENERATOR_RECIPES
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
-from holdfast.io.models.adapted import Adapted
-from holdfast.io.models.estimators import Estimator, Predictor, adapted_estimator
+from holdfast.io.models.estimators import Adapted, Estimator, Predictor, adapted_estimator
 from holdfast.io.models.keras_models import KerasNet, adapted_keras
-from holdfast.io.models.lightgbm_models import adapted_lightgbm
 from holdfast.io.models.object_digest import digest_of_object
-from holdfast.io.models.trees import adapted_booster
+from holdfast.io.models.trees import adapted_booster, adapted_lightgbm
 
 
 def accepted(model: object) -> bool:

@@ -1,27 +1,227 @@
-"""Small network architectures that a weights file may refer to by name. They are built from integer settings, so a file
-needs no code.
+"""Network architectures that a weights file may refer to by name, and their special layers."""
 
-A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (one of these names),
-`arguments` (its settings), `denoiser` (the sizes of a denoiser in front of it, if there is one), `int8` (the names of
-layers of 8-bit integers, if there are any), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the
-digest of the training that produced the weights). Inputs are normalised by `mean` and `std` before they reach these
-networks.
-"""
-
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from types import MappingProxyType
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.io.models.lipschitz_layers import (
-    AOLConv2d,
-    AOLLinear,
-    CayleyConv2d,
-    CayleyLinear,
-    MaxMin,
-    SLLConv2d,
-    Widened,
-)
+from holdfast.attacks.parts.losses import leeway
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.gradients import instead
+from holdfast.core.model import Classifier
+from holdfast.core.training import exactly
+from holdfast.core.types import Inputs, Logits, PerExample
+
+_GUARD = 1e-6  # added to divisors, so that a row of zeros stays zero and has a finite gradient
+_REACH = 8.0  # limit of the logarithms of SLL's weights, so that their ratios stay within float32
+_SLACK = 1e-4  # relative reduction of a radius: a hundred layers with gains of up to 1 + 1e-6
+
+
+def overlaps(kernel: Tensor) -> Tensor:
+    """Return for each pair of output channels of a convolution kernel (out, in, k, k) the sum of the absolute
+    correlations between their filters, over all shifts.
+
+    `k` must be odd. The diagonal matrix of the row sums is an upper bound of the convolution times its transpose, for
+    every image size. The same holds for the matrix with its columns multiplied by positive numbers and its rows divided
+    by them.
+    """
+    with exactly(kernel):
+        sums: Tensor = F.conv2d(kernel, kernel, padding=kernel.shape[2] - 1).abs().sum((2, 3))
+    return sums
+
+
+def almost_orthogonal(kernel: Tensor) -> Tensor:
+    """Return a convolution kernel, rescaled by input or output channel so that the Lipschitz constant of its
+    convolution is at most one.
+    """
+    if kernel.shape[0] <= kernel.shape[1]:
+        return kernel * torch.rsqrt(overlaps(kernel).sum(1) + _GUARD).view(-1, 1, 1, 1)
+    return kernel * torch.rsqrt(overlaps(kernel.transpose(0, 1)).sum(1) + _GUARD).view(1, -1, 1, 1)
+
+
+class AOLConv2d(nn.Module):
+    """Convolution with an odd kernel size that is rescaled to a Lipschitz constant of at most one (AOL,
+    almost-orthogonal layer).
+    """
+
+    def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.dirac_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature maps (n, width, h, w) for inputs (n, channels, h, w)."""
+        return F.conv2d(x, almost_orthogonal(self.weight), self.bias, padding=self.weight.shape[2] // 2)
+
+
+class AOLLinear(nn.Module):
+    """Linear layer that is rescaled to a Lipschitz constant of at most one (AOL, almost-orthogonal layer)."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, features))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.orthogonal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (n, width) for inputs (n, features)."""
+        kernel = almost_orthogonal(self.weight[:, :, None, None])
+        return F.linear(x, kernel[:, :, 0, 0], self.bias)
+
+
+class SLLConv2d(nn.Module):
+    """Residual convolution with a Lipschitz constant of at most one (SLL, SDP-based Lipschitz layer): the input minus
+    the output of a hidden layer whose two matrices share weights.
+    """
+
+    def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_normal_(self.weight)
+
+    @property
+    def ratios(self) -> Tensor:
+        """Weights (width) of the hidden units, of which only the ratios matter."""
+        return self.scale.clamp(-_REACH, _REACH).exp()
+
+    def heights(self) -> Tensor:
+        """Return the divisors (width) of the hidden units, with which the Lipschitz constant is at most one."""
+        q = self.ratios
+        with exactly(self.weight):
+            return overlaps(self.weight) @ q / q + _GUARD
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature maps for inputs (n, channels, h, w), in the same shape."""
+        kernel, half = self.weight, self.weight.shape[2] // 2
+        heights = self.heights()
+        hidden = F.relu(F.conv2d(x, kernel, self.bias, padding=half))
+        output = F.conv_transpose2d(hidden / heights.view(1, -1, 1, 1), kernel, padding=half)
+        return x - 2 * output
+
+
+class MaxMin(nn.Module):
+    """Activation that replaces each pair of channels by their maximum and minimum, which preserves the norm of
+    gradients.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maximum and the minimum of each pair of channels, in the shape of the input. A channel without a
+        partner is unchanged.
+        """
+        half = x.shape[1] // 2
+        first, second, unpaired = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+        return torch.cat((torch.maximum(first, second), torch.minimum(first, second), unpaired), 1)
+
+
+class Widened(nn.Module):
+    """Layer that adds channels of zeros up to a given number of channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input with channels of zeros added, in shape (n, width, …)."""
+        return F.pad(x, (0, 0, 0, 0, 0, self.width - x.shape[1]))
+
+
+def input_constant(model: Classifier) -> float:
+    """Return the Lipschitz constant of the input normalisation of a classifier, which is one divided by its smallest
+    standard deviation.
+    """
+    return 1.0 if model.std is None else 1.0 / float(model.std.min())
+
+
+def certified_radius(logits: Logits, *, constant: float = 1.0) -> PerExample:
+    """Return for each input the certified Euclidean radius within which the prediction cannot change, rounded down. It
+    is 0 for a tie between classes.
+
+    `constant` is a Lipschitz constant of the logits: one for a network of these layers, times the `input_constant` of
+    its classifier. The difference of two logits then has the Lipschitz constant `sqrt(2) * constant`.
+    """
+    first, second = logits.double().topk(2, dim=1).values.unbind(1)
+    lead = first - second - 2 * leeway(logits).double()  # rounding of the logits themselves
+    radius = (lead * (1 - _SLACK) / (math.sqrt(2) * constant)).clamp_min(0)
+    rounded = radius.to(logits.dtype)
+    too_large = rounded.double() > radius
+    return torch.where(too_large, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Convert matrices (…, m, n) to matrices of the same shape with orthonormal columns, or rows if m < n. A zero
+    matrix gives the identity.
+
+    The inverse always exists and its norm is at most one: the matrix is the sum of the identity, a skew-symmetric and a
+    positive semi-definite matrix.
+    """
+    m, n = matrix.shape[-2:]
+    if m < n:
+        return orthogonal(matrix.mH).mH
+    precise = matrix.to(torch.promote_types(matrix.dtype, torch.float64))
+    square, below = precise[..., :n, :], precise[..., n:, :]
+    unit = torch.eye(n, dtype=precise.dtype, device=precise.device)
+    skew = square - square.mH + below.mH @ below
+    inverse = torch.linalg.inv(unit + skew)
+    return torch.cat(((unit - skew) @ inverse, -2 * below @ inverse), -2).to(matrix.dtype)
+
+
+class CayleyLinear(nn.Module):
+    """Linear layer with a Lipschitz constant of one: its matrix has orthonormal rows or columns, and is orthogonal if
+    the numbers of inputs and outputs are equal.
+    """
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, features))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (n, width) for inputs (n, features)."""
+        return F.linear(x, orthogonal(self.weight), self.bias)
+
+
+class CayleyConv2d(nn.Module):
+    """Convolution with circular padding and a Lipschitz constant of one: its matrix at each frequency has orthonormal
+    rows or columns.
+    """
+
+    def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_normal_(self.weight)
+
+    def matrices(self, size: torch.Size) -> Tensor:
+        """Return the matrices (h, w // 2 + 1, width, channels) at the frequencies of images of a size (h, w) that is at
+        least that of the kernel. Their rows or columns are orthonormal.
+        """
+        half = self.weight.shape[2] // 2
+        placed = F.pad(self.weight.to(torch.float64), (0, size[1] - 2 * half - 1, 0, size[0] - 2 * half - 1))
+        kernels = torch.fft.rfft2(torch.roll(placed, (-half, -half), (2, 3))).conj()
+        return orthogonal(kernels.permute(2, 3, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature maps (n, width, h, w) for inputs (n, channels, h, w)."""
+        size = x.shape[2:]
+        half = self.weight.shape[2] // 2
+        if min(size) <= 2 * half:
+            x = F.pad(x, (half, half, half, half))  # smaller than the kernel
+        padded_size = x.shape[2:]
+        waves = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))
+        unitary = self.matrices(padded_size).to(waves.dtype)
+        products = torch.einsum("hwoi,nihw->nohw", unitary, waves)
+        maps: Tensor = torch.fft.irfft2(products, s=padded_size).to(x.dtype) + self.bias.view(1, -1, 1, 1)
+        first = half if padded_size != size else 0
+        return maps[:, :, first : first + size[0], first : first + size[1]]
 
 
 def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2) -> nn.Module:
@@ -197,3 +397,177 @@ ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     }
 )
 """Functions that build the networks, by the names that a file with weights may contain."""
+
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LARGEST = 127  # of a weight, whose range is symmetric
+_STEPS = 255  # between the lowest and the highest input
+
+
+class Int8Layer(nn.Module):
+    """Linear or convolutional layer whose weights and inputs are rounded to 8 bits.
+
+    With `trained`, `weight` is a parameter in floating point, which is rounded in each pass; otherwise it has 8-bit
+    integers, and `scale` (out, 1, …) has the size of one of their steps. Inputs are rounded to whole multiples of
+    `step`, from `lowest` to `lowest` + 255 times `step`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    step: Tensor
+    lowest: Tensor
+
+    def __init__(self, layer: nn.Module, *, trained: bool = False) -> None:
+        super().__init__()
+        assert isinstance(layer, LAYERS)
+        weight, self.bias = layer.weight.detach(), layer.bias
+        self.is_trained, self.straight_through = trained, True
+        if trained:
+            self.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
+        else:
+            self.weight = nn.Parameter(torch.zeros_like(weight, dtype=torch.int8), requires_grad=False)
+            self.register_buffer("scale", weight.new_ones(len(weight), *[1] * (weight.dim() - 1)))
+        self.register_buffer("step", weight.new_ones(()))
+        self.register_buffer("lowest", weight.new_zeros(()))
+        shape = deepcopy(layer)
+        shape.weight = shape.bias = None  # type: ignore[assignment]
+        self._shape = (
+            shape,
+        )  # in a tuple, so that it is no module of the network: only its settings are used
+
+    def extra_repr(self) -> str:
+        """Return the settings of the original layer."""
+        return repr(self._shape[0])
+
+    def forward(self, x: Inputs) -> Tensor:
+        """Return the output of the layer for its rounded inputs."""
+        values = (x / self.step).round().clamp(self.lowest, self.lowest + _STEPS) * self.step
+        # without gradients, the rounding is recorded for bounds, which refuse it
+        x = instead(values, x) if self.straight_through and torch.is_grad_enabled() else values
+        if self.is_trained:
+            weight = instead(torch.mul(*rounded(self.weight)), self.weight)
+        else:
+            weight = self.weight.to(x.dtype) * self.scale
+        (layer,) = self._shape
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, self.bias)
+        output: Tensor = layer._conv_forward(x, weight, self.bias)
+        return output
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of a layer as whole numbers from -127 to 127, in floating point, and the scale (out, 1, …) of
+    each output channel.
+    """
+    scale = weight.detach().abs().amax(tuple(range(1, weight.dim())), keepdim=True) / _LARGEST
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (weight.detach() / scale).round(), scale
+
+
+def layers_of(net: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layers of a network that can be rounded. Subclasses and layers whose weights are computed
+    from others are left out.
+
+    Raises `UsageError` if there are none.
+    """
+    names = tuple(
+        name
+        for name, layer in net.named_modules(remove_duplicate=False)
+        if type(layer) in LAYERS and layer._parameters.get("weight") is not None
+    )
+    if not names:
+        raise UsageError(
+            f"int8 rounds layers of torch.nn ({', '.join(kind.__name__ for kind in LAYERS)}), and "
+            f"{type(net).__name__} has none; give a network that is built of them, as in net.py:make"
+        )
+    return names
+
+
+def with_int8(net: nn.Module, names: Sequence[str], *, trained: bool = False) -> nn.Module:
+    """Return a network whose layers with these names are rounded to 8 bits. Other layers are those of `net`, which is
+    changed in place. Raises `TargetError` for a name of another module.
+    """
+    modules, replaced = dict(net.named_modules(remove_duplicate=False)), dict[nn.Module, Int8Layer]()
+    for name in names:
+        layer = modules.get(name)
+        if type(layer) not in LAYERS:
+            raise TargetError(
+                f"{name!r} is rounded to 8 bits in the file of the model, and it is no linear or convolutional layer "
+                "of its architecture; give the architecture with which it was trained"
+            )
+        assert layer is not None
+        new = replaced.setdefault(layer, Int8Layer(layer, trained=trained))
+        if not name:
+            return new
+        parent, _, own = name.rpartition(".")
+        setattr(modules[parent], own, new)
+    return net
+
+
+def int8_layers(net: object) -> dict[str, Int8Layer]:
+    """Return the layers of a network that are rounded to 8 bits, by name; none for other models."""
+    modules = net.named_modules(remove_duplicate=False) if isinstance(net, nn.Module) else ()
+    return {name: module for name, module in modules if isinstance(module, Int8Layer)}
+
+
+def note_of(net: nn.Module) -> str:
+    """Return a note for the report on the layers of a network that are rounded to 8 bits."""
+    return (
+        f"{len(int8_layers(net))} layers have weights and inputs of 8 bits; attacks pass their gradient through the "
+        "rounding (straight-through estimator)"
+    )
+
+
+@torch.no_grad()
+def set_ranges(layers: Mapping[str, Int8Layer], model: Classifier, inputs: Sequence[Inputs]) -> None:
+    """Set the ranges of the inputs of `layers` to those that the layers of the same names in the network of `model`,
+    which is not rounded, receive when it is called with each of `inputs`.
+    """
+    assert isinstance(model.net, nn.Module)
+    ranges: dict[str, list[float]] = {}
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, received: tuple[Tensor, ...]) -> None:
+            low, high = received[0].aminmax()
+            ranges[name] = [*ranges.get(name, [0.0]), float(low), float(high)]
+
+        return hook
+
+    hooks = [model.net.get_submodule(name).register_forward_pre_hook(observe(name)) for name in layers]
+    try:
+        for x in inputs:
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        low, high = min(ranges.get(name, [0.0])), max(ranges.get(name, [0.0]))
+        step = (high - low) / _STEPS or 1.0  # 1 for a layer that is not called, or only with zeros
+        layer.step.fill_(step)
+        layer.lowest.fill_(round(low / step))
+
+
+@contextmanager
+def naive_gradients(net: nn.Module) -> Iterator[None]:
+    """Context manager inside which the layers of a network have their true gradient, which is zero: attacks by gradient
+    then find nothing, and the robust accuracy is an overestimate.
+    """
+    layers = int8_layers(net).values()
+    for layer in layers:
+        layer.straight_through = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.straight_through = True
+
+
+def packed(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of a network with 8-bit integers from those of the same network in training. `names` are the
+    layers, as in the names of the tensors.
+    """
+    result = dict(tensors)
+    for name in names:
+        whole, result[f"{name}.scale"] = rounded(tensors[f"{name}.weight"])
+        result[f"{name}.weight"] = whole.to(torch.int8)
+    return result

@@ -1,10 +1,4 @@
-"""Wraps estimators of scikit-learn, and of libraries with the same methods, as models with scores or labels.
-
-An estimator is called by `predict_proba` if it exists, else by `decision_function`, else by `predict`. The predicted
-class is always that of `predict`: of equal scores the first determines the class, as in `predict`. If `predict` uses
-another rule than the largest score, such as a threshold, the other scores are lowered below that of the predicted
-class.
-"""
+"""Wraps estimators of scikit-learn, and of libraries with the same methods, as models with scores or labels."""
 
 import hashlib
 import importlib.util
@@ -24,10 +18,31 @@ from numpy.typing import DTypeLike, NDArray
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
+from holdfast.core.batch import CLASSIFIERS_ONLY
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.core.labels import CLASSIFIERS_ONLY
 from holdfast.core.outputs import OutputKind
-from holdfast.io.models.adapted import Adapted
+from holdfast.core.types import Access, Layout
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A torch module that calls a model of another library, and the properties that the original model declares.
+
+    A property is None if it is not declared.
+    """
+
+    net: nn.Module
+    access: Access = "gradients"
+    hides: str = ""
+    """reason why the model gives no gradients; empty if it gives them"""
+    classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    class_labels: tuple[int, ...] | None = None
+    """labels of the classes in the order of the outputs, if they are integers other than 0, 1, 2, …"""
+    feature_names: tuple[str, ...] | None = None
+    """names of the columns that the model was fitted on, in their order"""
+    output: OutputKind | None = None
+    layout: Layout | None = None
 
 
 def contents(estimator: Any) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from holdfast.core.errors import TargetError
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Layout
-from holdfast.io.models.adapted import Adapted
+from holdfast.io.models.estimators import Adapted
 
 
 class KerasNet(nn.Module):

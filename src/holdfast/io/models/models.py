@@ -17,13 +17,10 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Access, Layout
-from holdfast.io.files import reading, sha256_of_file, similar_file, similar_name
-from holdfast.io.models.adapted import Adapted
+from holdfast.io.files import ARCHITECTURE, reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models.adapting import adapted, no_classifier
-from holdfast.io.models.archive import Weights
-from holdfast.io.models.declarations import ARCHITECTURE
-from holdfast.io.models.denoiser import with_denoiser
-from holdfast.io.models.estimators import Estimator, Predictor
+from holdfast.io.models.composed import with_denoiser
+from holdfast.io.models.estimators import Adapted, Estimator, Predictor
 from holdfast.io.models.exported import FREE_BATCH, SLICES, open_program
 from holdfast.io.models.factories import (
     Built,
@@ -37,6 +34,7 @@ from holdfast.io.models.factories import (
 from holdfast.io.models.object_digest import digest_of_object
 from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.io.models.weights import (
+    Weights,
     digest_of_weights,
     fit_weights,
     read_state_dict,
@@ -382,11 +380,11 @@ def _filled(
     net.eval()
     model = opening.declared.filled(properties).wrap(built.net)
     if metadata.get("ensemble"):
-        from holdfast.io.models.ensembles import declared_ensemble  # late: few models are ensembles
+        from holdfast.io.models.composed import declared_ensemble  # late: few models are ensembles
 
         notes += declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
     if metadata.get("int8"):
-        from holdfast.io.models.int8 import note_of  # late: few models have rounded layers
+        from holdfast.io.models.architectures import note_of  # late: few models have rounded layers
 
         notes += (note_of(net),)
     catalogued = _catalogued(opening, metadata)
@@ -397,7 +395,7 @@ def _filled_pipeline(
     opening: _Opening, built: Built, pipeline: Predictor, weights: Weights, digest: str
 ) -> OpenedModel:
     """Load weights into the linear classifier of a pipeline of scikit-learn, and return it as a model of texts."""
-    from holdfast.io.models.linear_texts import LinearTexts  # late: few models are pipelines for texts
+    from holdfast.io.models.text_models import LinearTexts  # late: few models are pipelines for texts
 
     trained = LinearTexts(pipeline)
     notes = fit_weights(trained, weights, repr(opening.address))
@@ -478,11 +476,11 @@ def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
     """
     net = with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
     if metadata.get("ensemble"):
-        from holdfast.io.models.ensembles import ensemble_of  # late: few models are ensembles
+        from holdfast.io.models.composed import ensemble_of  # late: few models are ensembles
 
         net = ensemble_of(net, metadata["ensemble"])
     if metadata.get("int8"):
-        from holdfast.io.models.int8 import with_int8  # late: few models have rounded layers
+        from holdfast.io.models.architectures import with_int8  # late: few models have rounded layers
 
         net = with_int8(net, metadata["int8"])
     return net

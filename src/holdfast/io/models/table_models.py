@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.models.adapted import Adapted
-from holdfast.io.models.estimators import Array, Estimator, EstimatorInterface, Form
+from holdfast.io.models.estimators import Adapted, Array, Estimator, EstimatorInterface, Form
 from holdfast.threats.tables.rules import Rules
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError
+from holdfast.io.files import OWN_FUNCTION
 from holdfast.io.limited.weights import NESTINGS, state_dict
-from holdfast.io.models.archive import Weights, check_archive, is_script
-from holdfast.io.models.declarations import OWN_FUNCTION
 from holdfast.io.models.factories import importable
+from holdfast.io.models.weights import Weights, check_archive, is_script
 
 
 def open_trusted(path: Path, content: bytes) -> tuple[nn.Module | Weights, str, str]:

@@ -1,8 +1,7 @@
-"""Opens an ONNX classifier. It is converted to torch and checked if its operators are supported, and otherwise run in
-onnxruntime.
-"""
+"""Opens ONNX classifiers and networks for verification. They are converted to torch and compared with onnxruntime."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,18 +9,119 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
 
 from holdfast.core.errors import TargetError
 from holdfast.core.outputs import is_single
 from holdfast.core.types import Access
 from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limits import Limits
+from holdfast.io.limited.limited_main import Limits
 from holdfast.io.models.exported import SLICES, FixedBatch, rebatched
-from holdfast.io.onnx.building import Unsupported
-from holdfast.io.onnx.converting import convert, random_batch, refuse_unknown_operators
-from holdfast.io.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, read_onnx
+from holdfast.io.onnx.building import Builder, GraphStep, Operator, Unsupported, Value
+from holdfast.io.onnx.layers import LAYERS, POINTWISE
+from holdfast.io.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, onnx_module, read_onnx
 from holdfast.io.onnx.runtime import run_session, session
+from holdfast.io.onnx.shaping import SHAPING, as_tensor
+
+OPERATORS: dict[str, Operator] = {**LAYERS, **POINTWISE, **SHAPING}
+"""Functions that convert the supported operators, by their ONNX names."""
+_SHOWN = 200
+"""number of characters of the name of a node that is shown"""
+_FREE_SIZES = (2, 3)
+"""Batch sizes of the two examples. Sizes that differ between them depend on the batch size."""
+
+
+def refuse_unknown_operators(file: OnnxFile) -> None:
+    """Raise `Unsupported` if an ONNX file has operators that the importer does not support, with the first node of
+    each. Operators that are not part of ONNX itself are named with their domain.
+    """
+    first: dict[str, str] = {}
+    for node in file.proto.graph.node:
+        operator = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        first.setdefault(operator, name_of(node))
+    unknown = [
+        f"{operator} (node {first[operator]!r})" for operator in sorted(first.keys() - OPERATORS.keys())
+    ]
+    if unknown:
+        raise Unsupported(f"the operator{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}")
+
+
+def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphModule:
+    """Convert the part of an ONNX network that computes `output` to torch. Raises `Unsupported` if it uses unsupported
+    settings.
+
+    If `batch_size` is None, the network accepts any batch size, even if the file specifies one. Otherwise it accepts
+    only that size.
+    """
+    sizes = _FREE_SIZES if batch_size is None else (batch_size, batch_size)
+    examples = (random_batch(file, sizes[0]), random_batch(file, sizes[1]))
+    builder = Builder(examples)
+    values = {name: builder.constant(as_tensor(array)) for name, array in file.tensors.items()}
+    values[file.input.name] = builder.input
+    fixed = file.input.shape[0] if batch_size is None else None
+    for node, spent in _needed(file.proto.graph, output):
+        step = GraphStep(
+            builder,
+            node.op_type,
+            tuple(values[name] if name else None for name in node.input),
+            {attribute.name: _setting(attribute) for attribute in node.attribute},
+            file.opset,
+            len([name for name in node.output if name]),
+            fixed,
+        )
+        builder.place = f'  File "{file.path}", node {name_of(node)!r}\n    {node.op_type}\n'
+        values.update(zip(node.output, _results(step, node), strict=False))
+        for name in spent:  # a file may compute more than memory holds at once
+            values.pop(name, None)
+    if values[output].node is None:
+        raise Unsupported(f"an output {output!r} that does not depend on the input")
+    return builder.finish(values[output])
+
+
+def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
+    """Yield the nodes that an output depends on, in order, each with the names of values that no later node uses."""
+    needed, nodes = {output}, []
+    for node in reversed(graph.node):
+        if needed.isdisjoint(node.output):
+            continue
+        last = [name for name in dict.fromkeys((*node.input, *node.output)) if name and name not in needed]
+        needed.update(filter(None, node.input))
+        nodes.append((node, last))
+    yield from reversed(nodes)
+
+
+def name_of(node: Any) -> str:
+    """Return the name of a node of an ONNX file, or that of its first output for one without a name."""
+    name: str = node.name or next(iter(node.output), "")
+    return name[:_SHOWN]
+
+
+def _results(step: GraphStep, node: Any) -> tuple[Value, ...]:
+    try:
+        results = OPERATORS[step.op](step)
+    except Unsupported as error:
+        raise Unsupported(f"{error}, in the node {name_of(node)!r},") from error
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        # torch refused the example; its message is the best reason
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unsupported(f"{step.op} of the node {name_of(node)!r}: {reason}") from error
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _setting(attribute: Any) -> Any:
+    value = onnx_module().helper.get_attribute_value(attribute)
+    return onnx_module().numpy_helper.to_array(value) if attribute.HasField("t") else value
+
+
+def random_batch(file: OnnxFile, n: int) -> Tensor:
+    """Return a batch of `n` random inputs in [0, 1) with the shape and type that an ONNX file declares. The inputs are
+    the same in every call.
+    """
+    dtype = as_tensor(np.zeros(1, file.input.dtype)).dtype
+    sizes = [n, *(size or 1 for size in file.input.shape[1:])]
+    return torch.rand(sizes, generator=torch.Generator().manual_seed(n)).to(dtype)
+
 
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
 """Largest difference between import and onnxruntime, in units of the largest output (at least 1), by input type."""
@@ -329,3 +429,116 @@ def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
                 f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g} on a batch of {n}; at most "
                 f"{allowed:.3g} was expected. Please report the model's operators"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxNetwork:
+    """A network from an ONNX file, as a function of one flat input."""
+
+    net: nn.Module
+    """module from inputs (n, *example) to outputs, whose first dimension is n"""
+    example: tuple[int, ...]
+    """shape of one input of the module, without the batch"""
+    input_shape: tuple[int, ...]
+    """shape of the input in the file; a free batch size is 1"""
+    output_shape: tuple[int, ...]
+    """shape of the output in the file for one input"""
+    dtype: np.dtype[Any]
+    runtime: Callable[[NDArray[Any]], NDArray[Any]]
+    """function that returns the output of onnxruntime for an input of the shape in the file"""
+
+
+class _Each(nn.Module):
+    """Wrapper of a network whose file has no batch dimension, or a fixed one; it treats the rows of a batch one by
+    one.
+    """
+
+    def __init__(self, net: nn.Module, inner: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net, self.inner = net, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs for the rows of a batch."""
+
+        def of_one(row: Tensor) -> Tensor:
+            y: Tensor = self.net(row.reshape(self.inner))
+            return y
+
+        y: Tensor = torch.vmap(of_one)(x)
+        return y
+
+
+def open_network(path: Path) -> OnnxNetwork:
+    """Return the network in an ONNX file, converted to torch and compared with onnxruntime.
+
+    The whole input is one example, so that its first dimension has the size 1 or is free. Raises `TargetError` with the
+    reason if the file cannot be converted: bounds need the operations of the network.
+    """
+    content = onnx_content(path)
+    with read_under_limits(
+        "onnx_files", path, LIMITS, content=content, n_bytes_beside=bytes_beside(path), input_shape=None
+    ):
+        pass  # it is opened here after that has gone well
+    file = read_onnx(path, None, content=content)
+    runtime = Runtime(file)
+    if len(file.outputs) != 1 or len(runtime.outputs) != 1:
+        raise TargetError(
+            f"{str(path)!r} has the outputs {', '.join(runtime.kinds)}; one output of numbers was expected"
+        )
+    try:
+        refuse_unknown_operators(file)
+        net, example = _converted(file)
+    except Unsupported as reason:
+        raise TargetError(
+            f"{str(path)!r} runs only in onnxruntime, because {reason} cannot be imported, and without its operations "
+            "no bounds can be computed; export the network with other operators"
+        ) from reason
+    shape = tuple(size or 1 for size in file.input.shape)
+
+    def run(x: NDArray[Any]) -> NDArray[Any]:
+        y: NDArray[Any] = runtime.session.run(
+            runtime.outputs, {file.input.name: x.reshape(shape).astype(file.input.dtype)}
+        )[0]
+        return y
+
+    _compare_network(net, example, file, run, path)
+    output = run(np.zeros(shape, file.input.dtype))
+    return OnnxNetwork(net, example, shape, output.shape, file.input.dtype, run)
+
+
+def _converted(file: OnnxFile) -> tuple[nn.Module, tuple[int, ...]]:
+    """The module of a file, and the shape of one of its inputs."""
+    shape = file.input.shape
+    one_row = bool(shape) and shape[0] in (None, 1)
+    sizes = tuple(size or 1 for size in shape)
+    if one_row:
+        try:
+            return convert(file, file.outputs[0], batch_size=None), sizes[1:]
+        except Unsupported:
+            if shape[0] is None:
+                raise
+    inner = convert(file, file.outputs[0], batch_size=sizes[0] if sizes else 1)
+    return _Each(inner, sizes), sizes[1:] if one_row else sizes
+
+
+def _compare_network(
+    net: nn.Module,
+    example: tuple[int, ...],
+    file: OnnxFile,
+    run: Callable[[NDArray[Any]], NDArray[Any]],
+    path: Path,
+) -> None:
+    """Raise an error if the module and onnxruntime differ on random inputs."""
+    size = math.prod(example)
+    rows = random_batch(file, file.input.shape[0] or 1).flatten()[:size]
+    x = torch.stack((rows, 2 * rows - 1)).reshape(2, *example)
+    with torch.no_grad():
+        imported = net(x).flatten(1).numpy()
+    reference = np.stack([run(row.numpy()).reshape(-1) for row in x])
+    difference = float(np.abs(imported - reference).max()) if imported.shape == reference.shape else math.inf
+    allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(np.abs(reference).max()))
+    if not difference <= allowed:  # a NaN is a difference too
+        raise TargetError(
+            f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g}; at most {allowed:.3g} was "
+            "expected. Please report the model's operators"
+        )

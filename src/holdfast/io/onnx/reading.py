@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Install, Placeholder, Remedy
-from holdfast.io.files import content_of_file, opened, sha256_of_file
-from holdfast.io.models.declarations import OWN_FUNCTION
+from holdfast.io.files import OWN_FUNCTION, content_of_file, opened, sha256_of_file
 
 MOST_ROUNDS = 1 << 16
 """Largest number of iterations of a loop."""

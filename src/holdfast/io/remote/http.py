@@ -18,9 +18,18 @@ from holdfast.core.model import Batches
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Access
 from holdfast.io.files import similar_name
-from holdfast.io.remote.answers import NAMES, ServerAnswers, first_characters, refuse_too_many_classes
 from holdfast.io.remote.http_client import Client
-from holdfast.io.remote.payloads import FLOATS, TEXT, WHOLE, Shaped, Template
+from holdfast.io.remote.payloads import (
+    FLOATS,
+    NAMES,
+    TEXT,
+    WHOLE,
+    ServerAnswers,
+    Shaped,
+    Template,
+    first_characters,
+    refuse_too_many_classes,
+)
 from holdfast.io.remote.remote import Remote, allowed_address
 from holdfast.io.remote.served_model import Served
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.core.errors import QueriesSpent
-from holdfast.core.purpose import Purpose
+from holdfast.core.meter import Purpose
 
 KEY_BYTES = 16
 """Number of bytes of the digest that identifies an input."""

@@ -25,9 +25,9 @@ from holdfast.core.per_example import spread
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
-from holdfast.recipes.training.divergences import kullback_leibler
 from holdfast.recipes.training.fit import Turn
 from holdfast.recipes.training.learner import Learner
+from holdfast.recipes.training.losses import kullback_leibler
 
 _LOSSES: Final = ("cross-entropy", "dlr", "kl")
 STEPS: Final = (1, 2, 4, 7, 10)

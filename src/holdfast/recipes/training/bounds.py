@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.certifiers.bounds.graph import Graph
-from holdfast.certifiers.bounds.linear import Interval, Linear
-from holdfast.certifiers.bounds.nonlinear import Activation
+from holdfast.certifiers.bounds.operations import Activation, Interval, Linear
 from holdfast.certifiers.bounds.tracing import Recording, recording
 from holdfast.certifiers.provers import margin_rows
 from holdfast.core.batch import Batch

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.batch import Batch
-from holdfast.core.checkpoint import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.model import Classifier
 from holdfast.core.pieces import results_in_pieces
-from holdfast.io.models.int8 import int8_layers, naive_gradients
+from holdfast.core.training import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
+from holdfast.io.models.architectures import int8_layers, naive_gradients
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Finished
 

@@ -22,17 +22,29 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch, TrainingData
-from holdfast.core.checkpoint import AVERAGE, EPOCH, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.number_format import Layout, Precision, computing, laid_out
-from holdfast.core.refusals import refuse_changed, refuse_cut, refuse_lost, unsaved
+from holdfast.core.training import (
+    AVERAGE,
+    EPOCH,
+    STATE,
+    WEIGHTS,
+    Checkpoint,
+    Layout,
+    Precision,
+    computing,
+    laid_out,
+    refuse_changed,
+    refuse_cut,
+    refuse_lost,
+    unsaved,
+    without_prefix,
+)
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.augment import Augmentation, augmented, augmented_by, cut_and_mixed
 from holdfast.recipes.training.distributed import average, mean_factor, processes, rank, share
-from holdfast.recipes.training.frozen import Statistics
-from holdfast.recipes.training.immunity import Immunity
+from holdfast.recipes.training.losses import Immunity
 from holdfast.recipes.training.optimisation import (
     Optimisation,
     OwnOptimizer,
@@ -44,7 +56,7 @@ from holdfast.recipes.training.optimisation import (
     slowed,
 )
 from holdfast.recipes.training.update_plans import Pacing, Plans
-from holdfast.recipes.training.weights import ema, perturbed, swa
+from holdfast.recipes.training.weights import Statistics, ema, perturbed, swa
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from holdfast.core.checkpoint import GROUP, MEMORY, NUMBER, TrainingPlan, without_prefix
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import raising
 from holdfast.core.names import kind_of
+from holdfast.core.training import GROUP, MEMORY, NUMBER, TrainingPlan, without_prefix
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 OwnOptimizer = Callable[[list[nn.Parameter]], Optimizer]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from holdfast.core.checkpoint import Checkpoint, TrainingPlan
+from holdfast.core.training import Checkpoint, TrainingPlan
 from holdfast.recipes.training.distributed import broadcast
 
 Pacing = Callable[[int, int, int, TrainingPlan | None], TrainingPlan]

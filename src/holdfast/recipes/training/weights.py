@@ -1,23 +1,49 @@
-"""Changes of the weights during training: adversarial perturbation of the weights, and averages over the training.
-
-AWP: Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020, arXiv:2004.05884. Differs
-from the paper: the network itself takes the step and undoes it, in place of a copy.
-
-EMA: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and
-Optimization 30(4), 1992, in the exponential form that is customary now. SWA: Izmailov et al., "Averaging Weights Leads
-to Wider Optima and Better Generalization", UAI 2018, arXiv:1803.05407. Differs from the paper: the running statistics
-of batch norm are averaged like the weights and not recomputed in a pass over the training data, because such a pass
-gives statistics of clean inputs and adversarial training has statistics of attacked inputs; and the learning rate is
-that of the training, where the paper has its own cycles.
-"""
+"""Frozen copies of a network that is being trained, and changes of its weights: perturbations and averages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from holdfast.attacks.parts.fast_networks import quicken_stems
+from holdfast.core.model import Classifier
 from holdfast.recipes.training.distributed import average
+
+Statistics = Literal["running", "batch"]
+"""statistics that batch norm uses: the running mean and variance, or those of the current batch"""
+
+
+def twin(model: Classifier, statistics: Statistics = "running") -> Classifier:
+    """Return a frozen copy of a network in eval mode, which shares the memory of the weights and running statistics
+    with `model`.
+
+    Updates in place, such as those of optimisers and batch norm, affect both. Attacks on the copy build no graph of the
+    weights, do not change batch norm, and compute the gradient of images fast. With `statistics="batch"`, batch norm
+    uses the statistics of the copy's own inputs and stores none.
+    """
+    copied = deepcopy(model).eval().requires_grad_(False)
+    if statistics == "batch":
+        for layer in copied.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.running_mean = layer.running_var = (
+                    None  # torch then uses the statistics of the batch, also in eval mode
+                )
+    shared = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in (*copied.named_parameters(), *copied.named_buffers()):
+        _share(value, shared[name])
+    # the matrix product is faster than the kernels of torch on a CPU only
+    if next(copied.parameters()).device.type == "cpu":
+        quicken_stems(copied)
+    return copied
+
+
+def _share(copied: Tensor, original: Tensor) -> None:
+    copied.data = original.data
+
 
 _TINY = 1e-12  # a gradient of zero then changes nothing
 

@@ -35,8 +35,8 @@ from holdfast.rotation.pool.ledger_state import (
 from holdfast.runs.store.append_log import AppendLog, Head, LogForm, equal
 from holdfast.runs.store.encryption import Seal
 from holdfast.runs.store.files import PRIVATE, content_of, refusal_in_pool, usable, write_atomically
+from holdfast.runs.store.folder import document, read_document
 from holdfast.runs.store.leases import locked
-from holdfast.runs.store.records import document, read_document
 
 LEDGER, HEAD, LOCK = "ledger.jsonl", "ledger.head", "ledger.lock"
 WAY_OUT = "restore it from a copy; until then no set of this pool is served"

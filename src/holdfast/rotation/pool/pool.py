@@ -48,8 +48,8 @@ from holdfast.runs.store.files import (
     usable,
     write_atomically,
 )
+from holdfast.runs.store.folder import document
 from holdfast.runs.store.leases import locked
-from holdfast.runs.store.records import document
 
 if TYPE_CHECKING:
     from torch import Tensor

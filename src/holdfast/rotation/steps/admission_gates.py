@@ -1,6 +1,4 @@
-"""Gates of the admission of a parameter set to a pool. They compare the set with reference sets on the same examples,
-with confidence intervals.
-"""
+"""Gates of the admission of a parameter set to a pool, and the verdicts of an admission."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +8,21 @@ from typing import Literal
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask
-from holdfast.gates import rotation_effects
+from holdfast.gates import judging
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, Verdict, overall
-from holdfast.metrics.attacked import calibration_error
+from holdfast.metrics.predictions import calibration_error
 from holdfast.metrics.shares import worst_class
 from holdfast.reports.numbers import percent
-from holdfast.rotation.steps.comparing import (
+from holdfast.rotation.steps.set_measuring import (
+    CONFIDENCE,
+    LEAST,
+    Attacker,
+    Attackers,
+    Gate,
     Loss,
+    NeededExamples,
+    TransferResult,
     Worst,
     changed_predictions,
     difference,
@@ -26,12 +31,10 @@ from holdfast.rotation.steps.comparing import (
     robust_mask,
     share_of,
     share_text,
+    slack,
     worst,
 )
-from holdfast.rotation.steps.samples import CONFIDENCE, LEAST, Gate, NeededExamples, slack
-from holdfast.rotation.steps.samples import tolerance_text as tolerated
-from holdfast.rotation.steps.set_measuring import TransferResult
-from holdfast.rotation.steps.transfer_examples import Attacker, Attackers
+from holdfast.rotation.steps.set_measuring import tolerance_text as tolerated
 from holdfast.statistics.intervals import Support, bonferroni, mean
 
 CHURN = 0.03
@@ -305,7 +308,7 @@ def _of_static(theft: Worst, measurements: Measurements) -> GateResult:
             gate, None, "not applicable", "pass", "white-box attacks on the serving set break nothing"
         )
     assert surrogates_only is not None
-    half, limit = STATIC * static.value, rotation_effects.NOTHING * static.value
+    half, limit = STATIC * static.value, judging.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
     against_surrogates = _within_multiple(
         theft, surrogates_only, NOTHING, 0.0, measurements.confidence("transfer")
@@ -436,3 +439,76 @@ def _judged(
     return GateResult(
         claim.text, estimate, f"at {word} {bound:.4g} is required", gate(estimate, doubts), reason, family
     )
+
+
+IN_A_ROW = 5
+"""Number of refusals in a row after which no more candidates are judged, since the way they are
+produced is unsuitable."""
+_LOSES = {"clean accuracy", "robust accuracy", "churn"}
+_LOSE_LESS = (
+    "draw more sets, or reduce the loss with --set immunise.weight=0.25 in draw or with more epochs in the "
+    "collection; more training data give narrower intervals"
+)
+_ELSEWHERE = (
+    "train sets from fresh weights, which are independent of stolen sets: holdfast rotate draw POOL --by retraining "
+    "--immunise"
+)
+"""Advice if sets only lose too much accuracy, and if they are too similar to stolen sets or implausible."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdict on one candidate of a pool, admitted or refused, with the results of its gates."""
+
+    name: str
+    verdict: Literal["admitted", "refused"]
+    gates: tuple[GateResult, ...]
+    why: str
+    """the reason of the refusal or admission"""
+    by: str = ""
+    """name of the gate that refused the candidate"""
+    against: tuple[str, ...] = ()
+    """names of the stolen sets against which the candidate was judged"""
+    reported: Mapping[str, Estimate] = field(default_factory=dict)
+    """measurements that are reported but used by no gate"""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """All verdicts of one call of the step `admit` of a rotation."""
+
+    judged: tuple[Judged, ...]
+    left: tuple[str, ...]
+    """names of the sets that were not judged because too many sets were refused"""
+
+    @property
+    def admitted(self) -> tuple[str, ...]:
+        """Names of the parameter sets that were admitted."""
+        return tuple(judged.name for judged in self.judged if judged.verdict == "admitted")
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command line: 0 if a set was admitted, else 4."""
+        return 0 if self.admitted else 4
+
+    @property
+    def kept_out(self) -> str:
+        """Reason why no parameter set was admitted, with advice. It is empty if one was admitted or none was judged."""
+        if self.admitted or not self.judged:
+            return ""
+        gates = [judged.by for judged in self.judged]
+        counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
+        stopped = (
+            f" {IN_A_ROW} in a row were refused, and {len(self.left)} are not judged yet."
+            if self.left
+            else ""
+        )
+        return (
+            f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: "
+            f"{self.judged[0].why}. The serving set is not changed; {self.remedy}"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """Advice for the case that no parameter set was admitted. It depends on the gates that refused the sets."""
+        return _LOSE_LESS if _LOSES.issuperset(judged.by for judged in self.judged) else _ELSEWHERE

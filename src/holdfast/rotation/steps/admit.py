@@ -1,10 +1,6 @@
-"""The step `admit` of a rotation: it tests each candidate against attackers with the stolen sets, then admits or
-refuses it.
+"""The step `admit` of a rotation: it tests each candidate against attackers with the stolen sets."""
 
-All verdicts are in the ledger. If the step is killed, the next call continues with the same candidate, and reuses its
-finished assessments.
-"""
-
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,47 +8,201 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from holdfast.attacks.costs import expected_passes
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
 from holdfast.reports.words import amount
-from holdfast.rotation import canary
-from holdfast.rotation.live import CANARIES
-from holdfast.rotation.parameter_sets import refuse_foreign, rotated
+from holdfast.rotation import Members, canary
+from holdfast.rotation.parameter_sets import l1, refuse_foreign, rotated
 from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
+from holdfast.rotation.rotating_model import CANARIES
 from holdfast.rotation.steps.admission_gates import (
     CLAIMABLE,
+    IN_A_ROW,
+    Admission,
     Family,
     GateResult,
+    Judged,
     Measurements,
     gate_results,
     reported,
 )
-from holdfast.rotation.steps.admission_time import admission_time
-from holdfast.rotation.steps.comparing import robust_mask
-from holdfast.rotation.steps.contents import bases_left
-from holdfast.rotation.steps.pool_store import PoolStore
+from holdfast.rotation.steps.contents import OWN, PoolStore, bases_left
 from holdfast.rotation.steps.rotation_request import FIRST, RotateRequest, state_of
-from holdfast.rotation.steps.samples import Gate, NeededExamples, measured_needs, statement, widened
-from holdfast.rotation.steps.sanity import distance, duplicate_gate, nonfinite_tensors, tensor_gate
-from holdfast.rotation.steps.set_measuring import SetMeasurements, judged_ranges, set_subject
-from holdfast.rotation.steps.transfer_examples import (
+from holdfast.rotation.steps.set_measuring import (
+    SAME_DRAW_SETS,
+    WHITE,
+    Gate,
+    NeededExamples,
+    SetMeasurements,
     TransferExamples,
     attackers_against,
     exposed_for,
+    judged_ranges,
+    measured_needs,
+    robust_mask,
+    set_subject,
     sets_of_same_draw,
+    statement,
+    widened,
 )
-from holdfast.rotation.steps.verdicts import IN_A_ROW, Admission, Judged
-from holdfast.rotation.transfer_attacks import TransferAttacker
+from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
+from holdfast.runs.assess.expected_time import duration, step_times
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.store.columns import content_digest
 from holdfast.runs.store.folder import StoredStage
+
+_SIGMAS = 3.0  # standard deviations: few sets that were trained in the same way are beyond
+_LEAST_SPREAD = 0.25  # share of the mean norm: half an epoch of immunisation changes biases by a third of it
+_LEAST_SIZE = 1e-3  # norm for each parameter, for biases that are still close to zero
+_SAME = 1e-6  # share of the mean absolute parameter, for rounding errors
+
+
+def nonfinite_tensors(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors of a parameter set with infinite or NaN values where the original network has finite
+    values.
+    """
+    return [
+        name for name, value in weights.items() if bool((~value.isfinite() & like[name].isfinite()).any())
+    ]
+
+
+def tensor_gate(
+    weights: Mapping[str, Tensor],
+    known: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    *,
+    trained_alike: bool,
+) -> GateResult:
+    """Return the result of the gate that tests the values of a new set's tensors.
+
+    It passes if all values are finite and, for a set that was trained in the same way as the known sets
+    (`trained_alike`), each norm is within three standard deviations of their norms.
+    """
+    bound = "all values finite"
+    if trained_alike:
+        bound += f", norms within {_SIGMAS:g} standard deviations of those of {len(known)} sets trained in the same way"
+    broken = nonfinite_tensors(weights, known[0])
+    if broken:
+        return GateResult("tensors", None, bound, "fail", f"{broken[0]} contains values that are not finite")
+    if not trained_alike:
+        return GateResult("tensors", None, bound, "pass", "all values are finite")
+    worst, where = max((_sigmas(name, weights, known), name) for name in names)
+    estimate = Estimate(worst, worst, worst, len(known))
+    reason = f"the norm of {where} differs by {worst:.1f} standard deviations"
+    return GateResult("tensors", estimate, bound, "pass" if worst <= _SIGMAS else "fail", reason)
+
+
+def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]]) -> float:
+    norms = torch.stack([weights_of_set[name].double().norm() for weights_of_set in known])
+    mean = float(norms.mean())
+    spread = float(norms.std()) if len(norms) > 1 else 0.0
+    # Sets of few runs have nearly equal norms; without a least spread, rounding would be several standard deviations.
+    least_spread = max(_LEAST_SPREAD * mean, _LEAST_SIZE * math.sqrt(weights[name].numel()))
+    return abs(float(weights[name].double().norm()) - mean) / max(spread, least_spread)
+
+
+def distance(
+    weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
+) -> tuple[float, str]:
+    """Return the mean absolute difference between the parameters of a set and those of the nearest stolen set, and the
+    name of the stolen set.
+
+    The difference is 0 if values are not finite, and infinite if there is no stolen set.
+    """
+    if not exposed:
+        return math.inf, ""
+    if not all(bool(weights[name].isfinite().all()) for name in names):
+        return 0.0, ""
+    tested, stolen = _side_by_side([weights], names), _side_by_side([*exposed.values()], names)
+    distances = l1(tested, stolen)[0]
+    place = int(distances.argmin())
+    return float(distances[place]), list(exposed)[place]
+
+
+def duplicate_gate(
+    weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
+) -> GateResult | None:
+    """Return a failed gate if a parameter set is equal to a stolen set up to rounding, or None for any other set."""
+    difference, name = distance(weights, exposed, names)
+    size = sum(float(weights[tensor_name].abs().sum()) for tensor_name in names) / sum(
+        weights[tensor_name].numel() for tensor_name in names
+    )
+    if not exposed or difference > _SAME * size:
+        return None
+    estimate = Estimate(difference, difference, difference, len(exposed))
+    return GateResult(
+        "distance",
+        estimate,
+        "different from every stolen set",
+        "fail",
+        f"it equals the stolen set {name}",
+    )
+
+
+def _side_by_side(sets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Members:
+    return Members.of([{name: weights[name] for name in names} for weights in sets], range(len(sets)))
+
+
+_SAMPLE, _BATCH = 8, 250  # examples on which passes are timed, and batch size of transfer attacks
+_CRAFTED = (
+    160  # gradients of all transfer attacks for each example and source; see `TransferAttacker.crafted`
+)
+
+
+@dataclass(frozen=True)
+class ExpectedTime:
+    """Lower and upper estimate of the seconds of a run."""
+
+    least_s: float
+    most_s: float
+
+    def __str__(self) -> str:
+        """Return the range as text.
+
+        >>> str(ExpectedTime(2, 190))
+        'about 2 s to 3.2 min'
+        """
+        texts = [duration(max(seconds, 1)) for seconds in (self.least_s, self.most_s)]
+        return f"about {' to '.join(dict.fromkeys(texts))}"
+
+
+def admission_time(
+    common: RotateRequest, sizes: tuple[int, int, int], sets: int, references: int, stolen: int
+) -> ExpectedTime:
+    """Estimate how long it takes to judge `sets` parameter sets.
+
+    `sizes` are the first numbers of held-out examples for transfer attacks, white-box attacks and attacks from the same
+    draw; `references` is the number of sets that the candidates are compared with, and `stolen` the largest number of
+    stolen sets. The least time is that of an admission whose transfer examples are stored and whose gates are clear on
+    the first examples, and the most that of one that computes all of them on all held-out examples.
+    """
+    held_out = common.held_out
+    sample = held_out.take(torch.arange(min(_SAMPLE, len(held_out)), device=held_out.ids.device))
+    steps = step_times(common.model, common.threat, sample, _BATCH)
+    forward_s, gradient_s = (step.of(_BATCH) / _BATCH for step in (steps.query, steps.gradient))
+    passes = [expected_passes(member.attack, common.threat, common.model.classes or 2) for member in WHITE]
+    white_s = sum(steps.of(each, _BATCH) for each in passes) / _BATCH
+
+    def judging(transfer: int, white: int, same_draw: int) -> float:
+        attackers = 2 + stolen
+        each = len(ATTACKS) * attackers * transfer * forward_s + white * white_s
+        return each + _CRAFTED * SAME_DRAW_SETS * same_draw * gradient_s
+
+    n = len(held_out)
+    several = 2 * min(stolen, OWN) if stolen > 1 else 0
+    once = _CRAFTED * n * (OWN + stolen + several) * gradient_s + references * n * white_s
+    least = sets * judging(*(min(size, n) for size in sizes))
+    return ExpectedTime(least, once + sets * judging(n, n, n))
+
 
 CANARY_INPUTS = "canaries"
 """Name of the file of the pool with the canary inputs."""

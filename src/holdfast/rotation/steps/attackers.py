@@ -1,12 +1,4 @@
-"""Measures the success rates of the attackers A0 to A6, which differ in the parameter sets that they have, on the
-serving set and the same test inputs.
-
-A0 has no parameters of the pool and trains its own surrogates. A1 has a set that the ledger lists as stolen, A1u one
-that it does not list. A2 has several sets, A2c all bases of the pool. A3 has the generator, or sets generated in the
-same draw as the serving set. A4 queries the service across swaps. A5 has the serving set. A6 distils a surrogate from
-answers of several sets. Only A4 and A5 query the serving set to compute examples; A4 queries whichever set serves at
-the time.
-"""
+"""The attackers A0 to A6 of a rotation, and their success rates."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,27 +8,85 @@ from typing import Any
 
 import torch
 
+from holdfast.attacks.parts.losses import expect_eps, expect_norm, margin
+from holdfast.attacks.parts.random_search import proposals_for, window_share
 from holdfast.core.batch import Batch
+from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Inputs, Mask, Steps
-from holdfast.gates.rotation_effects import protection_verdict, with_effects
+from holdfast.core.types import Fraction, Inputs, Mask, Steps
+from holdfast.gates.judging import protection_verdict, with_effects
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.reports.words import amount
 from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.alternatives import Alternatives, doubt, share_json
 from holdfast.rotation.steps.contents import bases, bases_left, generator_of, surrogates
-from holdfast.rotation.steps.query_search import AcrossSwaps
 from holdfast.rotation.steps.rotation_request import RotateRequest, accuracy
-from holdfast.rotation.steps.transfer_examples import sets_of_same_draw
+from holdfast.rotation.steps.set_measuring import sets_of_same_draw
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.assess.request import Keep
 from holdfast.runs.engine.progress import Progress, Step
 from holdfast.statistics.intervals import proportion
+
+_BLOCK = 64  # steps whose windows are sampled together
+
+
+@dataclass(frozen=True)
+class AcrossSwaps:
+    """Square Attack on a service that swaps its parameter sets. It keeps the changes of a window that lower the margin
+    on the serving set.
+    """
+
+    queries: Steps = 600
+    """number of queries for each input, to all sets together"""
+    every: Steps = 50
+    """number of queries after which the serving set is swapped"""
+    p_init: Fraction = 0.8
+    """fraction of the pixels in the first windows; divided by eight if the search starts from an adversarial example"""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        sets: Sequence[Classifier],
+        batch: Batch,
+        threat: ThreatModel,
+        *,
+        start: Inputs | None = None,
+        rng: Draws,
+    ) -> Inputs:
+        """Return the changed inputs. The sets serve in turn, in such an order that the first one serves at the last
+        query.
+        """
+        norm = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2, L1)
+        assert isinstance(norm, (Linf, L2, L1))
+        proposals = proposals_for(batch, norm, sets[0].bounds)
+        if start is None:
+            proposals.start(rng.at("start"))
+        else:
+            proposals.x = start.clone()
+        first = self.p_init if start is None else self.p_init / 8
+        shares = [window_share(first, step, self.queries) for step in range(self.queries)]
+        last = (self.queries - 1) // self.every
+        for step in range(self.queries):
+            serving = sets[(last - step // self.every) % len(sets)]
+            at = step % _BLOCK
+            if at == 0:
+                block = shares[step : step + _BLOCK]
+                draws = rng.at("block", step // _BLOCK).uniform(batch.ids, _BLOCK, proposals.per_step)
+                proposals.plan(draws[:, : len(block)], block)
+            if step % self.every == 0:  # the first query to a set measures the candidate
+                height = margin(serving(proposals.x.clone(), batch.ids), batch)
+                continue
+            margins = margin(serving(proposals.propose(at), batch.ids), batch)
+            lower = ~(margins >= height)
+            proposals.keep(lower)
+            height = torch.where(lower, margins, height)
+        return proposals.x
+
 
 ATTACKERS = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one

@@ -17,19 +17,18 @@ from typing import Any
 
 import torch
 
-from holdfast.core.checkpoint import Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import OTHER_FOLDER, RESUME, Remedy
+from holdfast.core.training import Checkpoint, without_prefix
 from holdfast.rotation import Members, Task, weights_of
 from holdfast.rotation.collecting import swapped, with_fresh_weights
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.pool.pool_manifest import is_complete, refuse_other_head
-from holdfast.rotation.steps.contents import OWN, PLAN, secret, surrogate_name, training_name
-from holdfast.rotation.steps.pool_store import PoolStore
+from holdfast.rotation.steps.contents import OWN, PLAN, PoolStore, secret, surrogate_name, training_name
 from holdfast.rotation.steps.rotation_request import FIRST, RotateRequest, accuracy, state_of
-from holdfast.rotation.steps.samples import planned_needs, statement
+from holdfast.rotation.steps.set_measuring import planned_needs, statement
 from holdfast.runs.assess.expected_time import duration
 from holdfast.runs.engine.progress import Notify, Progress, Step, ignore, silent
 from holdfast.runs.engine.resuming import way_out

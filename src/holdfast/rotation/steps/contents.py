@@ -1,19 +1,55 @@
-"""Reads the contents of a pool: parameter sets, surrogates, the generator, candidates, and the secret seed."""
+"""Reads and stores the contents of a pool: parameter sets, surrogates, the generator, candidates, and secret
+examples.
+"""
 
 import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from holdfast.core.checkpoint import without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.core.training import without_prefix
 from holdfast.rotation import Generator, Members, loaded
 from holdfast.rotation.generating import unpacked_generator
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.generator_quality import GENERATOR
 from holdfast.rotation.steps.rotation_request import RotateRequest
+from holdfast.runs.engine.executor import MemoryStore
 from holdfast.runs.store.columns import ColumnFile
+from holdfast.runs.store.folder import StoredStage
+
+
+@dataclass
+class PoolStore(MemoryStore):
+    """Store of a run whose stages are encrypted files of a pool.
+
+    Shards, batch splits and times are in memory only, and are lost when the process ends. The states of the parameter
+    sets are in the ledger, which the steps of the rotation use directly.
+    """
+
+    pool: Pool = field(kw_only=True)
+
+    def stage(self, name: str) -> StoredStage | None:
+        """Return the decrypted columns of a stage from the pool, or None if the stage is not complete."""
+        stored = self.pool.kept(name)
+        return None if stored is None else StoredStage(stored.columns, about=stored.about)
+
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Encrypt the columns of a finished stage and store them in the pool."""
+        self.pool.keep(stage, columns, about)
+
 
 OWN = 4
 """Number of surrogates of a surrogate-only attacker."""

@@ -23,8 +23,9 @@ from holdfast.reports.numbers import strict
 from holdfast.rotation import Source, Task, loaded, put
 from holdfast.rotation.collecting import Beginning
 from holdfast.rotation.pool.pool import Pool
-from holdfast.runs.assess.checks import enough_threads
+from holdfast.runs.assess.preparation import enough_threads
 from holdfast.runs.assess.request import Subject
+from holdfast.runs.harden.attempt_training import learner_of, refuse_untrainable
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.held_out import (
     digest_of,
@@ -33,7 +34,6 @@ from holdfast.runs.harden.held_out import (
     without_held,
     without_judged,
 )
-from holdfast.runs.harden.trainable import learner_of, refuse_untrainable
 from holdfast.runs.store.differences import differences
 
 FIRST = 2_000

@@ -18,16 +18,15 @@ from holdfast.rotation import Codec, Immunise, LatentDiffusion, refuse_faster
 from holdfast.rotation.collecting import Basins, swapped
 from holdfast.rotation.pool.ledger_state import Serving
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.admission_time import admission_time
-from holdfast.rotation.steps.admit import AdmitRequest, admit, first_sizes, parsed_claim
+from holdfast.rotation.steps.admission_gates import IN_A_ROW, Admission
+from holdfast.rotation.steps.admit import AdmitRequest, admission_time, admit, first_sizes, parsed_claim
 from holdfast.rotation.steps.collect import Collected, CollectRequest, collect
 from holdfast.rotation.steps.draw import FRESH, UPDATES, By, DrawRequest, draw
 from holdfast.rotation.steps.generator_quality import trained_generator
 from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest
-from holdfast.rotation.steps.samples import MEASURED_LATER, planned_needs, sufficient, tolerance_text
-from holdfast.rotation.steps.swap import UNJUDGED, swap
+from holdfast.rotation.steps.set_measuring import MEASURED_LATER, planned_needs, sufficient, tolerance_text
+from holdfast.rotation.steps.short_steps import UNJUDGED, swap
 from holdfast.rotation.steps.train import TrainRequest, train
-from holdfast.rotation.steps.verdicts import IN_A_ROW, Admission
 from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
 from holdfast.runs.assess.expected_time import duration
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent

@@ -15,32 +15,43 @@ import torch
 
 from holdfast.core.batch import Data
 from holdfast.core.evidence import Columns, Evidence
-from holdfast.core.purpose import purpose
+from holdfast.core.meter import purpose
 from holdfast.doubts.answering import arms, required_attacks
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess import probes
 from holdfast.runs.assess.certify import refuse_unsound
-from holdfast.runs.assess.checks import refuse_data, refuse_gates
-from holdfast.runs.assess.collecting_evidence import adversarial, evidence_of, with_attackers
 from holdfast.runs.assess.executors import executor_for
 from holdfast.runs.assess.expected_rows import expected_of
 from holdfast.runs.assess.expected_time import duration, expected_seconds
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
-from holdfast.runs.assess.preparation import learning_examples, paired_sets, plan_for, readied
+from holdfast.runs.assess.preparation import (
+    learning_examples,
+    paired_sets,
+    plan_for,
+    readied,
+    refuse_data,
+    refuse_gates,
+)
 from holdfast.runs.assess.request import AssessRequest, Opening, Subject
-from holdfast.runs.assess.result import ATTACKED, Result, about_of, worst_case
+from holdfast.runs.assess.result import (
+    ATTACKED,
+    Result,
+    about_of,
+    adversarial,
+    evidence_of,
+    with_attackers,
+    worst_case,
+)
 from holdfast.runs.assess.served_runs import attach, finish, refuse_early, served_by
-from holdfast.runs.engine.executor import Executor
+from holdfast.runs.engine.executor import Executor, MemoryStore, Stopwatch, Store
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.ray_cluster import NODES
 from holdfast.runs.engine.resuming import resumable, way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import Stopper, stoppable
-from holdfast.runs.engine.store import MemoryStore, Stopwatch, Store
 from holdfast.runs.harness import FOUND, Plan, Target
-from holdfast.runs.harness.kinds.geometry import GEOMETRY
-from holdfast.runs.harness.kinds.stateful import STATEFUL
+from holdfast.runs.harness.kinds.checks import GEOMETRY, STATEFUL
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.runs.stored.commands import command_of

@@ -9,8 +9,12 @@ from dataclasses import replace
 from typing import Literal
 
 from holdfast.certifiers.protocol import Prover, StatisticalProver
-from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, smoothed_model
-from holdfast.certifiers.smoothing.smoothing import by_smoothing
+from holdfast.certifiers.smoothing.smoothing import (
+    ATTACKED_DRAWS,
+    JUDGING_DRAWS,
+    by_smoothing,
+    smoothed_model,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import PARTITIONS, SUBSTITUTIONS, TREES
 from holdfast.core.chain import canonical, digest
@@ -18,7 +22,7 @@ from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
-from holdfast.io.models.ensembles import Ensemble
+from holdfast.io.models.composed import Ensemble
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness import Plan, Target, prepared_prover
 from holdfast.statistics.intervals import upper_tail

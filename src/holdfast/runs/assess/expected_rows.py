@@ -11,22 +11,20 @@ import torch
 
 from holdfast.attacks.costs import Passes, most_rows
 from holdfast.attacks.protocol import Itemised
-from holdfast.certifiers.smoothing.smoothed_votes import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes
+from holdfast.certifiers.smoothing.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes
 from holdfast.core.batch import Batch, Data
-from holdfast.core.logit_scale import SAME, change
 from holdfast.core.model import VOTES, Classifier
-from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
-from holdfast.doubts.probing import probes_for
-from holdfast.io.data.selection import concatenated
-from holdfast.io.remote.counting import InspectionCounter, rows_of_calls
+from holdfast.core.outputs import SAME, change
+from holdfast.doubts.probing import JUDGED_AT_RANDOM, probe_rows, probes_for
+from holdfast.io.data.data import concatenated
+from holdfast.io.remote.served_model import InspectionCounter, rows_of_calls
 from holdfast.reports.words import amount
-from holdfast.runs.assess.checks import refuse_data
-from holdfast.runs.assess.collecting_evidence import enumerated
-from holdfast.runs.assess.preparation import plan_for
+from holdfast.runs.assess.preparation import plan_for, refuse_data
 from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.result import enumerated
 from holdfast.runs.assess.served_runs import served_by
 from holdfast.runs.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
-from holdfast.runs.harness.kinds.answer_checks import CHECKED, PARTS
+from holdfast.runs.harness.kinds.checks import CHECKED, PARTS
 from holdfast.runs.harness.kinds.proof import AT_ONCE
 from holdfast.runs.stored.record import Division
 from holdfast.runs.stored.run_manifest import work_of

@@ -18,7 +18,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.pieces import batch_size_for, half_batch
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.thresholds import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE, SEARCHES
+from holdfast.doubts.protocol import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE, SEARCHES
 from holdfast.runs.assess.request import AssessRequest
 from holdfast.runs.harness import Plan, Target
 from holdfast.runs.harness.kinds.attack import LEAST

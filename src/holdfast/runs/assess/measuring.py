@@ -13,15 +13,14 @@ import torch
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns
+from holdfast.core.meter import purpose
 from holdfast.core.pieces import Room
-from holdfast.core.purpose import purpose
 from holdfast.core.remedies import RESUME
 from holdfast.core.types import Mask
 from holdfast.io.remote.served_model import Served
-from holdfast.runs.assess.checks import refuse_batch
-from holdfast.runs.assess.collecting_evidence import counted, enumerated
-from holdfast.runs.assess.preparation import model_digest, readied, with_surrogates
+from holdfast.runs.assess.preparation import model_digest, readied, refuse_batch, with_surrogates
 from holdfast.runs.assess.request import Opening
+from holdfast.runs.assess.result import counted, enumerated
 from holdfast.runs.engine.executor import Measure, OutOfTime, Timed
 from holdfast.runs.engine.run import Run, Shards
 from holdfast.runs.harness import (

@@ -7,25 +7,35 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.costs import Passes
-from holdfast.attacks.parts.sampling import sample_rows
-from holdfast.core.batch import Batch
+from holdfast.attacks.parts.random_search import sample_rows
+from holdfast.core.batch import Batch, Lookup
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused
 from holdfast.core.evidence import Columns, Cost, Doubt
-from holdfast.core.lookup import Lookup
-from holdfast.core.missing import without_missing
 from holdfast.core.model import Bounds, Model
+from holdfast.core.per_example import without_missing
 from holdfast.core.pieces import in_pieces, in_room
 from holdfast.core.types import Ids, Inputs, Logits, Mask
-from holdfast.doubts.allotting import JUDGED_AT_RANDOM, Allotment, allotted, as_allotted, probe_rows
-from holdfast.doubts.concluding import Findings, conclude, missed_by_suite
-from holdfast.doubts.probing import counts, doubt_test, probes_for, rows_for, surviving_examples
-from holdfast.doubts.protocol import MeasurementContext, Probe, Probed, Run, probing_threat
-from holdfast.doubts.thresholds import SAMPLE
-from holdfast.io.data.selection import concatenated
+from holdfast.doubts.probing import (
+    JUDGED_AT_RANDOM,
+    Allotment,
+    Findings,
+    allotted,
+    as_allotted,
+    conclude,
+    counts,
+    doubt_test,
+    missed_by_suite,
+    probe_rows,
+    probes_for,
+    rows_for,
+    surviving_examples,
+)
+from holdfast.doubts.protocol import SAMPLE, MeasurementContext, Probe, Probed, Run, probing_threat
+from holdfast.io.data.data import concatenated
 from holdfast.io.doctor import BETTER, FILLED, Finding, misfit, names_of_labels
 from holdfast.runs.assess.measuring import Measurement
-from holdfast.runs.engine.store import Stopwatch
+from holdfast.runs.engine.executor import Stopwatch
 from holdfast.runs.harness import (
     FOUND,
     PROBE,

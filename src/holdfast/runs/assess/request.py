@@ -9,7 +9,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import Claim
-from holdfast.gates.training_verdicts import Before
+from holdfast.gates.judging import Before
 from holdfast.runs.engine.progress import Progress
 from holdfast.runs.engine.ray_cluster import RayOptions
 from holdfast.runs.harden.candidates import Candidate

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from holdfast.attacks.parts.expectation import inner
+from holdfast.attacks.parts.images import inner
 from holdfast.core.errors import UsageError
+from holdfast.core.meter import Kind
 from holdfast.core.model import Classifier
-from holdfast.core.purpose import Kind
 from holdfast.core.remedies import Remedy
 from holdfast.io.remote.sent import Sent, Totals, counting_by
 from holdfast.io.remote.served_model import Served

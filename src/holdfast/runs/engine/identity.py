@@ -19,7 +19,7 @@ DECIDING = (
     "corruptions",
     "doubts",
     "guard/detectors",
-    "guard/query_trials.py",
+    "guard/query_rule.py",
     "guard/rejecting.py",
     "guard/rules.py",
     "io",

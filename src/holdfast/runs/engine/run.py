@@ -14,10 +14,9 @@ import torch
 
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.pieces import Room
-from holdfast.runs.engine.executor import Executor, Inline, OutOfTime, Task
+from holdfast.runs.engine.executor import Executor, Inline, MemoryStore, OutOfTime, Stopwatch, Store, Task
 from holdfast.runs.engine.progress import Progress, Step, silent
 from holdfast.runs.engine.signals import Stopper
-from holdfast.runs.engine.store import MemoryStore, Stopwatch, Store
 from holdfast.runs.store.folder import StoredStage
 
 

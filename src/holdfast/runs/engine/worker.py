@@ -17,9 +17,8 @@ import safetensors.torch
 import torch
 
 from holdfast.core.pieces import Room
-from holdfast.runs.engine.children import Send, read_message, serve_parent, unshared, write_message
 from holdfast.runs.engine.executor import Measure, OutOfTime, Task
-from holdfast.runs.engine.processes import Setup
+from holdfast.runs.engine.processes import Send, Setup, read_message, serve_parent, unshared, write_message
 
 _REPORTED_S = 1.0
 """Interval in seconds at which time and progress are sent."""

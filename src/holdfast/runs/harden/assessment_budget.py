@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from holdfast.core.batch import Data
-from holdfast.io.data.selection import selected
+from holdfast.io.data.data import selected
 from holdfast.recipes.training import distributed
 from holdfast.runs.assess.expected_time import StageTimes, duration, stage_times
 from holdfast.runs.assess.preparation import readied

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import Checkpoint, TrainingPlan
 from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.recipes.training.recipe import Recipe, facts_of, trained_as
@@ -22,8 +22,7 @@ from holdfast.runs.engine.progress import EpochMeasures, Step
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
-from holdfast.runs.harden.epoch_log import EpochLog
+from holdfast.runs.harden.checkpoints import BEST, LAST, EpochLog, Point, last_epoch
 from holdfast.runs.harden.held_out import held_out_shares, proved_accuracy
 from holdfast.runs.harden.pace import Clock, smaller
 

@@ -20,10 +20,10 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.units import of_values
 from holdfast.gates.grammar import Claim
-from holdfast.gates.training_verdicts import Before, refuse_goal
-from holdfast.io.data.expected import Expected
-from holdfast.io.data.memory import as_data
-from holdfast.io.models.ensembles import Ensemble
+from holdfast.gates.judging import Before, refuse_goal
+from holdfast.io.data.layouts import Expected
+from holdfast.io.data.loaders import as_data
+from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written
 from holdfast.recipes.training import distributed
@@ -31,9 +31,16 @@ from holdfast.recipes.training.fit import refuse_unusable_schedule
 from holdfast.recipes.training.recipe import Finished, facts_of, trained_as
 from holdfast.reports.card import training_summary
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.checks import refuse_batch, refuse_data, refuse_gates, refuse_threat, threads
 from holdfast.runs.assess.executors import cluster_for
-from holdfast.runs.assess.preparation import plan_for, readied
+from holdfast.runs.assess.preparation import (
+    plan_for,
+    readied,
+    refuse_batch,
+    refuse_data,
+    refuse_gates,
+    refuse_threat,
+    threads,
+)
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.identity import hardware
@@ -42,7 +49,16 @@ from holdfast.runs.engine.resuming import repeatable, temporary_run_folder, way_
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.harden.assessment_budget import affordable, assessed, limit_s, sample_note
-from holdfast.runs.harden.attempt_training import AttemptTraining, budget_of
+from holdfast.runs.harden.attempt_training import (
+    AttemptTraining,
+    budget_of,
+    copy_of,
+    freeze_others,
+    learner_of,
+    refuse_untrainable,
+    threats_of,
+    training_notes,
+)
 from holdfast.runs.harden.candidates import (
     Candidate,
     Evaluation,
@@ -51,7 +67,7 @@ from holdfast.runs.harden.candidates import (
     few_held_out,
     untrained,
 )
-from holdfast.runs.harden.epoch_log import EpochLog
+from holdfast.runs.harden.checkpoints import EpochLog
 from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart, planned_elsewhere
 from holdfast.runs.harden.hardened import (
     MODEL,
@@ -73,20 +89,12 @@ from holdfast.runs.harden.held_out import (
     refuse_judged,
 )
 from holdfast.runs.harden.pace import Clock, first_total, with_predicted_labels
-from holdfast.runs.harden.trainable import (
-    copy_of,
-    freeze_others,
-    learner_of,
-    refuse_untrainable,
-    threats_of,
-    training_notes,
-)
 from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.recomputing import files_of
 from holdfast.runs.stored.run_manifest import about_run, harden_manifest
-from holdfast.statistics.group_privacy import RowBudget
+from holdfast.statistics.samples import RowBudget
 
 _CHECKED = 4_096  # training examples that are validated at once
 _IN_PLACE_EXAMPLES = 8  # examples that show whether a network changes its input in place

@@ -11,13 +11,13 @@ from typing import TypeVar
 import torch
 
 from holdfast.core.batch import UNLABELLED, TrainingData
-from holdfast.core.checkpoint import STATE, Checkpoint, TrainingPlan
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.pieces import PIECE, half_batch, results_in_pieces
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
+from holdfast.core.training import STATE, Checkpoint, TrainingPlan
 from holdfast.recipes.training.distributed import broadcast, processes
 from holdfast.recipes.training.fit import updates
 from holdfast.recipes.training.recipe import Recipe, trained_as

@@ -5,13 +5,26 @@ Its result depends only on these, the plan and the seed, so that a caller may st
 `measure` is a caller that keeps everything in memory.
 """
 
-from holdfast.runs.harness.assembly import Context, assemble, evidence_from, join, worst_rows
+from holdfast.runs.harness.assembly import (
+    FOUND,
+    PROBE,
+    Context,
+    Pass,
+    Probes,
+    assemble,
+    due_examples,
+    evidence_from,
+    join,
+    only_tested,
+    passes,
+    probe_passes,
+    stage_passes,
+    worst_rows,
+)
 from holdfast.runs.harness.kinds import KINDS
-from holdfast.runs.harness.kinds.across import paired
 from holdfast.runs.harness.kinds.proof import prepared_prover
-from holdfast.runs.harness.kinds.transfer import MATRIX_ROWS
+from holdfast.runs.harness.kinds.transfers import MATRIX_ROWS, paired
 from holdfast.runs.harness.measure import ShardTask, measure, measure_plan, shard_rows, stage_of, task_of
-from holdfast.runs.harness.outside_suite import FOUND, PROBE, Pass, Probes, passes, probe_passes, stage_passes
 from holdfast.runs.harness.plan import (
     Plan,
     members_of,
@@ -34,7 +47,6 @@ from holdfast.runs.harness.stage import (
 )
 from holdfast.runs.harness.target import LOOKED_AT, Target, prepared
 from holdfast.runs.harness.verdict import judge_inputs, unattacked
-from holdfast.runs.harness.waves import due_examples, only_tested
 
 __all__ = [
     "FOUND",

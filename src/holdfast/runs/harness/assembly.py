@@ -1,6 +1,4 @@
-"""Joins the columns of shards to those of stages, computes the worst case of each example over all attacks, and creates
-the evidence.
-"""
+"""Joins the columns of shards to those of stages, and computes the worst case of each example over all attacks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.core.batch import Lookup
 from holdfast.core.evidence import (
     METHOD_STATES,
     AnswerCheck,
@@ -22,18 +21,205 @@ from holdfast.core.evidence import (
     PassRecord,
     Places,
     ProofRecord,
+    Residual,
     SearchRecord,
     Seconds,
     Table,
+    in_table,
 )
-from holdfast.core.lookup import Lookup
-from holdfast.core.types import Ids, Rows
+from holdfast.core.types import Ids, Mask, Rows
+from holdfast.doubts.protocol import AGAIN, probe_title
 from holdfast.runs.harness.kinds import KINDS
-from holdfast.runs.harness.kinds.fit import fit_stage_of
-from holdfast.runs.harness.outside_suite import Pass, Probes, passes
-from holdfast.runs.harness.stage import Outline, StageKind, certified_in
-from holdfast.runs.harness.verdict import GALLERY, NORMS
-from holdfast.runs.harness.waves import joined_waves, remark, residual
+from holdfast.runs.harness.kinds.attack import fit_stage_of
+from holdfast.runs.harness.stage import Outline, Schedule, Stage, StageKind, StageOutline, certified_in
+from holdfast.runs.harness.verdict import DISTANCES, GALLERY, NORMS, unattacked
+
+_CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
+
+
+def due_examples(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
+    """Return the mask of the examples that a stage is run on, or None for the clean stage, which is run on all
+    examples.
+    """
+    due = stage.kind.due(stage, plan, by_stage)
+    if due is not None and plan.threat.constraint.judges_misclassified:
+        return torch.ones_like(due)  # a misclassified image may be classified correctly when corrupted
+    return due
+
+
+def only_tested(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
+    """Return the mask of the certified examples, on which an attack of the suite is a short test of the certificates.
+    None for other stages, and if every attack is run on every example.
+    """
+    complete = plan.full or plan.smallest or not stage.kind.in_suite
+    return None if complete else certified_in(plan.stages(), by_stage)
+
+
+def joined_waves(steps: Sequence[StageOutline], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
+    """Return the columns of all stages. An attack that tried its examples in several waves has one entry, under the
+    name of its first wave.
+    """
+    joined = dict(by_stage)
+    for step in steps:
+        if not step.wave_of or step.name not in by_stage:
+            continue
+        first, wave = joined[step.wave_of], joined.pop(step.name)
+        joined[step.wave_of] = {
+            name: _either(name, first, wave, wave["ran"]) for name in dict.fromkeys((*first, *wave))
+        }
+    return joined
+
+
+def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
+    """One column of both: the value of the wave that ran on the example, or all stored inputs."""
+    if name not in wave or name not in first:
+        return wave[name] if name in wave else first[name]
+    if len(first[name]) == len(ran) and not in_table(name):
+        return torch.where(ran, wave[name], first[name])
+    return torch.cat((first[name], wave[name]))
+
+
+def untried_bound(n_unbroken: int, waves: int) -> float:
+    """Return an upper bound, with 95 % confidence, on the fraction of untried examples that an attack would break if it
+    broke none of the last `n_unbroken` examples.
+
+    Any of the `waves` could be the last one by chance, so the error probability is divided
+    among them.
+    """
+    most: float = 1 - ((1 - _CONFIDENCE) / waves) ** (1 / n_unbroken)
+    return most
+
+
+def residual(waves: Sequence[Columns], surviving: int) -> Residual | None:
+    """Return the number of surviving examples that an attack has not tried, and an upper bound on the fraction of them
+    that it would break.
+
+    Returns None if the attack tried all of them.
+    """
+    ran = [int(columns["ran"].sum()) for columns in waves]
+    untried, last = surviving - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
+    # the bound needs a last wave that broke no example
+    if untried <= 0 or not ran[last] or waves[last]["success"].any():
+        return None
+    return Residual(untried, untried_bound(ran[last], len(waves)))
+
+
+def remark(waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
+    """Return a note on an attack that stopped before it had tried all surviving examples, with a bound on the fraction
+    that it would break.
+    """
+    if risk is None:
+        return ()
+    ran = [int(columns["ran"].sum()) for columns in waves]
+    tried, last = sum(ran), next(n for n in reversed(ran) if n)
+    note = (
+        f"it was run on {tried:,} of the {tried + risk.untried:,} robust examples, lowest margins "
+        f"first. The last {last:,} all survived, so with 95 % confidence it would break at most "
+        f"{100 * risk.at_most:.1f} % of the other {risk.untried:,}, if none of those is more likely to be broken"
+    )
+    return (note,)
+
+
+FOUND = "found"
+"""Name of the stage with the adversarial examples of the probes.
+
+Its columns are those of an attack, with one row for each example and probe.
+"""
+PROBE = "probe"
+"""Name of the column with the index of the probe that found the adversarial example."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The adversarial examples of one attack or probe outside the suite, as the columns of an attack on
+    all examples.
+    """
+
+    stage: str
+    """name of the pass in tables, such as `curve-1-fmn` or `probe-noise`"""
+    name: str
+    """name of the pass in sentences"""
+    columns: Columns
+    tried: int
+    """number of examples that the pass was run on"""
+    settings: Mapping[str, Any]
+    """settings of the attack of the pass, as in `PassRecord`"""
+
+
+Probes = Sequence[tuple[str, int]]
+"""Names of the probes whose adversarial examples count, each with the number of examples that it was run on.
+
+They are in the order of their indices in the column `PROBE` of the stage `FOUND`.
+"""
+
+
+def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) -> tuple[Pass, ...]:
+    """Return the results of all attacks and probes outside the suite, restricted to adversarial examples inside the
+    threat model.
+    """
+    return (*stage_passes(plan, by_stage), *probe_passes(plan, by_stage, probes))
+
+
+def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, ...]:
+    """Return the results of the attacks outside the suite that are stages of the plan, restricted to adversarial
+    examples inside the threat model.
+    """
+    clean = by_stage["clean"]
+    results = []
+    for step in plan.steps:
+        if step.kind.title and step.name in by_stage:
+            columns = by_stage[step.name]
+            name, tried = step.kind.title.format(step.attack), int(columns["ran"].sum())
+            results.append(Pass(step.name, name, _inside(plan, clean, columns), tried, step.settings))
+    return tuple(results)
+
+
+def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
+    """Return the results of the probes, restricted to adversarial examples inside the threat model."""
+    clean = by_stage["clean"]
+    suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
+    attacks = [{"name": step.attack, **step.settings} for step in suite]
+    results = []
+    for place, (probe, tried) in enumerate(probes):
+        columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
+        settings = {"attacks": attacks} if probe == AGAIN else {}
+        results.append(
+            Pass(f"probe-{probe}", probe_title(probe), _inside(plan, clean, columns), tried, settings)
+        )
+    return tuple(results)
+
+
+def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor]:
+    """The columns of a pass, restricted to successes inside the threat model, including distances and stored inputs."""
+    success = columns["success"] & clean["correct"] & clean["eligible"]
+    if plan.threat.queries is not None:
+        # a pass outside the suite may use more queries than the threat model permits
+        success = success & (columns["queries"] <= plan.threat.queries)
+    inside = dict(columns) | {"success": success}
+    for name in (*DISTANCES, "right"):  # other inputs may be outside the threat model
+        inside[name] = torch.where(success, columns[name], torch.inf)
+    for prefix in ("gallery.", "adversarial."):
+        if f"{prefix}id" in columns:
+            rows = torch.isin(columns[f"{prefix}id"], columns["id"][success])
+            inside |= {name: values[rows] for name, values in columns.items() if name.startswith(prefix)}
+    return inside
+
+
+def _of_probe(clean: Columns, stage_columns: Columns, place: int) -> dict[str, Tensor]:
+    """The rows of one probe, as columns of an attack on all examples."""
+    of_place = stage_columns[PROBE] == place
+    ids = stage_columns["id"][of_place]
+    rows, columns = Lookup(clean["id"]).rows(ids), unattacked(clean)
+    for name, values in stage_columns.items():
+        if name in columns:
+            columns[name][rows] = values[of_place]
+    for prefix in ("gallery.", "adversarial."):
+        if f"{prefix}id" in stage_columns:
+            of_probe = stage_columns[f"{prefix}{PROBE}"] == place
+            names = [name for name in stage_columns if name.startswith(prefix) and name != f"{prefix}{PROBE}"]
+            columns |= {name: stage_columns[name][of_probe] for name in names}
+    return columns
+
 
 _NOT_IN_EVIDENCE = ("right", "is_probability")
 

@@ -19,12 +19,11 @@ from holdfast.core.model import Classifier
 from holdfast.core.pieces import Room
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
-from holdfast.runs.harness.assembly import Context, evidence_from, join
+from holdfast.runs.harness.assembly import Context, due_examples, evidence_from, join, only_tested
 from holdfast.runs.harness.kinds.attack import learned_for, with_learned
 from holdfast.runs.harness.plan import Plan, members_of, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.stage import Stage, Work, broken_by_suite
 from holdfast.runs.harness.target import LOOKED_AT, Target, prepared
-from holdfast.runs.harness.waves import due_examples, only_tested
 
 _TYPES = (torch.float32, torch.float64)  # attacks lose their steps to rounding in shorter types
 

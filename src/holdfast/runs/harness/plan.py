@@ -16,8 +16,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import BUDGET, Arm, arms, within
 from holdfast.runs.harness.kinds import KINDS
-from holdfast.runs.harness.kinds.geometry import Geometer
-from holdfast.runs.harness.kinds.stateful import Trials
+from holdfast.runs.harness.kinds.checks import Geometer, Trials
 from holdfast.runs.harness.stage import Against, Member, Outline, Stage, StageOutline
 
 DoubtsWanted = Literal["all", "free", "none"]

@@ -9,17 +9,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.masking import Masking, masking
-from holdfast.attacks.parts.prepare import in_training, quickened
-from holdfast.certifiers.smoothing.smoothed_votes import (
+from holdfast.attacks.parts.fast_networks import in_training, quickened
+from holdfast.attacks.parts.feature_search import Masking, masking
+from holdfast.certifiers.smoothing.smoothing import (
     ATTACKED_DRAWS,
     JUDGING_DRAWS,
     SmoothedVotes,
     smoothed_votes,
 )
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, Lookup
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.gradients import View, instead
 from holdfast.core.guard import (
     Aim,
     refuse_inner,
@@ -28,15 +29,11 @@ from holdfast.core.guard import (
     softly_rejected_as_correct,
     with_aim,
 )
-from holdfast.core.logit_scale import SAME, change
-from holdfast.core.lookup import Lookup
-from holdfast.core.missing import WithMissing
+from holdfast.core.meter import Answering, for_label, judging
 from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
-from holdfast.core.outputs import refused
+from holdfast.core.outputs import SAME, change, refused
+from holdfast.core.per_example import WithMissing
 from holdfast.core.pieces import no_memory
-from holdfast.core.purpose import judging
-from holdfast.core.refused import Answering, for_label
-from holdfast.core.through import View, instead
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
 
 _T = TypeVar("_T")

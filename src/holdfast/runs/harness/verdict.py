@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.protocol import Attack, Itemised, ThresholdAttack
-from holdfast.certifiers.smoothing.smoothed_votes import SmoothedVotes
+from holdfast.certifiers.smoothing.smoothing import SmoothedVotes
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError
 from holdfast.core.evidence import Columns
 from holdfast.core.meter import Metered, Spent, margin
-from holdfast.core.missing import with_missing, without_missing
 from holdfast.core.model import VOTES
+from holdfast.core.per_example import with_missing, without_missing
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.runs.harness.target import Target

@@ -21,8 +21,8 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from holdfast.core.errors import TargetError
+from holdfast.core.meter import LOOK, Purpose
 from holdfast.core.outputs import REFUSED
-from holdfast.core.purpose import LOOK, Purpose
 from holdfast.io.remote.sent import KEY_BYTES, Sent, add_record, purpose_record
 from holdfast.runs.store.files import PART, SERVED, opened_private, usable, write_atomically
 from holdfast.runs.store.forms import Count, refuse_form

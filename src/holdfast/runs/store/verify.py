@@ -19,10 +19,18 @@ from holdfast.runs.store.files import (
     SERVED,
     content_of,
 )
-from holdfast.runs.store.folder import ABOUT, SPLITS, read_manifest, read_splits
+from holdfast.runs.store.folder import (
+    ABOUT,
+    CHAIN,
+    SPLITS,
+    Chain,
+    read_chain,
+    read_document,
+    read_manifest,
+    read_splits,
+)
 from holdfast.runs.store.journal import NAME as ANSWERS
 from holdfast.runs.store.leases import OF_LEASE
-from holdfast.runs.store.records import CHAIN, Chain, read_chain, read_document
 
 _BESIDE = OF_LEASE | {CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, "report.json", "curve.svg"}
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""

@@ -14,15 +14,14 @@ from holdfast.core.errors import TargetError, UnsoundProof, UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
-from holdfast.gates.judging import Doubts, Judgement, exit_code, judge, judged_estimate
-from holdfast.gates.training_verdicts import Before
+from holdfast.gates.judging import Before, Doubts, Judgement, exit_code, judge, judged_estimate
 from holdfast.metrics.names import PAIRED
 from holdfast.reports.numbers import strict
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.result import ATTACKED, Result
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.files import MANIFEST
-from holdfast.runs.store.records import Chain
+from holdfast.runs.store.folder import Chain
 from holdfast.runs.stored.record import VERDICT, Decided, DecidedGate, Manifest
 
 _DIGITS = 6
@@ -154,7 +153,7 @@ def refuse_other_training(
     path: Path, manifest: Mapping[str, Any], card: Mapping[str, Any], before: Result, after: Result
 ) -> None:
     """Raise `TargetError` if the verdict of a hardening on its training does not follow from its two measurements."""
-    from holdfast.runs.harden.advice import verdict_entries  # only for hardenings
+    from holdfast.runs.harden.hardened import verdict_entries  # only for hardenings
 
     goal = Goal(**manifest["config"].get("goals", {}).get(card["recipe"], {}))
     computed = strict(verdict_entries(before.evidence, after.evidence, goal))

@@ -1,7 +1,5 @@
-"""The record of a run of `assess` or `certify`: its settings, its columns, its findings and its verdict.
-
-The documents of such a run are encoded and decoded here. Evidence, result, reports and the command line of a run are
-computed from its record, at the end of the run and when it is opened later.
+"""The record of a run: its settings, its columns, its findings and its verdict, decoded from JSON and encoded in
+one place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +16,48 @@ from holdfast.core.evidence import Columns, Cost, Doubt, DoubtState, Scope, Seco
 from holdfast.core.types import Access
 from holdfast.io.remote.sent import Totals
 from holdfast.reports.numbers import number, strict
-from holdfast.runs.harness import KINDS, Outline, Probes
+from holdfast.runs.harness import KINDS, Outline, Probes, StageOutline
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import Split
 from holdfast.runs.store.forms import Count, Flag, Name, Real, Whole, distinct, required, validated
-from holdfast.runs.stored.documents import outline_from_json
 from holdfast.runs.stored.run_forms import ExitCode, Size
+from holdfast.threats.stored import threat_from_json, threat_to_json
+
+Json = dict[str, Any]
+
+_OF_STEP = ("name", "attack", "settings", "wave_of", "adaptive")
+
+
+def outline_to_json(outline: Outline) -> Json:
+    """Return the outline of a run as strict JSON: its stages, threat model, seed and suite."""
+    return {
+        "stages": [strict({**vars(step), "kind": step.kind.name}) for step in outline.steps],
+        "threat": threat_to_json(outline.threat),
+        "seed": outline.seed,
+        "suite": outline.suite,
+        "minimum_norm": outline.smallest,
+    }
+
+
+def outline_from_json(content: Mapping[str, Any]) -> Outline:
+    """Return the outline of a run, such as its stages and threat model, from its JSON. It is the inverse of
+    `outline_to_json`.
+    """
+    return Outline(
+        tuple(
+            StageOutline(
+                **{name: step[name] for name in _OF_STEP},
+                kind=KINDS[step["kind"]],
+                notes=tuple(step["notes"]),
+            )
+            for step in content["stages"]
+        ),
+        threat_from_json(content["threat"]),
+        content["seed"],
+        content["suite"],
+        content["minimum_norm"],
+    )
+
 
 VERDICT = "verdict"
 """Name of the document with the conditions of the gates, and with the digests of their judgements."""

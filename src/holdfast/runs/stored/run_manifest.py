@@ -18,15 +18,13 @@ from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served
 from holdfast.recipes.training.recipe import facts_of
 from holdfast.reports.numbers import strict
-from holdfast.runs.assess.checks import small_eps_note, wide_bounds_note
 from holdfast.runs.assess.measuring import shards_of
-from holdfast.runs.assess.preparation import model_digest
+from holdfast.runs.assess.preparation import model_digest, small_eps_note, wide_bounds_note
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.engine.identity import code_digest, hardware, versions
 from holdfast.runs.engine.resuming import repeatable
 from holdfast.runs.harness import Plan, Target
-from holdfast.runs.stored.documents import outline_to_json
-from holdfast.runs.stored.record import DOUBTS, DataCard, Division, Manifest, Other, Settings
+from holdfast.runs.stored.record import DOUBTS, DataCard, Division, Manifest, Other, Settings, outline_to_json
 
 _SAMPLE = 64
 """Number of examples from which the range of the inputs is estimated."""

@@ -13,7 +13,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import RESUME, Remedy
 from holdfast.gates.judging import exit_code
-from holdfast.metrics.paired import clean_accuracy_drop, regression
+from holdfast.metrics.comparisons import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
 from holdfast.reports import comparison as reported
 from holdfast.reports.card import training_summary
@@ -22,15 +22,24 @@ from holdfast.reports.summary import Json
 from holdfast.reports.terminal import body
 from holdfast.reports.tree import Report
 from holdfast.reports.write import rendered, write
-from holdfast.runs.assess.collecting_evidence import adversarial, counted, evidence_of, with_attackers
-from holdfast.runs.assess.result import Result, about_of, worst_case
+from holdfast.runs.assess.result import (
+    Result,
+    about_of,
+    adversarial,
+    counted,
+    evidence_of,
+    with_attackers,
+    worst_case,
+)
 from holdfast.runs.assess.served_runs import totals_in
 from holdfast.runs.engine.ray_cluster import NODES
 from holdfast.runs.harness import FOUND, StageOutline
-from holdfast.runs.harness.waves import joined_waves
+from holdfast.runs.harness.assembly import joined_waves
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
+    Chain,
     read_about,
+    read_chain,
     read_manifest,
     read_stage,
     recorded_document,
@@ -38,7 +47,6 @@ from holdfast.runs.store.folder import (
 )
 from holdfast.runs.store.forms import refuse_form
 from holdfast.runs.store.leases import spent_in
-from holdfast.runs.store.records import Chain, read_chain
 from holdfast.runs.stored.commands import command_of
 from holdfast.runs.stored.recomputing import (
     computed_gates,

@@ -6,17 +6,11 @@ The names of the kinds are stored in `run.json`. The stages of a plan follow the
 
 from collections.abc import Mapping
 
-from holdfast.runs.harness.kinds.across import AcrossSets
-from holdfast.runs.harness.kinds.answer_checks import AnswerChecks
-from holdfast.runs.harness.kinds.attack import SuiteAttack
-from holdfast.runs.harness.kinds.clean import Clean
-from holdfast.runs.harness.kinds.detection import DetectorPass
-from holdfast.runs.harness.kinds.fit import Fit
-from holdfast.runs.harness.kinds.geometry import GeometryTable
-from holdfast.runs.harness.kinds.passes import CurvePass, FixedPass
+from holdfast.runs.harness.kinds.attack import Fit, SuiteAttack
+from holdfast.runs.harness.kinds.checks import AnswerChecks, GeometryTable, StatefulTable
+from holdfast.runs.harness.kinds.passes import Clean, CurvePass, DetectorPass, FixedPass
 from holdfast.runs.harness.kinds.proof import LateProof, QuickProof, RadiusProof, StatisticalProof
-from holdfast.runs.harness.kinds.stateful import StatefulTable
-from holdfast.runs.harness.kinds.transfer import TransferMatrix
+from holdfast.runs.harness.kinds.transfers import AcrossSets, TransferMatrix
 from holdfast.runs.harness.stage import StageKind
 
 KINDS: Mapping[str, StageKind] = {

@@ -309,7 +309,7 @@ def _prepared_smoothing(
     smoothed = target.smoothed
     if smoothed is None or not same_changes(prover, smoothed.smoothing):
         raise ValueError(
-            "smoothing certifies a smoothed classifier; see holdfast.certifiers.smoothing.smoothed_votes"
+            "smoothing certifies a smoothed classifier; see holdfast.certifiers.smoothing.smoothing"
         )
     return target.once(f"prover {prover!r}", lambda: prover.ready(smoothed.base, sample, threat))
 
