@@ -113,7 +113,8 @@ rules:
 _VARIES = re.compile(
     r"(_s|_at|wall|cpu|time|version|digest|chain|started|finished|code|command|path|run)$|seconds"
 )
-"""keys whose values differ from run to run or from version to version, such as the head of the chain, which contains the digest of the code"""
+"""keys whose values differ from run to run or from version to version, such as the head of the chain, which contains
+the digest of the code"""
 
 _INPUTS = ("net.py", "texts.csv", "rows.npz", "others.npz", "split.npz", "stream.npz", "drill.npz")
 _RATE = 0.05
