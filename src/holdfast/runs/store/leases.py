@@ -18,18 +18,20 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from holdfast.core.chain import canonical
 from holdfast.core.errors import InUse, TargetError, UsageError
-from holdfast.core.evidence import Seconds
 from holdfast.core.remedies import OTHER_FOLDER, RESUME
 from holdfast.io.files import open_regular, refuse_irregular
 from holdfast.runs.store.files import PRIVATE, content_of, create_private, usable, write_atomically
 from holdfast.runs.store.forms import Count, FormFault, Name, conforming
+
+if TYPE_CHECKING:
+    from holdfast.core.evidence import Seconds
 
 WAIT_S = 60.0
 """Seconds for which a process waits for the lock of another one; operations under such a lock are much shorter."""
@@ -210,7 +212,7 @@ class Lease:
         """Record that an attempt to measure a shard begins."""
         self._add(stage, shard, ShardTimes(attempts=1))
 
-    def spend(self, stage: str, shard: int, seconds: Seconds) -> None:
+    def spend(self, stage: str, shard: int, seconds: "Seconds") -> None:
         """Add CPU and wall-clock time to the recorded time of a shard, and update the time at which this process was
         last active.
         """
