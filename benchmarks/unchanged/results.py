@@ -111,7 +111,7 @@ rules:
   squeezing: {action: label_only}
 """
 _VARIES = re.compile(
-    r"(_s|_at|wall|cpu|time|version|digest|chain|started|finished|code|command|path|run)$|seconds"
+    r"(_s|_at|wall|cpu|time|version|digest|chain|created|started|finished|code|command|path|run)$|seconds"
 )
 """keys whose values differ from run to run or from version to version, such as the head of the chain, which contains
 the digest of the code"""
