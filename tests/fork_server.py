@@ -8,6 +8,7 @@ depend on it.
 import array
 import atexit
 import builtins
+import contextlib
 import gc
 import os
 import pickle
@@ -323,7 +324,8 @@ class Copy:
     def send_signal(self, kind):
         """Send a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, kind)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, which is not known here yet
+                os.kill(self.pid, kind)
 
     def kill(self):
         """Kill it."""
