@@ -214,10 +214,7 @@ class Supervisor:
             self.weights.poll(self.adaptations.holder)
             self._follow_model()
         self._sample()
-        with suppress(queue.Empty):
-            while True:
-                kind, facts = self._records.get_nowait()
-                self._record(kind, **facts)
+        self._record_waiting()
         if self._listener is not None:
             self.weights.stand_in_for_workers(self._listener, stopping=self._stopping)
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
@@ -395,6 +392,13 @@ class Supervisor:
             except TargetError as error:
                 self._warn(f"note: {error}")
 
+    def _record_waiting(self) -> None:
+        """Add the records of other threads."""
+        with suppress(queue.Empty):
+            while True:
+                kind, facts = self._records.get_nowait()
+                self._record(kind, **facts)
+
     def _record_soon(self, kind: str, **facts: Any) -> None:
         """Add a record with the next step, as another thread may not write to the chain."""
         self._records.put((kind, facts))
@@ -492,6 +496,7 @@ class Supervisor:
         self.weights.end()
         if self.live is not None:
             self.live.close()
+        self._record_waiting()
         if self._audit is not None:
             self._audit.close()
             self._audit = None
