@@ -400,8 +400,9 @@ class Supervisor:
                 self._record(kind, **facts)
 
     def _record_soon(self, kind: str, **facts: Any) -> None:
-        """Add a record with the next step, as another thread may not write to the chain."""
+        """Add a record as soon as possible, in the next step, as another thread may not write to the chain."""
         self._records.put((kind, facts))
+        self._inbox.put((None, b""))
 
     def _sample(self) -> None:
         """Let the workers sample inputs while a run of `holdfast adapt` holds the server, and forget them after it."""
