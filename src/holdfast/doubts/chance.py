@@ -39,5 +39,4 @@ TEST = DoubtTest(
     conclude=conclude,
     free=True,
     meaningless=3,
-    recomputed="from columns",
 )

@@ -52,5 +52,4 @@ TEST = DoubtTest(
     conclude=conclude,
     free=True,
     meaningless=1,
-    recomputed="from columns",
 )

@@ -17,5 +17,4 @@ TEST = DoubtTest(
     conclude=lambda case: case.context.input,
     free=True,
     meaningless=2,
-    inapplicable_by="anything",
 )

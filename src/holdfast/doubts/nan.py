@@ -27,5 +27,4 @@ TEST = DoubtTest(
     conclude=conclude,
     thresholds=(0.0,),
     free=True,
-    recomputed="above",
 )

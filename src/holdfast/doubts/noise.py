@@ -76,6 +76,4 @@ TEST = DoubtTest(
     of_strength=True,
     answered_by=("bypass", "search"),
     served_probe=NOISE.name,
-    recomputed="above",
-    inapplicable_by="randomness",
 )

@@ -82,5 +82,4 @@ TEST = DoubtTest(
     answered_by=("bypass", "search"),
     unanswered_if="survivor broken",
     served_probe=AGAIN,
-    recomputed="above",
 )

@@ -24,5 +24,4 @@ TEST = DoubtTest(
     free=True,
     of_strength=True,
     answered_by=("bypass",),
-    recomputed="from columns",
 )

@@ -196,12 +196,6 @@ class DoubtTest:
     gradient averaged, or an example that a probe broke survives"""
     served_probe: str = ""
     """name of the probe that decides the doubt for a model behind a server, unless something else raises it"""
-    recomputed: Literal["no", "from columns", "above"] = "no"
-    """how the state in a stored run is checked: the clean columns alone decide it, or the doubt is raised whenever its
-    statistic is above its threshold"""
-    inapplicable_by: Literal["threat", "randomness", "anything"] = "threat"
-    """what decides that the doubt is not applicable: the threat model and the columns, or also a randomised model, or
-    also surrogates and data, which a stored run does not contain"""
 
 
 def percent(share: float) -> str:

@@ -47,5 +47,4 @@ TEST = DoubtTest(
     thresholds=(0.0, CHANGE),
     free=True,
     served_probe=STEADINESS.name,
-    recomputed="above",
 )

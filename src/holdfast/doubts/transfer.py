@@ -50,5 +50,4 @@ TEST = DoubtTest(
     thresholds=(POINTS_BY_RIVAL,),
     of_strength=True,
     needs_surrogate=True,
-    inapplicable_by="anything",
 )

@@ -54,5 +54,4 @@ TEST = DoubtTest(
     of_strength=True,
     answered_by=("bypass", "search"),
     unanswered_if="dead",
-    recomputed="above",
 )

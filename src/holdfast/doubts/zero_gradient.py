@@ -55,5 +55,4 @@ TEST = DoubtTest(
     of_strength=True,
     answered_by=("bypass", "search"),
     unanswered_if="dead",
-    recomputed="above",
 )

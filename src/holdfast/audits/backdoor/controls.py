@@ -319,8 +319,8 @@ class _Trainer:
         return controls
 
     def _stored(self, number: int) -> Trained:
-        """Return a control in its stored state. One that is too accurate for the model begins anew, unless it has one
-        epoch only.
+        """Return a control in its stored state. The training of one that is too accurate for the model starts from
+        the beginning, unless it has one epoch only.
         """
         state = saved(self._training.folder, _state(number))
         if state is None:

@@ -77,7 +77,7 @@ class RecipeFacts:
     needs_teacher: ClassVar[bool] = False
     """whether it trains on the predictions of another network, which `taught_by` receives"""
     private: ClassVar[bool] = False
-    """whether it has a privacy budget (`budget_on`), which needs that nobody guesses the seed"""
+    """whether it has a privacy budget (`budget_on`), which is valid only if the seed is secret"""
     proves: ClassVar[bool] = False
     """whether it is a certified training, whose checkpoint is chosen by certified accuracy"""
     # settings of some recipes

@@ -1,6 +1,5 @@
 """The result of a hardening: the new model, its model card, the measurements before and after, and the verdict."""
 
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,8 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from typing_extensions import TypeVar
@@ -24,7 +21,6 @@ from holdfast.gates.judging import TrainingVerdict, training_verdict
 from holdfast.io.models.architectures import int8_layers
 from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS
-from holdfast.io.models.weights import METADATA_KEY
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.comparisons import basis, change, improvement
 from holdfast.metrics.shares import robust_error_gap
@@ -301,13 +297,6 @@ def structure_metadata(net: object) -> dict[str, Any]:
 def training_digest(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 that identifies the hardening with a manifest in the file of its new model, in hex."""
     return digest(canonical([manifest["digests"], manifest["plan"]]))
-
-
-def weights_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors in the file of a hardened model, and its metadata."""
-    with safetensors.safe_open(file, "pt") as content:
-        metadata = json.loads((content.metadata() or {}).get(METADATA_KEY, "{}"))
-    return safetensors.torch.load_file(file), metadata
 
 
 def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
