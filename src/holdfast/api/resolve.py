@@ -61,22 +61,15 @@ from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
 from holdfast.runs.assess.request import Opened, Subject
 from holdfast.runs.harness import MATRIX_ROWS, Plan
+from holdfast.settings import groups
 from holdfast.settings.grammar import parse_surrogate, parse_transform, per_second, seconds
-from holdfast.settings.groups import (
-    DataSource,
-    ExampleGroups,
-    ExampleSelection,
-    InferenceSource,
-    ServerLimits,
-    ThreatSource,
-)
 from holdfast.settings.naming import ENSEMBLE, MIXED
 from holdfast.settings.values import SurrogateSettings, address_of
 
 
 def remote(settings: Opening) -> Remote:
     """Return the options for HTTP requests to a model behind a server, such as the timeout and the rate of requests."""
-    inference, limits = group_of(settings, InferenceSource), composed(ServerLimits, settings)
+    inference, limits = group_of(settings, groups.InferenceSource), composed(groups.ServerLimits, settings)
     return Remote(
         tuple(inference.allow_hosts),
         tuple(inference.headers),
@@ -93,7 +86,7 @@ def remote(settings: Opening) -> Remote:
     )
 
 
-def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
+def refuse_unserved(limits: groups.ServerLimits, model: Classifier) -> None:
     """Raise `UsageError` if limits for a server are given but the model is not behind a server."""
     if model.remote:
         return
@@ -112,7 +105,7 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
 
 def unit_of(settings: Opening) -> str:
     """Return the unit of the eps of the threat model, or an empty string."""
-    return settings.threat.unit if isinstance(settings, ThreatSource) else ""
+    return settings.threat.unit if isinstance(settings, groups.ThreatSource) else ""
 
 
 def open_subject(settings: Opening, *, transform: str | None = None, adaptive: bool = False) -> Subject:
@@ -132,11 +125,11 @@ def open_subject(settings: Opening, *, transform: str | None = None, adaptive: b
         model, notes = opened.model, opened.notes
     else:
         model, card, notes = _wrapped(settings.model, properties)
-    refuse_unserved(composed(ServerLimits, settings), model)
+    refuse_unserved(composed(groups.ServerLimits, settings), model)
     notes += _scaled(model, settings)
     model, transformed, more = _transformed(model, transform)
     subject = _subject(model, card | transformed, (*notes, *more), properties)
-    guard = group_of(settings, InferenceSource).guard
+    guard = group_of(settings, groups.InferenceSource).guard
     if guard is None:
         return subject
     from holdfast.api.guard_opening import guarded_subject
@@ -193,7 +186,7 @@ def _range_of_data(
     """Return the smallest and the largest value of each feature in all rows of a table, in the order of the model's
     inputs, or None if all values are inside the bounds of the model.
     """
-    raw = _values_of(settings, model.feature_names, ExampleSelection(), table_only=False)
+    raw = _values_of(settings, model.feature_names, groups.ExampleSelection(), table_only=False)
     if raw is None:
         return None
     named = raw.features or ()
@@ -214,7 +207,7 @@ def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
 def _values_of(
     settings: Opening,
     fitted: tuple[str, ...] | None,
-    selection: ExampleSelection | None = None,
+    selection: groups.ExampleSelection | None = None,
     *,
     table_only: bool = True,
 ) -> Arrays | None:
@@ -410,7 +403,7 @@ def open_examples(
     settings: Opening,
     model: Classifier,
     *,
-    selection: ExampleSelection | None = None,
+    selection: groups.ExampleSelection | None = None,
     lenient: bool = False,
     first: Data | None = None,
 ) -> Data:
@@ -418,7 +411,7 @@ def open_examples(
     that do not fit the model are accepted as well. The columns of a table are matched with those of the data `first`.
     """
     data = open_expected(settings, expected(settings, model, lenient=lenient, first=first), selection)
-    chosen = selection or group_of(settings, ExampleSelection)
+    chosen = selection or group_of(settings, groups.ExampleSelection)
     return with_groups(data, settings, whole=not chosen.selects)
 
 
@@ -430,7 +423,7 @@ def with_groups(
     `whole` is True if all examples of the source are in the data set. `positions` are those of the examples in the
     source; None if the data set has them.
     """
-    given = group_of(settings, ExampleGroups).groups
+    given = group_of(settings, groups.ExampleGroups).groups
     if given is None:
         return data
     from holdfast.io.data.labels import Groups  # only for data with groups
@@ -442,20 +435,20 @@ def with_groups(
     return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
 
 
-def open_beside(settings: Opening, source: DataSource, properties: Expected) -> Data:
+def open_beside(settings: Opening, source: groups.DataSource, properties: Expected) -> Data:
     """Open all examples of other data than those of the settings, such as training examples that are compared. `n` and
     `sample` do not select from them.
     """
-    return open_expected(composed(type(settings), settings, source), properties, ExampleSelection())
+    return open_expected(composed(type(settings), settings, source), properties, groups.ExampleSelection())
 
 
-def selection_or(settings: Opening, usual: ExampleSelection) -> ExampleSelection:
+def selection_or(settings: Opening, usual: groups.ExampleSelection) -> groups.ExampleSelection:
     """Return the selection of the settings, or the `usual` one if they do not select any examples."""
-    given = group_of(settings, ExampleSelection)
+    given = group_of(settings, groups.ExampleSelection)
     return given if given.selects else usual
 
 
-def random_instead(settings: ExampleSelection) -> tuple[Remedy, ...]:
+def random_instead(settings: groups.ExampleSelection) -> tuple[Remedy, ...]:
     """Return the remedy for a single class among the first examples, as in a file that is sorted by class: random ones.
     There is none if the settings do not select the first examples.
     """
@@ -464,11 +457,13 @@ def random_instead(settings: ExampleSelection) -> tuple[Remedy, ...]:
     return (Remedy("sample", settings.n, also=(Remedy("n", option="-n"),)),)
 
 
-def open_expected(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
+def open_expected(
+    settings: Opening, properties: Expected, selection: groups.ExampleSelection | None = None
+) -> Data:
     """Open the examples of the data with these declared properties."""
     if settings.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    selection = selection or group_of(settings, ExampleSelection)
+    selection = selection or group_of(settings, groups.ExampleSelection)
     chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": settings.seed}
     if isinstance(settings.data, str):
         return open_data(
@@ -487,7 +482,7 @@ def open_expected(settings: Opening, properties: Expected, selection: ExampleSel
     return noting_fewer(examples, selection.n or selection.sample)
 
 
-def _frame(source: DataSource, properties: Expected, **chosen: Any) -> Data:
+def _frame(source: groups.DataSource, properties: Expected, **chosen: Any) -> Data:
     return open_frame(
         source.data,
         label=source.label,
@@ -497,7 +492,7 @@ def _frame(source: DataSource, properties: Expected, **chosen: Any) -> Data:
     )
 
 
-def open_object(source: DataSource, expected: Expected) -> Data:
+def open_object(source: groups.DataSource, expected: Expected) -> Data:
     """Return all examples of additional data that are given as a Python object, such as a pair of arrays or a data
     frame.
     """
@@ -519,7 +514,7 @@ def open_train_split(
     model: Classifier,
     first: Data | None = None,
     *,
-    selection: ExampleSelection | None = None,
+    selection: groups.ExampleSelection | None = None,
 ) -> Data | None:
     """Open the train split of the data, or return None if there is none or the settings choose a split. The columns of
     a table are matched with those of the data `first`. `selection` replaces that of the settings.
@@ -541,7 +536,7 @@ def open_training_examples(settings: Opening, model: Classifier) -> tuple[Data, 
     notes = notes_of(data)
     if split is not None:
         notes += (f"{data.name}: {len(data):,} examples of the split {split} are audited",)
-    whole = not group_of(settings, ExampleSelection).selects
+    whole = not group_of(settings, groups.ExampleSelection).selects
     return with_groups(data, settings, whole=whole), notes
 
 
@@ -583,7 +578,7 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) ->
     count, fit = examples_to_fit(plan), settings.fit
     if fit is None and not (count and isinstance(settings.data, str)):
         return None
-    source: DataSource = settings if fit is None else beside(settings, fit)
+    source: groups.DataSource = settings if fit is None else beside(settings, fit)
     properties, address = expected(settings, model, source, first=first), address_of(source.data)
     if address is None:
         return selected(open_object(source, properties), n=None, sample=count or 1, seed=settings.seed)

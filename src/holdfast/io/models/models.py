@@ -18,19 +18,11 @@ from holdfast.core.outputs import OutputKind
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import ARCHITECTURE, reading, sha256_of_file, similar_file, similar_name
+from holdfast.io.models import factories
 from holdfast.io.models.adapting import adapted, no_classifier
 from holdfast.io.models.composed import with_denoiser
 from holdfast.io.models.estimators import Adapted, Estimator, Predictor
 from holdfast.io.models.exported import FREE_BATCH, SLICES, open_program
-from holdfast.io.models.factories import (
-    Built,
-    Model,
-    build_from_file,
-    call_factory,
-    converted_arguments,
-    names_code,
-    refuse_without_factory,
-)
 from holdfast.io.models.object_digest import digest_of_object
 from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.io.models.weights import (
@@ -121,7 +113,9 @@ class Declared:
     rules: "Rules | None" = None
     """rules of the table whose rows are the inputs"""
 
-    def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
+    def wrap(
+        self, net: factories.Model, *, access: Access = "gradients", batches: Batches | None = None
+    ) -> Classifier:
         """Return a network as a classifier with the declared bounds and preprocessing.
 
         If `net` is a `Classifier`, its values are used where nothing is declared. An estimator or a Keras model
@@ -204,7 +198,7 @@ def _code_points() -> Bounds:
     return Bounds(0.0, float(LARGEST))
 
 
-def _adapted_to_texts(net: Model) -> Adapted | None:
+def _adapted_to_texts(net: factories.Model) -> Adapted | None:
     """Return a model of texts as a torch module that gets texts as rows of code points. Return None if it is one."""
     from holdfast.io.models.text_models import adapted_text_model  # late: few models are called with texts
 
@@ -264,9 +258,9 @@ def open_model(
     if address.partition(":")[0] in SCHEMES:
         return _open_http(opening)
     _refuse_remote(address)
-    if names_code(address):
+    if factories.names_code(address):
         return _open_code(opening)
-    refuse_without_factory(address)
+    factories.refuse_without_factory(address)
     path = Path(address)
     if path.is_dir():
         with reading(address):
@@ -305,7 +299,7 @@ def _open_code(opening: _Opening) -> OpenedModel:
             "expected",
             Remedy("arch", function="open_model"),
         )
-    built = build_from_file(opening.address, opening.arguments)
+    built = factories.build_from_file(opening.address, opening.arguments)
     model = opening.declared.wrap(built.net)
     # The code may read weights that no argument names; therefore the tensors are digested too.
     net = built.net if isinstance(built.net, nn.Module) else model.net
@@ -392,7 +386,7 @@ def _filled(
 
 
 def _filled_pipeline(
-    opening: _Opening, built: Built, pipeline: Predictor, weights: Weights, digest: str
+    opening: _Opening, built: factories.Built, pipeline: Predictor, weights: Weights, digest: str
 ) -> OpenedModel:
     """Load weights into the linear classifier of a pipeline of scikit-learn, and return it as a model of texts."""
     from holdfast.io.models.text_models import LinearTexts  # late: few models are pipelines for texts
@@ -406,29 +400,33 @@ def _filled_pipeline(
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the architecture for the metadata of a file with weights; empty for networks from the user's code."""
     denoiser = {"denoiser": metadata["denoiser"]} if metadata.get("denoiser") else {}
-    if names_code(opening.arch or "") or not (opening.arch or metadata.get("architecture")):
+    if factories.names_code(opening.arch or "") or not (opening.arch or metadata.get("architecture")):
         return denoiser
     integers = {name: int(value) for name, value in opening.arguments.items()}
     arguments = integers or ({} if opening.arch is not None else metadata.get("arguments", {}))
     return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments, **denoiser}
 
 
-def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
+def _architecture(
+    opening: _Opening, metadata: Mapping[str, Any], weights: Weights
+) -> tuple[factories.Built, Declared]:
     """Return the network for the weights and the properties that the file declares.
 
     The architecture is the declared one if it is given, else the one in the catalogue that the file names.
     """
     from holdfast.io.models.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
-    if opening.arch is not None and names_code(opening.arch):
-        built = build_from_file(opening.arch, opening.arguments)
+    if opening.arch is not None and factories.names_code(opening.arch):
+        built = factories.build_from_file(opening.arch, opening.arguments)
         properties = Declared() if isinstance(built.net, Classifier) else _known(metadata)
         return replace(built, net=_with_parts(built.net, metadata)), properties
     name = opening.arch or metadata.get("architecture")
     program = _folder_of(opening.address) / PROGRAM
     if name is None and metadata.get("ensemble") and program.is_file():
         member = open_program(program, trust_code=opening.trust_code)
-        return Built(_extended(member.net, metadata), {str(program): member.digest}), _known(metadata)
+        return factories.Built(_extended(member.net, metadata), {str(program): member.digest}), _known(
+            metadata
+        )
     if name is None:
         raise UsageError(
             f"{opening.address!r} contains weights but no architecture, such as one of "
@@ -436,7 +434,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             ARCHITECTURE,
         )
     if name not in ARCHITECTURES:
-        refuse_without_factory(opening.arch or "")
+        factories.refuse_without_factory(opening.arch or "")
         hint = (
             similar_name(str(name), ARCHITECTURES)
             or f"; the architectures are {', '.join(sorted(ARCHITECTURES))}"
@@ -446,10 +444,10 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         )
     if opening.arguments or opening.arch is not None:
         factory, address = ARCHITECTURES[name], f"architecture {name}"
-        make = partial(factory, **converted_arguments(factory, opening.arguments, address))
+        make = partial(factory, **factories.converted_arguments(factory, opening.arguments, address))
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
             refuse_misfit(lambda: _extended(make(), metadata), weights, repr(opening.address), spare=_SPARE)
-        built = call_factory(factory, opening.arguments, address, {})
+        built = factories.call_factory(factory, opening.arguments, address, {})
         return replace(built, net=_with_parts(built.net, metadata)), _known(metadata)
     try:
         make = partial(ARCHITECTURES[name], **metadata.get("arguments", {}))
@@ -462,7 +460,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             "file again",
             ARCHITECTURE,
         ) from error
-    return Built(net, {}), _known(metadata)
+    return factories.Built(net, {}), _known(metadata)
 
 
 def _folder_of(address: str) -> Path:
@@ -486,7 +484,7 @@ def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
     return net
 
 
-def _with_parts(model: Model, metadata: Mapping[str, Any]) -> Model:
+def _with_parts(model: factories.Model, metadata: Mapping[str, Any]) -> factories.Model:
     """Return the model of a factory with what a weights file adds to its network, if anything."""
     if isinstance(model, Classifier) and isinstance(model.net, nn.Module):
         model.net = _extended(model.net, metadata)
