@@ -43,7 +43,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.gradients import DECAY, skipped
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
+from holdfast.core.remedies import OTHER_EXAMPLES, Remedy, model_argument
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.core.units import Units
@@ -99,7 +99,7 @@ def refuse_unserved(limits: groups.ServerLimits, model: Classifier) -> None:
     if limits.keep_answers:
         raise UsageError(
             "keep_answers keeps the answers of a server, and this model is not behind a server",
-            Remedy("keep_answers", function="open_model"),
+            model_argument("keep_answers"),
         )
 
 
@@ -586,16 +586,10 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) ->
     split = None if fit is None else source.split
     if is_same_data and split in (None, "train") and settings.split == "train":
         raise UsageError(
-            f"attacks are fitted on the train split of {address!r}, which is also evaluated",
-            OTHER_EXAMPLES,
+            f"attacks are fitted on the train split of {address!r}, which is also evaluated", OTHER_EXAMPLES
         )
     open_split = partial(
-        open_data,
-        address,
-        **names(source),
-        sample=count or 1,
-        seed=settings.seed,
-        expected=properties,
+        open_data, address, **names(source), sample=count or 1, seed=settings.seed, expected=properties
     )
     try:
         return open_split(split=split or "train")
@@ -605,8 +599,7 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) ->
         if not is_same_data:  # data that were given for the fit are used as a whole if they have no split
             return open_split()
         raise UsageError(
-            f"{address!r} has no train split to fit attacks on ({error.message})",
-            OTHER_EXAMPLES,
+            f"{address!r} has no train split to fit attacks on ({error.message})", OTHER_EXAMPLES
         ) from error
 
 

@@ -119,13 +119,6 @@ METHODS: tuple[Method, ...] = (
 """the methods that are compared on a few examples first"""
 
 
-def label_search(
-    model: Model, batch: Batch, threat: ThreatModel, passes: int, rng: Draws, starts: tuple[Inputs, ...]
-) -> Inputs:
-    """Run HopSkipJump from given points with at most `passes` queries."""
-    return HopSkipJump(queries=passes).started(model, batch, threat, starts, rng=rng)
-
-
 def no_search(model: Model, batch: Batch, threat: ThreatModel, passes: int, rng: Draws) -> tuple[Inputs, int]:
     """Return the inputs unchanged."""
     return batch.x, 0
@@ -326,7 +319,7 @@ class Halving:
         points = starts(batch, best, self.batch.x, self.predicted, self.threat)
         model: Model = Averaged(self.ration, DRAWS) if self.randomised else self.ration
         queries = passes // (DRAWS if self.randomised else 1)
-        return label_search(model, batch, self.threat, queries, rng, points)
+        return HopSkipJump(queries=queries).started(model, batch, self.threat, points, rng=rng)
 
     def judge(self, batch: Batch, points: Inputs) -> None:
         """Query the points that a method returned, and offer them to the best ones. For a randomised model, points are

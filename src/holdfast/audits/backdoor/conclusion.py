@@ -189,13 +189,7 @@ def finding_of(measured: Measured, names: Sequence[str] | None = None) -> Findin
         tables.append(_inputs(streamed))
     limits = (_SEARCHED, _UNDETECTABLE, *(() if compared is None else (_TRAINED_OTHERWISE,)))
     return Finding(
-        verdict,
-        headline,
-        reasons,
-        facts,
-        tables=tables,
-        pictures=_pictures(measured, names),
-        limits=limits,
+        verdict, headline, reasons, facts, tables=tables, pictures=_pictures(measured, names), limits=limits
     )
 
 

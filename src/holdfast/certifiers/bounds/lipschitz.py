@@ -361,13 +361,7 @@ _AT_ONCE = 64
 """number of examples whose logits are bounded together"""
 _SMALL = 1e10
 """largest number of multiplications for the matrix of a convolution at the size of its input, about two seconds"""
-_STEEPEST = {
-    torch.tanh: 1.0,
-    torch.sigmoid: 0.25,
-    F.softplus: 1.0,
-    F.gelu: 1.13,
-    F.silu: 1.1,
-}
+_STEEPEST = {torch.tanh: 1.0, torch.sigmoid: 0.25, F.softplus: 1.0, F.gelu: 1.13, F.silu: 1.1}
 """bounds of the slopes of smooth activations: GELU has 1.1290, its form with tanh 1.1294, SiLU 1.0998"""
 
 

@@ -247,10 +247,6 @@ def _sub(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue =
     return to.add(operations.Scaled(torch.tensor(-factor, dtype=_dtype(a)), _constant(to, a, b)), b)
 
 
-def _rsub(to: Translator, a: TracedValue, b: TracedValue, alpha: TracedValue = _ONE) -> TracedValue:
-    return _sub(to, b, a, alpha=alpha)
-
-
 def _mul(to: Translator, a: TracedValue, b: TracedValue) -> TracedValue:
     if a.node is not None and b.node is not None:
         raise to.refused("the product of two values that both depend on the input")
@@ -507,12 +503,6 @@ def _clamp(
     return to.add(operations.Piecewise(partial(torch.clamp, min=least, max=most), limits, (0.0, 1.0)), x)
 
 
-def _hardtanh(
-    to: Translator, x: TracedValue, low: TracedValue = _MINUS_ONE, high: TracedValue = _PLUS_ONE
-) -> TracedValue:
-    return _clamp(to, x, low, high)
-
-
 def _abs(to: Translator, x: TracedValue) -> TracedValue:
     return _kinked(to, x, -1.0, 1.0)
 
@@ -568,7 +558,7 @@ _VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "a
 TRANSLATIONS: dict[str, Translation] = {
     "aten.add": _add,
     "aten.sub": _sub,
-    "aten.rsub": _rsub,
+    "aten.rsub": lambda to, a, b, alpha=_ONE: _sub(to, b, a, alpha=alpha),
     "aten.mul": _mul,
     "aten.div": _div,
     "aten.neg": _neg,
@@ -599,7 +589,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.leaky_relu": _leaky,
     "aten.clamp": _clamp,
     "aten.clamp_min": _clamp,
-    "aten.hardtanh": _hardtanh,
+    "aten.hardtanh": lambda to, x, low=_MINUS_ONE, high=_PLUS_ONE: _clamp(to, x, low, high),
     "aten.abs": _abs,
     "aten.tanh": _smooth(torch.tanh, 0.77),
     "aten.sigmoid": _smooth(torch.sigmoid, 0.0963),

@@ -21,7 +21,7 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
-from holdfast.io.data.columns import EXACT, in_order_of_first, inexact
+from holdfast.io.data.columns import EXACT, in_order_of_first, inexact, notes_of_rules
 from holdfast.io.data.labels import Numbered, class_labels, refuse_swapped
 from holdfast.io.data.layouts import Expected, LayoutReading, reading_of
 from holdfast.io.files import NORMALISED_DATA
@@ -29,7 +29,6 @@ from holdfast.io.remote import probing
 
 if TYPE_CHECKING:
     from holdfast.io.data.labels import Groups
-    from holdfast.threats.text_edits import TextEdits
 
 _CHUNK = 1 << 22
 """Number of values that are checked at a time."""
@@ -283,8 +282,11 @@ def from_numpy(
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if expected.edits is not None:
-        x, preserve = _codes(x, expected.edits, ids, name), True
-    notes = (*notes, *_rule_notes(x, expected, ids, name))
+        from holdfast.io.data.texts import codes  # late: few inputs are texts
+
+        x, preserve = codes(x, expected.edits, ids, name), True
+    if expected.rules is not None:
+        notes += notes_of_rules(expected.rules, x, ids, name)
     if features is None and expected.edits is None and expected.rules is None:
         notes += in_order_of_first(name, expected, x.shape[1:])
     refuse_swapped(x, y, name)
@@ -340,22 +342,6 @@ def with_note_on_labels(data: Arrays, expected: Expected, all_labels: Array) -> 
         return data  # the run raises the error of the network again, with advice
     notes = note_on_labels(probe.model, batch, logits, int(all_labels.max()), data.name)
     return replace(data, notes=(*data.notes, *notes))
-
-
-def _codes(x: Array, edits: "TextEdits", ids: NDArray[np.int64], name: str) -> Array:
-    """Return the code points of texts."""
-    from holdfast.io.data.texts import codes  # late: few inputs are texts
-
-    return codes(x, edits, ids, name)
-
-
-def _rule_notes(x: Array, expected: Expected, ids: NDArray[np.int64], name: str) -> tuple[str, ...]:
-    """Return notes about rows of a table that has rules, and an empty tuple for other inputs."""
-    if expected.rules is None:
-        return ()
-    from holdfast.io.data.columns import notes_of_rules  # late: few inputs have rules
-
-    return notes_of_rules(expected.rules, x, ids, name)
 
 
 def _refuse_ids(x: Array, probe: probing.ProbedClassifier | None) -> None:
@@ -480,13 +466,12 @@ def _rows(data: Arrays) -> int:
 
 
 def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
-    low, high = bounds.like(x)
     try:
-        slack = _ROUNDING * (high - low)
-        return bool(((x < low - slack) | (x > high + slack)).any())
+        return bool(probing.outside(x, bounds).any())
     except RuntimeError as error:
+        shape = tuple(bounds.like(x)[0].shape)
         raise UsageError(
-            f"the bounds have shape {tuple(low.shape)}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
+            f"the bounds have shape {shape}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
             "two numbers, or bounds of the shape of an input"
         ) from error
 

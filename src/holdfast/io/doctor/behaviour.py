@@ -19,6 +19,7 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.training import CUTS
 from holdfast.core.types import Labels, Logits, Rows
 from holdfast.io.data.arrays import Arrays, ranges_of_features
+from holdfast.io.data.data import concatenated
 from holdfast.io.data.labels import listed
 from holdfast.io.data.pictures import Pictures
 from holdfast.io.doctor.examined import BETTER, STEADY, Examined, Finding, outputs_of, relative_change
@@ -68,10 +69,7 @@ def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batc
     n = min(n, len(data))
     misfits = [] if model is None else _misfits(data, model)
     rows = sorted({*(k * len(data) // n for k in range(n)), *misfits})
-    pieces = [data.read(row, row + 1) for row in rows]
-    return Batch(
-        torch.cat([p.x for p in pieces]), torch.cat([p.y for p in pieces]), torch.cat([p.ids for p in pieces])
-    )
+    return concatenated([data.read(row, row + 1) for row in rows])
 
 
 def _misfits(data: Data, model: Classifier) -> list[int]:
@@ -427,12 +425,7 @@ def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Itera
     n_first, n_again = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
     if not n_first:
         text = "the model was not checked: all rows were needed to determine the layout of the data"
-        yield Finding(
-            "model",
-            "warning",
-            text,
-            remedies=(LAYOUT,),
-        )
+        yield Finding("model", "warning", text, remedies=(LAYOUT,))
         return
     batch = spread_examples(data, n_first)
     batch = batch.at(moved_inside(model, batch.x, sample.x))

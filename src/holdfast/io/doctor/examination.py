@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from holdfast.attacks.parts.fast_networks import in_training
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
-from holdfast.core.model import IN_PLACE, Classifier, fitted
+from holdfast.core.model import IN_PLACE, Classifier, evaluating, fitted
 from holdfast.core.pieces import Room, batch_size_for, in_room
 from holdfast.io.doctor import behaviour
 from holdfast.io.doctor.examined import Examined, Finding, outputs_in_batches, outputs_of
@@ -28,32 +28,22 @@ def examine(model: Classifier, data: Data, *, texts: bool = False) -> tuple[Find
     if model.remote:
         return behaviour.examine_served(model, data)
     batch = behaviour.spread_examples(data, behaviour.SAMPLE, model)
-    # a frozen script has no mode
-    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
-    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
     left_in_training = in_training(model)
     room = Room(batch_size_for(batch.x[0].numel(), "cpu"))
-    try:
-        model.eval().requires_grad_(False)
-        with fitted(model, batch.x):
-            unclear = tuple(_unclear_output(model, data))
-            differs = tuple(_predictions(model, data))
-            strange = tuple(behaviour.strange_classes(data))
+    with evaluating(model, frozen=True), fitted(model, batch.x):
+        unclear = tuple(_unclear_output(model, data))
+        differs = tuple(_predictions(model, data))
+        strange = tuple(behaviour.strange_classes(data))
 
-            def found(batch_size: int) -> tuple[Finding, ...]:
-                return behaviour.without_estimates(
-                    _findings(model, batch, left_in_training, data, batch_size, texts=texts)
-                )
+        def found(batch_size: int) -> tuple[Finding, ...]:
+            return behaviour.without_estimates(
+                _findings(model, batch, left_in_training, data, batch_size, texts=texts)
+            )
 
-            findings = () if unclear else in_room(found, room, 0, len(batch))
-            if strange:  # these findings already explain wrong labels
-                findings = tuple(finding for finding in findings if finding.check != "labels")
-            return (*strange, *unclear, *differs, *findings)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for weight, trained in weights:
-            weight.requires_grad_(trained)
+        findings = () if unclear else in_room(found, room, 0, len(batch))
+        if strange:  # these findings already explain wrong labels
+            findings = tuple(finding for finding in findings if finding.check != "labels")
+        return (*strange, *unclear, *differs, *findings)
 
 
 def misfit(

@@ -21,7 +21,7 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, model_argument
 from holdfast.io.files import content_of_file, sha256_of_file, similar_name
 from holdfast.io.models.adapting import accepted, refuse_generator, takes_no_input
 from holdfast.io.models.estimators import Predictor
@@ -106,10 +106,7 @@ def call_factory(
     converted = converted_arguments(factory, arguments, address)
     try:
         net = factory(**converted)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the user's code may raise anything; its message is shown
+    except (Exception, SystemExit) as error:  # the user's code may raise anything; its message is shown
         strings = [name for name, value in converted.items() if isinstance(value, str)]
         hint = (
             f" ({', '.join(strings)} was passed as text; annotate it as int or float to get a number)"
@@ -160,7 +157,7 @@ def converted_arguments(
         raise UsageError(
             f"{address} needs {', '.join(missing)}. If {name} is the model itself, give a function that returns it: "
             f"def make(): return {name}",
-            Remedy("model_args", values, function="open_model"),
+            model_argument("model_args", values),
         )
     return {
         name: _convert(text, by_name[name].annotation if name in by_name else str, name, address)

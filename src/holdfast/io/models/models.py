@@ -15,12 +15,13 @@ from holdfast.core.errors import CarriesCode, TargetError, UsageError
 from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of, refuse_lazy
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import model_argument
+from holdfast.core.texts import LARGEST
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import ARCHITECTURE, reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models import factories
 from holdfast.io.models.adapting import adapted, no_classifier
-from holdfast.io.models.composed import with_denoiser
+from holdfast.io.models.composed import declared_ensemble, ensemble_of, with_denoiser
 from holdfast.io.models.estimators import Adapted, Estimator, Predictor
 from holdfast.io.models.exported import FREE_BATCH, SLICES, open_program
 from holdfast.io.models.object_digest import digest_of_object
@@ -123,9 +124,16 @@ class Declared:
         """
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
-        adapted_model = _adapted_to_texts(net) if self.texts else adapted(net)
+        if self.texts:
+            from holdfast.io.models.text_models import adapted_text_model  # late: few models are of texts
+
+            adapted_model = adapted_text_model(net)
+        else:
+            adapted_model = adapted(net)
         if adapted_model is not None and self.rules is not None:
-            adapted_model = _adapted_to_table(adapted_model, self.rules)
+            from holdfast.io.models.table_models import adapted_to_table  # late: few models have rules
+
+            adapted_model = adapted_to_table(adapted_model, self.rules)
         if adapted_model is not None:
             return self.of(adapted_model)
         assert callable(net)
@@ -153,7 +161,7 @@ class Declared:
     @property
     def _bounds(self) -> Bounds | None:
         if self.texts:
-            return _code_points()
+            return Bounds(0.0, float(LARGEST))
         if self.rules is None:
             return self.bounds
         low, high = ([side(name) for name in self.rules.names] for side in (self.rules.low, self.rules.high))
@@ -191,26 +199,6 @@ class Declared:
         return replace(defaults, **{name: value for name, value in declared.items() if value is not None})
 
 
-def _code_points() -> Bounds:
-    """Return the bounds of texts, whose values are code points."""
-    from holdfast.core.texts import LARGEST  # late: few models are called with texts
-
-    return Bounds(0.0, float(LARGEST))
-
-
-def _adapted_to_texts(net: factories.Model) -> Adapted | None:
-    """Return a model of texts as a torch module that gets texts as rows of code points. Return None if it is one."""
-    from holdfast.io.models.text_models import adapted_text_model  # late: few models are called with texts
-
-    return adapted_text_model(net)
-
-
-def _adapted_to_table(adapted_model: Adapted, rules: "Rules") -> Adapted:
-    from holdfast.io.models.table_models import adapted_to_table  # late: few models have rules
-
-    return adapted_to_table(adapted_model, rules)
-
-
 @dataclass(frozen=True)
 class _Opening:
     """All options with which a model is opened."""
@@ -242,7 +230,7 @@ def open_model(
     if properties.input_shape is not None and Path(address).suffix != ".onnx":
         raise UsageError(
             f"input_shape is for an .onnx file with free sizes, but the model is {address!r}",
-            Remedy("input_shape", function="open_model"),
+            model_argument("input_shape"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
     if properties.texts and Path(address).suffix == ".onnx":
@@ -297,7 +285,7 @@ def _open_code(opening: _Opening) -> OpenedModel:
         raise UsageError(
             f"the architecture {opening.arch} and the factory {opening.address} both specify code; one of them was "
             "expected",
-            Remedy("arch", function="open_model"),
+            model_argument("arch"),
         )
     built = factories.build_from_file(opening.address, opening.arguments)
     model = opening.declared.wrap(built.net)
@@ -337,7 +325,7 @@ def _open_trusted(opening: _Opening, path: Path, content: bytes) -> OpenedModel:
     if opening.arch is not None:
         raise UsageError(
             f"{opening.address!r} contains a whole model, and the architecture {opening.arch} is given",
-            Remedy("arch", function="open_model"),
+            model_argument("arch"),
         )
     return OpenedModel(
         opening.declared.wrap(content_or_module), opening.address, how, {opening.address: digest}
@@ -374,8 +362,6 @@ def _filled(
     net.eval()
     model = opening.declared.filled(properties).wrap(built.net)
     if metadata.get("ensemble"):
-        from holdfast.io.models.composed import declared_ensemble  # late: few models are ensembles
-
         notes += declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
     if metadata.get("int8"):
         from holdfast.io.models.architectures import note_of  # late: few models have rounded layers
@@ -474,8 +460,6 @@ def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
     """
     net = with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
     if metadata.get("ensemble"):
-        from holdfast.io.models.composed import ensemble_of  # late: few models are ensembles
-
         net = ensemble_of(net, metadata["ensemble"])
     if metadata.get("int8"):
         from holdfast.io.models.architectures import with_int8  # late: few models have rounded layers

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install, Placeholder, Remedy
+from holdfast.core.errors import TargetError, UsageError, importing
+from holdfast.core.remedies import Placeholder, model_argument
 from holdfast.io.files import OWN_FUNCTION, content_of_file, opened, sha256_of_file
+from holdfast.io.onnx.runtime import MISSING
 
 MOST_ROUNDS = 1 << 16
 """Largest number of iterations of a loop."""
@@ -162,13 +163,7 @@ class OnnxFile:
 
 def onnx_module() -> ModuleType:
     """Import and return the `onnx` package. Raises `UsageError` with the install command if it is missing."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise UsageError(
-            "an .onnx model is opened with packages that are missing", Install("onnx")
-        ) from error
-    module: ModuleType = onnx
+    module: ModuleType = importing("onnx", MISSING, "onnx")
     return module
 
 
@@ -418,10 +413,9 @@ def _filled(
         example = ",".join(str(size or "N") for size in sizes[1:]) or "N,…"
         raise UsageError(
             f"{str(path)!r} has the input {_described(value)}, in which more sizes than the batch are free",
-            Remedy(
+            model_argument(
                 "input_shape",
                 Placeholder(example, f"({example},)"),
-                function="open_model",
                 reason="for the shape of one example, with a number in place of each N",
             ),
         )

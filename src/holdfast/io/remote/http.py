@@ -15,7 +15,7 @@ from urllib.parse import SplitResult
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, model_argument
 from holdfast.core.types import Access
 from holdfast.io.files import similar_name
 from holdfast.io.remote import payloads
@@ -29,11 +29,10 @@ _MOST_VALUES = 1 << 24
 _MOST_CLASSES = 1_000_000  # metadata of a server may name any number; the logits of one example must fit
 _SHOWN = 80
 """Number of characters of a shape that an error message contains."""
-_OTHER_SERVICE = Remedy(
+_OTHER_SERVICE = model_argument(
     "http_request",
     '{"instances": $x}',
-    function="open_model",
-    also=(Remedy("http_response", "predictions", function="open_model"),),
+    also=(model_argument("http_response", "predictions"),),
     reason="with the names of your service, if it has another protocol",
 )
 _UNNAMED = "input-0"
@@ -165,7 +164,7 @@ def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
     if classes is not None and names is not None and len(names) != classes:
         raise UsageError(
             f"classes is {classes}, but class_names has {len(names)} names; one name for each class was expected",
-            Remedy("classes", function="open_model"),
+            model_argument("classes"),
         )
     return classes if names is None else len(names)
 
@@ -174,11 +173,10 @@ def _number_of_labels(expected: int | None) -> int:
     if expected is None:
         raise UsageError(
             "the number of classes of a model that returns labels is unknown",
-            Remedy("classes", Placeholder("N"), function="open_model"),
-            Remedy(
+            model_argument("classes", Placeholder("N")),
+            model_argument(
                 "class_names",
                 payloads.NAMES,
-                function="open_model",
                 reason="in the order of the model's classes, if the labels are text",
             ),
         )
