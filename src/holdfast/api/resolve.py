@@ -44,7 +44,6 @@ from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.gradients import DECAY, skipped
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import OTHER_EXAMPLES, Remedy, model_argument
-from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.core.units import Units
 from holdfast.io.data.arrays import Arrays, Choice
@@ -147,7 +146,8 @@ def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
     if of_all is not None and not unit:
         return ()
     exact = model.access != "gradients"
-    found = _range_of_data(settings, model) if unit == "range" and not _gives_bounds(settings) else None
+    by_data = unit == "range" and "bounds" not in settings.model_fields_set
+    found = _range_of_data(settings, model) if by_data else None
     if found is not None:
         low, high = found
         units = Units(low, high, tuple(b - a for a, b in zip(low, high, strict=True)), exact, unit)
@@ -174,10 +174,6 @@ def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
             f", and the range of each is that of all rows of the data, because no bounds were given{fixed}"
         )
     return (f"eps is measured in a unit of each feature, unit={unit}{fixed}",)
-
-
-def _gives_bounds(settings: Opening) -> bool:
-    return "bounds" in settings.model_fields_set
 
 
 def _range_of_data(
@@ -297,13 +293,11 @@ def _subject(
 
 def open_surrogates(settings: Measuring, target: Classifier) -> tuple[Subject, ...]:
     """Open the surrogate models, which are given as settings or as objects."""
-    return tuple(_open_surrogate(surrogate, settings, target) for surrogate in settings.surrogates)
-
-
-def _open_surrogate(surrogate: object, settings: Measuring, target: Classifier) -> Subject:
-    subject = open_other(surrogate, settings, "surrogate")
-    refuse_other_bounds(subject, target)
-    return subject
+    subjects = []
+    for surrogate in settings.surrogates:
+        subjects.append(open_other(surrogate, settings, "surrogate"))
+        refuse_other_bounds(subjects[-1], target)
+    return tuple(subjects)
 
 
 def open_other(other: object, settings: Opening, role: str) -> Subject:
@@ -546,7 +540,9 @@ def open_all(settings: Assess | Certify) -> Opened:
     """
     subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
     surrogates = open_surrogates(settings, subject.model)
-    if isinstance(settings, Assess) and settings.members and _attacks_members(settings.threat):
+    # examples are computed on single members by gradients within a ball
+    by_gradients = settings.threat.access == "gradients" and settings.threat.constraint.is_ball
+    if isinstance(settings, Assess) and settings.members and by_gradients:
         from holdfast.api.members import members_as_surrogates  # the same
 
         surrogates = (*surrogates, *members_as_surrogates(subject))
@@ -562,11 +558,6 @@ def open_all(settings: Assess | Certify) -> Opened:
         notes = (*truncation_notes(subject.model, data), *unknown_notes(subject.model, data, edits))
         subject = replace(subject, notes=(*subject.notes, *notes))
     return subject, data, surrogates
-
-
-def _attacks_members(threat: ThreatModel) -> bool:
-    """Return whether examples are computed on single members under a threat model: within a ball, with gradients."""
-    return threat.access == "gradients" and threat.constraint.is_ball
 
 
 def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) -> Data | None:

@@ -143,9 +143,10 @@ def measure(run: Run, how: GeneratorAudit, prefix: str = "") -> Images:
     missing = run.document(
         prefix + MISSING, lambda: {part.name: part.missing(context) for part, context in contexts.items()}
     )
+    nothing: Columns = {"id": torch.empty(0, dtype=torch.int64)}
     columns = {
         part: run.stage(
-            prefix + part.name, _nothing if missing[part.name] else partial(part.measure, context)
+            prefix + part.name, (lambda: nothing) if missing[part.name] else partial(part.measure, context)
         ).columns
         for part, context in contexts.items()
     }
@@ -191,10 +192,6 @@ def parts_of(latent: float, condition: int | None, columns: Sequence[str] | None
     search = (LatentChange(latent, condition), Autoencoder(latent), Discriminator(latent))
     tables = () if columns is None else (TablePart(tuple(columns)),)
     return (*tables, *(search if latent else ()), Membership(), BackdoorScan())
-
-
-def _nothing() -> Columns:
-    return {"id": torch.empty(0, dtype=torch.int64)}
 
 
 def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:

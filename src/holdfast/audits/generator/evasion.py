@@ -17,8 +17,16 @@ from torch import Tensor
 
 from holdfast.attacks.parts.generators import Function, Search, distances, perturbed, squared
 from holdfast.audits.finding import Finding, Picture, Table
-from holdfast.audits.generator import sensitivity
 from holdfast.audits.generator.parts import Context, share_and_range, shown
+from holdfast.audits.generator.sensitivity import (
+    ROWS,
+    as_images,
+    decoder,
+    lacking,
+    opened,
+    positive_mean,
+    without_gradients,
+)
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds
 from holdfast.reports.numbers import percent
@@ -45,20 +53,15 @@ class Autoencoder:
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""
-        return sensitivity.lacking(
-            context, ("encode", "decode"), "encode(x)"
-        ) or sensitivity.without_gradients("decode(encode(x))", _rebuilt(context), _first(context, 2))
+        return lacking(context, ("encode", "decode"), "encode(x)") or without_gradients(
+            "decode(encode(x))", _rebuilt(context), _first(context, 2)
+        )
 
     def measure(self, context: Context) -> Columns:
         """Search for adversarial inputs of held-out examples."""
-        generator, rng, bounds, rebuilt = (
-            sensitivity.opened(context),
-            context.rng,
-            _bounds(context),
-            _rebuilt(context),
-        )
-        x, radius = _first(context, sensitivity.ROWS), input_radius(context, self.eps)
-        target = context.held_out.x[sensitivity.ROWS : sensitivity.ROWS + _TARGETED].to(x)
+        generator, rng, bounds, rebuilt = opened(context), context.rng, _bounds(context), _rebuilt(context)
+        x, radius = _first(context, ROWS), input_radius(context, self.eps)
+        target = context.held_out.x[ROWS : ROWS + _TARGETED].to(x)
         with torch.no_grad():
             before, goal, latent = rebuilt(x), rebuilt(target), generator.call("encode", target)
         radii = x.new_full((len(x),), radius)
@@ -94,19 +97,19 @@ class Autoencoder:
             f"{kind}{at}" for kind in ("towards", "towards_random") for at in ("", *(f".{s}" for s in _SIZES))
         ]
         return {
-            **{name: Form(rows=(1, sensitivity.ROWS), low=0) for name in ("away", "away_random", "error")},
+            **{name: Form(rows=(1, ROWS), low=0) for name in ("away", "away_random", "error")},
             **{name: Form(("targets",), rows=(1, _TARGETED), low=0) for name in ("target", *towards)},
             "radius": Form((1,), low=0),
         }
 
     def images(self, columns: Columns, context: Context) -> Mapping[str, Tensor]:
         """Return an input, its target and their reconstructions."""
-        return sensitivity.as_images({"autoencoder": columns["shown"]}, context)
+        return as_images({"autoencoder": columns["shown"]}, context)
 
     def concluded(self, columns: Columns) -> Finding:
         """Return the distances of the reconstructions, and the area under the curve."""
         names = ("away", "away_random", "target", "towards", "towards_random", "error")
-        found = {name: sensitivity.positive_mean(columns[name]) for name in names}
+        found = {name: positive_mean(columns[name]) for name in names}
         facts = {name: estimate.value for name, estimate in found.items()}
         facts |= {"auddc": _area(columns, "towards"), "auddc_random": _area(columns, "towards_random")}
         rows = [
@@ -158,13 +161,13 @@ class Discriminator:
 
     def missing(self, context: Context) -> str:
         """Return the ability that the generator lacks."""
-        return sensitivity.lacking(
-            context, ("discriminate",), "discriminate(x)"
-        ) or sensitivity.without_gradients("discriminate(x)", _scores(context), _first(context, 2))
+        return lacking(context, ("discriminate",), "discriminate(x)") or without_gradients(
+            "discriminate(x)", _scores(context), _first(context, 2)
+        )
 
     def measure(self, context: Context) -> Columns:
         """Search for changes of samples and of one half of the held-out examples; the threshold is from the other."""
-        scores, bounds, device = _scores(context), _bounds(context), sensitivity.opened(context).device
+        scores, bounds, device = _scores(context), _bounds(context), opened(context).device
         with torch.no_grad():
             real = torch.cat([scores(x.to(device)) for x in torch.split(context.held_out.x[::2], 500)])
         radius = input_radius(context, self.eps)
@@ -174,7 +177,7 @@ class Discriminator:
         }
         sets = (("generated", context.samples, 1), ("real", context.held_out.x[1::2], -1))
         for name, given, sign in sets:
-            x, rng = given[: sensitivity.ROWS].to(device), context.rng.at(name)
+            x, rng = given[:ROWS].to(device), context.rng.at(name)
             radii = x.new_full((len(x),), radius)
 
             def goal(point: Tensor, sign: int = sign) -> Tensor:
@@ -185,12 +188,12 @@ class Discriminator:
             with torch.no_grad():
                 found = [scores(points) for points in (x, noise, worst)]
             columns |= {f"{name}_{kind}": each for kind, each in zip(_KINDS, found, strict=True)}
-        return {"id": torch.arange(sensitivity.ROWS), **{key: value.cpu() for key, value in columns.items()}}
+        return {"id": torch.arange(ROWS), **{key: value.cpu() for key, value in columns.items()}}
 
     def forms(self) -> Mapping[str, Form]:
         """Return the forms of the scores."""
         scores = {
-            f"{name}_{kind}": Form((name,), rows=(1, sensitivity.ROWS))
+            f"{name}_{kind}": Form((name,), rows=(1, ROWS))
             for name in ("generated", "real")
             for kind in _KINDS
         }
@@ -251,7 +254,7 @@ def _sizes(columns: Columns, eps: float) -> str:
 
 def _first(context: Context, n: int) -> Tensor:
     """The first held-out examples, on the device of the generator."""
-    return context.held_out.x[:n].to(sensitivity.opened(context).device)
+    return context.held_out.x[:n].to(opened(context).device)
 
 
 def _bounds(context: Context) -> Bounds:
@@ -261,12 +264,12 @@ def _bounds(context: Context) -> Bounds:
 
 
 def _rebuilt(context: Context) -> Function:
-    generator, decode = sensitivity.opened(context), sensitivity.decoder(context, None)
+    generator, decode = opened(context), decoder(context, None)
     return lambda x: decode(generator.call("encode", x))
 
 
 def _scores(context: Context) -> Function:
-    generator = sensitivity.opened(context)
+    generator = opened(context)
     return lambda x: generator.call("discriminate", x).reshape(len(x))
 
 

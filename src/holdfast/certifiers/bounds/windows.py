@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.certifiers.bounds import operations
 from holdfast.certifiers.bounds.graph import Graph, Node, Region, Relaxation, gamma
+from holdfast.certifiers.bounds.operations import (
+    Activation,
+    Convolution,
+    Lines,
+    Nonnegative,
+    ReLU,
+    Scaled,
+    Sum,
+)
 
 _SMALL = 0.6
 """largest part of a value that a window may cover, so that it is cheaper than the whole value"""
@@ -38,7 +46,7 @@ class Frame(NamedTuple):
     height: int
     width: int
 
-    def before(self, convolution: operations.Convolution) -> "Frame":
+    def before(self, convolution: Convolution) -> "Frame":
         """Return the frame on the input of a convolution, for windows with this frame on its output."""
         (down, right), (above, ahead) = convolution.stride, convolution.padding
         kernel = convolution.weight.shape[2:]
@@ -104,14 +112,10 @@ def _moved(graph: Graph, index: int, frame: Frame) -> Frame | None:
     if (convolution := as_convolution(node, inner)) is not None:
         return frame.before(convolution)
     same = all(graph.shape_of(j) == node.shape for j in node.inputs)
-    if isinstance(operation, operations.Scaled):
+    if isinstance(operation, Scaled):
         constants = (operation.scale, operation.offset)
         same = same and all(each is None or _per_channel(each, inner[0]) for each in constants)
-    return (
-        frame
-        if same and isinstance(operation, operations.Scaled | operations.Sum | operations.Activation)
-        else None
-    )
+    return frame if same and isinstance(operation, Scaled | Sum | Activation) else None
 
 
 def _per_channel(constant: Tensor, channels: int) -> bool:
@@ -120,23 +124,19 @@ def _per_channel(constant: Tensor, channels: int) -> bool:
     return constant.numel() == 1 or shape == (channels, 1, 1)
 
 
-def as_convolution(node: Node, shape: torch.Size) -> operations.Convolution | None:
+def as_convolution(node: Node, shape: torch.Size) -> Convolution | None:
     """Return the convolution in two dimensions that an operation on a value of the given shape is, or None."""
     operation = node.operation
-    if isinstance(operation, operations.Convolution):
+    if isinstance(operation, Convolution):
         plain = len(operation.stride) == 2 and operation.groups == 1
         return operation if plain and all(step == 1 for step in operation.dilation) else None
-    if (
-        isinstance(operation, operations.Nonnegative)
-        and not operation.terms
-        and len(node.inputs) == 1 == len(shape) - 2
-    ):
+    if isinstance(operation, Nonnegative) and not operation.terms and len(node.inputs) == 1 == len(shape) - 2:
         return _selection(operation, shape)
     return None
 
 
 @lru_cache(maxsize=64)
-def _selection(operation: operations.Nonnegative, shape: torch.Size) -> operations.Convolution | None:
+def _selection(operation: Nonnegative, shape: torch.Size) -> Convolution | None:
     """A selection of rows, columns and channels, such as a shortcut with a stride, as a convolution with a kernel of
     one value; None if an operation that moves values is no such selection.
     """
@@ -154,7 +154,7 @@ def _selection(operation: operations.Nonnegative, shape: torch.Size) -> operatio
         return None
     weight = torch.zeros(source.shape[0], shape[0], 1, 1)
     weight[channels, place // (shape[1] * shape[2])] = 1.0
-    convolution = operations.Convolution(weight, None, (down, right), (-top, -left), (1, 1), 1)
+    convolution = Convolution(weight, None, (down, right), (-top, -left), (1, 1), 1)
     return convolution if _same(convolution, numbers, source) else None
 
 
@@ -166,7 +166,7 @@ def _line(to: Tensor, start: Tensor) -> tuple[int, int]:
     return step, int(start[first] - step * to[first])
 
 
-def _same(convolution: operations.Convolution, numbers: Tensor, source: Tensor) -> bool:
+def _same(convolution: Convolution, numbers: Tensor, source: Tensor) -> bool:
     """Whether a convolution with one value in its kernel selects the given values, with zeros outside."""
     (down, right), (above, ahead) = convolution.stride, convolution.padding
     _, height, width = source.shape
@@ -285,7 +285,7 @@ def step(relaxation: Relaxation, index: int, windows: Windows) -> tuple[list[Win
     node, n = relaxation.graph.node(index), len(windows.a)
     operation, inner = node.operation, relaxation.graph.shape_of(node.inputs[0])
     noise = relaxation.error_of(index).view(n, *node.shape)
-    if isinstance(operation, operations.Activation):
+    if isinstance(operation, Activation):
         moved, added, rounding = _activated(relaxation, index, operation, windows, noise)
         return [moved], added, rounding
     if windows.inside or not windows.frame.exceeds(windows.grid, node.shape):
@@ -295,10 +295,10 @@ def step(relaxation: Relaxation, index: int, windows: Windows) -> tuple[list[Win
         a = windows.a * inside
     rounding = _dot(a.abs(), noise)
     windows = replace(windows, a=a, inside=True)
-    if isinstance(operation, operations.Sum):
+    if isinstance(operation, Sum):
         return [windows, replace(windows, a=a * operation.factor)], torch.zeros_like(rounding), rounding
     added = torch.zeros_like(rounding)
-    if isinstance(operation, operations.Scaled):
+    if isinstance(operation, Scaled):
         if operation.offset is not None:
             added = (a * operation.offset.reshape(-1, 1, 1)).flatten(2).sum(2)
         scaled = a if operation.scale is None else a * operation.scale.reshape(-1, 1, 1)
@@ -318,15 +318,15 @@ def step(relaxation: Relaxation, index: int, windows: Windows) -> tuple[list[Win
 
 
 def _activated(
-    relaxation: Relaxation, index: int, operation: operations.Activation, windows: Windows, noise: Tensor
+    relaxation: Relaxation, index: int, operation: Activation, windows: Windows, noise: Tensor
 ) -> tuple[Windows, Tensor, Tensor]:
     lines = relaxation.lines_of(index)
-    assert isinstance(lines, operations.Lines)
+    assert isinstance(lines, Lines)
     a, negative = windows.a, windows.a.clamp(max=0)
     steeper = lines.upper_slope - lines.lower_slope
     slopes, steeper, offset, noise = windows.gathered(lines.lower_slope, steeper, lines.upper_offset, noise)
     added = _dot(negative, offset)
-    if not isinstance(operation, operations.ReLU):  # its lower bound has no offset
+    if not isinstance(operation, ReLU):  # its lower bound has no offset
         (offset,) = windows.gathered(lines.lower_offset)
         added = added + _dot(a - negative, offset)
     # the slopes are zero outside of the value
@@ -334,7 +334,7 @@ def _activated(
     return moved, added, _dot(a.abs(), noise)
 
 
-def _transposed(operation: operations.Convolution, a: Tensor) -> Tensor:
+def _transposed(operation: Convolution, a: Tensor) -> Tensor:
     """The transposed convolution of windows, without padding."""
     h, w = a.shape[3:]
     weight = operation.weight.to(a)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, ReadyProver
-from holdfast.certifiers.trees import reading
+from holdfast.certifiers.trees.reading import (
+    Ensemble,
+    Flags,
+    Floats,
+    Integers,
+    TreeModel,
+    read_trees,
+    refuse_other,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint, Linf, allowed
 from holdfast.core.errors import NoBounds, UsageError
@@ -69,10 +77,10 @@ class Worst:
 
 
 def smallest_lead(
-    ensemble: reading.Ensemble,
-    row: reading.Integers,
-    low: reading.Integers,
-    high: reading.Integers,
+    ensemble: Ensemble,
+    row: Integers,
+    low: Integers,
+    high: Integers,
     pair: tuple[int, int],
     limit: float,
     deadline: float,
@@ -110,12 +118,7 @@ def smallest_lead(
 
 
 def _cut(
-    ensemble: reading.Ensemble,
-    added: reading.Floats,
-    node: int,
-    row: reading.Integers,
-    ends: tuple[reading.Integers, reading.Integers],
-    box: Box,
+    ensemble: Ensemble, added: Floats, node: int, row: Integers, ends: tuple[Integers, Integers], box: Box
 ) -> _Cut:
     """Return the part of a tree that rows in the intervals `ends`, and in the box of the path, can reach."""
     feature = int(ensemble.feature[node])
@@ -134,9 +137,7 @@ def _cut(
     return below if below == above and not isinstance(below, _Split) else _Split(feature, cut, below, above)
 
 
-def _cut_leaves(
-    tree: _Cut, box: Box, ends: tuple[reading.Integers, reading.Integers]
-) -> Iterator[tuple[float, Box]]:
+def _cut_leaves(tree: _Cut, box: Box, ends: tuple[Integers, Integers]) -> Iterator[tuple[float, Box]]:
     """Yield what each leaf adds, and its box."""
     if not isinstance(tree, _Split):
         yield tree, box
@@ -146,11 +147,11 @@ def _cut_leaves(
     yield from _cut_leaves(tree.right, {**box, tree.feature: (tree.cut, high)}, ends)
 
 
-def _features(tree: _Split, ends: tuple[reading.Integers, reading.Integers]) -> set[int]:
+def _features(tree: _Split, ends: tuple[Integers, Integers]) -> set[int]:
     return {feature for _, box in _cut_leaves(tree, {}, ends) for feature in box}
 
 
-def _groups(trees: Sequence[_Split], ends: tuple[reading.Integers, reading.Integers]) -> list[list[_Split]]:
+def _groups(trees: Sequence[_Split], ends: tuple[Integers, Integers]) -> list[list[_Split]]:
     """Return the trees in groups, so that trees of different groups have no common feature."""
     groups: list[tuple[set[int], list[_Split]]] = []
     for tree in trees:
@@ -165,9 +166,7 @@ def _groups(trees: Sequence[_Split], ends: tuple[reading.Integers, reading.Integ
     return [members for _, members in groups]
 
 
-def _minimum(
-    group: Sequence[_Split], row: reading.Integers, ends: tuple[reading.Integers, reading.Integers]
-) -> Worst | None:
+def _minimum(group: Sequence[_Split], row: Integers, ends: tuple[Integers, Integers]) -> Worst | None:
     """Return the smallest sum of a group that is one tree or has one feature; None for another group."""
     if len(group) == 1:
         value, box = min(_cut_leaves(group[0], {}, ends), key=lambda leaf: leaf[0])
@@ -185,7 +184,7 @@ def _minimum(
     return Worst(float(sums.min()), {feature: int(best[np.abs(best - row[feature]).argmin()])})
 
 
-def _nearest(box: Box, row: reading.Integers) -> dict[int, int]:
+def _nearest(box: Box, row: Integers) -> dict[int, int]:
     return {feature: min(max(int(row[feature]), low), high) for feature, (low, high) in box.items()}
 
 
@@ -193,8 +192,8 @@ def _searched(
     trees: Sequence[_Split],
     lead: float,
     ranks: Mapping[int, int],
-    row: reading.Integers,
-    ends: tuple[reading.Integers, reading.Integers],
+    row: Integers,
+    ends: tuple[Integers, Integers],
     limit: float,
     deadline: float,
     work: int,
@@ -248,9 +247,7 @@ Direction = Literal[1, -1]
 """1 for a score that does not decrease when a feature increases, -1 for one that does not increase"""
 
 
-def monotone_in(
-    ensemble: reading.Ensemble, features: Sequence[int], direction: Direction, class_index: int
-) -> bool:
+def monotone_in(ensemble: Ensemble, features: Sequence[int], direction: Direction, class_index: int) -> bool:
     """Return whether every tree proves that the score of a class is monotone in each of the features.
 
     With one output, the score is that of the class minus that of the other one. The test is exact for each tree: leaves
@@ -263,8 +260,8 @@ def monotone_in(
 
 
 def proved_unchanged(
-    ensemble: reading.Ensemble, ranks: reading.Integers, features: Sequence[int], direction: Direction = 1
-) -> reading.Flags:
+    ensemble: Ensemble, ranks: Integers, features: Sequence[int], direction: Direction = 1
+) -> Flags:
     """Return for each row, given by its ranks (`Ensemble.ranks`), whether its class is proved to stay the same when the
     features increase by any amounts, or decrease with a `direction` of -1.
 
@@ -285,13 +282,11 @@ def proved_unchanged(
     return proved
 
 
-def _all_monotone(ensemble: reading.Ensemble, added: reading.Floats, features: Sequence[int]) -> bool:
+def _all_monotone(ensemble: Ensemble, added: Floats, features: Sequence[int]) -> bool:
     return all(_does_not_decrease(ensemble, added, int(root), features) for root in ensemble.roots)
 
 
-def _does_not_decrease(
-    ensemble: reading.Ensemble, added: reading.Floats, root: int, features: Sequence[int]
-) -> bool:
+def _does_not_decrease(ensemble: Ensemble, added: Floats, root: int, features: Sequence[int]) -> bool:
     """Return whether what one tree adds does not decrease when any of the features increases."""
     leaves = list(_reachable_leaves(ensemble, root, {}))
     used = sorted({feature for _, box in leaves for feature in box})
@@ -319,7 +314,7 @@ def _does_not_decrease(
 
 
 def _reachable_leaves(
-    ensemble: reading.Ensemble, node: int, box: Mapping[int, tuple[int, int, bool]]
+    ensemble: Ensemble, node: int, box: Mapping[int, tuple[int, int, bool]]
 ) -> Iterator[tuple[int, Mapping[int, tuple[int, int, bool]]]]:
     """Yield the leaves of a tree that rows can reach, with the smallest and the largest rank of each feature on the
     path, and whether it may be missing.
@@ -385,10 +380,10 @@ def _under_rules(model: Classifier, sample: Batch, constraint: Constraint, timeo
 
 def opened_trees(model: Classifier, sample: Batch, constraint: Linf, timeout_s: float) -> "TreeProver":
     """Return the prover of a model whose trees were compared with it on the examples of `sample`."""
-    tree_model = reading.read_trees(model)
+    tree_model = read_trees(model)
     assert isinstance(model.net, Estimator)
     values = model.net.rows(model.preprocess(sample.x))
-    tree_model = reading.refuse_other(tree_model, tree_model.rows(values))
+    tree_model = refuse_other(tree_model, tree_model.rows(values))
     single = model.preprocess(sample.x).dtype == torch.float32 and not tree_model.steps
     if single:
         tree_model = replace(tree_model, ensemble=tree_model.ensemble.on_grid("float32"))
@@ -400,12 +395,12 @@ class TreeProver:
     """The method `trees`, prepared for a model."""
 
     model: Classifier
-    trees: reading.TreeModel
+    trees: TreeModel
     constraint: Linf
     timeout_s: float
 
     @property
-    def ensemble(self) -> reading.Ensemble:
+    def ensemble(self) -> Ensemble:
         """The trees."""
         return self.trees.ensemble
 
@@ -431,7 +426,7 @@ class TreeProver:
             ]
         return Proofs.joined([Proofs.none(batch.take(rows[:0])), *parts])
 
-    def ranks(self, x: Inputs) -> reading.Integers:
+    def ranks(self, x: Inputs) -> Integers:
         """Return the ranks of the values of inputs, (n, features)."""
         assert isinstance(self.model.net, Estimator)
         return self.trees.ranks(self.trees.rows(self.model.net.rows(self.model.preprocess(x))))
@@ -461,9 +456,7 @@ class TreeProver:
         below, above = (x64 - eps).to(x.dtype), (x64 + eps).to(x.dtype)
         return torch.minimum(torch.maximum(below, low), x), torch.maximum(torch.minimum(above, high), x)
 
-    def _example(
-        self, one: Batch, ranks: reading.Integers, low: reading.Integers, high: reading.Integers
-    ) -> Proofs:
+    def _example(self, one: Batch, ranks: Integers, low: Integers, high: Integers) -> Proofs:
         deadline, none = time.perf_counter() + self.timeout_s, Proofs.none(one)
         label, ensemble = int(one.y), self.ensemble
         bound, work, stopped = math.inf, 0, False
@@ -501,7 +494,7 @@ class TreeProver:
         """
         return max((lead - self.ensemble.rounding) / self.ensemble.divisor, sys.float_info.min)
 
-    def _input(self, one: Batch, ranks: reading.Integers, wanted: Mapping[int, int]) -> Inputs:
+    def _input(self, one: Batch, ranks: Integers, wanted: Mapping[int, int]) -> Inputs:
         """Return an input near an example whose values have the wanted ranks, by halving the interval to the end of the
         box in which the rank increases or decreases.
         """

@@ -291,7 +291,8 @@ def from_numpy(
         notes += in_order_of_first(name, expected, x.shape[1:])
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
-        raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
+        kind = "text" if x.dtype.kind in "UST" else str(x.dtype)
+        raise TargetError(f"the inputs of {name} are {kind}; {_NUMBERS} were expected. {SUPPORTED}")
     if x.ndim < 2 and not preserve:
         raise TargetError(
             f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
@@ -637,7 +638,3 @@ def _of_integers(x: Array, name: str) -> TargetError:
 
 def _may_be_audio(x: Array) -> bool:
     return x.dtype == np.int16 and int(x.min()) < 0
-
-
-def _type(x: Array) -> str:
-    return "text" if x.dtype.kind in "UST" else str(x.dtype)

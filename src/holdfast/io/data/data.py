@@ -303,7 +303,10 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     else:
         x_name, y_name = arrays_of_split(archive, split, address, needs_labels=needs_labels)
     if y_name is None:
-        return _open_unlabelled(archive.array(x_name), place, address, options)
+        x = archive.array(x_name)
+        rows = options.choice.rows(len(x), address)
+        labels, expected = np.full(len(rows), UNLABELLED), replace(options.expected, checks_labels=False)
+        return from_numpy(address, x[rows], labels, rows, expected, layout=_layout(place.layout, x))
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
         message = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
@@ -358,12 +361,6 @@ def _groups(
             "group for each example was expected"
         )
     return Groups.of_values(archive.array(name), name).taken(rows)
-
-
-def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options) -> Arrays:
-    rows = options.choice.rows(len(x), address)
-    labels, expected = np.full(len(rows), UNLABELLED), replace(options.expected, checks_labels=False)
-    return from_numpy(address, x[rows], labels, rows, expected, layout=_layout(place.layout, x))
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:

@@ -261,7 +261,8 @@ def _ambiguous(
     options = [
         data_argument(
             "layout",
-            _declared(reading, shape),
+            # `asis` if the axes do not change
+            "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored,
             reason=f"(an example of shape {reading.shape(shape)} for the network; "
             f"{float((outputs.argmax(1) == y).double().mean()):.0%} of {len(y)} examples right)",
         )
@@ -272,11 +273,6 @@ def _ambiguous(
         "different outputs. Declare the one that it was trained with",
         *options,
     )
-
-
-def _declared(reading: LayoutReading, shape: Sequence[int]) -> Layout:
-    """Return the layout that declares an interpretation: `asis` if the axes do not change."""
-    return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored
 
 
 ClassOrder = Literal["lexical", "numeric"]

@@ -437,7 +437,7 @@ def as_array(values: object, what: str) -> Array:
         array = np.asarray(values)
     except ValueError as error:
         raise TargetError(f"the {what} are rows of different shapes: {error}") from error
-    if _is_text_array(array):
+    if array.ndim and array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat):
         return array.astype(str)
     if array.dtype == object or array.ndim == 0:
         kinds = sorted({type(value).__name__ for value in array.flat[:_INSPECTED]}) if array.ndim else []
@@ -455,7 +455,3 @@ def _dense(matrix: Any) -> Array:
             f"the inputs are a sparse matrix of shape {matrix.shape}, which does not fit into memory as an array; give "
             "fewer rows, as in x[:1000]"
         ) from error
-
-
-def _is_text_array(array: Array) -> bool:
-    return array.ndim > 0 and array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat)

@@ -130,8 +130,8 @@ def training_data(data: Data) -> TrainingData:
     size = _SIZE_OF_FLOAT * n * math.prod(shape)
     if size <= IN_MEMORY_BYTES:
         return data.read(0, n)
-    parts = [_described(data.read(rows[0], rows[-1] + 1)) for rows in _chunks(n, shape)]
-    ys, ids, hashes = zip(*parts, strict=True)
+    batches = (data.read(rows[0], rows[-1] + 1) for rows in _chunks(n, shape))
+    ys, ids, hashes = zip(*((each.y, each.ids, each.fingerprints()) for each in batches), strict=True)
     note = (
         f"the inputs of {n:,} training examples would take {size / 2**30:.1f} GiB in memory, so they are read by index "
         "when they are used"
@@ -146,11 +146,6 @@ def training_data(data: Data) -> TrainingData:
         shape,
         (note,),
     )
-
-
-def _described(batch: Batch) -> tuple[Labels, Ids, tuple[bytes, ...]]:
-    """What is stored of examples whose inputs are not."""
-    return batch.y, batch.ids, batch.fingerprints()
 
 
 def _chunks(n: int, shape: tuple[int, ...]) -> list[list[int]]:

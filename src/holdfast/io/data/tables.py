@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ def table_examples(
         x, notes = column_of_texts(table, expected.words[0] if expected.words else None, label, drop, chosen)
     elif expected.rules is not None:
         features = expected.rules.names
-        further = _beside_rules(table, expected, (label, SPLIT_COLUMN, *drop, *features))
+        used = (label, SPLIT_COLUMN, *drop, *features)
+        # unused columns of the first table are refused
+        further = () if expected.first is None else tuple(name for name in table.columns if name not in used)
         x, notes = rows_by_rules(table, expected.rules, label, (*drop, *further), chosen)
         notes = (*left_out(table.name, further), *notes)
     elif table.inputs is not None:
@@ -169,11 +171,6 @@ def table_examples(
     numbering = numbered_words(column.words, column.places, expected, table.name)
     data = replace(data, y=numbering.y[chosen], classes=numbering.names, groups=groups, named=named)
     return data.labelled(numbering)
-
-
-def _beside_rules(table: ColumnTable, expected: Expected, used: Collection[str | None]) -> tuple[str, ...]:
-    """Return the columns of a further table that are not used; none of the first table, where they are refused."""
-    return () if expected.first is None else tuple(name for name in table.columns if name not in used)
 
 
 def _groups(table: ColumnTable, expected: Expected) -> Groups | None:

@@ -223,15 +223,11 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             if other_accuracy > best and examined.beaten_by(other_accuracy):
                 description = f"accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} {text}"
                 gain = other_accuracy - examined.accuracy
-                declared = Remedy("mean", shift, also=(Remedy("std", scale), *_wider_bounds(examined)))
+                has_wider = bool(outside(batch.x, model.bounds).any())
+                wider = (range_of_training(*extremes(batch.x)),) if has_wider else ()
+                declared = Remedy("mean", shift, also=(Remedy("std", scale), *wider))
                 best, findings = (
                     other_accuracy,
                     (Finding("normalisation", "problem", description, way_out, gain, (declared,)),),
                 )
     yield from findings
-
-
-def _wider_bounds(examined: Examined) -> tuple[Remedy, ...]:
-    """Return the declaration of bounds that contain the inputs, if some are outside the bounds of the model."""
-    x = examined.batch.x
-    return (range_of_training(*extremes(x)),) if bool(outside(x, examined.model.bounds).any()) else ()

@@ -237,7 +237,12 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
     value = vars(module).get(name)
     if value is None:
         callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        defined = [n for n in callables if _is_own(vars(module)[n], module)]
+        defined = [
+            n
+            for n in callables
+            if isinstance(vars(module)[n], nn.Module)
+            or getattr(vars(module)[n], "__module__", None) == module.__name__
+        ]
         suggestion = similar_name(name, callables) or (
             f"; it defines {', '.join(defined[:8])}" if defined else ""
         )
@@ -251,10 +256,6 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
             f"{name} in {str(path)!r} is {_described(value)}; a network or a function that returns one was expected"
         )
     return typing.cast(Callable[..., object], value)
-
-
-def _is_own(value: object, module: types.ModuleType) -> bool:
-    return isinstance(value, nn.Module) or getattr(value, "__module__", None) == module.__name__
 
 
 @contextlib.contextmanager

@@ -407,7 +407,8 @@ def _architecture(
         properties = Declared() if isinstance(built.net, Classifier) else _known(metadata)
         return replace(built, net=_with_parts(built.net, metadata)), properties
     name = opening.arch or metadata.get("architecture")
-    program = _folder_of(opening.address) / PROGRAM
+    path = Path(opening.address)
+    program = (path if path.is_dir() else path.parent) / PROGRAM
     if name is None and metadata.get("ensemble") and program.is_file():
         member = open_program(program, trust_code=opening.trust_code)
         return factories.Built(_extended(member.net, metadata), {str(program): member.digest}), _known(
@@ -447,11 +448,6 @@ def _architecture(
             ARCHITECTURE,
         ) from error
     return factories.Built(net, {}), _known(metadata)
-
-
-def _folder_of(address: str) -> Path:
-    path = Path(address)
-    return path if path.is_dir() else path.parent
 
 
 def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
