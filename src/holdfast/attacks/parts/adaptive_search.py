@@ -13,7 +13,7 @@ from holdfast.attacks.feature_transfer import FeatureTransfer
 from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.parts.ascent import stable_ascent
 from holdfast.attacks.parts.losses import Best, leeway, margin_loss
-from holdfast.attacks.parts.ration import Averaged, Ration
+from holdfast.attacks.parts.ration import Averaged, SharedBudget
 from holdfast.attacks.square import Square
 from holdfast.attacks.stand_in import LEAST_PASSES, StandIn
 from holdfast.core.batch import Batch
@@ -199,7 +199,7 @@ class Halving:
         """Run the search, and return the best points and the columns `COLUMNS`."""
         zeros = torch.zeros_like(self.batch.ids)
         self.randomised, self.clean = False, None
-        self.ration = Ration(self.model, self.batch, self.threat.constraint, exact=True)
+        self.ration = SharedBudget(self.model, self.batch, self.threat.constraint, exact=True)
         self.accounts = [Account(m, "too few passes", zeros, zeros, zeros) for m in (*METHODS, LABELS)]
         with suppress(BudgetSpent):  # of the attacked model, which may count otherwise
             self.look()
