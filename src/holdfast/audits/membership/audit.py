@@ -72,7 +72,7 @@ class Case:
         """
         known, inside, results = self.references, self.inside, dict[str, Callable[[], PerExample]]()
         if known is not None and inside is not None and not labels:
-            given = (self.target, known.phi, inside)
+            given = (self.target, known.scaled_logit, inside)
             results["BaVarIA"] = partial(scores.bavaria, *given)
             results["LiRA online"] = partial(scores.lira_online, *given)
             results["LiRA offline"] = partial(scores.lira_offline, *given)
@@ -252,7 +252,7 @@ def _of_procedure(design: Design, signals: Signals) -> Measured:
     def cases(inside: Tensor) -> list[Case]:
         return [
             Case(
-                signals.phi[k],
+                signals.scaled_logit[k],
                 signals.right[k],
                 inside[k],
                 signals.of(rest := others(k, design.networks)),
@@ -267,7 +267,7 @@ def _of_procedure(design: Design, signals: Signals) -> Measured:
 
 def _of_model(design: Design, signals: Signals, references: Signals | None) -> Measured:
     inside, null_inside = (None, None) if references is None else (design.inside(), design.null())
-    case = Case(signals.phi[0], signals.right[0], design.member, references, inside)
+    case = Case(signals.scaled_logit[0], signals.right[0], design.member, references, inside)
     untrained = halves(design.places, 2, design.rng.at("null target"))[0]
     null = replace(case, member=untrained, inside=null_inside)
     return Measured([case], [null], bool(signals.labels), bool(signals.probabilities))
@@ -277,7 +277,7 @@ def _answers(query: Query, examples: Batch, rows: Tensor) -> dict[str, Tensor]:
     signals = query(examples.take(rows))
     return {
         "id": rows,
-        "phi": signals.phi[0],
+        "phi": signals.scaled_logit[0],
         "right": signals.right[0].long(),
         "labels": torch.full((len(rows),), int(signals.labels)),
         "probabilities": torch.full((len(rows),), int(signals.probabilities)),
@@ -288,7 +288,7 @@ def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
     """Return the columns of a shard: what its networks say about all examples."""
     return {
         "id": torch.tensor(networks),
-        "phi": signals.phi,
+        "phi": signals.scaled_logit,
         "right": signals.right.long(),
         "labels": signals.labels.long(),
         "probabilities": signals.probabilities.long(),
