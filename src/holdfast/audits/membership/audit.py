@@ -53,7 +53,7 @@ def _queries(first: int) -> str:
 
 
 @dataclass(frozen=True)
-class Case:
+class MembershipTarget:
     """One target, and what an attacker knows about it."""
 
     target: PerExample
@@ -92,8 +92,8 @@ class Case:
 class Measured:
     """The targets of an audit, and the same targets with halves that no network was trained on."""
 
-    cases: Sequence[Case]
-    nulls: Sequence[Case]
+    cases: Sequence[MembershipTarget]
+    nulls: Sequence[MembershipTarget]
     labels: bool
     """whether the targets give labels only"""
     probabilities: bool
@@ -249,9 +249,9 @@ def _answered(steps: StoredSteps, design: Design) -> Signals:
 def _of_procedure(design: Design, signals: Signals) -> Measured:
     """Every network is a target, compared with the others but that of the complementary half."""
 
-    def cases(inside: Tensor) -> list[Case]:
+    def cases(inside: Tensor) -> list[MembershipTarget]:
         return [
-            Case(
+            MembershipTarget(
                 signals.scaled_logit[k],
                 signals.right[k],
                 inside[k],
@@ -267,7 +267,7 @@ def _of_procedure(design: Design, signals: Signals) -> Measured:
 
 def _of_model(design: Design, signals: Signals, references: Signals | None) -> Measured:
     inside, null_inside = (None, None) if references is None else (design.inside(), design.null())
-    case = Case(signals.scaled_logit[0], signals.right[0], design.member, references, inside)
+    case = MembershipTarget(signals.scaled_logit[0], signals.right[0], design.member, references, inside)
     untrained = halves(design.places, 2, design.rng.at("null target"))[0]
     null = replace(case, member=untrained, inside=null_inside)
     return Measured([case], [null], bool(signals.labels), bool(signals.probabilities))
