@@ -89,7 +89,7 @@ class MembershipTarget:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MembershipTargets:
     """The targets of an audit, and the same targets with halves that no network was trained on."""
 
     cases: Sequence[MembershipTarget]
@@ -201,7 +201,7 @@ def _same_network(training: str) -> str:
     )
 
 
-def _measured(steps: StoredSteps, settings: _Settings) -> tuple[Design, Columns, Measured]:
+def _measured(steps: StoredSteps, settings: _Settings) -> tuple[Design, Columns, MembershipTargets]:
     """The design of an audit, the columns of its examples, and its targets. Raises `TargetError` if steps contradict
     each other or the settings.
     """
@@ -246,7 +246,7 @@ def _answered(steps: StoredSteps, design: Design) -> Signals:
     return Signals.over_examples(parts)
 
 
-def _of_procedure(design: Design, signals: Signals) -> Measured:
+def _of_procedure(design: Design, signals: Signals) -> MembershipTargets:
     """Every network is a target, compared with the others but that of the complementary half."""
 
     def cases(inside: Tensor) -> list[MembershipTarget]:
@@ -262,15 +262,15 @@ def _of_procedure(design: Design, signals: Signals) -> Measured:
         ]
 
     labels, probabilities = bool(signals.labels.all()), bool(signals.probabilities.all())
-    return Measured(cases(design.inside()), cases(design.null()), labels, probabilities)
+    return MembershipTargets(cases(design.inside()), cases(design.null()), labels, probabilities)
 
 
-def _of_model(design: Design, signals: Signals, references: Signals | None) -> Measured:
+def _of_model(design: Design, signals: Signals, references: Signals | None) -> MembershipTargets:
     inside, null_inside = (None, None) if references is None else (design.inside(), design.null())
     case = MembershipTarget(signals.scaled_logit[0], signals.right[0], design.member, references, inside)
     untrained = halves(design.places, 2, design.rng.at("null target"))[0]
     null = replace(case, member=untrained, inside=null_inside)
-    return Measured([case], [null], bool(signals.labels), bool(signals.probabilities))
+    return MembershipTargets([case], [null], bool(signals.labels), bool(signals.probabilities))
 
 
 def _answers(query: Query, examples: Batch, rows: Tensor) -> dict[str, Tensor]:
@@ -311,7 +311,7 @@ def _train(run: Run, how: MembershipAudit) -> None:
     run.sharded_stage(NETWORKS, shards)
 
 
-def _per_example(design: Design, examples: Columns, found: Measured) -> dict[str, Tensor]:
+def _per_example(design: Design, examples: Columns, found: MembershipTargets) -> dict[str, Tensor]:
     """For each example, the mean score of the networks that were trained on it and of the others, and the share of the
     networks that were trained on it in which it is found.
     """
