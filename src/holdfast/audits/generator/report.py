@@ -50,7 +50,7 @@ _TOGETHER = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class GeneratorMeasurements:
     """What an audit of a generator measured."""
 
     samples: Quality
@@ -78,7 +78,7 @@ class Measured:
         return quality.recall.value <= _COLLAPSED and quality.precision.value >= _REALISTIC
 
 
-def finding_of(measured: Measured) -> Finding:
+def finding_of(measured: GeneratorMeasurements) -> Finding:
     """Return the finding: `flagged` if samples are copies of training examples, or nearly, or if the generator has
     collapsed.
     """
@@ -189,7 +189,7 @@ def joined(
     )
 
 
-def _facts(measured: Measured) -> dict[str, object]:
+def _facts(measured: GeneratorMeasurements) -> dict[str, object]:
     return {
         "copies": int(measured.copies.is_copy.sum()),
         "copy_rate": measured.copies.rate.value,
@@ -243,7 +243,7 @@ def _listed(copies: Copies) -> tuple[Table, ...]:
     )
 
 
-def _measures(measured: Measured) -> Table:
+def _measures(measured: GeneratorMeasurements) -> Table:
     rows = [
         (title, *shown(getattr(measured.samples, name)), *shown(getattr(measured.floor, name)))
         for name, title in _NAMES.items()
