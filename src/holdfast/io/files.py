@@ -169,6 +169,20 @@ def reading(address: object) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def refusing(
+    fault: str, kinds: type[Exception] | tuple[type[Exception], ...], advice: str = ""
+) -> Iterator[None]:
+    """Context manager that converts errors of some kinds to a `TargetError` with the fault, the reason and advice.
+
+    The fault is a clause about the file, such as "'a.onnx' is no valid ONNX model".
+    """
+    try:
+        yield
+    except kinds as error:
+        raise TargetError(f"{fault}: {reason_of(error)}{advice and f'; {advice}'}") from error
+
+
 def reason_of(error: Exception) -> str:
     """Return the message of an error of a parser in one line of at most 200 characters."""
     return " ".join(str(error).split())[:_SHOWN]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.remedies import Placeholder, data_argument
-from holdfast.io.files import megabytes, names_of, opened, reason_of, similar_name
+from holdfast.io.files import megabytes, names_of, opened, reason_of, refusing, similar_name
 from holdfast.io.limited.limited_main import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
@@ -33,17 +33,16 @@ class Npz:
 
     def __init__(self, path: Path, what: str = "data file") -> None:
         self.path, self._what = path, what
-        try:
-            with opened(path, what) as file, zipfile.ZipFile(file) as archive:
-                n_bytes = os.fstat(file.fileno()).st_size
-                members = [
-                    (member.filename.removesuffix(".npy"), member.file_size) for member in archive.infolist()
-                ]
-        except _DAMAGE as error:
-            raise TargetError(
-                f"{str(path)!r} is not an .npz archive, or is damaged or truncated: {reason_of(error)}; "
-                "download it again, or write it with numpy.savez"
-            ) from error
+        advice = "download it again, or write it with numpy.savez"
+        with (
+            refusing(f"{str(path)!r} is not an .npz archive, or is damaged or truncated", _DAMAGE, advice),
+            opened(path, what) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            n_bytes = os.fstat(file.fileno()).st_size
+            members = [
+                (member.filename.removesuffix(".npy"), member.file_size) for member in archive.infolist()
+            ]
         self._sizes = dict(members)
         if len(self._sizes) < len(members):
             repeated = next(name for name, n in Counter(name for name, _ in members).items() if n > 1)

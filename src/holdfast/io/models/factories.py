@@ -22,7 +22,7 @@ from torch import nn
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.remedies import Placeholder, model_argument
-from holdfast.io.files import content_of_file, sha256_of_file, similar_name
+from holdfast.io.files import content_of_file, refusing, sha256_of_file, similar_name
 from holdfast.io.models.adapting import accepted, refuse_generator, takes_no_input
 from holdfast.io.models.estimators import Predictor
 from holdfast.io.models.object_digest import LOADED
@@ -135,10 +135,8 @@ def converted_arguments(
 
     Raises `UsageError` for an unknown or missing argument, and for a value that cannot be converted.
     """
-    try:
+    with refusing(f"the signature of {address} cannot be read", (NameError, TypeError, ValueError)):
         parameters = inspect.signature(factory, eval_str=True).parameters
-    except (NameError, TypeError, ValueError) as error:
-        raise TargetError(f"the signature of {address} cannot be read: {error}") from error
     by_name = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
