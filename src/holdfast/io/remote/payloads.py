@@ -263,7 +263,9 @@ class ServerAnswers:
     ) -> None:
         self._form, self._labels, self._expected = form, labels, expected
         self._names = None if names is None else tuple(names)
-        self._integer_names = self._names is not None and all(map(_is_integer, self._names))
+        self._integer_names = self._names is not None and all(
+            name.removeprefix("-").isdecimal() for name in self._names
+        )
         """whether all class names are integers, so that integers in a response are class names"""
         self._declared, self._masked = declared, masked
         self._classes: int | None = None
@@ -521,10 +523,6 @@ def first_characters(answer: Any, masked: Callable[[str], str]) -> str:
     # Secrets are removed before the text is shortened; otherwise the beginning of a secret could remain at its end.
     text = masked(text)
     return f"{text[:_BEGINNING]} …" if len(text) > _BEGINNING else text
-
-
-def _is_integer(name: str) -> bool:
-    return name.removeprefix("-").isdecimal()
 
 
 def _unreadable_text(text: str, reason: str, remedy: Remedy) -> TargetLost:
