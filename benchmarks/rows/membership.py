@@ -60,7 +60,9 @@ def measured() -> Outcome:
     notes: list[str] = []
     theirs = _peer_rates(x, y, inside, signals, rng, notes)
     for k in REFERENCES:
-        found = {name: _rates(attack, signals.phi[:, :n], members, k) for name, attack in ATTACKS.items()}
+        found = {
+            name: _rates(attack, signals.scaled_logit[:, :n], members, k) for name, attack in ATTACKS.items()
+        }
         table += [_row(name, k, *values) for name, values in found.items()]
         best = max(values[0] for name, values in found.items() if name != OURS)
         claims.append(
@@ -71,13 +73,15 @@ def measured() -> Outcome:
                 least=True,
             )
         )
-    loss = _rates(lambda target, _references, _inside: scores.loss(target), signals.phi[:, :n], members, 2)
+    loss = _rates(
+        lambda target, _references, _inside: scores.loss(target), signals.scaled_logit[:, :n], members, 2
+    )
     table.append(_row("loss", 0, *loss))
     for name, (k, values) in theirs.items():
         table.append(_row(name, k, *values))
-        ours = _rates(scores.bavaria, signals.phi[:, :n], members, k or 2)[0]
+        ours = _rates(scores.bavaria, signals.scaled_logit[:, :n], members, k or 2)[0]
         claims.append(Claim(f"{OURS} - {name} >= 0", ours - values[0], 0.0, least=True))
-    null = _null(signals.phi[:, :n], rng)
+    null = _null(signals.scaled_logit[:, :n], rng)
     claims += [
         Claim("AUC of the null control, 16 targets >= 0.47", null, 0.47, least=True),
         Claim("AUC of the null control, 16 targets <= 0.53", null, 0.53),
@@ -125,21 +129,21 @@ def _chosen(target: int, references: int) -> list[int]:
     return [rest[(start + place) % len(rest)] for place in range(references)]
 
 
-def _rates(attack: Attack, phi: Tensor, inside: Tensor, references: int) -> tuple[float, float]:
+def _rates(attack: Attack, scaled_logit: Tensor, inside: Tensor, references: int) -> tuple[float, float]:
     """Mean TPR and mean AUC over the targets."""
     found, areas = [], []
     for target in range(TARGETS):
         used = _chosen(target, references)
-        score = attack(phi[target], phi[used], inside[used])
+        score = attack(scaled_logit[target], scaled_logit[used], inside[used])
         found.append(scores.tpr(score, inside[target], FPR))
         areas.append(scores.auc(score, inside[target]))
     return statistics.mean(found), statistics.mean(areas)
 
 
-def _null(phi: Tensor, rng: Draws) -> float:
+def _null(scaled_logit: Tensor, rng: Draws) -> float:
     """Mean AUC over the targets on halves that nobody trained on."""
-    null = halves(torch.arange(phi.shape[1]), NETWORKS, rng.at("null"))
-    return _rates(scores.bavaria, phi, null, NETWORKS - 2)[1]
+    null = halves(torch.arange(scaled_logit.shape[1]), NETWORKS, rng.at("null"))
+    return _rates(scores.bavaria, scaled_logit, null, NETWORKS - 2)[1]
 
 
 def _peer_rates(
@@ -163,7 +167,7 @@ def _peer_rates(
 
 
 def _privacy_meter(run_rmia: Any, inside: Tensor, signals: Signals, references: int) -> tuple[float, float]:
-    p, n, found, areas = signals.phi.sigmoid().numpy(), len(inside[0]) - POPULATION, [], []
+    p, n, found, areas = signals.scaled_logit.sigmoid().numpy(), len(inside[0]) - POPULATION, [], []
     for target in range(TARGETS):
         used = _chosen(target, references)
         score = torch.from_numpy(

@@ -10,7 +10,7 @@ from holdfast.attacks import HopSkipJump
 from holdfast.attacks.adaptive_search import AdaptiveSearch
 from holdfast.attacks.parts.adaptive_search import LABELS, METHODS, Method, starts
 from holdfast.attacks.parts.ascent import FIRST, stable_ascent
-from holdfast.attacks.parts.ration import Ration
+from holdfast.attacks.parts.ration import SharedBudget
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -217,7 +217,7 @@ def test_an_error_of_the_inspection_of_a_model_is_none_of_inputs_far_from_the_da
             return Distances()(x)
 
     batch = examples(4)
-    ration = Ration(Classifier(Detaching()), batch, Linf(EPS), exact=True)
+    ration = SharedBudget(Classifier(Detaching()), batch, Linf(EPS), exact=True)
     ration.begin(torch.arange(4), 10)
     ration(batch.x)
     with pytest.raises(Exception, match="no gradient here"):

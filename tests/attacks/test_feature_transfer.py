@@ -10,7 +10,7 @@ from torch import nn
 
 from holdfast.attacks import FeatureTransfer
 from holdfast.attacks.parts.feature_search import features_of
-from holdfast.attacks.parts.ration import Ration
+from holdfast.attacks.parts.ration import SharedBudget
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
@@ -209,7 +209,7 @@ def test_what_it_broke_in_a_ration_is_returned(passes, rationed):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, batch, threat = problem(noise_votes)
-        ration = Ration(model, batch, threat.constraint, exact=False)
+        ration = SharedBudget(model, batch, threat.constraint, exact=False)
         ration.begin(torch.arange(len(batch)), rationed)
         x_adv = FeatureTransfer(passes=passes)(ration, batch, threat, rng=Draws(0))
         assert surviving(model, batch, x_adv) <= 0.5

@@ -23,7 +23,7 @@ from holdfast.audits.membership.references import (
     signals_of,
     trained_signals,
 )
-from holdfast.audits.membership.scores import LARGEST, phi
+from holdfast.audits.membership.scores import LARGEST, scaled_logit
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -79,9 +79,9 @@ def test_the_signal_is_the_logit_of_the_probability_and_finite():
     logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 1, 2, 0, 1])
     p = logits.double().softmax(-1).gather(-1, y.expand(2, 5)[..., None])[..., 0]
-    assert torch.allclose(phi(logits, y), torch.logit(p))
+    assert torch.allclose(scaled_logit(logits, y), torch.logit(p))
     sure = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
-    assert phi(sure, torch.tensor([0, 0])).tolist() == [LARGEST, -LARGEST]
+    assert scaled_logit(sure, torch.tensor([0, 0])).tolist() == [LARGEST, -LARGEST]
 
 
 def test_halves_are_balanced_and_complementary_and_do_not_depend_on_the_order():
@@ -189,8 +189,8 @@ def test_networks_are_trained_as_one_as_they_are_alone():
     together = trained_signals(deepcopy(nets), x, y, inside, how, draws)
     for k in range(4):
         alone = trained_signals([nets[k]], x, y, inside[k : k + 1], how, draws[k : k + 1])
-        assert torch.allclose(together.phi[k], alone.phi[0], atol=1e-4)
-    assert not torch.allclose(together.phi[0], signals_of(make()(x), y).phi[0], atol=0.1)
+        assert torch.allclose(together.scaled_logit[k], alone.scaled_logit[0], atol=1e-4)
+    assert not torch.allclose(together.scaled_logit[0], signals_of(make()(x), y).scaled_logit[0], atol=0.1)
 
 
 def test_networks_with_a_state_are_trained_one_after_another():
@@ -208,7 +208,7 @@ def test_networks_with_a_state_are_trained_one_after_another():
         nets = [kind(), kind()]
         assert not batched(nets, x)
         signals = trained_signals(nets, x, y, inside, ReferenceTraining(1), [Draws(0), Draws(1)])
-        assert signals.phi.shape == (2, 40)
+        assert signals.scaled_logit.shape == (2, 40)
 
 
 @pytest.mark.slow

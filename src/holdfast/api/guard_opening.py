@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import model_argument
 from holdfast.guard.calibration import Calibration, read_calibration, refuse_stale, with_calibration
 from holdfast.guard.decisions import Action, Mode, ObservedRate
 from holdfast.guard.detectors.queries import (
@@ -111,7 +111,7 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
         raise UsageError(
             f"guard is {guard}, which becomes a part of the model, and this model is behind a server, whose own guard "
             "answers the attacks",
-            Remedy("guard", function="open_model"),
+            model_argument("guard"),
         )
     calibration = stored_calibration(settings, path, served_digest(subject))
     if name == QUERIES or (name is None and set(rules_of(settings)) <= {SCHEMA, RANGE, QUERIES}):

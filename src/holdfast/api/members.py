@@ -11,7 +11,7 @@ from holdfast.api.verb_settings import Opening
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import model_argument
 from holdfast.core.types import ACCESS_ORDER
 from holdfast.io.models.composed import Ensemble, Mixture
 from holdfast.io.models.factories import converted_arguments
@@ -48,7 +48,7 @@ def open_members(
     if declared.input_shape is not None:
         raise UsageError(
             f"input_shape is for an .onnx file with free sizes, but the model is {address!r}",
-            Remedy("input_shape", function="open_model"),
+            model_argument("input_shape"),
         )
     subjects = [open_member(member, settings, "member") for member in group_of(settings, Members).members]
     models = [subject.model for subject in subjects]

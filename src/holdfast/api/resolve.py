@@ -43,8 +43,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.core.gradients import DECAY, skipped
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
-from holdfast.core.threat import ThreatModel
+from holdfast.core.remedies import OTHER_EXAMPLES, Remedy, model_argument
 from holdfast.core.types import Inputs
 from holdfast.core.units import Units
 from holdfast.io.data.arrays import Arrays, Choice
@@ -61,22 +60,15 @@ from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
 from holdfast.runs.assess.request import Opened, Subject
 from holdfast.runs.harness import MATRIX_ROWS, Plan
+from holdfast.settings import groups
 from holdfast.settings.grammar import parse_surrogate, parse_transform, per_second, seconds
-from holdfast.settings.groups import (
-    DataSource,
-    ExampleGroups,
-    ExampleSelection,
-    InferenceSource,
-    ServerLimits,
-    ThreatSource,
-)
 from holdfast.settings.naming import ENSEMBLE, MIXED
 from holdfast.settings.values import SurrogateSettings, address_of
 
 
 def remote(settings: Opening) -> Remote:
     """Return the options for HTTP requests to a model behind a server, such as the timeout and the rate of requests."""
-    inference, limits = group_of(settings, InferenceSource), composed(ServerLimits, settings)
+    inference, limits = group_of(settings, groups.InferenceSource), composed(groups.ServerLimits, settings)
     return Remote(
         tuple(inference.allow_hosts),
         tuple(inference.headers),
@@ -93,7 +85,7 @@ def remote(settings: Opening) -> Remote:
     )
 
 
-def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
+def refuse_unserved(limits: groups.ServerLimits, model: Classifier) -> None:
     """Raise `UsageError` if limits for a server are given but the model is not behind a server."""
     if model.remote:
         return
@@ -106,13 +98,13 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
     if limits.keep_answers:
         raise UsageError(
             "keep_answers keeps the answers of a server, and this model is not behind a server",
-            Remedy("keep_answers", function="open_model"),
+            model_argument("keep_answers"),
         )
 
 
 def unit_of(settings: Opening) -> str:
     """Return the unit of the eps of the threat model, or an empty string."""
-    return settings.threat.unit if isinstance(settings, ThreatSource) else ""
+    return settings.threat.unit if isinstance(settings, groups.ThreatSource) else ""
 
 
 def open_subject(settings: Opening, *, transform: str | None = None, adaptive: bool = False) -> Subject:
@@ -132,11 +124,11 @@ def open_subject(settings: Opening, *, transform: str | None = None, adaptive: b
         model, notes = opened.model, opened.notes
     else:
         model, card, notes = _wrapped(settings.model, properties)
-    refuse_unserved(composed(ServerLimits, settings), model)
+    refuse_unserved(composed(groups.ServerLimits, settings), model)
     notes += _scaled(model, settings)
     model, transformed, more = _transformed(model, transform)
     subject = _subject(model, card | transformed, (*notes, *more), properties)
-    guard = group_of(settings, InferenceSource).guard
+    guard = group_of(settings, groups.InferenceSource).guard
     if guard is None:
         return subject
     from holdfast.api.guard_opening import guarded_subject
@@ -154,7 +146,8 @@ def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
     if of_all is not None and not unit:
         return ()
     exact = model.access != "gradients"
-    found = _range_of_data(settings, model) if unit == "range" and not _gives_bounds(settings) else None
+    by_data = unit == "range" and "bounds" not in settings.model_fields_set
+    found = _range_of_data(settings, model) if by_data else None
     if found is not None:
         low, high = found
         units = Units(low, high, tuple(b - a for a, b in zip(low, high, strict=True)), exact, unit)
@@ -183,17 +176,13 @@ def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
     return (f"eps is measured in a unit of each feature, unit={unit}{fixed}",)
 
 
-def _gives_bounds(settings: Opening) -> bool:
-    return "bounds" in settings.model_fields_set
-
-
 def _range_of_data(
     settings: Opening, model: Classifier
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return the smallest and the largest value of each feature in all rows of a table, in the order of the model's
     inputs, or None if all values are inside the bounds of the model.
     """
-    raw = _values_of(settings, model.feature_names, ExampleSelection(), table_only=False)
+    raw = _values_of(settings, model.feature_names, groups.ExampleSelection(), table_only=False)
     if raw is None:
         return None
     named = raw.features or ()
@@ -214,7 +203,7 @@ def _feature_names(model: Classifier, values: Arrays) -> tuple[str, ...]:
 def _values_of(
     settings: Opening,
     fitted: tuple[str, ...] | None,
-    selection: ExampleSelection | None = None,
+    selection: groups.ExampleSelection | None = None,
     *,
     table_only: bool = True,
 ) -> Arrays | None:
@@ -304,13 +293,11 @@ def _subject(
 
 def open_surrogates(settings: Measuring, target: Classifier) -> tuple[Subject, ...]:
     """Open the surrogate models, which are given as settings or as objects."""
-    return tuple(_open_surrogate(surrogate, settings, target) for surrogate in settings.surrogates)
-
-
-def _open_surrogate(surrogate: object, settings: Measuring, target: Classifier) -> Subject:
-    subject = open_other(surrogate, settings, "surrogate")
-    refuse_other_bounds(subject, target)
-    return subject
+    subjects = []
+    for surrogate in settings.surrogates:
+        subjects.append(open_other(surrogate, settings, "surrogate"))
+        refuse_other_bounds(subjects[-1], target)
+    return tuple(subjects)
 
 
 def open_other(other: object, settings: Opening, role: str) -> Subject:
@@ -410,7 +397,7 @@ def open_examples(
     settings: Opening,
     model: Classifier,
     *,
-    selection: ExampleSelection | None = None,
+    selection: groups.ExampleSelection | None = None,
     lenient: bool = False,
     first: Data | None = None,
 ) -> Data:
@@ -418,7 +405,7 @@ def open_examples(
     that do not fit the model are accepted as well. The columns of a table are matched with those of the data `first`.
     """
     data = open_expected(settings, expected(settings, model, lenient=lenient, first=first), selection)
-    chosen = selection or group_of(settings, ExampleSelection)
+    chosen = selection or group_of(settings, groups.ExampleSelection)
     return with_groups(data, settings, whole=not chosen.selects)
 
 
@@ -430,7 +417,7 @@ def with_groups(
     `whole` is True if all examples of the source are in the data set. `positions` are those of the examples in the
     source; None if the data set has them.
     """
-    given = group_of(settings, ExampleGroups).groups
+    given = group_of(settings, groups.ExampleGroups).groups
     if given is None:
         return data
     from holdfast.io.data.labels import Groups  # only for data with groups
@@ -442,20 +429,20 @@ def with_groups(
     return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
 
 
-def open_beside(settings: Opening, source: DataSource, properties: Expected) -> Data:
+def open_beside(settings: Opening, source: groups.DataSource, properties: Expected) -> Data:
     """Open all examples of other data than those of the settings, such as training examples that are compared. `n` and
     `sample` do not select from them.
     """
-    return open_expected(composed(type(settings), settings, source), properties, ExampleSelection())
+    return open_expected(composed(type(settings), settings, source), properties, groups.ExampleSelection())
 
 
-def selection_or(settings: Opening, usual: ExampleSelection) -> ExampleSelection:
+def selection_or(settings: Opening, usual: groups.ExampleSelection) -> groups.ExampleSelection:
     """Return the selection of the settings, or the `usual` one if they do not select any examples."""
-    given = group_of(settings, ExampleSelection)
+    given = group_of(settings, groups.ExampleSelection)
     return given if given.selects else usual
 
 
-def random_instead(settings: ExampleSelection) -> tuple[Remedy, ...]:
+def random_instead(settings: groups.ExampleSelection) -> tuple[Remedy, ...]:
     """Return the remedy for a single class among the first examples, as in a file that is sorted by class: random ones.
     There is none if the settings do not select the first examples.
     """
@@ -464,11 +451,13 @@ def random_instead(settings: ExampleSelection) -> tuple[Remedy, ...]:
     return (Remedy("sample", settings.n, also=(Remedy("n", option="-n"),)),)
 
 
-def open_expected(settings: Opening, properties: Expected, selection: ExampleSelection | None = None) -> Data:
+def open_expected(
+    settings: Opening, properties: Expected, selection: groups.ExampleSelection | None = None
+) -> Data:
     """Open the examples of the data with these declared properties."""
     if settings.data is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    selection = selection or group_of(settings, ExampleSelection)
+    selection = selection or group_of(settings, groups.ExampleSelection)
     chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": settings.seed}
     if isinstance(settings.data, str):
         return open_data(
@@ -487,7 +476,7 @@ def open_expected(settings: Opening, properties: Expected, selection: ExampleSel
     return noting_fewer(examples, selection.n or selection.sample)
 
 
-def _frame(source: DataSource, properties: Expected, **chosen: Any) -> Data:
+def _frame(source: groups.DataSource, properties: Expected, **chosen: Any) -> Data:
     return open_frame(
         source.data,
         label=source.label,
@@ -497,7 +486,7 @@ def _frame(source: DataSource, properties: Expected, **chosen: Any) -> Data:
     )
 
 
-def open_object(source: DataSource, expected: Expected) -> Data:
+def open_object(source: groups.DataSource, expected: Expected) -> Data:
     """Return all examples of additional data that are given as a Python object, such as a pair of arrays or a data
     frame.
     """
@@ -519,7 +508,7 @@ def open_train_split(
     model: Classifier,
     first: Data | None = None,
     *,
-    selection: ExampleSelection | None = None,
+    selection: groups.ExampleSelection | None = None,
 ) -> Data | None:
     """Open the train split of the data, or return None if there is none or the settings choose a split. The columns of
     a table are matched with those of the data `first`. `selection` replaces that of the settings.
@@ -541,7 +530,7 @@ def open_training_examples(settings: Opening, model: Classifier) -> tuple[Data, 
     notes = notes_of(data)
     if split is not None:
         notes += (f"{data.name}: {len(data):,} examples of the split {split} are audited",)
-    whole = not group_of(settings, ExampleSelection).selects
+    whole = not group_of(settings, groups.ExampleSelection).selects
     return with_groups(data, settings, whole=whole), notes
 
 
@@ -551,7 +540,9 @@ def open_all(settings: Assess | Certify) -> Opened:
     """
     subject = open_subject(settings, transform=settings.transform, adaptive=settings.adaptive)
     surrogates = open_surrogates(settings, subject.model)
-    if isinstance(settings, Assess) and settings.members and _attacks_members(settings.threat):
+    # examples are computed on single members by gradients within a ball
+    by_gradients = settings.threat.access == "gradients" and settings.threat.constraint.is_ball
+    if isinstance(settings, Assess) and settings.members and by_gradients:
         from holdfast.api.members import members_as_surrogates  # the same
 
         surrogates = (*surrogates, *members_as_surrogates(subject))
@@ -569,11 +560,6 @@ def open_all(settings: Assess | Certify) -> Opened:
     return subject, data, surrogates
 
 
-def _attacks_members(threat: ThreatModel) -> bool:
-    """Return whether examples are computed on single members under a threat model: within a ball, with gradients."""
-    return threat.access == "gradients" and threat.constraint.is_ball
-
-
 def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) -> Data | None:
     """Open the examples on which learned attacks are fitted: those in `fit` or, if `fit` is None, the train split of
     the data. The columns of a table are matched with those of the data `first`.
@@ -583,7 +569,7 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) ->
     count, fit = examples_to_fit(plan), settings.fit
     if fit is None and not (count and isinstance(settings.data, str)):
         return None
-    source: DataSource = settings if fit is None else beside(settings, fit)
+    source: groups.DataSource = settings if fit is None else beside(settings, fit)
     properties, address = expected(settings, model, source, first=first), address_of(source.data)
     if address is None:
         return selected(open_object(source, properties), n=None, sample=count or 1, seed=settings.seed)
@@ -591,16 +577,10 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) ->
     split = None if fit is None else source.split
     if is_same_data and split in (None, "train") and settings.split == "train":
         raise UsageError(
-            f"attacks are fitted on the train split of {address!r}, which is also evaluated",
-            OTHER_EXAMPLES,
+            f"attacks are fitted on the train split of {address!r}, which is also evaluated", OTHER_EXAMPLES
         )
     open_split = partial(
-        open_data,
-        address,
-        **names(source),
-        sample=count or 1,
-        seed=settings.seed,
-        expected=properties,
+        open_data, address, **names(source), sample=count or 1, seed=settings.seed, expected=properties
     )
     try:
         return open_split(split=split or "train")
@@ -610,8 +590,7 @@ def open_fit(settings: Measuring, model: Classifier, plan: Plan, first: Data) ->
         if not is_same_data:  # data that were given for the fit are used as a whole if they have no split
             return open_split()
         raise UsageError(
-            f"{address!r} has no train split to fit attacks on ({error.message})",
-            OTHER_EXAMPLES,
+            f"{address!r} has no train split to fit attacks on ({error.message})", OTHER_EXAMPLES
         ) from error
 
 

@@ -21,7 +21,7 @@ from holdfast.api.verb_settings import Doctor, Monitor, Serve
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy, model_argument
 from holdfast.guard.protocol import RequestGuard
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
@@ -334,9 +334,7 @@ def _shape(settings: Serve) -> tuple[int, ...]:
         return _BUNDLED_SHAPE
     raise UsageError(
         "the shape of the inputs is not known, which requests are checked against",
-        Remedy(
-            "input_shape", Placeholder("C,H,W", "(C, H, W)"), function="open_model", reason="as in 3,32,32"
-        ),
+        model_argument("input_shape", Placeholder("C,H,W", "(C, H, W)"), reason="as in 3,32,32"),
     )
 
 

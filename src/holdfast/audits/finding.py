@@ -52,15 +52,7 @@ class Table:
 
     def to_json(self) -> Json:
         """Return the table as strict JSON."""
-        content: Json = strict(
-            {
-                "title": self.title,
-                "headings": list(self.headings),
-                "rows": [list(row) for row in self.rows],
-                "note": self.note,
-                "texts": self.texts,
-            }
-        )
+        content: Json = strict(vars(self))
         return content
 
 
@@ -79,7 +71,7 @@ class Picture:
 
     def to_json(self) -> Json:
         """Return the texts as strict JSON."""
-        content: Json = strict({**vars(self), "captions": list(self.captions)})
+        content: Json = strict(vars(self))
         return content
 
 
@@ -88,11 +80,12 @@ def image_columns(images: Mapping[str, Tensor]) -> Columns:
     as a report shows them. Tensors that are no images with 1 or 3 channels are left out.
     """
     stored = {
-        name: torch.stack([_bytes(shrunk(image.detach().cpu().float())) for image in each])
+        name: torch.stack([shrunk(image.detach().cpu().float()) for image in each])
         for name, each in images.items()
         if len(each) and each.dim() == 4 and each.shape[1] in (1, 3)
     }
-    return {"id": torch.arange(len(stored)), **stored}
+    as_bytes = {name: (255 * x.nan_to_num(0.5).clamp(0, 1)).round().byte() for name, x in stored.items()}
+    return {"id": torch.arange(len(stored)), **as_bytes}
 
 
 def shown(picture: Mapping[str, Any], images: Tensor) -> Json:
@@ -123,21 +116,9 @@ class Curve:
 
     def to_json(self) -> Json:
         """Return the curve as strict JSON."""
-        content: Json = strict(
-            {
-                "title": self.title,
-                "across": self.across,
-                "upward": self.upward,
-                "lines": [{"name": name, "points": [list(p) for p in points]} for name, points in self.lines],
-                "least": self.least,
-                "note": self.note,
-            }
-        )
+        lines = [{"name": name, "points": points} for name, points in self.lines]
+        content: Json = strict({**vars(self), "lines": lines})
         return content
-
-
-def _bytes(image: Tensor) -> Tensor:
-    return (255 * image.nan_to_num(0.5).clamp(0, 1)).round().byte()
 
 
 def _enlarged(image: Tensor) -> Tensor:
@@ -167,15 +148,13 @@ class Finding:
 
     def to_json(self) -> Json:
         """Return the finding as strict JSON."""
+        shown = {name: getattr(self, name) for name in ("tables", "pictures", "curves")}
         return {
-            "verdict": self.verdict,
-            "headline": self.headline,
+            **vars(self),
             "reasons": list(self.reasons),
-            "facts": strict(dict(self.facts)),
+            "facts": strict(self.facts),
             "metrics": {name: strict(vars(estimate)) for name, estimate in self.metrics.items()},
-            "tables": [table.to_json() for table in self.tables],
-            "pictures": [picture.to_json() for picture in self.pictures],
-            "curves": [curve.to_json() for curve in self.curves],
+            **{name: [part.to_json() for part in parts] for name, parts in shown.items()},
             "limits": list(self.limits),
         }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Remedy, model_argument
 from holdfast.core.types import Ids, Inputs, Labels, Rows
 
 
@@ -77,12 +77,8 @@ def remedies(lowest: int, highest: int, classes: int, *, remote: bool) -> tuple[
     """Return the changes of arguments by which a served model may have more classes than its responses show."""
     if not remote or lowest < 0 or (lowest == 1 and highest == classes):
         return ()
-    number = Remedy("classes", highest + 1, function="open_model")
-    return (
-        Remedy(
-            "http_labels", True, function="open_model", also=(number,), reason="if the server returns classes"
-        ),
-    )
+    number = model_argument("classes", highest + 1)
+    return (model_argument("http_labels", True, also=(number,), reason="if the server returns classes"),)
 
 
 UNLABELLED = -1

@@ -447,7 +447,7 @@ class L0(Norm):
             return clamped
         gain = _change(x_adv, x) ** 2 - (x_adv - clamped) ** 2
         chosen = self.largest(gain.masked_fill(x.isnan(), 0), radius)
-        return torch.where(chosen | ~_expand(outside, x), clamped, x)
+        return torch.where(chosen | ~spread(outside, x).expand_as(x), clamped, x)
 
     def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
         """Return a mask of the `radius` values or pixels of each example with the largest `gain`, summed over
@@ -490,7 +490,3 @@ class L0(Norm):
 
     def __str__(self) -> str:
         return super().__str__() + ("px" if self.counts_pixels and math.isfinite(self.eps) else "")
-
-
-def _expand(mask: Mask, like: Tensor) -> Tensor:
-    return spread(mask, like).expand_as(like)

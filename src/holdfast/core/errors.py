@@ -4,6 +4,8 @@ Every message shows the value, what was expected, and a remedy. Any other except
 """
 
 from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from holdfast.core.remedies import Install, Remedy, remedy_from_json, remedy_to_json, with_remedies
@@ -84,6 +86,16 @@ class UsageError(HoldfastError):
     """Error for an invalid option, name, threat string or configuration (exit code 2)."""
 
     exit_code: ClassVar[int] = 2
+
+
+def importing(module: str, needed: str, extra: str) -> ModuleType:
+    """Import and return a module of an optional package. Without the package, raise `UsageError` with the sentence
+    `needed`, and the command that installs the extra of this package.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UsageError(needed, Install(extra)) from error
 
 
 class NoBounds(UsageError):

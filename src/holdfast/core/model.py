@@ -32,7 +32,7 @@ from holdfast.core.outputs import (
     of_classes,
     refused,
 )
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Remedy, model_argument
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ class Classifier(nn.Module):
             raise TargetError(
                 f"the model returned {classes} classes, but {self.classes} were declared; correct the declaration or "
                 "the model's last layer",
-                Remedy("classes", classes, function="open_model"),
+                model_argument("classes", classes),
             )
         return logits.to(x.device, x.dtype)  # `to(x)` would look like an operation on the inputs
 
@@ -406,6 +406,26 @@ def refuse_lazy(net: nn.Module) -> None:
                 f"{name} is {type(value).__name__}: a lazy layer has no weights before its first input; call the "
                 "network on a batch before you pass it, as in net(x[:2])"
             )
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
+    """Context manager inside which a model is in eval mode and, with `frozen`, its weights require no gradient. Both
+    are restored on exit, also after an error, since the model belongs to the caller.
+    """
+    # a frozen script module has no mode
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
+    weights = [(weight, weight.requires_grad) for weight in model.parameters() if frozen]
+    try:
+        model.eval()
+        for weight, _ in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for weight, trained in weights:
+            weight.requires_grad_(trained)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UnclearOutput
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import model_argument
 from holdfast.core.types import Logits, Mask, PerExample
 
 SAME = 1e-4
@@ -54,10 +54,8 @@ def change(first: Logits, second: Logits) -> PerExample:
 OutputKind = Literal["logit", "probability"]
 """`logit`: any real number; `probability`: a number from 0 to 1, after a sigmoid or a softmax"""
 
-PROBABILITY = Remedy(
-    "model_output", "probability", function="open_model", reason="(after a sigmoid or a softmax)"
-)
-LOGIT = Remedy("model_output", "logit", function="open_model")
+PROBABILITY = model_argument("model_output", "probability", reason="(after a sigmoid or a softmax)")
+LOGIT = model_argument("model_output", "logit")
 """declarations of the outputs of a model"""
 
 _ROUNDING = 1e-4

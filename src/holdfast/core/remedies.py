@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, TypeAlias
 
 
@@ -33,7 +34,7 @@ class Remedy:
 
     >>> Remedy("class_names", ("cat", "dog")).on_command_line()
     'give --class-names cat,dog'
-    >>> Remedy("class_names", ("cat", "dog"), function="open_model").in_python()
+    >>> model_argument("class_names", ("cat", "dog")).in_python()
     "give class_names=('cat', 'dog') to holdfast.open_model"
     >>> Remedy("geometry").on_command_line(), Remedy("geometry").in_python()
     ('leave out --geometry', 'leave out geometry')
@@ -128,7 +129,12 @@ class Remedy:
         return f"{text}{space}{self.reason}" if self.reason else text
 
 
-TRUST_CODE = Remedy("trust_code", True, function="open_model", reason="if you trust it")
+model_argument = partial(Remedy, function="open_model")
+"""remedy that changes an argument of `holdfast.open_model`"""
+data_argument = partial(Remedy, function="open_data")
+"""remedy that changes an argument of `holdfast.open_data`"""
+
+TRUST_CODE = model_argument("trust_code", True, reason="if you trust it")
 """permission to run the code in a file, or to which a file refers"""
 RESUME = Remedy("resume", True)
 """continuation of a run in its folder"""

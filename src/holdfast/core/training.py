@@ -109,13 +109,10 @@ def have_compiled(model: Classifier) -> None:
     net.forward = torch.compile(through)
 
 
-def _last(layout: Layout, device: torch.device) -> bool:
-    return layout == "channels-last" or (layout == "auto" and device.type == "cuda")
-
-
 def laid_out(x: Tensor, layout: Layout) -> Tensor:
     """Return images in the memory layout `layout`, such as channels last. Tensors that are not images are unchanged."""
-    if x.dim() == 4 and _last(layout, x.device):
+    last = layout == "channels-last" or (layout == "auto" and x.device.type == "cuda")
+    if x.dim() == 4 and last:
         return x.contiguous(memory_format=torch.channels_last)
     return x
 

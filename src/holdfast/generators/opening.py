@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -60,11 +61,8 @@ def load(path: Path) -> nn.Module:
             f"the metadata of {str(path)!r} name the generator {kind!r}; one of {', '.join(sorted(GENERATORS))} was "
             "expected, as in a file that Holdfast writes"
         )
-
-    def build() -> nn.Module:
-        return GENERATORS[kind](**arguments)
-
     try:
+        build = partial(GENERATORS[kind], **arguments)
         refuse_misfit(build, weights, str(path))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(

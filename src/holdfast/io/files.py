@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy, data_argument, model_argument
 from holdfast.core.spelling import most_similar, suggestion
 
 MOST_TEXT = 16 * 2**20
@@ -169,6 +169,20 @@ def reading(address: object) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def refusing(
+    fault: str, kinds: type[Exception] | tuple[type[Exception], ...], advice: str = ""
+) -> Iterator[None]:
+    """Context manager that converts errors of some kinds to a `TargetError` with the fault, the reason and advice.
+
+    The fault is a clause about the file, such as "'a.onnx' is no valid ONNX model".
+    """
+    try:
+        yield
+    except kinds as error:
+        raise TargetError(f"{fault}: {reason_of(error)}{advice and f'; {advice}'}") from error
+
+
 def reason_of(error: Exception) -> str:
     """Return the message of an error of a parser in one line of at most 200 characters."""
     return " ".join(str(error).split())[:_SHOWN]
@@ -256,9 +270,9 @@ def _way_out(path: Path) -> str:
     return similar_file(path) or folder_text
 
 
-LAYOUT = Remedy("layout", Placeholder("LAYOUT", "LAYOUT"), function="open_data", reason="(chw, hwc or asis)")
+LAYOUT = data_argument("layout", Placeholder("LAYOUT", "LAYOUT"), reason="(chw, hwc or asis)")
 """declaration of the axes of stored arrays"""
-ARCHITECTURE = Remedy("arch", Placeholder("file.py:factory", "'file.py:factory'"), function="open_model")
+ARCHITECTURE = model_argument("arch", Placeholder("file.py:factory", "'file.py:factory'"))
 """the network of a file that contains weights only, as a function in the user's code"""
 NORMALISED_DATA = Remedy("data_normalised")
 """removal of a declared normalisation of the data"""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.io.files import content_of_file, reading, refuse_address
+from holdfast.io.files import content_of_file, reading, refuse_address, refusing
 from holdfast.io.models.weights import read_once, read_state_dict
 from holdfast.threats.text_edits import TextEdits
 
@@ -159,10 +159,9 @@ def _lists(path: Path) -> dict[str, Any]:
     content = content_of_file(
         path, "file of words", most=MOST_BYTES, advice="leave words out that do not occur in the texts"
     )
-    try:
+    # UnicodeDecodeError and JSONDecodeError are among these errors
+    with refusing(f"{str(path)!r} is not JSON", (ValueError, RecursionError), f"{_EXAMPLE} was expected"):
         lists = json.loads(content)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are among them
-        raise TargetError(f"{str(path)!r} is not JSON: {error}; {_EXAMPLE} was expected") from error
     if not isinstance(lists, dict):
         raise TargetError(f"{str(path)!r} contains {kind_of(lists)}; {_EXAMPLE} was expected")
     unknown = [key for key in lists if key not in _KEYS]
@@ -209,9 +208,5 @@ def _refuse_patterns(patterns: object, name: str) -> None:
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TargetError(f"{name} is {patterns!r:.80}; a list of regular expressions was expected")
     for pattern in patterns:
-        try:
+        with refusing(f"{name} contains {pattern!r}, which is no regular expression", re.error):
             re.compile(pattern)
-        except re.error as error:
-            raise TargetError(
-                f"{name} contains {pattern!r}, which is no regular expression: {error}"
-            ) from error

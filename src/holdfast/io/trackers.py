@@ -4,7 +4,6 @@ The packages of the last three are optional (`pip install "holdfast-ml[log]"`) a
 """
 
 import csv
-import importlib
 import io
 import os
 import time
@@ -13,8 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install
+from holdfast.core.errors import TargetError, UsageError, importing
 
 Values = Mapping[str, float | int | str | None]
 """Measurements by name"""
@@ -229,10 +227,6 @@ def _scalars(values: Values) -> dict[str, float]:
 
 
 def _imported(package: str, module: str) -> Any:
-    try:
-        importlib.import_module(package)
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(
-            f"the log is {package}, and the package {package} is missing", Install("log")
-        ) from error
+    missing = f"the log is {package}, and the package {package} is missing"
+    importing(package, missing, "log")  # torch has a module for TensorBoard, which needs the package
+    return importing(module, missing, "log")

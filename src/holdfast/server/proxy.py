@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
-from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
+from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy, model_argument
 from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.server.protocol_v2 import BINARY, EXTENSIONS, JSON, LENGTH_HEADER, TYPES, Signature, compact
 from holdfast.server.requests import Refused, forwarded
@@ -333,10 +333,9 @@ def _input_shape(sizes: tuple[int, ...], given: tuple[int, ...] | None, where: s
     if not sizes or min(sizes) < 1:
         raise UsageError(
             f"the metadata of {where} give the shape {list(sizes)} for one input, which leaves sizes open",
-            Remedy(
+            model_argument(
                 "input_shape",
                 Placeholder("C,H,W", "(C, H, W)"),
-                function="open_model",
                 reason="as in 3,32,32",
             ),
         )

@@ -13,7 +13,7 @@ from holdfast.attacks.feature_transfer import FeatureTransfer
 from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.parts.ascent import stable_ascent
 from holdfast.attacks.parts.losses import Best, leeway, margin_loss
-from holdfast.attacks.parts.ration import Averaged, Ration
+from holdfast.attacks.parts.ration import Averaged, SharedBudget
 from holdfast.attacks.square import Square
 from holdfast.attacks.stand_in import LEAST_PASSES, StandIn
 from holdfast.core.batch import Batch
@@ -119,13 +119,6 @@ METHODS: tuple[Method, ...] = (
 """the methods that are compared on a few examples first"""
 
 
-def label_search(
-    model: Model, batch: Batch, threat: ThreatModel, passes: int, rng: Draws, starts: tuple[Inputs, ...]
-) -> Inputs:
-    """Run HopSkipJump from given points with at most `passes` queries."""
-    return HopSkipJump(queries=passes).started(model, batch, threat, starts, rng=rng)
-
-
 def no_search(model: Model, batch: Batch, threat: ThreatModel, passes: int, rng: Draws) -> tuple[Inputs, int]:
     """Return the inputs unchanged."""
     return batch.x, 0
@@ -206,7 +199,7 @@ class Halving:
         """Run the search, and return the best points and the columns `COLUMNS`."""
         zeros = torch.zeros_like(self.batch.ids)
         self.randomised, self.clean = False, None
-        self.ration = Ration(self.model, self.batch, self.threat.constraint, exact=True)
+        self.ration = SharedBudget(self.model, self.batch, self.threat.constraint, exact=True)
         self.accounts = [Account(m, "too few passes", zeros, zeros, zeros) for m in (*METHODS, LABELS)]
         with suppress(BudgetSpent):  # of the attacked model, which may count otherwise
             self.look()
@@ -326,7 +319,7 @@ class Halving:
         points = starts(batch, best, self.batch.x, self.predicted, self.threat)
         model: Model = Averaged(self.ration, DRAWS) if self.randomised else self.ration
         queries = passes // (DRAWS if self.randomised else 1)
-        return label_search(model, batch, self.threat, queries, rng, points)
+        return HopSkipJump(queries=queries).started(model, batch, self.threat, points, rng=rng)
 
     def judge(self, batch: Batch, points: Inputs) -> None:
         """Query the points that a method returned, and offer them to the best ones. For a randomised model, points are

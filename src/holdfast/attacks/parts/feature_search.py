@@ -214,7 +214,8 @@ def _shape_candidates(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tens
 def _masks(module: nn.Module, x: Tensor, counter: StraightThrough, *, slopes: bool) -> bool:
     """Whether a module's gradient is zero for most examples, or (with `slopes`) does not predict a small step."""
     slope, weights = _slope(module, x)
-    useless = _dead(slope)
+    flat = slope.flatten(1)
+    useless = (flat == 0).all(1) | ~flat.isfinite().all(1)
     if 2 * int(useless.sum()) > len(x):
         return True
     if counter.passed or not slopes:  # the gradient of a replacement does not predict small steps
@@ -224,11 +225,6 @@ def _masks(module: nn.Module, x: Tensor, counter: StraightThrough, *, slopes: bo
     change = (weights * (_seeded(module, x + step) - _seeded(module, x))).flatten(1).sum(1)
     ratio = (change / predicted)[~useless]
     return not _HONEST[0] <= float(ratio.median()) <= _HONEST[1]
-
-
-def _dead(slope: Tensor) -> Tensor:
-    flat = slope.flatten(1)
-    return (flat == 0).all(1) | ~flat.isfinite().all(1)
 
 
 def _slope(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

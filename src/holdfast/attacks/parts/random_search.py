@@ -215,7 +215,13 @@ class _Windows:
         corner = (draws * room).long()
         self._first = (corner[..., 0] * width + corner[..., 1]).t().contiguous()
         self._sizes = sizes
-        self._offsets = {size: _offsets(size, width).to(draws.device) for size in set(sizes)}
+        # positions of the pixels of a window relative to its corner
+        self._offsets = {
+            (rows, columns): (torch.arange(rows)[:, None] * width + torch.arange(columns))
+            .flatten()
+            .to(draws.device)
+            for rows, columns in set(sizes)
+        }
 
     def positions(self, step: int) -> Tensor:
         """Return the pixel positions (n, 1, pixels) of the windows of Square Attack in a step, one window for each
@@ -228,11 +234,6 @@ class _Windows:
         attacked.
         """
         self._first = self._first[:, rows]
-
-
-def _offsets(size: tuple[int, int], width: int) -> Tensor:
-    """Positions of a window's pixels relative to its corner."""
-    return (torch.arange(size[0])[:, None] * width + torch.arange(size[1])).flatten()
 
 
 class Corners:

@@ -19,7 +19,7 @@ _FIRM = 10.0
 """Margin of a point at which the model raised an error, so that no attack continues there."""
 
 
-class Ration:
+class SharedBudget:
     """Model with a limit of forward and backward passes for each example.
 
     A call counts one forward pass for each row and, if the inputs need a gradient, one backward pass. It raises

@@ -44,14 +44,10 @@ def evaluated(
 
 def _evaluated(model: Model, batch: Batch, constraint: Table, candidates: Tensor) -> tuple[Tensor, Tensor]:
     k = len(candidates)
-    several = Batch(batch.x.repeat(k, 1), batch.y.repeat(k), batch.ids.repeat(k), _repeated(batch.target, k))
+    several = batch.take(torch.arange(len(batch)).repeat(k))
     x = constraint.valid(constraint.moved(candidates.flatten(0, 1), several.x), several.x)
     heights = margin(model(x, several.ids), several)
     return x.view_as(candidates), heights.view(k, len(batch))
-
-
-def _repeated(target: Tensor | None, k: int) -> Tensor | None:
-    return None if target is None else target.repeat(k)
 
 
 def decisions(tensors: TableTensors) -> tuple[tuple[int, ...], ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from holdfast.audits.backdoor import measurements
 from holdfast.audits.backdoor.controls import (
     MIN_CONTROLS,
     Controls,
@@ -17,17 +18,6 @@ from holdfast.audits.backdoor.controls import (
     trained_controls,
 )
 from holdfast.audits.backdoor.inversion import Inversion, Inverted, Strip, joined
-from holdfast.audits.backdoor.measurements import (
-    ACCURACY,
-    STRIP,
-    STRIP_CLEAN,
-    TRAINING,
-    TRANSFER,
-    Accuracies,
-    Beside,
-    controls_of,
-    groups_of,
-)
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -73,11 +63,11 @@ class BackdoorRequest:
         """Return the names of the steps, in their order."""
         n = self.n_controls
         return (
-            *((TRAINING,) if self.training else ()),
-            ACCURACY,
-            *(name for name, _ in groups_of(self.classes)),
-            *((*(f"control-{place}" for place in range(n)), TRANSFER) if n else ()),
-            *((STRIP_CLEAN, STRIP) if self.stream is not None else ()),
+            *((measurements.TRAINING,) if self.training else ()),
+            measurements.ACCURACY,
+            *(name for name, _ in measurements.groups_of(self.classes)),
+            *((*(f"control-{place}" for place in range(n)), measurements.TRANSFER) if n else ()),
+            *((measurements.STRIP_CLEAN, measurements.STRIP) if self.stream is not None else ()),
         )
 
 
@@ -124,7 +114,7 @@ class _Steps:
             trained = trained_controls(training, self.model, self.request.batch, self.notify)
             return {"controls": [{"number": each.number, "epochs": each.epochs} for each in trained]}
 
-        stored = self.run.document(TRAINING, compute)["controls"]
+        stored = self.run.document(measurements.TRAINING, compute)["controls"]
         files = sorted(training.weights(each["number"], each["epochs"]) for each in stored)
         if missing := next((path for path in files if not path.is_file()), None):
             raise TargetError(
@@ -132,7 +122,7 @@ class _Steps:
             )
         return Controls.of_files(files)
 
-    def accuracies(self, controls: Controls | None) -> Accuracies:
+    def accuracies(self, controls: Controls | None) -> measurements.Accuracies:
         """Measure the clean accuracies of the model and of the controls."""
         batch = self.request.batch
 
@@ -142,19 +132,19 @@ class _Steps:
         def compute() -> Mapping[str, Any]:
             of_model = right(self.model)
 
-            def beside(control: Classifier) -> Beside:
+            def beside(control: Classifier) -> measurements.Beside:
                 test = mcnemar(right(control), of_model)
                 return {"ahead": test.only_first, "behind": test.only_second}
 
             of_controls = {} if controls is None else controls.each(self.model, beside)
             return {"model": float(of_model.double().mean()), "controls": of_controls}
 
-        stored = self.run.document(ACCURACY, compute)
+        stored = self.run.document(measurements.ACCURACY, compute)
         return {"model": stored["model"], "controls": dict(stored["controls"])}
 
     def inverted(self) -> Inverted:
         """Search the triggers of the model, one group of classes after the other."""
-        groups = groups_of(self.request.classes)
+        groups = measurements.groups_of(self.request.classes)
         return joined([self.run.stage(name, partial(self.group, of)).columns for name, of in groups])
 
     def group(self, classes: list[int]) -> Columns:
@@ -166,11 +156,11 @@ class _Steps:
         batch = self.request.batch
         return self.request.inversion(model, batch.x, batch.y, classes, rng=self.rng.at("inversion"))
 
-    def compared(self, controls: Controls, inverted: Inverted, accuracies: Accuracies) -> None:
+    def compared(self, controls: Controls, inverted: Inverted, accuracies: measurements.Accuracies) -> None:
         """Search the triggers of the controls that are comparable, if they are enough, and measure the success of the
         most unusual trigger on them. For the other controls, empty documents are stored.
         """
-        beside = controls_of(accuracies, len(self.request.batch))
+        beside = measurements.controls_of(accuracies, len(self.request.batch))
         used = [control.name for control in beside if control.is_comparable]
         used = used if len(used) >= MIN_CONTROLS else []
         sizes = []
@@ -178,7 +168,7 @@ class _Steps:
             compute = partial(self.control, controls, place) if path.name in used else _no_sizes
             sizes.append(self.run.document(f"control-{place}", compute)["sizes"])
         if not used:
-            self.run.document(TRANSFER, dict)
+            self.run.document(measurements.TRANSFER, dict)
             return
         rank = ranked(inverted.size, torch.tensor([each for each in sizes if each]))
         trigger, others = inverted.trigger(rank.label), self.request.batch.y != rank.label
@@ -187,7 +177,7 @@ class _Steps:
         def success(control: Classifier) -> float:
             return float((predicted(control, stamped) == rank.label).double().mean())
 
-        self.run.document(TRANSFER, lambda: controls.take(used).each(self.model, success))
+        self.run.document(measurements.TRANSFER, lambda: controls.take(used).each(self.model, success))
 
     def control(self, controls: Controls, place: int) -> Mapping[str, Any]:
         """Search the triggers of a control, unless an earlier audit did with the same settings."""
@@ -224,8 +214,8 @@ class _Steps:
             pieces = [entropies(stream.read(start, start + _ROWS).to(batch.x.device)) for start in starts]
             return {name: torch.cat([piece[name] for piece in pieces]) for name in ("id", "entropy")}
 
-        self.run.stage(STRIP_CLEAN, lambda: entropies(batch.take(measured)))
-        self.run.stage(STRIP, of_stream)
+        self.run.stage(measurements.STRIP_CLEAN, lambda: entropies(batch.take(measured)))
+        self.run.stage(measurements.STRIP, of_stream)
 
 
 def _no_sizes() -> Mapping[str, Any]:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from holdfast.audits.backdoor.controls import LEVEL, MAX_DIFFERENCE, MIN_CONTROLS, OUTSIDE
 from holdfast.audits.backdoor.inversion import abnormality
-from holdfast.audits.backdoor.measurements import Compared, Control, Measured, Settings, Streamed, measured
+from holdfast.audits.backdoor.measurements import (
+    BackdoorMeasurements,
+    Compared,
+    Control,
+    Settings,
+    Streamed,
+    measured,
+)
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, StoredSteps, Table, in_unit_range
 from holdfast.core.batch import Batch
 from holdfast.core.model import Bounds
@@ -20,13 +27,13 @@ _NAMED = 5
 """Number of controls that a sentence names."""
 
 
-def left_out_of(measured: Measured) -> str:
+def left_out_of(measured: BackdoorMeasurements) -> str:
     """Return the part of a headline that names the controls that are left out; empty if there are none."""
     names = [repr(control.name) for control in measured.left_out]
     return f" (left out: {_first(names)})" if names else ""
 
 
-def sentences(measured: Measured) -> tuple[str, ...]:
+def sentences(measured: BackdoorMeasurements) -> tuple[str, ...]:
     """Return the sentences about the controls: which are left out, how far the others differ, and what is missing."""
     if not measured.controls:
         return ()
@@ -46,7 +53,7 @@ def sentences(measured: Measured) -> tuple[str, ...]:
     )
 
 
-def _left_out(measured: Measured) -> str:
+def _left_out(measured: BackdoorMeasurements) -> str:
     described = [f"{control.name!r} ({_beside(control)})" for control in measured.left_out]
     if not described:
         return ""
@@ -66,14 +73,14 @@ def _first(items: Sequence[str]) -> str:
     return named if len(items) <= _NAMED else f"{named}, and {len(items) - _NAMED} more"
 
 
-def _trained(measured: Measured) -> str:
+def _trained(measured: BackdoorMeasurements) -> str:
     fewest, most = min(measured.trained), max(measured.trained)
     if fewest == most:
         return f"The audit trained each control for {most} epoch{'s' * (most != 1)}."
     return f"The audit trained the controls for {fewest} to {most} epochs."
 
 
-def _missing(measured: Measured, less: int) -> str:
+def _missing(measured: BackdoorMeasurements, less: int) -> str:
     """What the user can do if controls are missing, or are less accurate because the time ended."""
     if measured.trained and less:
         return (
@@ -87,7 +94,7 @@ def _missing(measured: Measured, less: int) -> str:
     return f"Give {missing} more {networks} that were trained like the model (controls)."
 
 
-def controls_table(measured: Measured) -> Table:
+def controls_table(measured: BackdoorMeasurements) -> Table:
     """Return the table of the controls with their accuracies and smallest ratios."""
     compared = measured.compared
     ratios = iter([] if compared is None else compared.rank.of_controls)
@@ -130,14 +137,14 @@ _TRAINED_OTHERWISE = (
 )
 
 
-def suspect(measured: Measured) -> Trigger:
+def suspect(measured: BackdoorMeasurements) -> Trigger:
     """Return the trigger of the class that is most unusual: that of the smallest ratio to the controls, or without
     controls the smallest one.
     """
     return measured.inverted.trigger(_label(measured))
 
 
-def _label(measured: Measured) -> int:
+def _label(measured: BackdoorMeasurements) -> int:
     inverted, compared = measured.inverted, measured.compared
     return int(inverted.classes[inverted.size.argmin()]) if compared is None else compared.rank.label
 
@@ -148,7 +155,7 @@ def concluded(steps: StoredSteps) -> Finding:
     return replace(finding, pictures=steps.pictures(finding.pictures))
 
 
-def finding_of(measured: Measured, names: Sequence[str] | None = None) -> Finding:
+def finding_of(measured: BackdoorMeasurements, names: Sequence[str] | None = None) -> Finding:
     """Return the finding of an audit from its measurements. `names` are those of the classes."""
     verdict, headline, reasons = _verdict(measured, names)
     compared, streamed = measured.compared, measured.streamed
@@ -189,17 +196,13 @@ def finding_of(measured: Measured, names: Sequence[str] | None = None) -> Findin
         tables.append(_inputs(streamed))
     limits = (_SEARCHED, _UNDETECTABLE, *(() if compared is None else (_TRAINED_OTHERWISE,)))
     return Finding(
-        verdict,
-        headline,
-        reasons,
-        facts,
-        tables=tables,
-        pictures=_pictures(measured, names),
-        limits=limits,
+        verdict, headline, reasons, facts, tables=tables, pictures=_pictures(measured, names), limits=limits
     )
 
 
-def _verdict(measured: Measured, names: Sequence[str] | None) -> tuple[AuditVerdict, str, tuple[str, ...]]:
+def _verdict(
+    measured: BackdoorMeasurements, names: Sequence[str] | None
+) -> tuple[AuditVerdict, str, tuple[str, ...]]:
     label, compared = _label(measured), measured.compared
     named = _named(label, names)
     place = measured.inverted.classes.tolist().index(label)
@@ -259,7 +262,7 @@ def _named(label: int, names: Sequence[str] | None) -> str:
     return f"{label} ({names[label]})"
 
 
-def _classes(measured: Measured, names: Sequence[str] | None) -> Table:
+def _classes(measured: BackdoorMeasurements, names: Sequence[str] | None) -> Table:
     inverted, compared = measured.inverted, measured.compared
     index = abnormality(inverted.size).tolist()
     rows = []
@@ -303,7 +306,7 @@ def _inputs(streamed: Streamed) -> Table:
     )
 
 
-def _pictures(measured: Measured, names: Sequence[str] | None) -> tuple[Picture, ...]:
+def _pictures(measured: BackdoorMeasurements, names: Sequence[str] | None) -> tuple[Picture, ...]:
     named = _named(_label(measured), names)
     captions = ("trigger", "mask", "clean example", f"with trigger, predicted as {named}")
     return (Picture(_TRIGGER, f"The smallest trigger of class {named}", captions),)

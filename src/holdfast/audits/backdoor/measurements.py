@@ -77,7 +77,7 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class Measured:
+class BackdoorMeasurements:
     """All measurements of the audit of a model."""
 
     examples: int
@@ -153,7 +153,7 @@ class _Sizes(TypedDict):
     sizes: list[Annotated[Number, Field(gt=1e-30)]]
 
 
-def measured(steps: StoredSteps) -> Measured:
+def measured(steps: StoredSteps) -> BackdoorMeasurements:
     """Return the measurements of the stored steps of an audit. Raises `TargetError` if they contradict each other."""
     settings = steps.settings(Settings)
     parts = list[Columns]()
@@ -181,7 +181,7 @@ def measured(steps: StoredSteps) -> Measured:
         if not len(clean):
             raise steps.refuse(STRIP_CLEAN, "no entropy", "at least one")
         streamed = Streamed(columns["id"], columns["entropy"], Strip().threshold(clean))
-    return Measured(n, document["model"], inverted, controls, trained, compared, streamed)
+    return BackdoorMeasurements(n, document["model"], inverted, controls, trained, compared, streamed)
 
 
 def controls_of(document: Accuracies, n: int) -> tuple[Control, ...]:

@@ -21,7 +21,7 @@ from holdfast.audits.generator.copies import FORMS, copies_of, measured_copies
 from holdfast.audits.generator.evasion import Autoencoder, Discriminator
 from holdfast.audits.generator.inference import Membership
 from holdfast.audits.generator.parts import Context, Part
-from holdfast.audits.generator.report import Measured, finding_of, images_of, joined
+from holdfast.audits.generator.report import GeneratorMeasurements, finding_of, images_of, joined
 from holdfast.audits.generator.sensitivity import LatentChange
 from holdfast.audits.generator.tables import TablePart
 from holdfast.core.batch import Batch, fingerprints_of
@@ -143,9 +143,10 @@ def measure(run: Run, how: GeneratorAudit, prefix: str = "") -> Images:
     missing = run.document(
         prefix + MISSING, lambda: {part.name: part.missing(context) for part, context in contexts.items()}
     )
+    nothing: Columns = {"id": torch.empty(0, dtype=torch.int64)}
     columns = {
         part: run.stage(
-            prefix + part.name, _nothing if missing[part.name] else partial(part.measure, context)
+            prefix + part.name, (lambda: nothing) if missing[part.name] else partial(part.measure, context)
         ).columns
         for part, context in contexts.items()
     }
@@ -191,10 +192,6 @@ def parts_of(latent: float, condition: int | None, columns: Sequence[str] | None
     search = (LatentChange(latent, condition), Autoencoder(latent), Discriminator(latent))
     tables = () if columns is None else (TablePart(tuple(columns)),)
     return (*tables, *(search if latent else ()), Membership(), BackdoorScan())
-
-
-def _nothing() -> Columns:
-    return {"id": torch.empty(0, dtype=torch.int64)}
 
 
 def _in_space_of(samples: Tensor, how: GeneratorAudit) -> Tensor:
@@ -273,13 +270,13 @@ _FORMS = {
 }
 
 
-def _measured(steps: StoredSteps) -> Measured:
+def _measured(steps: StoredSteps) -> GeneratorMeasurements:
     columns = steps.columns(MEASURED, _FORMS)
     n, distinct, features, reference = columns["numbers"].tolist()
     counts = [columns[f"{name}.classes"] for name in ("samples", "training")]
     if not all(int(each.sum()) for each in counts):
         raise steps.refuse(MEASURED, "no predicted classes", "the class of each sample")
-    return Measured(
+    return GeneratorMeasurements(
         copies.quality_of(columns["samples.values"], n),
         copies.quality_of(columns["held_out.values"], n),
         copies_of(columns),

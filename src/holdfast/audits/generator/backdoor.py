@@ -351,10 +351,7 @@ def _table(result: Result) -> Table:
         rows = [(*varied, f"{verdict}at most {COLLAPSE:g}")]
         searched = "The search for a shift of the latent vector that is the trigger of a backdoor."
     else:
-        rows = [
-            ("reversal of the shift", f"{result.reversal:.3g}", f"at least {REVERSAL:g}"),
-            (*varied, "–"),
-        ]
+        rows = [("reversal of the shift", f"{result.reversal:.3g}", f"at least {REVERSAL:g}"), (*varied, "–")]
         searched = (
             "The search for a shift of the noise that is the trigger of a backdoor. The reversal is the share of the "
             "shift that the estimate of the network subtracts."

@@ -11,15 +11,8 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask, PerExample
 from holdfast.runs.store.columns import Form, flag, whole
+from holdfast.statistics import repeats
 from holdfast.statistics.intervals import proportion
-from holdfast.statistics.repeats import (
-    LEVEL,
-    copy_threshold,
-    equal_rows,
-    excess,
-    expected_repeats,
-    nearest_example,
-)
 
 FORMS = {
     "distance": Form(rows=(1, 2**40), low=0),
@@ -62,7 +55,7 @@ class Copies:
     @property
     def threshold(self) -> float:
         """Distance below which a sample that is no copy is a near copy."""
-        return copy_threshold(self.unseen)
+        return repeats.copy_threshold(self.unseen)
 
     @property
     def near(self) -> Estimate:
@@ -77,18 +70,18 @@ class Copies:
     @property
     def repeating(self) -> bool:
         """Whether rows repeat by nature: a held-out example equals a training example, or samples are expected to."""
-        return bool(self.is_repeat.any()) or self.expected > LEVEL
+        return bool(self.is_repeat.any()) or self.expected > repeats.LEVEL
 
     @property
     def p(self) -> float:
         """p-value that no larger share of samples than of held-out examples equals a training example."""
         k, other = int(self.is_copy.sum()), int(self.is_repeat.sum())
-        return excess(k, len(self.is_copy), other, len(self.is_repeat))
+        return repeats.excess(k, len(self.is_copy), other, len(self.is_repeat))
 
     @property
     def copied(self) -> bool:
         """Whether samples are copies that do not repeat a training example by nature."""
-        return bool(self.is_copy.any()) and (not self.repeating or self.p <= LEVEL)
+        return bool(self.is_copy.any()) and (not self.repeating or self.p <= repeats.LEVEL)
 
     @property
     def nearly_copied(self) -> bool:
@@ -111,17 +104,17 @@ def measured_copies(
     `rows` are the same examples with the values that are compared byte for byte; those of a table are not scaled.
     """
     samples, training, held_out = (each.cpu() for each in sets)
-    distance, nearest = nearest_example(samples, training)
+    distance, nearest = repeats.nearest_example(samples, training)
     own, known, unseen = rows or _of_one_precision(samples, training, held_out)
-    equal, repeat = equal_rows(own, known), equal_rows(unseen, known) >= 0
+    equal, repeat = repeats.equal_rows(own, known), repeats.equal_rows(unseen, known) >= 0
     is_copy = equal >= 0
     # the search through all pairs of rows takes seconds, and decides only about copies
-    expected = expected_repeats(len(own), known, unseen) if bool(is_copy.any()) else 0.0
+    expected = repeats.expected_repeats(len(own), known, unseen) if bool(is_copy.any()) else 0.0
     return {
         "distance": torch.where(is_copy, 0.0, distance),
         "nearest": torch.where(is_copy, equal, nearest),
         "copy": is_copy,
-        "unseen": nearest_example(held_out, training)[0],
+        "unseen": repeats.nearest_example(held_out, training)[0],
         "unseen.copy": repeat,
         "repeats": torch.tensor([expected], dtype=torch.float64),
     }

@@ -50,7 +50,7 @@ _TOGETHER = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class GeneratorMeasurements:
     """What an audit of a generator measured."""
 
     samples: Quality
@@ -78,7 +78,7 @@ class Measured:
         return quality.recall.value <= _COLLAPSED and quality.precision.value >= _REALISTIC
 
 
-def finding_of(measured: Measured) -> Finding:
+def finding_of(measured: GeneratorMeasurements) -> Finding:
     """Return the finding: `flagged` if samples are copies of training examples, or nearly, or if the generator has
     collapsed.
     """
@@ -91,8 +91,8 @@ def finding_of(measured: Measured) -> Finding:
         else ""
     )
     headline = (
-        f"{_share(copies.rate)} of the samples are copies of training examples "
-        f"({_beside(copies.rate, copies.held_out)}), {_share(copies.near)} are near copies "
+        f"{percent(copies.rate.value)} of the samples are copies of training examples "
+        f"({_beside(copies.rate, copies.held_out)}), {percent(copies.near.value)} are near copies "
         f"({_beside(copies.near, copies.near_held_out)}), and the Fréchet distance is {frechet.value:.3g} "
         f"({floor.value:.3g} for held-out examples){collapse}"
     )
@@ -122,12 +122,8 @@ def finding_of(measured: Measured) -> Finding:
     )
 
 
-def _share(estimate: Estimate) -> str:
-    return percent(estimate.value)
-
-
 def _beside(samples: Estimate, held_out: Estimate) -> str:
-    return f"{share_and_range(samples)[1]}; held-out examples: {_share(held_out)}"
+    return f"{share_and_range(samples)[1]}; held-out examples: {percent(held_out.value)}"
 
 
 def _on_copies(copies: Copies) -> str:
@@ -193,7 +189,7 @@ def joined(
     )
 
 
-def _facts(measured: Measured) -> dict[str, object]:
+def _facts(measured: GeneratorMeasurements) -> dict[str, object]:
     return {
         "copies": int(measured.copies.is_copy.sum()),
         "copy_rate": measured.copies.rate.value,
@@ -247,7 +243,7 @@ def _listed(copies: Copies) -> tuple[Table, ...]:
     )
 
 
-def _measures(measured: Measured) -> Table:
+def _measures(measured: GeneratorMeasurements) -> Table:
     rows = [
         (title, *shown(getattr(measured.samples, name)), *shown(getattr(measured.floor, name)))
         for name, title in _NAMES.items()

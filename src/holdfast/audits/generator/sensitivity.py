@@ -10,15 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.attacks.parts.generators import (
-    UNBOUNDED,
-    Function,
-    distances,
-    latent_radius,
-    perturbed,
-    sensitive_directions,
-    worst_latents,
-)
+from holdfast.attacks.parts import generators
 from holdfast.audits.finding import Finding, Picture, Table, in_unit_range
 from holdfast.audits.generator.parts import Context, shown
 from holdfast.core.errors import TargetError
@@ -71,11 +63,13 @@ class LatentChange:
         conditions = _conditions(generator, ROWS, self.condition)
         decode = decoder(context, conditions)
         z = z[: _affordable(decode, z, self.work)]
-        directions, gains = sensitive_directions(
+        directions, gains = generators.sensitive_directions(
             decode, z[: max(2, len(z) // 10)], _DIRECTIONS, rng.at("directions")
         )
-        worst = worst_latents(decode, z, self.eps, rng.at("worst"), directions[0])
-        noise = perturbed(z, latent_radius(z, self.eps), UNBOUNDED, rng.at("noise"))
+        worst = generators.worst_latents(decode, z, self.eps, rng.at("worst"), directions[0])
+        noise = generators.perturbed(
+            z, generators.latent_radius(z, self.eps), generators.UNBOUNDED, rng.at("noise")
+        )
         offsets = z.new_tensor(_OFFSETS).view(1, -1, *[1] * (z.dim() - 1))
         same = None if conditions is None else conditions[:1].expand(len(_OFFSETS))
         with torch.no_grad():
@@ -83,15 +77,15 @@ class LatentChange:
             along = torch.stack(
                 [decoder(context, same)(row) for row in z[:1] + offsets * directions[:, None]]
             )
-        change = distances(after, before)
+        change = generators.distances(after, before)
         largest = int(change.argmax())
         columns = {
             "latent": change,
-            "latent_random": distances(noisy, before),
-            "sample": distances(before, before.roll(1, 0)),
+            "latent_random": generators.distances(noisy, before),
+            "sample": generators.distances(before, before.roll(1, 0)),
             "gains": gains,
             "random_gain": (noisy - before).square().sum().div(len(z)).sqrt()[None]
-            / latent_radius(z, self.eps)[:1],
+            / generators.latent_radius(z, self.eps)[:1],
             "along": along,
             "nearest": torch.stack(
                 [nearest_example(row[[0, -1]].cpu(), context.training.x.cpu())[1] for row in along]
@@ -171,7 +165,7 @@ def lacking(context: Context, names: tuple[str, ...], shown_as: str) -> str:
     return shown_as if context.generator is None else context.generator.lacks(*names)
 
 
-def decoder(context: Context, conditions: Labels | None) -> Function:
+def decoder(context: Context, conditions: Labels | None) -> generators.Function:
     """Return the decoder as a function of latent vectors (n, *latent), the first n of which have the `conditions`, to
     samples in the space of the training examples. Raises `TargetError` if it returns another shape.
     """
@@ -190,7 +184,7 @@ def decoder(context: Context, conditions: Labels | None) -> Function:
     return decode
 
 
-def without_gradients(name: str, function: Function, given: Tensor) -> str:
+def without_gradients(name: str, function: generators.Function, given: Tensor) -> str:
     """Return what is missing if the output of a function does not depend on its input in a differentiable way."""
     given = given.detach().requires_grad_()
     with torch.enable_grad():
@@ -211,7 +205,7 @@ def as_images(found: Mapping[str, Tensor], context: Context) -> dict[str, Tensor
     return {name: in_unit_range(samples, low, high) for name, samples in found.items()}
 
 
-def _affordable(decode: Function, z: Tensor, work: float) -> int:
+def _affordable(decode: generators.Function, z: Tensor, work: float) -> int:
     """The number of latent vectors that are attacked, which is smaller for a decoder of many operations."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -237,7 +231,7 @@ def _condition_changes(
         return {}
     with torch.no_grad():
         others = [(conditions[: len(z)] + k) % classes for k in range(1, min(classes, _OTHERS + 1))]
-        changes = torch.stack([distances(decoder(context, other)(z), before) for other in others])
+        changes = torch.stack([generators.distances(decoder(context, other)(z), before) for other in others])
     return {"condition": changes.amax(0), "condition_random": changes[0]}
 
 

@@ -18,18 +18,8 @@ from holdfast.core.types import Mask
 from holdfast.io.data.mixed_tables import MixedTables
 from holdfast.reports.numbers import percent
 from holdfast.runs.store.columns import Form, flag
+from holdfast.statistics import synthetic_tables
 from holdfast.statistics.intervals import bonferroni
-from holdfast.statistics.synthetic_tables import (
-    Attacked,
-    Rows,
-    column_shapes,
-    inference,
-    linkability,
-    pair_trends,
-    pairs_of,
-    risk,
-    singling_out,
-)
 
 _ATTEMPTS = 1000
 """attempts of each attack; more make its interval narrower"""
@@ -69,12 +59,12 @@ class TablePart:
         assert self.tables is not None
         rows, rng = _rows(self.tables), context.rng
         attacks = {
-            "singling_out": singling_out(rows, _ATTEMPTS, rng.at("singling-out")),
-            "linkability": linkability(rows, _ATTEMPTS, rng.at("linkability")),
+            "singling_out": synthetic_tables.singling_out(rows, _ATTEMPTS, rng.at("singling-out")),
+            "linkability": synthetic_tables.linkability(rows, _ATTEMPTS, rng.at("linkability")),
             **{
                 f"inference.{column}": attacked
                 for column, attacked in zip(
-                    self.names, inference(rows, _ATTEMPTS, rng.at("inference")), strict=True
+                    self.names, synthetic_tables.inference(rows, _ATTEMPTS, rng.at("inference")), strict=True
                 )
             },
         }
@@ -108,11 +98,14 @@ class TablePart:
 
     def concluded(self, columns: Columns) -> Finding:
         """Return the risks with their intervals, and the fidelity beside that of held-out rows."""
-        attacks = {n: Attacked(*(columns[f"{n}.{kind}"].bool() for kind in _KINDS)) for n in self._attacks}
+        attacks = {
+            n: synthetic_tables.Attacked(*(columns[f"{n}.{kind}"].bool() for kind in _KINDS))
+            for n in self._attacks
+        }
         if len(attacks["singling_out"].main) < _FEWEST:
             attacks.pop("singling_out")
         confidence = bonferroni(0.95, len(attacks))
-        risks = {name: risk(attacked, confidence) for name, attacked in attacks.items()}
+        risks = {name: synthetic_tables.risk(attacked, confidence) for name, attacked in attacks.items()}
         shown = [name for name, estimate in risks.items() if estimate.low > 0]
         inferred = {name: value for name, value in risks.items() if name.startswith("inference.")}
         column, worst = max(inferred.items(), key=lambda item: item[1].value)
@@ -142,7 +135,7 @@ class TablePart:
     def _worst_columns(self, columns: Columns) -> Table:
         """The columns and pairs of columns that differ most."""
         names = self.names
-        trends, pairs = columns["trends"], pairs_of(len(names))
+        trends, pairs = columns["trends"], synthetic_tables.pairs_of(len(names))
         entries = [(name, float(value)) for name, value in zip(names, columns["shapes"], strict=True)]
         entries += [
             (f"{names[i]}, {names[j]}", float(value))
@@ -158,12 +151,12 @@ class TablePart:
         )
 
 
-def _rows(tables: MixedTables) -> Rows:
+def _rows(tables: MixedTables) -> synthetic_tables.Rows:
     training, samples, control = tables.rows
-    return Rows(samples, training, control, tables.numeric)
+    return synthetic_tables.Rows(samples, training, control, tables.numeric)
 
 
-def _fidelity(rows: Rows, rng: Draws) -> Columns:
+def _fidelity(rows: synthetic_tables.Rows, rng: Draws) -> Columns:
     """Both similarities with an interval, and those of as many held-out rows, each compared with the training rows."""
     n = min(len(rows.samples), len(rows.control))
     sets = {
@@ -171,19 +164,22 @@ def _fidelity(rows: Rows, rng: Draws) -> Columns:
         for name, each in (("samples", rows.samples), ("held_out", rows.control))
     }
     found: dict[str, Tensor] = {}
-    for name, measure in (("column_shapes", column_shapes), ("pair_trends", pair_trends)):
+    for name, measure in (
+        ("column_shapes", synthetic_tables.column_shapes),
+        ("pair_trends", synthetic_tables.pair_trends),
+    ):
         estimate = jackknife(partial(_mean, measure, sets["samples"], rows), n, 0.0, 1.0)
         found[name] = torch.tensor([estimate.value, estimate.low, estimate.high, n], dtype=torch.float64)
         floor = measure(sets["held_out"], rows.training, rows.numeric).nanmean()
         found[f"{name}.held_out"] = floor.double()[None]
     return {
         **found,
-        "shapes": column_shapes(sets["samples"], rows.training, rows.numeric),
-        "trends": pair_trends(sets["samples"], rows.training, rows.numeric),
+        "shapes": synthetic_tables.column_shapes(sets["samples"], rows.training, rows.numeric),
+        "trends": synthetic_tables.pair_trends(sets["samples"], rows.training, rows.numeric),
     }
 
 
-def _mean(measure: Similarity, samples: Tensor, rows: Rows, chosen: Tensor) -> float:
+def _mean(measure: Similarity, samples: Tensor, rows: synthetic_tables.Rows, chosen: Tensor) -> float:
     return float(measure(samples[chosen], rows.training, rows.numeric).nanmean())
 
 
@@ -224,7 +220,7 @@ def _reasons(risks: Mapping[str, Estimate], shown: list[str]) -> list[str]:
 
 
 def _table_of_risks(
-    attacks: Mapping[str, Attacked], risks: Mapping[str, Estimate], confidence: float
+    attacks: Mapping[str, synthetic_tables.Attacked], risks: Mapping[str, Estimate], confidence: float
 ) -> Table:
     rows: list[tuple[str | float | int, ...]] = [
         (

@@ -53,7 +53,7 @@ def _queries(first: int) -> str:
 
 
 @dataclass(frozen=True)
-class Case:
+class MembershipTarget:
     """One target, and what an attacker knows about it."""
 
     target: PerExample
@@ -72,7 +72,7 @@ class Case:
         """
         known, inside, results = self.references, self.inside, dict[str, Callable[[], PerExample]]()
         if known is not None and inside is not None and not labels:
-            given = (self.target, known.phi, inside)
+            given = (self.target, known.scaled_logit, inside)
             results["BaVarIA"] = partial(scores.bavaria, *given)
             results["LiRA online"] = partial(scores.lira_online, *given)
             results["LiRA offline"] = partial(scores.lira_offline, *given)
@@ -89,11 +89,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MembershipTargets:
     """The targets of an audit, and the same targets with halves that no network was trained on."""
 
-    cases: Sequence[Case]
-    nulls: Sequence[Case]
+    cases: Sequence[MembershipTarget]
+    nulls: Sequence[MembershipTarget]
     labels: bool
     """whether the targets give labels only"""
     probabilities: bool
@@ -201,7 +201,7 @@ def _same_network(training: str) -> str:
     )
 
 
-def _measured(steps: StoredSteps, settings: _Settings) -> tuple[Design, Columns, Measured]:
+def _measured(steps: StoredSteps, settings: _Settings) -> tuple[Design, Columns, MembershipTargets]:
     """The design of an audit, the columns of its examples, and its targets. Raises `TargetError` if steps contradict
     each other or the settings.
     """
@@ -246,13 +246,13 @@ def _answered(steps: StoredSteps, design: Design) -> Signals:
     return Signals.over_examples(parts)
 
 
-def _of_procedure(design: Design, signals: Signals) -> Measured:
+def _of_procedure(design: Design, signals: Signals) -> MembershipTargets:
     """Every network is a target, compared with the others but that of the complementary half."""
 
-    def cases(inside: Tensor) -> list[Case]:
+    def cases(inside: Tensor) -> list[MembershipTarget]:
         return [
-            Case(
-                signals.phi[k],
+            MembershipTarget(
+                signals.scaled_logit[k],
                 signals.right[k],
                 inside[k],
                 signals.of(rest := others(k, design.networks)),
@@ -262,22 +262,22 @@ def _of_procedure(design: Design, signals: Signals) -> Measured:
         ]
 
     labels, probabilities = bool(signals.labels.all()), bool(signals.probabilities.all())
-    return Measured(cases(design.inside()), cases(design.null()), labels, probabilities)
+    return MembershipTargets(cases(design.inside()), cases(design.null()), labels, probabilities)
 
 
-def _of_model(design: Design, signals: Signals, references: Signals | None) -> Measured:
+def _of_model(design: Design, signals: Signals, references: Signals | None) -> MembershipTargets:
     inside, null_inside = (None, None) if references is None else (design.inside(), design.null())
-    case = Case(signals.phi[0], signals.right[0], design.member, references, inside)
+    case = MembershipTarget(signals.scaled_logit[0], signals.right[0], design.member, references, inside)
     untrained = halves(design.places, 2, design.rng.at("null target"))[0]
     null = replace(case, member=untrained, inside=null_inside)
-    return Measured([case], [null], bool(signals.labels), bool(signals.probabilities))
+    return MembershipTargets([case], [null], bool(signals.labels), bool(signals.probabilities))
 
 
 def _answers(query: Query, examples: Batch, rows: Tensor) -> dict[str, Tensor]:
     signals = query(examples.take(rows))
     return {
         "id": rows,
-        "phi": signals.phi[0],
+        "phi": signals.scaled_logit[0],
         "right": signals.right[0].long(),
         "labels": torch.full((len(rows),), int(signals.labels)),
         "probabilities": torch.full((len(rows),), int(signals.probabilities)),
@@ -288,7 +288,7 @@ def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
     """Return the columns of a shard: what its networks say about all examples."""
     return {
         "id": torch.tensor(networks),
-        "phi": signals.phi,
+        "phi": signals.scaled_logit,
         "right": signals.right.long(),
         "labels": signals.labels.long(),
         "probabilities": signals.probabilities.long(),
@@ -311,7 +311,7 @@ def _train(run: Run, how: MembershipAudit) -> None:
     run.sharded_stage(NETWORKS, shards)
 
 
-def _per_example(design: Design, examples: Columns, found: Measured) -> dict[str, Tensor]:
+def _per_example(design: Design, examples: Columns, found: MembershipTargets) -> dict[str, Tensor]:
     """For each example, the mean score of the networks that were trained on it and of the others, and the share of the
     networks that were trained on it in which it is found.
     """

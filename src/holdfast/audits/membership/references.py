@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
-from holdfast.audits.membership.scores import phi
+from holdfast.audits.membership.scores import scaled_logit
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -152,7 +152,7 @@ class ReferenceTraining:
 class Signals:
     """What networks say about examples."""
 
-    phi: Tensor
+    scaled_logit: Tensor
     """logit of the probability of the label (networks, n), float64"""
     right: Tensor
     """whether the label has the largest score (networks, n)"""
@@ -164,13 +164,13 @@ class Signals:
     def of(self, networks: Sequence[int]) -> "Signals":
         """Return the signals of some of the networks."""
         rows = list(networks)
-        return Signals(self.phi[rows], self.right[rows], self.labels[rows], self.probabilities[rows])
+        return Signals(self.scaled_logit[rows], self.right[rows], self.labels[rows], self.probabilities[rows])
 
     @classmethod
     def over_examples(cls, parts: Sequence["Signals"]) -> "Signals":
         """Return the signals of the same networks about several groups of examples as those about one group."""
         return cls(
-            torch.cat([part.phi for part in parts], 1),
+            torch.cat([part.scaled_logit for part in parts], 1),
             torch.cat([part.right for part in parts], 1),
             torch.stack([part.labels for part in parts]).all(0),
             torch.stack([part.probabilities for part in parts]).all(0),
@@ -181,7 +181,7 @@ def signals_of(logits: Tensor, y: Labels, *, labels: bool = False) -> Signals:
     """Return the signals of one network from its logits (n, classes), with `labels` of one that gives labels only."""
     labels = labels or are_labels(logits)
     return Signals(
-        phi(logits, y).cpu()[None],
+        scaled_logit(logits, y).cpu()[None],
         (logits.argmax(1) == y).cpu()[None],
         torch.tensor([labels]),
         torch.tensor([not labels and are_probabilities(logits)]),
@@ -191,7 +191,7 @@ def signals_of(logits: Tensor, y: Labels, *, labels: bool = False) -> Signals:
 def joined(parts: Sequence[Signals]) -> Signals:
     """Return the signals of several groups of networks as those of one group."""
     return Signals(
-        torch.cat([part.phi for part in parts]),
+        torch.cat([part.scaled_logit for part in parts]),
         torch.cat([part.right for part in parts]),
         torch.cat([part.labels for part in parts]),
         torch.cat([part.probabilities for part in parts]),

@@ -18,7 +18,7 @@ LARGEST = 60.0
 """Largest absolute signal. Probabilities that are stored as floats may be exactly 0 or 1, whose logits are infinite."""
 
 
-def phi(logits: Tensor, y: Labels) -> Tensor:
+def scaled_logit(logits: Tensor, y: Labels) -> Tensor:
     """Return the logit of the probability of the label, `z_y - logsumexp(z_other)`, in float64.
 
     The logits have the shape (…, n, classes).

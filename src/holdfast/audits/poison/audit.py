@@ -187,8 +187,7 @@ def measure(run: Run, request: PoisonRequest, train: Train, notify: Notify) -> N
     batch, rng = request.batch, request.rng
     ids = batch.ids.cpu()
     run.stage(
-        EXAMPLES,
-        lambda: {"id": ids, "label": batch.y.cpu(), "trusted": torch.arange(len(ids)) >= request.n},
+        EXAMPLES, lambda: {"id": ids, "label": batch.y.cpu(), "trusted": torch.arange(len(ids)) >= request.n}
     )
     fold_of = folds(ids, rng).to(batch.ids.device)
 

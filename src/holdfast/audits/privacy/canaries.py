@@ -130,8 +130,5 @@ def epsilon_from_rates(
     """
     hit_rate = clopper_pearson(hits, members, confidence)
     alarm_rate = clopper_pearson(alarms, others, confidence)
-    ratios = (
-        (hit_rate[0] - delta, alarm_rate[1]),
-        (1 - alarm_rate[1] - delta, 1 - hit_rate[0]),
-    )
+    ratios = ((hit_rate[0] - delta, alarm_rate[1]), (1 - alarm_rate[1] - delta, 1 - hit_rate[0]))
     return max(0.0, *(math.log(top / bottom) if top > 0 else 0.0 for top, bottom in ratios))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, one_hot, substitute
-from holdfast.certifiers.bounds.graph import Graph, Relaxation
+from holdfast.certifiers.bounds.graph import Relaxation
 from holdfast.certifiers.bounds.operations import Lines, ReLU
 
 _RATE, _DECAY = 0.25, 0.93
@@ -136,12 +136,8 @@ def sharpen(relaxation: Relaxation, steps: int, deadline: float = math.inf) -> b
     return all(
         _sharpen(relaxation, index, steps, deadline)
         for index in relaxation.graph.bounded
-        if index and _after_nonlinear(relaxation.graph, index)
+        if index and not relaxation.graph.ancestors(index).isdisjoint(relaxation.graph.nonlinear)
     )
-
-
-def _after_nonlinear(graph: Graph, index: int) -> bool:
-    return not graph.ancestors(index).isdisjoint(graph.nonlinear)
 
 
 def _sharpen(relaxation: Relaxation, index: int, steps: int, deadline: float) -> bool:

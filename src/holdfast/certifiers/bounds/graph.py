@@ -8,22 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.bounds.operations import (
-    Activation,
-    Interval,
-    Linear,
-    Lines,
-    MaxPool,
-    PoolLines,
-    ReLU,
-)
+from holdfast.certifiers.bounds import operations
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs
 
-Operation = Linear | Activation | MaxPool
+Operation = operations.Linear | operations.Activation | operations.MaxPool
 
 ROUNDINGS = 2
 """number of times that the rounding error of an operation is counted: in the computation of its bounds, and in the
@@ -89,7 +81,9 @@ class Graph:
     @cached_property
     def nonlinear(self) -> tuple[int, ...]:
         """Indices of the nonlinear operations, in the order of execution."""
-        return tuple(i for i, node in enumerate(self.nodes, 1) if not isinstance(node.operation, Linear))
+        return tuple(
+            i for i, node in enumerate(self.nodes, 1) if not isinstance(node.operation, operations.Linear)
+        )
 
     @cached_property
     def bounded(self) -> tuple[int, ...]:
@@ -107,7 +101,7 @@ class Graph:
             values.append(node.operation(*(values[i] for i in node.inputs)))
         return values
 
-    def intervals(self, x: Interval, *, rounded: bool = True) -> list[Interval]:
+    def intervals(self, x: operations.Interval, *, rounded: bool = True) -> list[operations.Interval]:
         """Return bounds of the values of all nodes for all inputs within the given bounds (n, *shape).
 
         Bounds are enlarged by the rounding errors of their computation and of the network; without `rounded`, as in
@@ -123,13 +117,15 @@ class Graph:
         return Graph(self.shape, tuple(_converted(node, dtype, device) for node in self.nodes))
 
 
-def interval_of(node: Node, inputs: Sequence[Interval], *, rounded: bool = True) -> Interval:
+def interval_of(
+    node: Node, inputs: Sequence[operations.Interval], *, rounded: bool = True
+) -> operations.Interval:
     """Return bounds of the values of an operation for inputs within the given bounds, enlarged by rounding errors.
 
     Without `rounded`, those of a linear operation are not enlarged.
     """
     operation = node.operation
-    if not isinstance(operation, Linear):
+    if not isinstance(operation, operations.Linear):
         return operation.interval(inputs[0])
     low, high = operation.interval(*inputs)
     if not operation.terms or not rounded:
@@ -140,7 +136,7 @@ def interval_of(node: Node, inputs: Sequence[Interval], *, rounded: bool = True)
     return low - error, high + error
 
 
-def largest(x: Interval) -> Tensor:
+def largest(x: operations.Interval) -> Tensor:
     """Return the largest magnitude within each interval."""
     return torch.maximum(x[0].abs(), x[1].abs())
 
@@ -180,7 +176,7 @@ class Region:
     radius: float = 0.0
 
     @property
-    def box(self) -> Interval:
+    def box(self) -> operations.Interval:
         """Smallest and largest value of each input."""
         return self.low, self.high
 
@@ -276,9 +272,9 @@ class Relaxation:
 
     graph: Graph
     region: Region
-    bounds: dict[int, Interval] = field(default_factory=dict)
+    bounds: dict[int, operations.Interval] = field(default_factory=dict)
     """bounds of the values, by index"""
-    lines: dict[int, Lines | PoolLines] = field(default_factory=dict)
+    lines: dict[int, operations.Lines | operations.PoolLines] = field(default_factory=dict)
     """linear bounds of the nonlinear operations, by index"""
     errors: dict[int, Tensor] = field(default_factory=dict)
     """rounding error of the substitution of an operation per unit of its coefficients, (n, *shape), by index"""
@@ -289,7 +285,7 @@ class Relaxation:
     def __post_init__(self) -> None:
         self.bounds.setdefault(0, self.region.box)
 
-    def bound(self, index: int) -> Interval:
+    def bound(self, index: int) -> operations.Interval:
         """Return bounds of a value, computed by interval arithmetic if they are not known."""
         pending = [] if index in self.bounds else [index]
         while pending:  # not recursive: networks may have more operations than Python allows calls
@@ -300,11 +296,11 @@ class Relaxation:
             pending.extend(missing)
         return self.bounds[index]
 
-    def lines_of(self, index: int) -> Lines | PoolLines:
+    def lines_of(self, index: int) -> operations.Lines | operations.PoolLines:
         """Return the linear bounds of a nonlinear operation, computed from the bounds of its input."""
         if index not in self.lines:
             node = self.graph.node(index)
-            assert isinstance(node.operation, Activation | MaxPool)
+            assert isinstance(node.operation, operations.Activation | operations.MaxPool)
             self.lines[index] = node.operation.lines(self.bound(node.inputs[0]))
         return self.lines[index]
 
@@ -320,12 +316,12 @@ class Relaxation:
         sizes = [largest(self.bound(i)) for i in node.inputs]
         # the coefficients of an input are summed over the operations that use it
         sums = max(self.graph.uses[i] for i in node.inputs)
-        if isinstance(operation, Linear):
+        if isinstance(operation, operations.Linear):
             return ROUNDINGS * operation.magnitude_bound(*sizes) * gamma(operation.terms + 4 + sums, dtype)
         lines, n_values = self.lines_of(index), node.shape.numel()
-        if isinstance(lines, PoolLines):
+        if isinstance(lines, operations.PoolLines):
             slopes = lines.upper + lines.lower
-            assert isinstance(operation, MaxPool)
+            assert isinstance(operation, operations.MaxPool)
             moved = (slopes * operation.windows(sizes[0])).sum(-1)
             return (
                 gamma(slopes.shape[-1] + 4 + sums, dtype) * moved
@@ -333,7 +329,7 @@ class Relaxation:
             )
         offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
         # the products with the slopes, and the rounding of the slopes themselves
-        if isinstance(operation, ReLU):  # any slope from 0 to 1 may be chosen
+        if isinstance(operation, operations.ReLU):  # any slope from 0 to 1 may be chosen
             return gamma(8 + sums, dtype) * sizes[0] + gamma(n_values, dtype) * offsets
         slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
         return gamma(8 + sums, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets

@@ -14,16 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from holdfast.certifiers.bounds import operations
 from holdfast.certifiers.bounds.graph import Relaxation, gamma
-from holdfast.certifiers.bounds.operations import (
-    Activation,
-    Interval,
-    Linear,
-    MaxPool,
-    Piecewise,
-    ReLU,
-    Smooth,
-)
 from holdfast.core.constraints import L1, L2, Linf
 
 _CELLS = 32
@@ -44,7 +36,7 @@ def local_lipschitz(relaxation: Relaxation, rows: Tensor, norm: Linf | L2 | L1) 
         centre, radius = pending.pop(index)
         node = graph.node(index)
         shapes = [graph.shape_of(i) for i in node.inputs]
-        if isinstance(node.operation, Linear):
+        if isinstance(node.operation, operations.Linear):
             back = _transposed(node.operation, centre, radius, shapes)
         else:
             bound = relaxation.bound(node.inputs[0])
@@ -71,7 +63,7 @@ _Centred = tuple[Tensor, Tensor]
 
 
 def _transposed(
-    operation: Linear, centre: Tensor, radius: Tensor, shapes: Sequence[torch.Size]
+    operation: operations.Linear, centre: Tensor, radius: Tensor, shapes: Sequence[torch.Size]
 ) -> tuple[_Centred, ...]:
     middles = operation.transposed(centre, shapes)
     # the rounding errors of the centres are a part of the radii
@@ -84,10 +76,14 @@ def _transposed(
 
 
 def _through(
-    operation: Activation | MaxPool, centre: Tensor, radius: Tensor, x: Interval, shape: torch.Size
+    operation: operations.Activation | operations.MaxPool,
+    centre: Tensor,
+    radius: Tensor,
+    x: operations.Interval,
+    shape: torch.Size,
 ) -> _Centred:
     """Intervals of the coefficients before a nonlinear operation, from those after it."""
-    if isinstance(operation, MaxPool):
+    if isinstance(operation, operations.MaxPool):
         return _before_maximum(operation, centre, radius, x, shape)
     least, most = (each[:, None] for each in slopes_over(operation, x))
     below, above = centre - radius, centre + radius
@@ -99,7 +95,7 @@ def _through(
 
 
 def _before_maximum(
-    operation: MaxPool, centre: Tensor, radius: Tensor, x: Interval, shape: torch.Size
+    operation: operations.MaxPool, centre: Tensor, radius: Tensor, x: operations.Interval, shape: torch.Size
 ) -> _Centred:
     """A maximum is one of the values of its window: its slopes are between 0 and 1, and 0 for values that are smaller
     than another one over the whole region.
@@ -120,7 +116,7 @@ def _before_maximum(
     return middle, width + rounding
 
 
-def slopes_over(operation: Activation, x: Interval) -> Interval:
+def slopes_over(operation: operations.Activation, x: operations.Interval) -> operations.Interval:
     """Return bounds (n, *shape) of the slopes of an activation over the given intervals of its input.
 
     For other activations than those of the package, the bounds are those of the slopes of secants of their linear
@@ -128,17 +124,17 @@ def slopes_over(operation: Activation, x: Interval) -> Interval:
     """
     low, high = x
     match operation:
-        case ReLU():
+        case operations.ReLU():
             return (low >= 0).to(low.dtype), (high > 0).to(low.dtype)
-        case Piecewise():
+        case operations.Piecewise():
             return _piecewise_slopes(operation, low, high)
-        case Smooth():
+        case operations.Smooth():
             return _smooth_slopes(operation, low, high)
         case _:
             raise TypeError(f"no bounds of the slopes of {type(operation).__name__} are known")
 
 
-def _piecewise_slopes(operation: Piecewise, low: Tensor, high: Tensor) -> Interval:
+def _piecewise_slopes(operation: operations.Piecewise, low: Tensor, high: Tensor) -> operations.Interval:
     """All slopes if a point between two pieces is inside the interval, otherwise the one in its middle."""
     slope = _slope(operation, (low + high) / 2)
     kinked = torch.zeros_like(low, dtype=torch.bool)
@@ -148,7 +144,7 @@ def _piecewise_slopes(operation: Piecewise, low: Tensor, high: Tensor) -> Interv
     return torch.where(kinked, least, slope), torch.where(kinked, most, slope)
 
 
-def _smooth_slopes(operation: Smooth, low: Tensor, high: Tensor) -> Interval:
+def _smooth_slopes(operation: operations.Smooth, low: Tensor, high: Tensor) -> operations.Interval:
     half = (high - low) / (2 * _CELLS)
     least = torch.full_like(low, torch.inf)
     most = -least

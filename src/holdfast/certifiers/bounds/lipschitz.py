@@ -13,20 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from holdfast.attacks.parts.losses import leeway
+from holdfast.certifiers.bounds import operations
 from holdfast.certifiers.bounds.graph import Graph, Node, gamma, region_of
-from holdfast.certifiers.bounds.operations import (
-    Activation,
-    Convolution,
-    Dense,
-    Interval,
-    MaxPool,
-    Nonnegative,
-    Piecewise,
-    ReLU,
-    Scaled,
-    Smooth,
-    Sum,
-)
 from holdfast.certifiers.bounds.operators import TRANSLATIONS, TracedValue, Translator
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -258,7 +246,7 @@ def _(x: Tensor, place: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Contraction(Activation):
+class Contraction(operations.Activation):
     """A layer of a network with a known gain, as one operation that acts on whole tensors."""
 
     module: nn.Module
@@ -271,7 +259,7 @@ class Contraction(Activation):
         y: Tensor = self.module(x.double()).to(x.dtype)
         return y
 
-    def interval(self, x: Interval) -> Interval:
+    def interval(self, x: operations.Interval) -> operations.Interval:
         """Return bounds of the outputs from the output for the centre, the gain and the Euclidean radius."""
         low, high = x
         y = self((low + high) / 2)
@@ -280,13 +268,13 @@ class Contraction(Activation):
         spread = radius.view(-1, *(1,) * (y.dim() - 1))
         return y - spread, y + spread
 
-    def offsets(self, slope: Tensor, x: Interval) -> Interval:
+    def offsets(self, slope: Tensor, x: operations.Interval) -> operations.Interval:
         """Return bounds of f(x) - slope * x, from those of both terms."""
         smallest, largest = self.interval(x)
         first, second = slope * x[0], slope * x[1]
         return smallest - torch.maximum(first, second), largest - torch.minimum(first, second)
 
-    def candidates(self, x: Interval) -> tuple[Tensor, ...]:
+    def candidates(self, x: operations.Interval) -> tuple[Tensor, ...]:
         """Return the slope 0."""
         return (torch.zeros_like(self.interval(x)[0]),)
 
@@ -373,13 +361,7 @@ _AT_ONCE = 64
 """number of examples whose logits are bounded together"""
 _SMALL = 1e10
 """largest number of multiplications for the matrix of a convolution at the size of its input, about two seconds"""
-_STEEPEST = {
-    torch.tanh: 1.0,
-    torch.sigmoid: 0.25,
-    F.softplus: 1.0,
-    F.gelu: 1.13,
-    F.silu: 1.1,
-}
+_STEEPEST = {torch.tanh: 1.0, torch.sigmoid: 0.25, F.softplus: 1.0, F.gelu: 1.13, F.silu: 1.1}
 """bounds of the slopes of smooth activations: GELU has 1.1290, its form with tanh 1.1294, SiLU 1.0998"""
 
 
@@ -418,12 +400,12 @@ def lipschitz_bounds(graph: Graph) -> LipschitzBounds:
         before = [constants[i] for i in node.inputs]
         gain = gain_of(node, [graph.shape_of(i) for i in node.inputs])
         constants.append(_composed(node, gain, before, graph))
-        if gain != 1.0 or isinstance(node.operation, Contraction | Dense | Convolution):
+        if gain != 1.0 or isinstance(node.operation, Contraction | operations.Dense | operations.Convolution):
             gains.append(Gain(type(node.operation).__name__.lower(), gain, node.place))
     classes = graph.shape_of(graph.output)[0]
     margins = torch.full((classes, classes), math.sqrt(2) * constants[-1] * UP, dtype=torch.float64)
     last = graph.node(graph.output)
-    if isinstance(last.operation, Dense) and len(graph.shape_of(graph.output)) == 1:
+    if isinstance(last.operation, operations.Dense) and len(graph.shape_of(graph.output)) == 1:
         weight = last.operation.weight.detach().cpu().double()
         rows = torch.stack([(weight - row).norm(dim=1) for row in weight])
         margins = torch.minimum(margins, rows * constants[last.inputs[0]] * UP)
@@ -433,7 +415,7 @@ def lipschitz_bounds(graph: Graph) -> LipschitzBounds:
 def _composed(node: Node, gain: float, before: Sequence[float], graph: Graph) -> float:
     """Lipschitz constant of a value, from the gain of its operation and the constants of its inputs."""
     operation = node.operation
-    if isinstance(operation, Sum):
+    if isinstance(operation, operations.Sum):
         copies = [_copies(graph.shape_of(i), node.shape) for i in node.inputs]
         return (before[0] * copies[0] + abs(operation.factor) * before[1] * copies[1]) * UP
     return gain * math.hypot(*before) * UP
@@ -445,26 +427,26 @@ def gain_of(node: Node, shapes: Sequence[torch.Size]) -> float:
     """
     operation = node.operation
     match operation:
-        case Dense():
+        case operations.Dense():
             return spectral_bound(operation.weight)
-        case Convolution():
+        case operations.Convolution():
             return _convolution_gain(operation, shapes[0], node.shape)
-        case Scaled():
+        case operations.Scaled():
             scale = 1.0 if operation.scale is None else float(operation.scale.abs().double().amax())
             return scale * _copies(shapes[0], node.shape)
-        case Sum():
+        case operations.Sum():
             return math.hypot(1.0, operation.factor) * UP
-        case Nonnegative():
+        case operations.Nonnegative():
             return _nonnegative_gain(operation, shapes, node.shape)
-        case MaxPool():
+        case operations.MaxPool():
             return _pool_gain(operation, shapes[0])
         case Contraction():
             return operation.gain
-        case ReLU():
+        case operations.ReLU():
             return 1.0
-        case Piecewise():
+        case operations.Piecewise():
             return max(abs(slope) for slope in operation.slopes)
-        case Smooth():
+        case operations.Smooth():
             function = getattr(operation.function, "func", operation.function)
             if function in _STEEPEST:
                 return _STEEPEST[function]
@@ -480,7 +462,7 @@ def _copies(shape: torch.Size, out: torch.Size) -> float:
     return 1.0 if shape == out else math.sqrt(out.numel() / shape.numel()) * UP
 
 
-def _convolution_gain(operation: Convolution, shape: torch.Size, out: torch.Size) -> float:
+def _convolution_gain(operation: operations.Convolution, shape: torch.Size, out: torch.Size) -> float:
     bound = convolution_bound(operation.weight, operation.stride, operation.dilation, operation.groups)
     n, m = shape.numel(), out.numel()
     if n * m * (operation.weight[0].numel() + min(n, m)) > _SMALL:
@@ -490,7 +472,9 @@ def _convolution_gain(operation: Convolution, shape: torch.Size, out: torch.Size
     return min(bound, spectral_bound(linear(unit).flatten(1)))
 
 
-def _nonnegative_gain(operation: Nonnegative, shapes: Sequence[torch.Size], out: torch.Size) -> float:
+def _nonnegative_gain(
+    operation: operations.Nonnegative, shapes: Sequence[torch.Size], out: torch.Size
+) -> float:
     """The root of the product of the largest row sum and the largest column sum (Schur test); exact for operations that
     move, average or omit values.
     """
@@ -501,7 +485,7 @@ def _nonnegative_gain(operation: Nonnegative, shapes: Sequence[torch.Size], out:
     return 1.0 if product == 1.0 else math.sqrt(max(product, 0.0)) * UP
 
 
-def _pool_gain(operation: MaxPool, shape: torch.Size) -> float:
+def _pool_gain(operation: operations.MaxPool, shape: torch.Size) -> float:
     """The root of the largest number of windows that contain one value."""
     zeros = torch.zeros(1, *shape)
     pull = torch.func.vjp(operation.windows, zeros)[1]

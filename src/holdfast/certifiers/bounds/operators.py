@@ -11,20 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from holdfast.certifiers.bounds import operations
 from holdfast.certifiers.bounds.graph import Graph, Node, Operation
-from holdfast.certifiers.bounds.operations import (
-    Convolution,
-    Dense,
-    MaxPool,
-    Nonnegative,
-    Piecewise,
-    ReLU,
-    Scaled,
-    Smooth,
-    Sum,
-    joined_parts,
-    pooling_windows,
-)
 from holdfast.core.errors import NoBounds, UsageError
 
 ROWS = 3
@@ -229,11 +217,11 @@ def _without_batch(constant: Any, shape: torch.Size) -> Tensor:
 def _add(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
     factor = float(alpha.constant)
     if a.node is not None and b.node is not None:
-        return to.add(Sum(factor), a, b)
+        return to.add(operations.Sum(factor), a, b)
     if a.node is not None:
-        return to.add(Scaled(None, factor * _constant(to, b, a)), a)
+        return to.add(operations.Scaled(None, factor * _constant(to, b, a)), a)
     scale = None if factor == 1 else torch.tensor(factor, dtype=_dtype(a))
-    return to.add(Scaled(scale, _constant(to, a, b)), b)
+    return to.add(operations.Scaled(scale, _constant(to, a, b)), b)
 
 
 def _dtype(value: TracedValue) -> torch.dtype:
@@ -253,31 +241,27 @@ def _constant(to: Translator, value: TracedValue, beside: TracedValue) -> Tensor
 def _sub(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
     factor = float(alpha.constant)
     if a.node is not None and b.node is not None:
-        return to.add(Sum(-factor), a, b)
+        return to.add(operations.Sum(-factor), a, b)
     if a.node is not None:
-        return to.add(Scaled(None, -factor * _constant(to, b, a)), a)
-    return to.add(Scaled(torch.tensor(-factor, dtype=_dtype(a)), _constant(to, a, b)), b)
-
-
-def _rsub(to: Translator, a: TracedValue, b: TracedValue, alpha: TracedValue = _ONE) -> TracedValue:
-    return _sub(to, b, a, alpha=alpha)
+        return to.add(operations.Scaled(None, -factor * _constant(to, b, a)), a)
+    return to.add(operations.Scaled(torch.tensor(-factor, dtype=_dtype(a)), _constant(to, a, b)), b)
 
 
 def _mul(to: Translator, a: TracedValue, b: TracedValue) -> TracedValue:
     if a.node is not None and b.node is not None:
         raise to.refused("the product of two values that both depend on the input")
     varying, constant = (a, b) if a.node is not None else (b, a)
-    return to.add(Scaled(_constant(to, constant, varying), None), varying)
+    return to.add(operations.Scaled(_constant(to, constant, varying), None), varying)
 
 
 def _div(to: Translator, a: TracedValue, b: TracedValue, **kwargs: TracedValue) -> TracedValue:
     if b.node is not None or kwargs:
         raise to.refused("the division by a value that depends on the input")
-    return to.add(Scaled(1 / _constant(to, b, a), None), a)
+    return to.add(operations.Scaled(1 / _constant(to, b, a), None), a)
 
 
 def _neg(to: Translator, x: TracedValue) -> TracedValue:
-    return to.add(Scaled(torch.tensor(-1.0), None), x)
+    return to.add(operations.Scaled(torch.tensor(-1.0), None), x)
 
 
 def _t(matrix: TracedValue) -> Tensor:
@@ -301,13 +285,13 @@ def _addmm(
         if not bool((offset == offset[:1]).all()):
             raise to.refused("an offset that differs between the examples of a batch")
         offset = offset[0]
-    return to.add(Dense(matrix.contiguous(), offset.expand(matrix.shape[0]).contiguous()), x)
+    return to.add(operations.Dense(matrix.contiguous(), offset.expand(matrix.shape[0]).contiguous()), x)
 
 
 def _mm(to: Translator, x: TracedValue, weight: TracedValue) -> TracedValue:
     if x.node is None or weight.node is not None:
         raise to.refused("a matrix product of two values that both depend on the input")
-    return to.add(Dense(_t(weight).t().contiguous(), None), x)
+    return to.add(operations.Dense(_t(weight).t().contiguous(), None), x)
 
 
 def _convolution(
@@ -319,7 +303,9 @@ def _convolution(
     if transposed:
         raise to.refused("a transposed convolution")
     kernel, offset = _t(weight), None if bias.constant is None else _t(bias)
-    return to.add(Convolution(kernel, offset, tuple(stride), tuple(padding), tuple(dilation), int(groups)), x)
+    return to.add(
+        operations.Convolution(kernel, offset, tuple(stride), tuple(padding), tuple(dilation), int(groups)), x
+    )
 
 
 def _batch_norm(
@@ -339,9 +325,9 @@ def _batch_norm(
         scale = scale * _t(weight)
     shape = (-1, *(1,) * (len(to.shape_of(x)) - 1))
     # in two steps, because the offset bias - mean * scale would have a rounding error that is not bounded
-    centred = to.add(Scaled(None, -_t(mean).reshape(shape)), x)
+    centred = to.add(operations.Scaled(None, -_t(mean).reshape(shape)), x)
     offset = None if bias.constant is None else _t(bias).reshape(shape)
-    value = to.add(Scaled(scale.reshape(shape), offset), centred)
+    value = to.add(operations.Scaled(scale.reshape(shape), offset), centred)
     return TracedValue(None, (value, None, None))
 
 
@@ -354,7 +340,7 @@ def _viewed(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: Traced
             "a change of shape that joins the dimension of the batch with others, as in torch.einsum, or in a linear "
             "layer for inputs of shape (batch, tokens, features)"
         )
-    return to.add(Nonnegative(partial(_reshaped, shape=tuple(shape[1:]))), x)
+    return to.add(operations.Nonnegative(partial(_reshaped, shape=tuple(shape[1:]))), x)
 
 
 def _reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -368,7 +354,7 @@ def _moved(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedV
     permuted = name == "aten.permute" and args[0].constant[0] % rank != 0
     if permuted or (name == "aten.transpose" and any(each.constant % rank == 0 for each in args)):
         raise to.refused("an operation that moves the batch dimension")
-    return to.add(Nonnegative(_called_with(to, args, kwargs)), x)
+    return to.add(operations.Nonnegative(_called_with(to, args, kwargs)), x)
 
 
 def _called_with(
@@ -407,7 +393,7 @@ def _reduced(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: Trace
     terms = 1
     for dim in chosen:
         terms *= to.shape_of(x)[dim - 1]
-    return to.add(Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
+    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
 def _average_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
@@ -417,14 +403,14 @@ def _average_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: 
         terms *= size
     if len(args) > 5 and (args[5].constant or 1) < 0:
         raise to.refused("average pooling with a negative divisor")
-    return to.add(Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
+    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
 def _adaptive_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     terms = 1
     for size in to.shape_of(x)[1:]:
         terms *= size
-    return to.add(Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
+    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
 def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
@@ -436,9 +422,11 @@ def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> Tra
         raise to.refused("a concatenation with a constant that differs between the examples of a batch")
     fixed = [None if part.node is not None else part.constant[:1] for part in parts]
     joined = to.add(
-        Nonnegative(
+        operations.Nonnegative(
             partial(
-                joined_parts, fixed=[None if each is None else each * 0 for each in fixed], dim=dim.constant
+                operations.joined_parts,
+                fixed=[None if each is None else each * 0 for each in fixed],
+                dim=dim.constant,
             )
         ),
         *(part for part in parts if part.node is not None),
@@ -446,8 +434,8 @@ def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> Tra
     if all(each is None for each in fixed):
         return joined
     zeros = [torch.zeros(1, *to.shape_of(part)) for part in parts if part.node is not None]
-    offset = joined_parts(*zeros, fixed=fixed, dim=dim.constant)[0]
-    return to.add(Scaled(None, offset), joined)
+    offset = operations.joined_parts(*zeros, fixed=fixed, dim=dim.constant)[0]
+    return to.add(operations.Scaled(None, offset), joined)
 
 
 def _stack(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
@@ -464,7 +452,7 @@ def _stack(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> T
         shape.insert(place - 1, 1)
         to.nodes.append(
             Node(
-                Nonnegative(partial(_reshaped, shape=tuple(shape))),
+                operations.Nonnegative(partial(_reshaped, shape=tuple(shape))),
                 (part.node,),
                 torch.Size(shape),
                 to.place(),
@@ -481,15 +469,15 @@ def _zeros_like(to: Translator, x: TracedValue, **kwargs: TracedValue) -> Traced
 def _pad(to: Translator, x: TracedValue, widths: TracedValue, value: TracedValue = _ZERO) -> TracedValue:
     if len(widths.constant) // 2 > len(to.shape_of(x)):
         raise to.refused("padding along the batch dimension")
-    padded = to.add(Nonnegative(partial(F.pad, pad=list(widths.constant))), x)
+    padded = to.add(operations.Nonnegative(partial(F.pad, pad=list(widths.constant))), x)
     if not value.constant:
         return padded
     filled = F.pad(torch.zeros(to.shape_of(x)), list(widths.constant), value=float(value.constant))
-    return to.add(Scaled(None, filled), padded)
+    return to.add(operations.Scaled(None, filled), padded)
 
 
 def _relu(to: Translator, x: TracedValue) -> TracedValue:
-    return to.add(ReLU(), x)
+    return to.add(operations.ReLU(), x)
 
 
 def _leaky(to: Translator, x: TracedValue, slope: TracedValue = _LEAK) -> TracedValue:
@@ -501,8 +489,8 @@ def _kinked(to: Translator, x: TracedValue, below: float, above: float) -> Trace
 
     Written with a ReLU, its sign can be assumed in branch and bound; the linear bounds are the same.
     """
-    positive = to.add(Scaled(torch.tensor(above - below), None), to.add(ReLU(), x))
-    return to.add(Sum(below), positive, x)
+    positive = to.add(operations.Scaled(torch.tensor(above - below), None), to.add(operations.ReLU(), x))
+    return to.add(operations.Sum(below), positive, x)
 
 
 def _clamp(
@@ -512,13 +500,7 @@ def _clamp(
         raise to.refused("a clamp with a tensor as its limit")
     limits = tuple(float(each) for each in (low.constant, high.constant) if each is not None)
     least, most = (None if each.constant is None else float(each.constant) for each in (low, high))
-    return to.add(Piecewise(partial(torch.clamp, min=least, max=most), limits, (0.0, 1.0)), x)
-
-
-def _hardtanh(
-    to: Translator, x: TracedValue, low: TracedValue = _MINUS_ONE, high: TracedValue = _PLUS_ONE
-) -> TracedValue:
-    return _clamp(to, x, low, high)
+    return to.add(operations.Piecewise(partial(torch.clamp, min=least, max=most), limits, (0.0, 1.0)), x)
 
 
 def _abs(to: Translator, x: TracedValue) -> TracedValue:
@@ -533,7 +515,9 @@ def _smooth(function: Callable[..., Tensor], curvature: float, defaults: tuple[A
         given = tuple(constant_of(arg) for arg in args)
         if given and given != defaults:
             raise to.refused(f"{function.__name__} with the settings {given}")
-        return to.add(Smooth(partial(function, **settings) if settings else function, curvature), x)
+        return to.add(
+            operations.Smooth(partial(function, **settings) if settings else function, curvature), x
+        )
 
     return translate
 
@@ -559,22 +543,22 @@ def _max_pool(
     }
     assert to.current is not None
     out = tuple(to.current.meta["val"][0].shape[2:])
-    windows = partial(pooling_windows, out=out, settings=settings)
-    value = to.add(MaxPool(windows, windows(torch.ones(1, *shape))[0] == 0), x)
+    windows = partial(operations.pooling_windows, out=out, settings=settings)
+    value = to.add(operations.MaxPool(windows, windows(torch.ones(1, *shape))[0] == 0), x)
     return TracedValue(None, (value, None))
 
 
 def _threshold(to: Translator, x: TracedValue, at: TracedValue, value: TracedValue) -> TracedValue:
     if at.constant != 0 or value.constant != 0:
         raise to.refused("a threshold other than zero")
-    return to.add(ReLU(), x)
+    return to.add(operations.ReLU(), x)
 
 
 _VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach")
 TRANSLATIONS: dict[str, Translation] = {
     "aten.add": _add,
     "aten.sub": _sub,
-    "aten.rsub": _rsub,
+    "aten.rsub": lambda to, a, b, alpha=_ONE: _sub(to, b, a, alpha=alpha),
     "aten.mul": _mul,
     "aten.div": _div,
     "aten.neg": _neg,
@@ -605,7 +589,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.leaky_relu": _leaky,
     "aten.clamp": _clamp,
     "aten.clamp_min": _clamp,
-    "aten.hardtanh": _hardtanh,
+    "aten.hardtanh": lambda to, x, low=_MINUS_ONE, high=_PLUS_ONE: _clamp(to, x, low, high),
     "aten.abs": _abs,
     "aten.tanh": _smooth(torch.tanh, 0.77),
     "aten.sigmoid": _smooth(torch.sigmoid, 0.0963),

@@ -239,12 +239,8 @@ def _unchanged(x: Tensor) -> Tensor:
 
 def _reason(error: BaseException) -> str:
     """Why the operations cannot be recorded. Messages of torch about values that are not known name its own symbols."""
-    kind = type(error).__name__
-    return "it reads the values of a tensor" if "DataDependent" in kind else f"{kind}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:200]
+    kind, first_line = type(error).__name__, (str(error).strip() or "no message").splitlines()[0][:200]
+    return "it reads the values of a tensor" if "DataDependent" in kind else f"{kind}: {first_line}"
 
 
 def _place_of(frames: traceback.StackSummary) -> str:

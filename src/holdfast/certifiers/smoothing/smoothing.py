@@ -79,14 +79,7 @@ def votes_of(logits: Logits) -> Labels:
 
 
 def noisy_votes(
-    model: Model,
-    x: Inputs,
-    ids: Ids,
-    draws: range,
-    sigma: Positive,
-    *,
-    rng: Draws,
-    clip: bool = False,
+    model: Model, x: Inputs, ids: Ids, draws: range, sigma: Positive, *, rng: Draws, clip: bool = False
 ) -> Tensor:
     """Return how often each class is predicted for noisy copies of each input, (n, classes + 1) int64.
 
@@ -571,12 +564,7 @@ class Smoothed(nn.Module):
         return self._kept[1]
 
     def predict(
-        self,
-        x: Inputs,
-        ids: Ids | None = None,
-        *,
-        draws: Steps = 1_000,
-        failure_probability: float = 0.001,
+        self, x: Inputs, ids: Ids | None = None, *, draws: Steps = 1_000, failure_probability: float = 0.001
     ) -> Labels:
         """Return the prediction of the smoothed classifier for each input, or -1 where it abstains.
 
@@ -679,12 +667,7 @@ def smoothed_votes(model: Classifier) -> SmoothedVotes | None:
 
 def smoothed_model(base: Classifier, smoothing: StatisticalProver) -> Classifier:
     """Return the smoothed classifier of a base classifier, as the model of a run."""
-    model = Classifier(
-        SmoothedVotes(base, smoothing),
-        bounds=base.bounds,
-        access=base.access,
-        batches=EVERY,
-    )
+    model = Classifier(SmoothedVotes(base, smoothing), bounds=base.bounds, access=base.access, batches=EVERY)
     model.class_labels, model.class_names = base.class_labels, base.class_names
     model.feature_names, model.hides = base.feature_names, base.hides
     return model

@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs
-from holdfast.certifiers.smoothing.smoothing import (
-    FOR_WRONG,
-    MOST_DRAWS,
-    Counting,
-    SmoothedVotes,
-    counted_votes,
-    refuse_impossible,
-)
+from holdfast.certifiers.smoothing import smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import MASKING
 from holdfast.core.constraints import Constraint
@@ -68,7 +61,7 @@ class Masking:
             raise UsageError(f"keep is {self.keep}; it must be between 0 and 1, such as 0.1")
         if self.mask.split() not in ([], [self.mask]) or "\0" in self.mask:
             raise UsageError(f"mask is {self.mask!r}; one word was expected, such as [MASK]")
-        refuse_impossible(self)
+        smoothing.refuse_impossible(self)
 
     @property
     def parameters(self) -> Mapping[str, float | str | bool]:
@@ -89,7 +82,7 @@ class Masking:
     @property
     def alpha(self) -> float:
         """Failure probability of the certificate; the rest is that of the verdict that the prediction is wrong."""
-        return (1 - FOR_WRONG) * self.failure_probability
+        return (1 - smoothing.FOR_WRONG) * self.failure_probability
 
     def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> "ReadyMasking":
         """Return the method for a frozen model in evaluation mode.
@@ -142,10 +135,12 @@ class Masking:
             copies: list[str] = []
             for row in sorted(set(rows.tolist())):
                 here = rows == row
-                copies += self._masked(texts[row], rng, ids[rows[here]] * MOST_DRAWS + numbers[here])
+                copies += self._masked(
+                    texts[row], rng, ids[rows[here]] * smoothing.MOST_DRAWS + numbers[here]
+                )
             return encoded(copies, max(x.shape[1], *map(len, copies))).to(x)
 
-        return counted_votes(model, ids, draws, masked, _ROWS)
+        return smoothing.counted_votes(model, ids, draws, masked, _ROWS)
 
     def _masked(self, parts: list[str], rng: Draws, draws: Ids) -> list[str]:
         """Return a masked copy of a text for each draw. The masks depend on the number of words, but not on the words,
@@ -164,7 +159,7 @@ class Masking:
 
     def network(self, base: Classifier, draws: int) -> Classifier:
         """Return the model that attacks query: the votes on fixed masks."""
-        return Classifier(SmoothedVotes(base, self, draws), access=base.access, batches=EVERY)
+        return Classifier(smoothing.SmoothedVotes(base, self, draws), access=base.access, batches=EVERY)
 
 
 @dataclass(frozen=True)
@@ -214,7 +209,7 @@ class ReadyMasking:
             return 2 * (limit - misses)
 
         test = sequential_test(limit, how.draws, how.alpha)
-        return Counting(how, self.model).proofs(test, batch, 1.0, radius, bound)
+        return smoothing.Counting(how, self.model).proofs(test, batch, 1.0, radius, bound)
 
 
 def masked(

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -583,9 +584,7 @@ class _Prover:
             if bound > 0:
                 return bound, False
 
-            def violated(x: Tensor) -> Tensor:
-                return self._violated(x, graph, target)
-
+            violated = partial(self._violated, graph=graph, target=target)
             decision = Tree(relaxation, claim, Search(), deadline, violated).decide(first)
         return decision.bound, decision.stopped
 

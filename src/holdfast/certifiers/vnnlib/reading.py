@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from holdfast.certifiers.vnnlib.query import (
@@ -26,8 +25,7 @@ from holdfast.certifiers.vnnlib.query import (
     compared,
     refuse_unbounded_inputs,
 )
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install
+from holdfast.core.errors import TargetError, importing
 from holdfast.core.spelling import suggestion
 from holdfast.io.files import megabytes, opened
 
@@ -193,8 +191,7 @@ class _Parser:
         name, kind = words
         if not _NAME.fullmatch(name):
             raise self.mistake(
-                at,
-                f"{name!r} is declared; X_0, X_1, … for inputs and Y_0, Y_1, … for outputs were expected",
+                at, f"{name!r} is declared; X_0, X_1, … for inputs and Y_0, Y_1, … for outputs were expected"
             )
         if kind.lower() != "real":
             raise self.mistake(at, f"{name} has the type {kind!r}; Real was expected")
@@ -283,11 +280,6 @@ def _negated(formula: Formula) -> Formula:
     return Disjunction(parts) if isinstance(formula, Conjunction) else Conjunction(parts)
 
 
-def query_of_version_1(text: str, path: str) -> Query:
-    """Return the query in the text of a file of VNN-LIB 1.0. Raises `TargetError` with line and column of a mistake."""
-    return _Parser(text, path).query()
-
-
 MOST_VALUES = 2**24
 """largest number of values of all inputs and outputs of a query"""
 _COMPARISON_KINDS = {
@@ -307,7 +299,7 @@ def query_of_version_2(text: str, path: str) -> Query:
     Raises `TargetError` for a mistake and for a query that is not supported, and `UsageError` if the package `vnnlib`
     is missing.
     """
-    parser = _package()
+    parser = importing("vnnlib", "a query of VNN-LIB 2 is read with packages that are missing", "vnnlib")
     written = [
         token for token, _ in tokens(text, path)
     ]  # limits the depth, on which the package is recursive
@@ -323,17 +315,6 @@ def query_of_version_2(text: str, path: str) -> Query:
         raise TargetError(f"{path!r} declares more than {MOST_VALUES:,} values; use smaller networks")
     assertions = [_formula(assertion.expr, _Keys(networks, path)) for assertion in parsed.assertions]
     return Query(version, networks, alternatives(assertions))
-
-
-def _package() -> ModuleType:
-    try:
-        import vnnlib
-    except ImportError as error:
-        raise UsageError(
-            "a query of VNN-LIB 2 is read with packages that are missing", Install("vnnlib")
-        ) from error
-    module: ModuleType = vnnlib
-    return module
 
 
 def _declared(written: list[str]) -> tuple[str, dict[str, str]]:
@@ -452,7 +433,7 @@ def read_query(path: Path) -> Query:
     if first_command(text, str(path)) == "vnnlib-version":
         query = query_of_version_2(text, str(path))
     else:
-        query = query_of_version_1(text, str(path))
+        query = _Parser(text, str(path)).query()
     refuse_unbounded_inputs(query, str(path))
     return query
 

@@ -21,23 +21,14 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Inputs, Layout
 from holdfast.core.units import Units
-from holdfast.io.data.columns import EXACT, in_order_of_first, inexact
+from holdfast.io.data.columns import EXACT, in_order_of_first, inexact, notes_of_rules
 from holdfast.io.data.labels import Numbered, class_labels, refuse_swapped
 from holdfast.io.data.layouts import Expected, LayoutReading, reading_of
 from holdfast.io.files import NORMALISED_DATA
-from holdfast.io.remote.probing import (
-    BYTES,
-    ProbedClassifier,
-    as_in_training,
-    before_normalisation,
-    extremes,
-    pixel_divisor,
-    range_of_training,
-)
+from holdfast.io.remote import probing
 
 if TYPE_CHECKING:
     from holdfast.io.data.labels import Groups
-    from holdfast.threats.text_edits import TextEdits
 
 _CHUNK = 1 << 22
 """Number of values that are checked at a time."""
@@ -100,10 +91,10 @@ class Pixels:
         """Return advice and remedies for values outside the bounds. `highest` is the largest value after the
         conversion.
         """
-        if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
+        if _is_unit(self.bounds) and probing.pixel_divisor(0.0, round(highest, 3), 4) == 255:
             return (
                 "mean and std of data_normalised seem to be on the scale of 0 to 255: divide them by 255",
-                (BYTES,),
+                (probing.BYTES,),
             )
         return "correct data_normalised: give the mean and std by which the data were normalised", ()
 
@@ -291,13 +282,17 @@ def from_numpy(
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if expected.edits is not None:
-        x, preserve = _codes(x, expected.edits, ids, name), True
-    notes = (*notes, *_rule_notes(x, expected, ids, name))
+        from holdfast.io.data.texts import codes  # late: few inputs are texts
+
+        x, preserve = codes(x, expected.edits, ids, name), True
+    if expected.rules is not None:
+        notes += notes_of_rules(expected.rules, x, ids, name)
     if features is None and expected.edits is None and expected.rules is None:
         notes += in_order_of_first(name, expected, x.shape[1:])
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":
-        raise TargetError(f"the inputs of {name} are {_type(x)}; {_NUMBERS} were expected. {SUPPORTED}")
+        kind = "text" if x.dtype.kind in "UST" else str(x.dtype)
+        raise TargetError(f"the inputs of {name} are {kind}; {_NUMBERS} were expected. {SUPPORTED}")
     if x.ndim < 2 and not preserve:
         raise TargetError(
             f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
@@ -350,23 +345,7 @@ def with_note_on_labels(data: Arrays, expected: Expected, all_labels: Array) -> 
     return replace(data, notes=(*data.notes, *notes))
 
 
-def _codes(x: Array, edits: "TextEdits", ids: NDArray[np.int64], name: str) -> Array:
-    """Return the code points of texts."""
-    from holdfast.io.data.texts import codes  # late: few inputs are texts
-
-    return codes(x, edits, ids, name)
-
-
-def _rule_notes(x: Array, expected: Expected, ids: NDArray[np.int64], name: str) -> tuple[str, ...]:
-    """Return notes about rows of a table that has rules, and an empty tuple for other inputs."""
-    if expected.rules is None:
-        return ()
-    from holdfast.io.data.columns import notes_of_rules  # late: few inputs have rules
-
-    return notes_of_rules(expected.rules, x, ids, name)
-
-
-def _refuse_ids(x: Array, probe: ProbedClassifier | None) -> None:
+def _refuse_ids(x: Array, probe: probing.ProbedClassifier | None) -> None:
     """Raise `TargetError` if the inputs are rows of numbers, and the model accepts ids of tokens."""
     takes_ids = (
         x.ndim == 2
@@ -388,7 +367,7 @@ def with_network_layout(data: Arrays, expected: Expected) -> Arrays:
     return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
 
 
-def _reading(data: Arrays, declared: Layout | None, probe: ProbedClassifier | None) -> LayoutReading:
+def _reading(data: Arrays, declared: Layout | None, probe: probing.ProbedClassifier | None) -> LayoutReading:
     """Return how the axes of the stored array correspond to those of the inputs."""
     n = 2 if probe is not None and probe.model.remote else _COMPARED
     positions = np.unique(np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64))
@@ -406,7 +385,7 @@ def _reading(data: Arrays, declared: Layout | None, probe: ProbedClassifier | No
     return reading_of(data.x.shape, declared, probe, rows, y, data.name)
 
 
-def _equal_channels(data: Arrays, probe: ProbedClassifier | None) -> int | None:
+def _equal_channels(data: Arrays, probe: probing.ProbedClassifier | None) -> int | None:
     """Return the axis of three equal channels of images, if the network rejects colour images and accepts grey ones."""
     rows = data.x[:_COMPARED]
     axes = [axis for axis in (1, 3) if rows.ndim == 4 and rows.shape[axis] == 3]
@@ -488,13 +467,12 @@ def _rows(data: Arrays) -> int:
 
 
 def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
-    low, high = bounds.like(x)
     try:
-        slack = _ROUNDING * (high - low)
-        return bool(((x < low - slack) | (x > high + slack)).any())
+        return bool(probing.outside(x, bounds).any())
     except RuntimeError as error:
+        shape = tuple(bounds.like(x)[0].shape)
         raise UsageError(
-            f"the bounds have shape {tuple(low.shape)}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
+            f"the bounds have shape {shape}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
             "two numbers, or bounds of the shape of an input"
         ) from error
 
@@ -507,7 +485,7 @@ def ranges_of_features(data: Arrays) -> Remedy:
     """
     x = _values(data, data.read(0, len(data)).x)
     names = data.features or tuple(map(str, range(x.shape[1])))
-    ends = [extremes(column) for column in x[:, :_EXAMPLES].T]
+    ends = [probing.extremes(column) for column in x[:, :_EXAMPLES].T]
     shown = ", ".join(
         f'"{name}": [{low:g}, {high:g}]' for name, (low, high) in zip(names[:_EXAMPLES], ends, strict=True)
     )
@@ -562,21 +540,21 @@ def _out_of_range(data: Arrays, lowest: float, highest: float, bounds: Bounds) -
     if not _is_unit(bounds):
         # other data of the run are inside the declared bounds
         low, high = float(bounds.low), float(bounds.high)
-        both = range_of_training(
+        both = probing.range_of_training(
             min(lowest, low), max(highest, high), "the bounds and the range of these inputs"
         )
         return TargetError(f"{message}; scale them", both)
-    bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
+    bytes_ = probing.pixel_divisor(lowest, highest, data.x.ndim) == 255
     advice = (
         "divide them by 255 (or save them as uint8)"
         if bytes_
-        else as_in_training(lowest, highest, data.x.ndim)
+        else probing.as_in_training(lowest, highest, data.x.ndim)
     )
     if data.features is None and data.x.ndim == 2 and bool((data.x == np.round(data.x)).all()):
         # they may be ids of tokens
         advice = f"{advice}. {SUPPORTED}."
     by_feature = () if data.features is None else (ranges_of_features(data),)
-    common = (before_normalisation(), range_of_training(lowest, highest))
+    common = (probing.before_normalisation(), probing.range_of_training(lowest, highest))
     return TargetError(f"{message}; {advice}", *common, *by_feature)
 
 
@@ -651,7 +629,7 @@ def _of_integers(x: Array, name: str) -> TargetError:
                 reason="if it was trained on these values (eps is then on that scale)",
             ),
         )
-    if pixel_divisor(lowest, highest, x.ndim) == 255:
+    if probing.pixel_divisor(lowest, highest, x.ndim) == 255:
         return TargetError(f"{message}: give x.astype('float32') / 255 if they are pixels. {SUPPORTED}")
     return TargetError(
         f"{message}: if they are signals or pixels, scale them as in the training of the model. {SUPPORTED}"
@@ -660,7 +638,3 @@ def _of_integers(x: Array, name: str) -> TargetError:
 
 def _may_be_audio(x: Array) -> bool:
     return x.dtype == np.int16 and int(x.min()) < 0
-
-
-def _type(x: Array) -> str:
-    return "text" if x.dtype.kind in "UST" else str(x.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy, data_argument
 from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.io.data.layouts import Expected, FirstTable
 from holdfast.io.files import names_of
@@ -242,7 +242,7 @@ def refuse_repeated(columns: Sequence[str], name: str, first: FirstTable | None 
 
 def without(columns: Sequence[str]) -> tuple[Remedy, ...]:
     """Return the argument with which columns are no features; none if they are too many to be listed."""
-    drop = Remedy("drop", tuple(columns), function="open_data", repeated=True)
+    drop = data_argument("drop", tuple(columns), repeated=True)
     return (drop,) if len(columns) <= _LISTED else ()
 
 
@@ -251,7 +251,7 @@ def _refuse_other_number(
 ) -> None:
     """Raise `TargetError` if a table without names has another number of columns than the `wanted` ones."""
     if len(features) != len(wanted):
-        drop = Remedy("drop", Placeholder("COLUMN", "[COLUMN]"), function="open_data")
+        drop = data_argument("drop", Placeholder("COLUMN", "[COLUMN]"))
         raise TargetError(
             f"{source} {len(wanted)} columns ({names_of(wanted)}), and {name} without names has {len(features)} "
             f"beside its label ({names_of(features)}); give as many, in the same order",

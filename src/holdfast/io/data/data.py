@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Remedy, data_argument
 from holdfast.core.types import Layout
 from holdfast.io.data import tables
 from holdfast.io.data.arrays import Array, Arrays, Choice, first_rows_note, from_numpy, selected_rows
 from holdfast.io.data.labels import (
     MOST_NAMES,
+    Groups,
     Numbered,
     matched,
     numbered,
     refuse_swapped,
+    refuse_unknown,
     renumbered,
     whole_numbers,
 )
@@ -32,9 +34,6 @@ from holdfast.io.data_catalogue import CATALOGUE, data_folder
 from holdfast.io.files import reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
 
-if TYPE_CHECKING:
-    from holdfast.io.data.labels import Groups
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -42,7 +41,7 @@ class Selection:
 
     whole: Data
     rows: tuple[int, ...]
-    own_groups: "Groups | None" = None
+    own_groups: Groups | None = None
     """group of each selected example, if it is not that of the original data set"""
     own_notes: tuple[str, ...] = ()
     """notes on the selection for the report"""
@@ -69,7 +68,7 @@ class Selection:
         return features
 
     @property
-    def groups(self) -> "Groups | None":
+    def groups(self) -> Groups | None:
         """Group of each selected example, or None if it is unknown."""
         groups: Groups | None = getattr(self.whole, "groups", None)
         return groups.taken(self.rows) if self.own_groups is None and groups is not None else self.own_groups
@@ -104,7 +103,7 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
 
 
 def grouped(
-    data: Data, groups: "Groups | None", *, whole: bool, positions: NDArray[np.int64] | None = None
+    data: Data, groups: Groups | None, *, whole: bool, positions: NDArray[np.int64] | None = None
 ) -> Data:
     """Return a data set whose examples have `groups`, which contain one for each example of its source, in the order of
     the source. If `groups` is None, the data set itself must state them.
@@ -249,9 +248,7 @@ class _Location:
 def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictures:
     path = place.path
     if options.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
-        raise UsageError(
-            f"{address!r} is not a table and has no columns", Remedy("drop", function="open_data")
-        )
+        raise UsageError(f"{address!r} is not a table and has no columns", data_argument("drop"))
     if path.exists():
         _refuse_foreign(path, address, options)
     if path.is_dir():
@@ -278,15 +275,13 @@ def _refuse_foreign(path: Path, address: str, options: _Options) -> None:
     has_column = path.suffix == ".parquet" or options.expected.edits is not None
     named = [name for name in "xy" if getattr(options, name) and not (name == "x" and has_column)]
     if named and path.suffix != ".npz":
-        first, *others = (Remedy(name, function="open_data") for name in named)
+        first, *others = (data_argument(name) for name in named)
         raise UsageError(
             f"{address!r} is not an .npz file and has no named arrays", replace(first, also=tuple(others))
         )
     for key, value, default in (("separator", options.separator, None), ("header", options.header, True)):
         if value != default and not path.name.endswith((".csv", ".csv.gz")):
-            raise UsageError(
-                f"{address!r} is not a .csv file, and {key} is {value!r}", Remedy(key, function="open_data")
-            )
+            raise UsageError(f"{address!r} is not a .csv file, and {key} is {value!r}", data_argument(key))
 
 
 def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
@@ -308,7 +303,10 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     else:
         x_name, y_name = arrays_of_split(archive, split, address, needs_labels=needs_labels)
     if y_name is None:
-        return _open_unlabelled(archive.array(x_name), place, address, options)
+        x = archive.array(x_name)
+        rows = options.choice.rows(len(x), address)
+        labels, expected = np.full(len(rows), UNLABELLED), replace(options.expected, checks_labels=False)
+        return from_numpy(address, x[rows], labels, rows, expected, layout=_layout(place.layout, x))
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
         message = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
@@ -317,10 +315,8 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     rows = options.choice.rows(n_rows, name)
     stop = int(rows[-1]) + 1
     x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
-    other = Remedy("y", x_name, function="open_data")
-    refuse_swapped(
-        x, all_labels[:stop], repr(address), Remedy("x", y_name, function="open_data", also=(other,))
-    )
+    other = data_argument("y", x_name)
+    refuse_swapped(x, all_labels[:stop], repr(address), data_argument("x", y_name, also=(other,)))
     if len(rows) < stop:
         x = x[rows]
     names = place.classes
@@ -353,13 +349,11 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
 
 def _groups(
     archive: Npz, n_rows: int, rows: NDArray[np.int64], address: str, expected: Expected
-) -> "Groups | None":
+) -> Groups | None:
     """Return the group of each example in the given rows, or None if no groups are requested."""
     name = expected.groups
     if name is None or not expected.needs_groups:
         return None
-    from holdfast.io.data.labels import Groups, refuse_unknown  # only for data with groups
-
     refuse_unknown(name, archive.names, repr(address))
     if archive.rows(name) != n_rows:
         raise UsageError(
@@ -367,12 +361,6 @@ def _groups(
             "group for each example was expected"
         )
     return Groups.of_values(archive.array(name), name).taken(rows)
-
-
-def _open_unlabelled(x: Array, place: _Location, address: str, options: _Options) -> Arrays:
-    rows = options.choice.rows(len(x), address)
-    labels, expected = np.full(len(rows), UNLABELLED), replace(options.expected, checks_labels=False)
-    return from_numpy(address, x[rows], labels, rows, expected, layout=_layout(place.layout, x))
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.batch import CLASSIFIERS_ONLY, off_range
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy, data_argument, model_argument
 from holdfast.core.spelling import by_stripped, most_similar, note_on_spaces
 from holdfast.io.data.columns import MOST_CHARACTERS, Words, number_of
 from holdfast.io.data.layouts import Expected
@@ -175,7 +175,7 @@ def class_numbers(
     if reason:
         condition = " and no class is missing" if classes is None else ""
         orders = (
-            Remedy("class_order", order, function="open_model", reason=f"if the training used it{condition}")
+            model_argument("class_order", order, reason=f"if the training used it{condition}")
             for order in ("lexical", "numeric")
         )
         names = _names("with all names, in the order of the model's outputs")
@@ -260,12 +260,7 @@ def numbered_words(words: Sequence[str], indices: Array, expected: Expected, nam
     if len(used_places) > MOST_NAMES:
         raise TargetError(
             f"{name} has {len(used_places):,} different text labels; at most {MOST_NAMES:,} classes were expected",
-            Remedy(
-                "label",
-                Placeholder("COLUMN"),
-                function="open_data",
-                reason="if another column has the labels",
-            ),
+            data_argument("label", Placeholder("COLUMN"), reason="if another column has the labels"),
         )
     read_as = by_stripped((words[place] for place in used_places), expected.class_names or ())
     names, objection = lenient_numbers(sorted({*read_as.values()}), expected, name, "text labels")
@@ -313,7 +308,7 @@ def matched(
         raise TargetError(
             f"the classes of the data are {listed(names)}, but class_names is {listed(declared)}"
             f"{similar_name(unknown[0], declared)}; use the same names",
-            Remedy("class_names", function="open_model"),
+            model_argument("class_names"),
         )
     return names, None
 
@@ -362,14 +357,12 @@ def _declared(
 
 
 def _names(reason: str) -> Remedy:
-    return Remedy("class_names", _NAMES, function="open_model", reason=reason)
+    return model_argument("class_names", _NAMES, reason=reason)
 
 
 def _served(expected: Expected) -> tuple[Remedy, ...]:
-    names = Remedy("class_names", _NAMES, function="open_model")
-    labels = Remedy(
-        "http_labels", True, function="open_model", also=(names,), reason="if the server returns classes"
-    )
+    names = model_argument("class_names", _NAMES)
+    labels = model_argument("http_labels", True, also=(names,), reason="if the server returns classes")
     return (labels,) if expected.remote else ()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import data_argument
 from holdfast.core.types import Inputs, Layout, Logits
 from holdfast.core.units import Units
 from holdfast.io.files import LAYOUT
@@ -155,8 +155,8 @@ def _channels_last(
             f"the inputs of {name} have shape {tuple(shape)}; under the layout hwc they are grey images, or signals "
             "whose channels come last, and the model accepts both with different outputs. Store signals as (N, "
             "channels, length)",
-            Remedy("layout", "chw", function="open_data", reason="for grey images"),
-            Remedy("layout", "asis", function="open_data", reason="for signals that are stored so"),
+            data_argument("layout", "chw", reason="for grey images"),
+            data_argument("layout", "asis", reason="for signals that are stored so"),
         )
     return distinct[0][0] if distinct else grey
 
@@ -165,8 +165,8 @@ def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
     if declared != "asis" and len(shape) not in (3, 4, 5):
         raise UsageError(
             f"the layout {declared} is for images and volumes, but the inputs of {name} have shape {tuple(shape)}",
-            Remedy("layout", function="open_data"),
-            Remedy("layout", "asis", function="open_data"),
+            data_argument("layout"),
+            data_argument("layout", "asis"),
         )
 
 
@@ -259,10 +259,10 @@ def _ambiguous(
     shape: Sequence[int], distinct: Sequence[tuple[LayoutReading, Logits]], y: Tensor, name: str
 ) -> TargetError:
     options = [
-        Remedy(
+        data_argument(
             "layout",
-            _declared(reading, shape),
-            function="open_data",
+            # `asis` if the axes do not change
+            "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored,
             reason=f"(an example of shape {reading.shape(shape)} for the network; "
             f"{float((outputs.argmax(1) == y).double().mean()):.0%} of {len(y)} examples right)",
         )
@@ -273,11 +273,6 @@ def _ambiguous(
         "different outputs. Declare the one that it was trained with",
         *options,
     )
-
-
-def _declared(reading: LayoutReading, shape: Sequence[int]) -> Layout:
-    """Return the layout that declares an interpretation: `asis` if the axes do not change."""
-    return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored
 
 
 ClassOrder = Literal["lexical", "numeric"]

@@ -34,7 +34,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import data_argument
 from holdfast.io.data.arrays import SUPPORTED, Array, Arrays, from_numpy
 from holdfast.io.data.data import concatenated
 from holdfast.io.data.labels import numbered, whole_numbers
@@ -387,7 +387,7 @@ def _pair(batch: object, entries: tuple[str | None, str | None]) -> tuple[object
         raise UsageError(
             f"{', '.join(given)} is the name of an entry, but the data yield {kind_of(batch)}, which has no "
             "named entries",
-            *(Remedy(part.partition("=")[0], function="open_data") for part in given),
+            *(data_argument(part.partition("=")[0]) for part in given),
         )
     if isinstance(batch, Tensor | np.ndarray) or (isinstance(batch, (tuple, list)) and len(batch) == 1):
         raise TargetError(f"the data yield inputs without labels; {_EXPECTED_PAIRS}")
@@ -414,7 +414,7 @@ def _entry(batch: Mapping[str, object], name: str | None, argument: str, usual: 
     others = candidates or [each for each in batch if each not in (*_INPUTS, *_LABELS)] or list(batch)
     raise TargetError(
         f"the batches are mappings with the entries {', '.join(map(str, batch))}; {sought} was expected as the {what}",
-        *(Remedy(argument, str(each), function="open_data") for each in others[:3]),
+        *(data_argument(argument, str(each)) for each in others[:3]),
     )
 
 
@@ -437,7 +437,7 @@ def as_array(values: object, what: str) -> Array:
         array = np.asarray(values)
     except ValueError as error:
         raise TargetError(f"the {what} are rows of different shapes: {error}") from error
-    if _is_text_array(array):
+    if array.ndim and array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat):
         return array.astype(str)
     if array.dtype == object or array.ndim == 0:
         kinds = sorted({type(value).__name__ for value in array.flat[:_INSPECTED]}) if array.ndim else []
@@ -455,7 +455,3 @@ def _dense(matrix: Any) -> Array:
             f"the inputs are a sparse matrix of shape {matrix.shape}, which does not fit into memory as an array; give "
             "fewer rows, as in x[:1000]"
         ) from error
-
-
-def _is_text_array(array: Array) -> bool:
-    return array.ndim > 0 and array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat)

@@ -17,8 +17,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.io.files import megabytes, names_of, opened, reason_of, similar_name
+from holdfast.core.remedies import Placeholder, data_argument
+from holdfast.io.files import megabytes, names_of, opened, reason_of, refusing, similar_name
 from holdfast.io.limited.limited_main import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
@@ -33,17 +33,16 @@ class Npz:
 
     def __init__(self, path: Path, what: str = "data file") -> None:
         self.path, self._what = path, what
-        try:
-            with opened(path, what) as file, zipfile.ZipFile(file) as archive:
-                n_bytes = os.fstat(file.fileno()).st_size
-                members = [
-                    (member.filename.removesuffix(".npy"), member.file_size) for member in archive.infolist()
-                ]
-        except _DAMAGE as error:
-            raise TargetError(
-                f"{str(path)!r} is not an .npz archive, or is damaged or truncated: {reason_of(error)}; "
-                "download it again, or write it with numpy.savez"
-            ) from error
+        advice = "download it again, or write it with numpy.savez"
+        with (
+            refusing(f"{str(path)!r} is not an .npz archive, or is damaged or truncated", _DAMAGE, advice),
+            opened(path, what) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            n_bytes = os.fstat(file.fileno()).st_size
+            members = [
+                (member.filename.removesuffix(".npy"), member.file_size) for member in archive.infolist()
+            ]
         self._sizes = dict(members)
         if len(self._sizes) < len(members):
             repeated = next(name for name, n in Counter(name for name, _ in members).items() if n > 1)
@@ -161,10 +160,10 @@ def arrays_of_split(
             raise TargetError(
                 f"{name!r} has the inputs {x}, and no other array; save the labels in it as {y}"
             )
-        labels = Remedy("y", Placeholder("NAME"), function="open_data")
+        labels = data_argument("y", Placeholder("NAME"))
         raise TargetError(
             f"{name!r} has the inputs {x}, and no labels {y}; its other arrays are {names_of(others)}",
-            Remedy("x", x, function="open_data", also=(labels,), reason="with the name of the labels"),
+            data_argument("x", x, also=(labels,), reason="with the name of the labels"),
         )
     return x, y
 
@@ -183,7 +182,7 @@ def named_arrays(
         option, missing = (f"x is {x}", "y") if x else (f"y is {y}", "x")
         raise UsageError(
             f"{option}, which is one of two arrays of {name!r}; it has {holds}",
-            Remedy(missing, Placeholder("NAME", "NAME"), function="open_data", reason="for the other array"),
+            data_argument(missing, Placeholder("NAME"), reason="for the other array"),
         )
     for argument, array in (("x", x), ("y", y)):
         if array and array not in archive.names:
@@ -191,7 +190,7 @@ def named_arrays(
     if split is not None:
         raise NoSplit(
             f"the arrays {x} and {y} are one set of examples in {name!r}, which has no split {split!r}",
-            Remedy("split", function="open_data"),
+            data_argument("split"),
         )
     return x, y or None
 
@@ -206,15 +205,14 @@ def _no_split(
     if split is not None and "x" in archive.names:
         return NoSplit(
             f"{name!r} contains {holds}, but no split {split!r}; save x_{split} and y_{split} in it",
-            Remedy("split", function="open_data"),
+            data_argument("split"),
         )
     return TargetError(
         f"{name!r} has neither x_test, y_test nor x, y; it has {holds}",
-        Remedy(
+        data_argument(
             "x",
             Placeholder("NAME"),
-            function="open_data",
-            also=(Remedy("y", Placeholder("NAME"), function="open_data"),),
+            also=(data_argument("y", Placeholder("NAME")),),
             reason="with the names of the arrays",
         ),
     )

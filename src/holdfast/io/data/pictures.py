@@ -22,7 +22,7 @@ from PIL import Image
 
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import data_argument
 from holdfast.core.spelling import by_stripped, note_on_spaces
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
 from holdfast.io.data.labels import lenient_numbers
@@ -212,7 +212,7 @@ def _refuse_declared(expected: Expected, name: str) -> None:
     if expected.layout not in (None, "chw"):
         raise UsageError(
             f"{name!r} contains images, which are read with the channels first, and the layout is {expected.layout}",
-            Remedy("layout", function="open_data"),
+            data_argument("layout"),
         )
 
 
@@ -238,7 +238,7 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     if not (folder / name).is_dir():
         raise NoSplit(
             f"{str(folder)!r} has no folder {name!r}{similar_name(name, splits)}",
-            Remedy("split", function="open_data", reason="to read the whole folder"),
+            data_argument("split", reason="to read the whole folder"),
         )
     return folder / name
 
@@ -260,7 +260,7 @@ def _refuse_leaving(paths: Iterable[Path], folder: Path) -> None:
             raise TargetError(
                 f"{str(path)!r} is a link to {str(target)!r}, which is outside of the folder {str(folder)!r}; copy it "
                 "into the folder",
-                Remedy("follow_links", value=True, function="open_data", reason="to read it"),
+                data_argument("follow_links", value=True, reason="to read it"),
             )
 
 

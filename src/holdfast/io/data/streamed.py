@@ -19,18 +19,10 @@ from holdfast.core.batch import IN_MEMORY_BYTES, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.types import Ids, Inputs, Labels
+from holdfast.io.data import loaders
 from holdfast.io.data.arrays import Arrays, check_inputs, from_numpy
 from holdfast.io.data.labels import class_labels, numbered, whole_numbers
 from holdfast.io.data.layouts import Expected
-from holdfast.io.data.loaders import (
-    RowsOfData,
-    Source,
-    as_array,
-    index_order,
-    options_of,
-    tensors_in,
-    unchanged,
-)
 
 _CHUNK_BYTES = 1 << 22
 """Size in bytes of the inputs that are read at a time when all examples are read once."""
@@ -48,7 +40,7 @@ _FIXED = Draws(0).at("reading")
 class Streamed:
     """Training examples whose inputs are read by index. Labels, ids and a hash of each input are in memory."""
 
-    source: Source
+    source: loaders.Source
     inputs_of: Callable[[Any], Inputs]
     """function that returns the inputs of a batch of the source"""
     places: tuple[int, ...]
@@ -138,14 +130,14 @@ def training_data(data: Data) -> TrainingData:
     size = _SIZE_OF_FLOAT * n * math.prod(shape)
     if size <= IN_MEMORY_BYTES:
         return data.read(0, n)
-    parts = [_described(data.read(rows[0], rows[-1] + 1)) for rows in _chunks(n, shape)]
-    ys, ids, hashes = zip(*parts, strict=True)
+    batches = (data.read(rows[0], rows[-1] + 1) for rows in _chunks(n, shape))
+    ys, ids, hashes = zip(*((each.y, each.ids, each.fingerprints()) for each in batches), strict=True)
     note = (
         f"the inputs of {n:,} training examples would take {size / 2**30:.1f} GiB in memory, so they are read by index "
         "when they are used"
     )
     return Streamed(
-        Source(RowsOfData(data), collate=unchanged),
+        loaders.Source(loaders.RowsOfData(data), collate=loaders.unchanged),
         attrgetter("x"),
         tuple(range(n)),
         torch.cat(ys),
@@ -154,11 +146,6 @@ def training_data(data: Data) -> TrainingData:
         shape,
         (note,),
     )
-
-
-def _described(batch: Batch) -> tuple[Labels, Ids, tuple[bytes, ...]]:
-    """What is stored of examples whose inputs are not."""
-    return batch.y, batch.ids, batch.fingerprints()
 
 
 def _chunks(n: int, shape: tuple[int, ...]) -> list[list[int]]:
@@ -176,7 +163,7 @@ def open_by_index(
     All examples are read once, and are checked. Random numbers are seeded for each example. Some examples are read with
     equal and with other seeds, to state whether they change, and whether they do so with equal seeds too.
     """
-    order = index_order(data)
+    order = loaders.index_order(data)
     if order is None:
         return None
     if not len(order):
@@ -198,7 +185,7 @@ def open_by_index(
 
 def changing_example(data: object, entries: tuple[str | None, str | None]) -> int | None:
     """Return the index of an example of a torch data set or loader that differs between two readings, or None."""
-    order = index_order(data)
+    order = loaders.index_order(data)
     if not order:
         return None
     return _Reader(_source(data), tuple(order), entries).compared(_compared(len(order)))[1]
@@ -210,14 +197,14 @@ def _compared(n: int) -> list[int]:
     return rows
 
 
-def _source(data: Any) -> Source:
+def _source(data: Any) -> loaders.Source:
     """The data set of a loader, or a data set, which is then read in this process."""
     if not isinstance(data, DataLoader):
-        return Source(data, seeded=True)
-    return Source(
+        return loaders.Source(data, seeded=True)
+    return loaders.Source(
         data.dataset,
         collate=data.collate_fn,
-        options=options_of(data),
+        options=loaders.options_of(data),
         begin=data.worker_init_fn,
         seeded=True,
     )
@@ -227,7 +214,7 @@ def _source(data: Any) -> Source:
 class _Reader:
     """Reads the examples of a torch data set as they are stored, before the training."""
 
-    source: Source
+    source: loaders.Source
     places: tuple[int, ...]
     entries: tuple[str | None, str | None]
 
@@ -241,7 +228,7 @@ class _Reader:
         )
         with self.source.reading(order) as collated:
             for examples in collated:
-                yield tensors_in(examples, self.entries)
+                yield loaders.tensors_in(examples, self.entries)
 
     def compared(self, rows: Sequence[int]) -> tuple[Tensor, int | None, int | None]:
         """Read some examples twice with equal seeds and once with others. Return their inputs, and the indices of the
@@ -284,7 +271,7 @@ def _converted_as(x: Tensor, rows: Sequence[int], expected: Expected) -> Arrays:
     resolution = torch.finfo(x.dtype).eps if x.is_floating_point() else None
     return from_numpy(
         _NAME,
-        as_array(x, "inputs"),
+        loaders.as_array(x, "inputs"),
         np.zeros(len(rows), np.int64),
         np.array(rows),
         expected,
@@ -303,7 +290,7 @@ class _Converted:
     entries: tuple[str | None, str | None]
 
     def __call__(self, collated: Any) -> Inputs:
-        part = self.of(tensors_in(collated, self.entries)[0])
+        part = self.of(loaders.tensors_in(collated, self.entries)[0])
         return part.read(0, len(part)).x
 
     def of(self, x: Tensor, start: int = 0) -> Arrays:
@@ -313,7 +300,7 @@ class _Converted:
                 f"an input of {_NAME} has shape {tuple(x.shape[1:])} and type {x.dtype}, and others have shape "
                 f"{self.shape} and type {self.dtype}; let the data set return inputs of one shape and type"
             )
-        stored = self.example.reading.inputs(as_array(x, "inputs"))
+        stored = self.example.reading.inputs(loaders.as_array(x, "inputs"))
         return replace(
             self.example,
             x=np.ascontiguousarray(stored, self.example.x.dtype),

@@ -2,17 +2,17 @@
 
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.batch import CLASSIFIERS_ONLY, UNLABELLED
 from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, data_argument
 from holdfast.core.spelling import most_similar
 from holdfast.core.types import Layout
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note, from_numpy, handles_missing
@@ -31,19 +31,17 @@ from holdfast.io.data.columns import (
     number_of,
     refuse_inexact,
     refuse_repeated,
+    rows_by_rules,
     side_by_side,
     without,
 )
-from holdfast.io.data.labels import numbered, numbered_words
+from holdfast.io.data.labels import Groups, numbered, numbered_words, refuse_unknown
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.pictures import decoded
 from holdfast.io.files import names_of, readable_file, similar_name
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limited_main import Limits
-from holdfast.io.limited.tables import table
-
-if TYPE_CHECKING:
-    from holdfast.io.data.labels import Groups
+from holdfast.io.limited.tables import TableRequest, table
 
 _MOST = 0.5
 """Share of numbers above which strings in a column probably stand for missing values."""
@@ -97,18 +95,17 @@ def read_table(
 ) -> ColumnTable:
     """Return the columns of a table file, of which those that `expected` names are read as strings."""
     readable_file(path, "data file")
-    request: dict[str, Any] = {
-        "inputs": inputs,
-        "separator": separator or ",",
-        "header": header,
-        "words": expected.words,
-        "groups": expected.groups,
-        "needs_label": expected.needs_labels,
-    }
-    with read_under_limits("tables", path, LIMITS, label=label, drop=drop, **request) as (
-        description,
-        folder,
-    ):
+    request = TableRequest(
+        label,
+        drop,
+        inputs,
+        separator or ",",
+        header,
+        expected.words,
+        expected.groups,
+        needs_label=expected.needs_labels,
+    )
+    with read_under_limits("tables", path, LIMITS, **vars(request)) as (description, folder):
         refuse_repeated(description["columns"], repr(str(path)), expected.first)
         return replace(table(path, description, folder), has_header=header)
 
@@ -149,10 +146,10 @@ def table_examples(
 
         x, notes = column_of_texts(table, expected.words[0] if expected.words else None, label, drop, chosen)
     elif expected.rules is not None:
-        from holdfast.io.data.columns import rows_by_rules  # late: few tables have rules
-
         features = expected.rules.names
-        further = _beside_rules(table, expected, (label, SPLIT_COLUMN, *drop, *features))
+        used = (label, SPLIT_COLUMN, *drop, *features)
+        # unused columns of the first table are refused
+        further = () if expected.first is None else tuple(name for name in table.columns if name not in used)
         x, notes = rows_by_rules(table, expected.rules, label, (*drop, *further), chosen)
         notes = (*left_out(table.name, further), *notes)
     elif table.inputs is not None:
@@ -176,20 +173,13 @@ def table_examples(
     return data.labelled(numbering)
 
 
-def _beside_rules(table: ColumnTable, expected: Expected, used: Collection[str | None]) -> tuple[str, ...]:
-    """Return the columns of a further table that are not used; none of the first table, where they are refused."""
-    return () if expected.first is None else tuple(name for name in table.columns if name not in used)
-
-
-def _groups(table: ColumnTable, expected: Expected) -> "Groups | None":
+def _groups(table: ColumnTable, expected: Expected) -> Groups | None:
     """Return the group of each row, or None if no groups are requested. Raises `UsageError` if the column does not
     exist.
     """
     column = expected.groups
     if column is None or not expected.needs_groups:
         return None
-    from holdfast.io.data.labels import Groups, refuse_unknown  # only for data with groups
-
     refuse_unknown(column, table.columns, table.name)
     return Groups.of_words(table.words[column], column)
 
@@ -250,7 +240,7 @@ def label_column(label: str | None, table: ColumnTable) -> str:
     similar = most_similar(label, table.columns) if label else None
     raise UsageError(
         f"{wrong}; its columns are {names_of(table.columns)}",
-        Remedy("label", similar or Placeholder("COLUMN"), function="open_data"),
+        data_argument("label", similar or Placeholder("COLUMN")),
     )
 
 
@@ -268,8 +258,7 @@ def _refuse_dropped(drop: tuple[str, ...], label: str | None, table: ColumnTable
             )
         if column == label:
             raise UsageError(
-                f"{column!r} is the label of {table.name}, and is dropped",
-                Remedy("drop", function="open_data"),
+                f"{column!r} is the label of {table.name}, and is dropped", data_argument("drop")
             )
 
 
@@ -279,7 +268,7 @@ def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
         if split is not None:
             raise NoSplit(
                 f"{table.name} has no column {SPLIT_COLUMN!r}, and the split {split!r} is chosen",
-                Remedy("split", function="open_data"),
+                data_argument("split"),
             )
         return np.arange(len(table), dtype=np.int64)
     name = split or "test"

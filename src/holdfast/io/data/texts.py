@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, data_argument
 from holdfast.core.texts import encoded
 from holdfast.io.data.columns import SPLIT_COLUMN, ColumnTable, number_of
 from holdfast.io.files import names_of
@@ -62,7 +62,7 @@ def column_of_texts(
     if requested is not None and requested == label:
         raise UsageError(
             f"{label!r} is the label of {table.name}, and the inputs",
-            Remedy("x", Placeholder("COLUMN"), function="open_data"),
+            data_argument("x", Placeholder("COLUMN")),
         )
     others = [name for name in table.columns if name not in (label, SPLIT_COLUMN, *drop)]
     found = [requested] if requested else [name for name in others if _is_text(table, name)]
@@ -70,7 +70,7 @@ def column_of_texts(
         problem = f"the columns of texts {names_of(found)}" if len(found) > 1 else "no such column of texts"
         raise UsageError(
             f"{table.name} has {problem}; its columns beside the label are {names_of(others)}",
-            Remedy("x", Placeholder("COLUMN"), function="open_data"),
+            data_argument("x", Placeholder("COLUMN")),
         )
     column = table.words[found[0]]
     unread = [name for name in others if name != found[0]]

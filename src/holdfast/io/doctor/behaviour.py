@@ -19,21 +19,14 @@ from holdfast.core.remedies import Remedy
 from holdfast.core.training import CUTS
 from holdfast.core.types import Labels, Logits, Rows
 from holdfast.io.data.arrays import Arrays, ranges_of_features
+from holdfast.io.data.data import concatenated
 from holdfast.io.data.labels import listed
 from holdfast.io.data.pictures import Pictures
 from holdfast.io.doctor.examined import BETTER, STEADY, Examined, Finding, outputs_of, relative_change
 from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels, units
 from holdfast.io.files import LAYOUT
 from holdfast.io.models.estimators import Estimator
-from holdfast.io.remote.probing import (
-    BYTES,
-    ProbedClassifier,
-    extremes,
-    outside,
-    pixel_divisor,
-    refused_gradient,
-    scaling,
-)
+from holdfast.io.remote import probing
 from holdfast.io.remote.served_model import InspectionCounter, inspection_counter, rows_of_calls
 from holdfast.statistics.intervals import against_majority
 
@@ -76,10 +69,7 @@ def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batc
     n = min(n, len(data))
     misfits = [] if model is None else _misfits(data, model)
     rows = sorted({*(k * len(data) // n for k in range(n)), *misfits})
-    pieces = [data.read(row, row + 1) for row in rows]
-    return Batch(
-        torch.cat([p.x for p in pieces]), torch.cat([p.y for p in pieces]), torch.cat([p.ids for p in pieces])
-    )
+    return concatenated([data.read(row, row + 1) for row in rows])
 
 
 def _misfits(data: Data, model: Classifier) -> list[int]:
@@ -91,7 +81,7 @@ def _misfits(data: Data, model: Classifier) -> list[int]:
     if isinstance(data, Arrays):
         for start in range(0, len(data), _CHUNK):
             batch = data.read(start, min(start + _CHUNK, len(data)))
-            misfit = outside(batch.x, model.bounds).flatten(1).any(1) | (batch.y < 0)
+            misfit = probing.outside(batch.x, model.bounds).flatten(1).any(1) | (batch.y < 0)
             if model.classes is not None:
                 misfit |= batch.y >= model.classes
             misfits += (start + misfit.nonzero().flatten()).tolist()
@@ -105,8 +95,8 @@ def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:
     Without this correction, the later checks would report only effects of the wrong
     scale.
     """
-    divisor = pixel_divisor(*extremes(sample), sample.dim())
-    if bool(outside(sample, model.bounds).any()) and model.bounds.width <= 1 and divisor is not None:
+    divisor = probing.pixel_divisor(*probing.extremes(sample), sample.dim())
+    if bool(probing.outside(sample, model.bounds).any()) and model.bounds.width <= 1 and divisor is not None:
         return x / divisor
     return x
 
@@ -130,18 +120,18 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     """Yield a finding on whether input values are inside the bounds of the model, and not in an unexpectedly small part
     of them.
     """
-    low, high = extremes(x)
+    low, high = probing.extremes(x)
     text = f"inputs range from {low:.4g} to {high:.4g}"
-    if bool(outside(x, model.bounds).any()):
+    if bool(probing.outside(x, model.bounds).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
             way_out, remedies = data.pixels.advice(high)
         elif isinstance(data, Arrays) and data.x.ndim == 2 and data.units is None:
-            way_out, remedies = scaling(x)
+            way_out, remedies = probing.scaling(x)
             remedies = (*remedies, ranges_of_features(data))
-        elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
-            way_out, remedies = "divide them by 255", (BYTES,)
+        elif model.bounds.width <= 1 and probing.pixel_divisor(low, high, x.dim()) == 255:
+            way_out, remedies = "divide them by 255", (probing.BYTES,)
         else:
-            way_out, remedies = scaling(x)
+            way_out, remedies = probing.scaling(x)
         yield Finding("range", "problem", f"{text}, outside the bounds", way_out, remedies=remedies)
     elif model.bounds.width >= 100 and high <= 1.0:
         reach = float(model.bounds.like(x)[1].max())
@@ -210,7 +200,7 @@ def unlike_a_logit(model: Classifier, data: Data) -> tuple[str, ...]:
     """
     if model.remote or model.rejects or inner(model).output != "logit" or not len(data):
         return ()
-    batch, probed = spread_examples(data, _EXAMPLES), ProbedClassifier(model)
+    batch, probed = spread_examples(data, _EXAMPLES), probing.ProbedClassifier(model)
     try:
         parts = [probed.outputs(x) for x in torch.split(batch.x, _ROWS)]
     except (RuntimeError, MemoryError):
@@ -362,7 +352,7 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
         yield Finding(
             "gradients",
             "warning",
-            f"{refused_gradient(error)}: attacks use only the scores, and the default suite is black-box",
+            f"{probing.refused_gradient(error)}: attacks use only the scores, and the default suite is black-box",
             "if a network of torch is behind it, give the network itself",
         )
         return
@@ -435,12 +425,7 @@ def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Itera
     n_first, n_again = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
     if not n_first:
         text = "the model was not checked: all rows were needed to determine the layout of the data"
-        yield Finding(
-            "model",
-            "warning",
-            text,
-            remedies=(LAYOUT,),
-        )
+        yield Finding("model", "warning", text, remedies=(LAYOUT,))
         return
     batch = spread_examples(data, n_first)
     batch = batch.at(moved_inside(model, batch.x, sample.x))

@@ -7,28 +7,9 @@ from collections.abc import Callable, Iterator
 from holdfast.attacks.parts.fast_networks import in_training
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
-from holdfast.core.model import IN_PLACE, Classifier, fitted
+from holdfast.core.model import IN_PLACE, Classifier, evaluating, fitted
 from holdfast.core.pieces import Room, batch_size_for, in_room
-from holdfast.io.doctor.behaviour import (
-    SAMPLE,
-    accuracy_of,
-    batch_sizes,
-    examine_served,
-    gradient_findings,
-    known_labels,
-    label_findings,
-    labels_outside,
-    moved_inside,
-    names_of_labels,
-    outputs,
-    range_of_labels,
-    range_of_values,
-    spread_examples,
-    steadiness_findings,
-    strange_classes,
-    unclear_output,
-    without_estimates,
-)
+from holdfast.io.doctor import behaviour
 from holdfast.io.doctor.examined import Examined, Finding, outputs_in_batches, outputs_of
 from holdfast.io.doctor.readings import class_orders, labels_from_one, layouts, units
 from holdfast.io.remote.probing import settle_output, settle_predictions
@@ -45,34 +26,24 @@ def examine(model: Classifier, data: Data, *, texts: bool = False) -> tuple[Find
     if not len(data):
         raise TargetError(f"{data.name} contains no examples; expected at least one")
     if model.remote:
-        return examine_served(model, data)
-    batch = spread_examples(data, SAMPLE, model)
-    # a frozen script has no mode
-    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
-    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
+        return behaviour.examine_served(model, data)
+    batch = behaviour.spread_examples(data, behaviour.SAMPLE, model)
     left_in_training = in_training(model)
     room = Room(batch_size_for(batch.x[0].numel(), "cpu"))
-    try:
-        model.eval().requires_grad_(False)
-        with fitted(model, batch.x):
-            unclear = tuple(_unclear_output(model, data))
-            differs = tuple(_predictions(model, data))
-            strange = tuple(strange_classes(data))
+    with evaluating(model, frozen=True), fitted(model, batch.x):
+        unclear = tuple(_unclear_output(model, data))
+        differs = tuple(_predictions(model, data))
+        strange = tuple(behaviour.strange_classes(data))
 
-            def found(batch_size: int) -> tuple[Finding, ...]:
-                return without_estimates(
-                    _findings(model, batch, left_in_training, data, batch_size, texts=texts)
-                )
+        def found(batch_size: int) -> tuple[Finding, ...]:
+            return behaviour.without_estimates(
+                _findings(model, batch, left_in_training, data, batch_size, texts=texts)
+            )
 
-            findings = () if unclear else in_room(found, room, 0, len(batch))
-            if strange:  # these findings already explain wrong labels
-                findings = tuple(finding for finding in findings if finding.check != "labels")
-            return (*strange, *unclear, *differs, *findings)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for weight, trained in weights:
-            weight.requires_grad_(trained)
+        findings = () if unclear else in_room(found, room, 0, len(batch))
+        if strange:  # these findings already explain wrong labels
+            findings = tuple(finding for finding in findings if finding.check != "labels")
+        return (*strange, *unclear, *differs, *findings)
 
 
 def misfit(
@@ -105,7 +76,7 @@ def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
     try:
         settle_output(model, data)
     except UnclearOutput as error:
-        yield unclear_output(error)
+        yield behaviour.unclear_output(error)
 
 
 def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
@@ -129,17 +100,17 @@ def _findings(
     if wrong_layout is not None:
         yield wrong_layout
         return
-    yield from batch_sizes(model)
+    yield from behaviour.batch_sizes(model)
     if model.rewrites:
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in its code instead of x -= mean")
     classes = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
-    ends = range_of_labels(data, batch)
+    ends = behaviour.range_of_labels(data, batch)
     if not texts:
-        yield from range_of_values(model, batch.x, data)
-    yield from labels_outside(*ends, classes, remote=model.remote, class_labels=model.class_labels)
-    y, rows = known_labels(batch.y, classes, ends)
-    batch = Batch(moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
-    logits, names = outputs_in_batches(model, batch.x, batch_size), names_of_labels(data)
+        yield from behaviour.range_of_values(model, batch.x, data)
+    yield from behaviour.labels_outside(*ends, classes, remote=model.remote, class_labels=model.class_labels)
+    y, rows = behaviour.known_labels(batch.y, classes, ends)
+    batch = Batch(behaviour.moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
+    logits, names = outputs_in_batches(model, batch.x, batch_size), behaviour.names_of_labels(data)
     examined = Examined(model, batch, left_in_training, logits, batch_size, names=names)
     for check in _CHECKS:
         if check is not units or not texts:
@@ -167,10 +138,10 @@ def _layout(model: Classifier, batch: Batch) -> Finding | None:
 
 
 _CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
-    outputs,
-    label_findings,
-    accuracy_of,
+    behaviour.outputs,
+    behaviour.label_findings,
+    behaviour.accuracy_of,
     units,
-    steadiness_findings,
-    gradient_findings,
+    behaviour.steadiness_findings,
+    behaviour.gradient_findings,
 )

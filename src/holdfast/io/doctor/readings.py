@@ -12,7 +12,7 @@ import torch
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy, data_argument, model_argument
 from holdfast.core.types import Inputs, Logits
 from holdfast.io.data.labels import listed
 from holdfast.io.doctor.examined import BETTER, MORE, Examined, Finding, Level, share_right
@@ -29,7 +29,7 @@ _BEFORE = "the network expects the values before this normalisation: undo it in 
 def checked_order(names: tuple[str, ...]) -> Remedy:
     """Return the declaration of the order of class names, with the order in which they were numbered."""
     reason = f"in the order of the model's outputs, if it is not {listed(names)}"
-    return Remedy("class_names", Placeholder("A,B,C", "[A, B, C]"), function="open_model", reason=reason)
+    return model_argument("class_names", Placeholder("A,B,C", "[A, B, C]"), reason=reason)
 
 
 def class_orders(examined: Examined) -> Iterator[Finding]:
@@ -52,7 +52,7 @@ def class_orders(examined: Examined) -> Iterator[Finding]:
         text = (
             f"accuracy is {examined.accuracy:.0%}, but {accuracy:.0%} with the class names in another order"
         )
-        remedy = Remedy("class_names", names, function="open_model", reason="if the training used this order")
+        remedy = model_argument("class_names", names, reason="if the training used this order")
         way_out = f"the names were numbered in the order {listed(examined.names)}"
         yield Finding("labels", "problem", text, way_out, accuracy - examined.accuracy, (remedy,))
 
@@ -117,7 +117,7 @@ def layouts(examined: Examined) -> Iterator[Finding]:
             shapes = f"{tuple(x.shape[1:])}, but {other_accuracy:.0%} with inputs of {other_shape}"
             text = f"accuracy is {examined.accuracy:.0%} with inputs of shape {shapes}"
             gain = other_accuracy - examined.accuracy
-            declared = (Remedy("layout", "hwc", function="open_data"),) if order == (0, 3, 1, 2) else ()
+            declared = (data_argument("layout", "hwc"),) if order == (0, 3, 1, 2) else ()
             yield Finding("layout", "problem", text, "change the order of the axes", gain, declared)
 
 
@@ -223,15 +223,11 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             if other_accuracy > best and examined.beaten_by(other_accuracy):
                 description = f"accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} {text}"
                 gain = other_accuracy - examined.accuracy
-                declared = Remedy("mean", shift, also=(Remedy("std", scale), *_wider_bounds(examined)))
+                has_wider = bool(outside(batch.x, model.bounds).any())
+                wider = (range_of_training(*extremes(batch.x)),) if has_wider else ()
+                declared = Remedy("mean", shift, also=(Remedy("std", scale), *wider))
                 best, findings = (
                     other_accuracy,
                     (Finding("normalisation", "problem", description, way_out, gain, (declared,)),),
                 )
     yield from findings
-
-
-def _wider_bounds(examined: Examined) -> tuple[Remedy, ...]:
-    """Return the declaration of bounds that contain the inputs, if some are outside the bounds of the model."""
-    x = examined.batch.x
-    return (range_of_training(*extremes(x)),) if bool(outside(x, examined.model.bounds).any()) else ()

@@ -21,18 +21,7 @@ from holdfast.core.errors import (
     failure_from_json,
 )
 from holdfast.io.files import megabytes
-from holdfast.io.limited.limited_main import (
-    ANSWER,
-    MEMORY,
-    NO_SPACE,
-    NOT_STARTED,
-    REQUEST,
-    SECONDS,
-    WALL_FACTOR,
-    Limits,
-    answers_of,
-    cpu_seconds,
-)
+from holdfast.io.limited import limited_main
 
 _ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -44,7 +33,7 @@ sys.path += [each for each in path if each not in sys.path]
 spec = spec_from_file_location("holdfast", package + "/__init__.py", submodule_search_locations=[package])
 sys.modules["holdfast"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["holdfast"])
-from {answers_of.__module__} import main
+from {limited_main.answers_of.__module__} import main
 main(folder)
 """
 """Program that imports the same package as this process, and libraries from the same folders."""
@@ -80,7 +69,7 @@ HERE = _Here()
 def read_under_limits(
     parser: str,
     path: Path,
-    limits: Limits,
+    limits: limited_main.Limits,
     *,
     content: bytes | None = None,
     n_bytes_beside: int = 0,
@@ -101,11 +90,11 @@ def read_under_limits(
         full_request = {"parser": parser, "path": str(path), "content": content is not None, **request}
         n_bytes = n_bytes_beside + (path.stat().st_size if content is None else len(content))
         if HERE.limited:
-            answer = answers_of(full_request, content, folder)
+            answer = limited_main.answers_of(full_request, content, folder)
         else:
-            memory, seconds = limits.memory(n_bytes), cpu_seconds()
+            memory, seconds = limits.memory(n_bytes), limited_main.cpu_seconds()
             full_request |= {"memory": memory, "seconds": seconds}
-            (folder / REQUEST).write_text(json.dumps(full_request))
+            (folder / limited_main.REQUEST).write_text(json.dumps(full_request))
             answer = _run(folder, content, path, memory, seconds)
         if "error" in answer:
             raise _error(answer, path, limits.memory(n_bytes))
@@ -122,27 +111,27 @@ def _run(folder: Path, content: bytes | None, path: Path, memory: int, seconds: 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=environment,
-            timeout=WALL_FACTOR * seconds,
+            timeout=limited_main.WALL_FACTOR * seconds,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise too_slow(path, f"{WALL_FACTOR * seconds} s") from error
+        raise too_slow(path, f"{limited_main.WALL_FACTOR * seconds} s") from error
     if done.returncode == _OUT_OF_TIME:
         raise too_slow(path, f"{seconds} s of CPU time")
     last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1][:200]
-    if done.returncode == NO_SPACE:
+    if done.returncode == limited_main.NO_SPACE:
         raise TargetError(
             f"there is no space left in {str(folder.parent)!r}; free some, or set TMPDIR to another folder"
         )
-    if done.returncode == NOT_STARTED:
+    if done.returncode == limited_main.NOT_STARTED:
         raise HoldfastError(f"the process that reads {str(path)!r} did not start: {last}; please report it")
     try:
-        answer: Mapping[str, Any] = json.loads((folder / ANSWER).read_bytes())
+        answer: Mapping[str, Any] = json.loads((folder / limited_main.ANSWER).read_bytes())
     except (OSError, ValueError):
         raise TargetError(
             f"{str(path)!r} could not be read: the process that reads it under a limit of {megabytes(memory)} ended "
             f"with status {done.returncode} ({last}); it is damaged, or asks for more memory. If you trust "
-            f"it, raise the limit with {MEMORY}=16GB"
+            f"it, raise the limit with {limited_main.MEMORY}=16GB"
         ) from None
     return answer
 
@@ -157,7 +146,7 @@ def _error(answer: Mapping[str, Any], path: Path, memory: int) -> HoldfastError:
     if answer["error"] == MemoryError.__name__:
         return TargetError(
             f"{str(path)!r} asks for far more memory than its size: more than the {megabytes(memory)} that reading it "
-            f"may take. If you trust it, raise the limit with {MEMORY}=16GB"
+            f"may take. If you trust it, raise the limit with {limited_main.MEMORY}=16GB"
         )
     return failure_from_json(answer, _ERRORS)
 
@@ -166,5 +155,5 @@ def too_slow(path: Path, limit: str) -> TargetError:
     """Return the error for a file that took longer to read than the limit, such as "60 s of CPU time"."""
     return TargetError(
         f"{str(path)!r} took more than {limit} to read and was given up. If you trust it, raise the limit of CPU time "
-        f"with {SECONDS}=600"
+        f"with {limited_main.SECONDS}=600"
     )

@@ -2,6 +2,7 @@
 crash on it.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,7 +41,5 @@ def _call_with_two_rows(estimator: Estimator) -> None:
 
 def prepare() -> None:
     """Import the libraries that load an estimator, before the memory of the process is limited."""
-    try:
+    with suppress(ImportError):  # reported when the file is read
         import skops.io  # noqa: F401
-    except ImportError:
-        return  # reported when the file is read

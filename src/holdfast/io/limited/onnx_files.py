@@ -3,6 +3,7 @@ and without torch.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from holdfast.core.errors import TargetError
@@ -37,10 +38,8 @@ def read(
 
 def prepare() -> None:
     """Import the libraries that read ONNX files, before the memory of the process is limited."""
-    try:
+    with suppress(ImportError):  # reported when the file is read
         import onnx
         import onnx.inliner
         import onnx.numpy_helper  # noqa: F401
         import onnxruntime  # noqa: F401
-    except ImportError:
-        return  # reported when the file is read

@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -18,8 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install, Placeholder, Remedy
+from holdfast.core.errors import TargetError, UsageError, importing
+from holdfast.core.remedies import Placeholder, Remedy, data_argument
 from holdfast.io.data.columns import (
     MOST_CHARACTERS,
     SPLIT_COLUMN,
@@ -124,51 +125,42 @@ Cells = TextCells | ArrowCells
 Blocks = Iterator[Mapping[str, Cells]]
 
 
-def read(
-    path: Path,
-    content: bytes | None,
-    folder: Path,
-    label: str | None,
-    drop: list[str],
-    *,
-    inputs: str | None,
-    separator: str,
-    header: bool,
-    words: list[str] | None,
-    groups: str | None,
-    needs_label: bool,
-) -> dict[str, Any]:
-    """Return the column names and the distinct label strings of a table file, and write its converted cells to files in
-    the folder.
+@dataclass(frozen=True)
+class TableRequest:
+    """What is read of a table file."""
 
-    If the table has no column `label`, no rows are read if `needs_label`. None are read if names of columns are
-    repeated. `inputs` is the column whose cells are the inputs. `separator`
-    and `header` are those of a CSV file; columns without a header are named 0, 1, 2, …. The cells of the columns
-    `words`, or of all columns if it is None, are read as strings, like those of the label. Those of the column `groups`
-    are read as strings as well as numbers.
+    label: str | None
+    """column of the labels; if the table has none, no rows are read if `needs_label`"""
+    drop: Sequence[str]
+    inputs: str | None
+    """column whose cells are the inputs"""
+    separator: str
+    header: bool
+    """whether a CSV file has names of columns; without them they are named 0, 1, 2, …"""
+    words: Sequence[str] | None
+    """columns that are read as strings, like the label; None for all"""
+    groups: str | None
+    """column that is read as strings as well as numbers"""
+    needs_label: bool
+
+
+def read(path: Path, content: bytes | None, folder: Path, **request: Any) -> dict[str, Any]:
+    """Return the column names and the distinct label strings of a table file, and write its converted cells to files in
+    the folder. `request` has the fields of a `TableRequest`. No rows are read if names of columns are repeated.
     """
     assert content is None, "a table is read from its file"
+    requested = TableRequest(**request)
     with opened(path, "data file") as source:
         if path.suffix == ".parquet":
-            return _read_parquet(
-                path, source, folder, label, drop, inputs, words, groups, needs_label=needs_label
-            )
-        names, blocks = _csv(path, source, label, separator, has_header=header)
-        return _read_columns(path, folder, label, drop, words, names, blocks, groups, needs_label=needs_label)
+            return _read_parquet(path, source, folder, requested)
+        names, blocks = _csv(path, source, requested.label, requested.separator, has_header=requested.header)
+        return _read_columns(path, folder, requested, names, blocks)
 
 
 def _read_columns(
-    path: Path,
-    folder: Path,
-    label: str | None,
-    drop: list[str],
-    words: list[str] | None,
-    header: list[str],
-    blocks: Blocks,
-    groups: str | None = None,
-    *,
-    needs_label: bool = True,
+    path: Path, folder: Path, request: TableRequest, header: list[str], blocks: Blocks
 ) -> dict[str, Any]:
+    label, drop, words = request.label, request.drop, request.words
     if not header:
         raise TargetError(f"{str(path)!r} needs a header of distinct names; found nothing")
     longest = max(map(len, header))
@@ -179,8 +171,8 @@ def _read_columns(
         )
     read_as_words = [name for name in header if name not in drop] if words is None else words
     only_texts = (label, SPLIT_COLUMN, *read_as_words)
-    is_read = (label in header or not needs_label) and len({*header}) == len(header)
-    texts = [name for name in header if name in (*only_texts, groups) and is_read]
+    is_read = (label in header or not request.needs_label) and len({*header}) == len(header)
+    texts = [name for name in header if name in (*only_texts, request.groups) and is_read]
     features = [name for name in header if name not in (*only_texts, *drop)] if is_read else []
     indices_of_words: list[dict[str, int]] = [{} for _ in texts]
     rows, all_numbers = 0, True
@@ -204,17 +196,9 @@ def _read_columns(
 
 
 def _read_parquet(
-    path: Path,
-    source: io.BufferedReader,
-    folder: Path,
-    label: str | None,
-    drop: list[str],
-    inputs: str | None,
-    words: list[str] | None,
-    groups: str | None,
-    *,
-    needs_label: bool,
+    path: Path, source: io.BufferedReader, folder: Path, request: TableRequest
 ) -> dict[str, Any]:
+    label, drop, inputs = request.label, request.drop, request.inputs
     file = _open_parquet(path, source)
     header = list(file.schema_arrow.names)
     whole = [
@@ -231,29 +215,18 @@ def _read_parquet(
     if len(whole) > 1 and inputs is None:
         raise UsageError(
             f"{str(path)!r} has {len(whole)} columns of images or of arrays: {', '.join(whole[:6])}; one is the input",
-            *(Remedy("x", name, function="open_data") for name in whole[:3]),
+            *(data_argument("x", name) for name in whole[:3]),
         )
-    if not whole or (label not in header and needs_label):
-        blocks = _batches(path, file, header)
-        return _read_columns(
-            path, folder, label, drop, words, header, blocks, groups, needs_label=needs_label
-        )
+    if not whole or (label not in header and request.needs_label):
+        return _read_columns(path, folder, request, header, _batches(path, file, header))
     column = inputs or whole[0]
-    words = [*(words or ()), *([] if groups is None else [groups])]
+    words = [*(request.words or ()), *([] if request.groups is None else [request.groups])]
     texts = [name for name in header if name in (label, SPLIT_COLUMN, *words)]
     blocks = _batches(path, file, [*texts, column], _ROWS)
     with (folder / _INPUTS).open("wb") as cells, (folder / _ENDS).open("wb") as ends:
         write = _InputWriter(path, column, cells, ends)
-        description = _read_columns(
-            path,
-            folder,
-            label,
-            [*drop, column],
-            words,
-            [*texts, column],
-            write.through(blocks),
-            needs_label=False,
-        )
+        of_texts = replace(request, drop=[*drop, column], words=words, groups=None, needs_label=False)
+        description = _read_columns(path, folder, of_texts, [*texts, column], write.through(blocks))
     unread = [name for name in header if name not in (*texts, column)]
     return description | {"columns": header, "inputs": write.description() | {"unread": unread}}
 
@@ -447,12 +420,7 @@ def _as_words(
             f"the column {name!r} of {str(path)!r} has {len(indices_of_words):,} different texts or more, of more than "
             f"{MOST_CHARACTERS:,} characters in all; labels, or names of splits, were expected: shorten them, or "
             "number the classes 0, 1, 2, …",
-            Remedy(
-                "label",
-                Placeholder("COLUMN"),
-                function="open_data",
-                reason="if another column has the labels",
-            ),
+            data_argument("label", Placeholder("COLUMN"), reason="if another column has the labels"),
         )
     return indices if places is None else indices[places]
 
@@ -470,18 +438,13 @@ def _csv(
         raise TargetError(
             f"the first row of {str(path)!r} has no separator {separator!r}, and its rows seem to be separated by "
             f"{probable!r}",
-            Remedy("separator", _NAMES.get(probable, probable), function="open_data"),
+            data_argument("separator", _NAMES.get(probable, probable)),
         )
     if has_header and _is_data(first, label):
         raise TargetError(
             f"the first row of {str(path)!r} has numbers ({', '.join(first[:4])[:_SHOWN]} …), and the names of the "
             "columns were expected",
-            Remedy(
-                "header",
-                False,
-                function="open_data",
-                reason="to read it as data, with columns named 0, 1, 2, …",
-            ),
+            data_argument("header", False, reason="to read it as data, with columns named 0, 1, 2, …"),
         )
     if not has_header:
         names = [str(place) for place in range(len(first))]
@@ -588,13 +551,12 @@ def _unreadable(path: Path, error: Exception) -> TargetError:
 
 
 def _open_parquet(path: Path, source: io.BufferedReader) -> Any:
+    pa, parquet = (
+        importing(module, f"{str(path)!r} is parquet, and pyarrow is missing", "parquet")
+        for module in ("pyarrow", "pyarrow.parquet")
+    )
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UsageError(f"{str(path)!r} is parquet, and pyarrow is missing", Install("parquet")) from error
-    try:
-        file = pq.ParquetFile(source)
+        file = parquet.ParquetFile(source)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable_parquet(path, error) from error
     _refuse_many(path, file.metadata.num_rows, len(file.schema_arrow.names))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.errors import TargetError
+from holdfast.io.files import refusing
 
 _MOST_FEATURES = 10_000_000
 _PLACE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
@@ -52,10 +53,9 @@ def first_line(message: str) -> str:
 
 def _refuse_foreign(path: Path, content: bytes) -> None:
     """Raise `TargetError` for a `.json` file that XGBoost did not write."""
-    try:
+    no_json = f"{str(path)!r} is no readable JSON"
+    with refusing(no_json, (ValueError, RecursionError), "save the booster again"):
         content_of_file = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise TargetError(f"{str(path)!r} is no readable JSON: {error}; save the booster again") from error
     if not isinstance(content_of_file, Mapping) or not isinstance(content_of_file.get("learner"), Mapping):
         description = (
             f"the keys {', '.join(map(str, list(content_of_file)[:5]))}"

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.remedies import TRUST_CODE
+from holdfast.io.files import refusing
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limited_main import Limits, is_out_of_memory
 from holdfast.io.models.weights import check_archive, read_once
@@ -289,12 +290,8 @@ def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
 
     Raises `TargetError` if the program is damaged.
     """
-    try:
+    with refusing(f"{str(path)!r} is no program of torch.export.save, or is damaged", _DAMAGE):
         return list(_needs_trust(content))
-    except _DAMAGE as error:
-        raise TargetError(
-            f"{str(path)!r} is no program of torch.export.save, or is damaged: {error}"
-        ) from error
 
 
 def refuse_code_in_program(path: Path, content: bytes) -> None:

@@ -21,8 +21,8 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.io.files import content_of_file, sha256_of_file, similar_name
+from holdfast.core.remedies import Placeholder, model_argument
+from holdfast.io.files import content_of_file, refusing, sha256_of_file, similar_name
 from holdfast.io.models.adapting import accepted, refuse_generator, takes_no_input
 from holdfast.io.models.estimators import Predictor
 from holdfast.io.models.object_digest import LOADED
@@ -106,10 +106,7 @@ def call_factory(
     converted = converted_arguments(factory, arguments, address)
     try:
         net = factory(**converted)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the user's code may raise anything; its message is shown
+    except (Exception, SystemExit) as error:  # the user's code may raise anything; its message is shown
         strings = [name for name, value in converted.items() if isinstance(value, str)]
         hint = (
             f" ({', '.join(strings)} was passed as text; annotate it as int or float to get a number)"
@@ -138,10 +135,8 @@ def converted_arguments(
 
     Raises `UsageError` for an unknown or missing argument, and for a value that cannot be converted.
     """
-    try:
+    with refusing(f"the signature of {address} cannot be read", (NameError, TypeError, ValueError)):
         parameters = inspect.signature(factory, eval_str=True).parameters
-    except (NameError, TypeError, ValueError) as error:
-        raise TargetError(f"the signature of {address} cannot be read: {error}") from error
     by_name = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
@@ -160,7 +155,7 @@ def converted_arguments(
         raise UsageError(
             f"{address} needs {', '.join(missing)}. If {name} is the model itself, give a function that returns it: "
             f"def make(): return {name}",
-            Remedy("model_args", values, function="open_model"),
+            model_argument("model_args", values),
         )
     return {
         name: _convert(text, by_name[name].annotation if name in by_name else str, name, address)
@@ -240,7 +235,12 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
     value = vars(module).get(name)
     if value is None:
         callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        defined = [n for n in callables if _is_own(vars(module)[n], module)]
+        defined = [
+            n
+            for n in callables
+            if isinstance(vars(module)[n], nn.Module)
+            or getattr(vars(module)[n], "__module__", None) == module.__name__
+        ]
         suggestion = similar_name(name, callables) or (
             f"; it defines {', '.join(defined[:8])}" if defined else ""
         )
@@ -254,10 +254,6 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
             f"{name} in {str(path)!r} is {_described(value)}; a network or a function that returns one was expected"
         )
     return typing.cast(Callable[..., object], value)
-
-
-def _is_own(value: object, module: types.ModuleType) -> bool:
-    return isinstance(value, nn.Module) or getattr(value, "__module__", None) == module.__name__
 
 
 @contextlib.contextmanager

@@ -15,22 +15,15 @@ from holdfast.core.errors import CarriesCode, TargetError, UsageError
 from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of, refuse_lazy
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import model_argument
+from holdfast.core.texts import LARGEST
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import ARCHITECTURE, reading, sha256_of_file, similar_file, similar_name
+from holdfast.io.models import factories
 from holdfast.io.models.adapting import adapted, no_classifier
-from holdfast.io.models.composed import with_denoiser
+from holdfast.io.models.composed import declared_ensemble, ensemble_of, with_denoiser
 from holdfast.io.models.estimators import Adapted, Estimator, Predictor
 from holdfast.io.models.exported import FREE_BATCH, SLICES, open_program
-from holdfast.io.models.factories import (
-    Built,
-    Model,
-    build_from_file,
-    call_factory,
-    converted_arguments,
-    names_code,
-    refuse_without_factory,
-)
 from holdfast.io.models.object_digest import digest_of_object
 from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.io.models.weights import (
@@ -121,7 +114,9 @@ class Declared:
     rules: "Rules | None" = None
     """rules of the table whose rows are the inputs"""
 
-    def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
+    def wrap(
+        self, net: factories.Model, *, access: Access = "gradients", batches: Batches | None = None
+    ) -> Classifier:
         """Return a network as a classifier with the declared bounds and preprocessing.
 
         If `net` is a `Classifier`, its values are used where nothing is declared. An estimator or a Keras model
@@ -129,9 +124,16 @@ class Declared:
         """
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
-        adapted_model = _adapted_to_texts(net) if self.texts else adapted(net)
+        if self.texts:
+            from holdfast.io.models.text_models import adapted_text_model  # late: few models are of texts
+
+            adapted_model = adapted_text_model(net)
+        else:
+            adapted_model = adapted(net)
         if adapted_model is not None and self.rules is not None:
-            adapted_model = _adapted_to_table(adapted_model, self.rules)
+            from holdfast.io.models.table_models import adapted_to_table  # late: few models have rules
+
+            adapted_model = adapted_to_table(adapted_model, self.rules)
         if adapted_model is not None:
             return self.of(adapted_model)
         assert callable(net)
@@ -159,7 +161,7 @@ class Declared:
     @property
     def _bounds(self) -> Bounds | None:
         if self.texts:
-            return _code_points()
+            return Bounds(0.0, float(LARGEST))
         if self.rules is None:
             return self.bounds
         low, high = ([side(name) for name in self.rules.names] for side in (self.rules.low, self.rules.high))
@@ -197,26 +199,6 @@ class Declared:
         return replace(defaults, **{name: value for name, value in declared.items() if value is not None})
 
 
-def _code_points() -> Bounds:
-    """Return the bounds of texts, whose values are code points."""
-    from holdfast.core.texts import LARGEST  # late: few models are called with texts
-
-    return Bounds(0.0, float(LARGEST))
-
-
-def _adapted_to_texts(net: Model) -> Adapted | None:
-    """Return a model of texts as a torch module that gets texts as rows of code points. Return None if it is one."""
-    from holdfast.io.models.text_models import adapted_text_model  # late: few models are called with texts
-
-    return adapted_text_model(net)
-
-
-def _adapted_to_table(adapted_model: Adapted, rules: "Rules") -> Adapted:
-    from holdfast.io.models.table_models import adapted_to_table  # late: few models have rules
-
-    return adapted_to_table(adapted_model, rules)
-
-
 @dataclass(frozen=True)
 class _Opening:
     """All options with which a model is opened."""
@@ -248,7 +230,7 @@ def open_model(
     if properties.input_shape is not None and Path(address).suffix != ".onnx":
         raise UsageError(
             f"input_shape is for an .onnx file with free sizes, but the model is {address!r}",
-            Remedy("input_shape", function="open_model"),
+            model_argument("input_shape"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
     if properties.texts and Path(address).suffix == ".onnx":
@@ -264,9 +246,9 @@ def open_model(
     if address.partition(":")[0] in SCHEMES:
         return _open_http(opening)
     _refuse_remote(address)
-    if names_code(address):
+    if factories.names_code(address):
         return _open_code(opening)
-    refuse_without_factory(address)
+    factories.refuse_without_factory(address)
     path = Path(address)
     if path.is_dir():
         with reading(address):
@@ -303,9 +285,9 @@ def _open_code(opening: _Opening) -> OpenedModel:
         raise UsageError(
             f"the architecture {opening.arch} and the factory {opening.address} both specify code; one of them was "
             "expected",
-            Remedy("arch", function="open_model"),
+            model_argument("arch"),
         )
-    built = build_from_file(opening.address, opening.arguments)
+    built = factories.build_from_file(opening.address, opening.arguments)
     model = opening.declared.wrap(built.net)
     # The code may read weights that no argument names; therefore the tensors are digested too.
     net = built.net if isinstance(built.net, nn.Module) else model.net
@@ -343,7 +325,7 @@ def _open_trusted(opening: _Opening, path: Path, content: bytes) -> OpenedModel:
     if opening.arch is not None:
         raise UsageError(
             f"{opening.address!r} contains a whole model, and the architecture {opening.arch} is given",
-            Remedy("arch", function="open_model"),
+            model_argument("arch"),
         )
     return OpenedModel(
         opening.declared.wrap(content_or_module), opening.address, how, {opening.address: digest}
@@ -380,8 +362,6 @@ def _filled(
     net.eval()
     model = opening.declared.filled(properties).wrap(built.net)
     if metadata.get("ensemble"):
-        from holdfast.io.models.composed import declared_ensemble  # late: few models are ensembles
-
         notes += declared_ensemble(net, model, metadata["ensemble"], repr(opening.address))
     if metadata.get("int8"):
         from holdfast.io.models.architectures import note_of  # late: few models have rounded layers
@@ -392,7 +372,7 @@ def _filled(
 
 
 def _filled_pipeline(
-    opening: _Opening, built: Built, pipeline: Predictor, weights: Weights, digest: str
+    opening: _Opening, built: factories.Built, pipeline: Predictor, weights: Weights, digest: str
 ) -> OpenedModel:
     """Load weights into the linear classifier of a pipeline of scikit-learn, and return it as a model of texts."""
     from holdfast.io.models.text_models import LinearTexts  # late: few models are pipelines for texts
@@ -406,29 +386,34 @@ def _filled_pipeline(
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the architecture for the metadata of a file with weights; empty for networks from the user's code."""
     denoiser = {"denoiser": metadata["denoiser"]} if metadata.get("denoiser") else {}
-    if names_code(opening.arch or "") or not (opening.arch or metadata.get("architecture")):
+    if factories.names_code(opening.arch or "") or not (opening.arch or metadata.get("architecture")):
         return denoiser
     integers = {name: int(value) for name, value in opening.arguments.items()}
     arguments = integers or ({} if opening.arch is not None else metadata.get("arguments", {}))
     return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments, **denoiser}
 
 
-def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
+def _architecture(
+    opening: _Opening, metadata: Mapping[str, Any], weights: Weights
+) -> tuple[factories.Built, Declared]:
     """Return the network for the weights and the properties that the file declares.
 
     The architecture is the declared one if it is given, else the one in the catalogue that the file names.
     """
     from holdfast.io.models.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
-    if opening.arch is not None and names_code(opening.arch):
-        built = build_from_file(opening.arch, opening.arguments)
+    if opening.arch is not None and factories.names_code(opening.arch):
+        built = factories.build_from_file(opening.arch, opening.arguments)
         properties = Declared() if isinstance(built.net, Classifier) else _known(metadata)
         return replace(built, net=_with_parts(built.net, metadata)), properties
     name = opening.arch or metadata.get("architecture")
-    program = _folder_of(opening.address) / PROGRAM
+    path = Path(opening.address)
+    program = (path if path.is_dir() else path.parent) / PROGRAM
     if name is None and metadata.get("ensemble") and program.is_file():
         member = open_program(program, trust_code=opening.trust_code)
-        return Built(_extended(member.net, metadata), {str(program): member.digest}), _known(metadata)
+        return factories.Built(_extended(member.net, metadata), {str(program): member.digest}), _known(
+            metadata
+        )
     if name is None:
         raise UsageError(
             f"{opening.address!r} contains weights but no architecture, such as one of "
@@ -436,7 +421,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             ARCHITECTURE,
         )
     if name not in ARCHITECTURES:
-        refuse_without_factory(opening.arch or "")
+        factories.refuse_without_factory(opening.arch or "")
         hint = (
             similar_name(str(name), ARCHITECTURES)
             or f"; the architectures are {', '.join(sorted(ARCHITECTURES))}"
@@ -446,10 +431,10 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         )
     if opening.arguments or opening.arch is not None:
         factory, address = ARCHITECTURES[name], f"architecture {name}"
-        make = partial(factory, **converted_arguments(factory, opening.arguments, address))
+        make = partial(factory, **factories.converted_arguments(factory, opening.arguments, address))
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
             refuse_misfit(lambda: _extended(make(), metadata), weights, repr(opening.address), spare=_SPARE)
-        built = call_factory(factory, opening.arguments, address, {})
+        built = factories.call_factory(factory, opening.arguments, address, {})
         return replace(built, net=_with_parts(built.net, metadata)), _known(metadata)
     try:
         make = partial(ARCHITECTURES[name], **metadata.get("arguments", {}))
@@ -462,12 +447,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             "file again",
             ARCHITECTURE,
         ) from error
-    return Built(net, {}), _known(metadata)
-
-
-def _folder_of(address: str) -> Path:
-    path = Path(address)
-    return path if path.is_dir() else path.parent
+    return factories.Built(net, {}), _known(metadata)
 
 
 def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
@@ -476,8 +456,6 @@ def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
     """
     net = with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
     if metadata.get("ensemble"):
-        from holdfast.io.models.composed import ensemble_of  # late: few models are ensembles
-
         net = ensemble_of(net, metadata["ensemble"])
     if metadata.get("int8"):
         from holdfast.io.models.architectures import with_int8  # late: few models have rounded layers
@@ -486,7 +464,7 @@ def _extended(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
     return net
 
 
-def _with_parts(model: Model, metadata: Mapping[str, Any]) -> Model:
+def _with_parts(model: factories.Model, metadata: Mapping[str, Any]) -> factories.Model:
     """Return the model of a factory with what a weights file adds to its network, if anything."""
     if isinstance(model, Classifier) and isinstance(model.net, nn.Module):
         model.net = _extended(model.net, metadata)

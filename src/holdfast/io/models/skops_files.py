@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import TargetError, UsageError, importing
 from holdfast.core.names import kind_of
-from holdfast.core.remedies import TRUST_CODE, Install
+from holdfast.core.remedies import TRUST_CODE
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limited_main import Limits
 from holdfast.io.models.estimators import Adapted, Predictor, adapted_estimator
@@ -136,8 +136,7 @@ def _short(value: object) -> str:
 
 def _refused(path: Path, place: str, value: object, reason: str, remedy: str) -> UsageError:
     return UsageError(
-        f"{str(path)!r} contains {place or 'an estimator'} = {_short(value)}, {reason}; {remedy}",
-        TRUST_CODE,
+        f"{str(path)!r} contains {place or 'an estimator'} = {_short(value)}, {reason}; {remedy}", TRUST_CODE
     )
 
 
@@ -167,12 +166,7 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
     """Return the estimator in the content of a `.skops` file, and notes for the report. Raises the same errors as
     `open_skops`.
     """
-    try:
-        import skops.io as sio
-    except ImportError as error:
-        raise UsageError(
-            f"{str(path)!r} is a .skops file, and skops is missing", Install("sklearn")
-        ) from error
+    sio = importing("skops.io", f"{str(path)!r} is a .skops file, and skops is missing", "sklearn")
     # Checked before skops reads it, because a small archive can need any amount of memory.
     check_archive(path, content, saved_by=_SAVED_BY)
     with warnings.catch_warnings(record=True) as recorded:

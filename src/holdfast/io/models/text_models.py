@@ -14,30 +14,21 @@ from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError
 from holdfast.core.texts import decoded
+from holdfast.io.models import estimators
 from holdfast.io.models.adapting import refuse_no_model
-from holdfast.io.models.estimators import (
-    Adapted,
-    Array,
-    Estimator,
-    Form,
-    Predictor,
-    as_model,
-    contents,
-    interface_of,
-)
 from holdfast.io.models.object_digest import digest_of_object
 
 Texts = Callable[[list[str]], Any]
 
 
-class TextEstimator(Estimator):
+class TextEstimator(estimators.Estimator):
     """An estimator that is called with texts, such as a pipeline of scikit-learn that begins with a vectoriser."""
 
-    def rows(self, x: Tensor) -> Array:
+    def rows(self, x: Tensor) -> estimators.Array:
         """Return the texts in the rows of `x`, as an array of strings."""
         return np.array(decoded(x), dtype=object)
 
-    def _forms(self) -> tuple[Form, ...]:
+    def _forms(self) -> tuple[estimators.Form, ...]:
         return ("array",)
 
     def _compared(self, x: Tensor) -> Tensor:
@@ -76,7 +67,7 @@ class TextFunction(nn.Module):
             ) from error
 
 
-def _refuse_labels(outputs: Sequence[Any] | Array) -> None:
+def _refuse_labels(outputs: Sequence[Any] | estimators.Array) -> None:
     """Raise `TargetError` if the outputs of a function are labels: strings, or whole numbers of which one is no
     probability.
     """
@@ -105,14 +96,14 @@ class _Pipeline:
         return [[scores[label] for label in self.labels] for scores in by_label]
 
 
-def adapted_text_model(model: object) -> Adapted | None:
+def adapted_text_model(model: object) -> estimators.Adapted | None:
     """Return a model of texts as a torch module whose inputs are rows of code points. Return None if it is such a
     module already.
     """
     if isinstance(model, TextEstimator | TextFunction):
         return None
-    if isinstance(model, Estimator):
-        return _estimator(as_model(model.interface, model.digest))
+    if isinstance(model, estimators.Estimator):
+        return _estimator(estimators.as_model(model.interface, model.digest))
     refuse_no_model(model)
     name = getattr(model, "__qualname__", type(model).__qualname__)
     hidden = f"{name} is called with texts, which have no gradients"
@@ -120,16 +111,18 @@ def adapted_text_model(model: object) -> Adapted | None:
     if isinstance(pipeline, type) and isinstance(model, pipeline):
         function = _Pipeline(model)
         net = TextFunction(function)
-        return Adapted(net, "scores", hidden, len(function.labels), function.labels, output="probability")
+        return estimators.Adapted(
+            net, "scores", hidden, len(function.labels), function.labels, output="probability"
+        )
     if isinstance(model, nn.Module) or callable(model):
-        return Adapted(TextFunction(model), "scores", hidden)
-    assert isinstance(model, Predictor)
-    return _estimator(as_model(interface_of(model), contents(model)))
+        return estimators.Adapted(TextFunction(model), "scores", hidden)
+    assert isinstance(model, estimators.Predictor)
+    return _estimator(estimators.as_model(estimators.interface_of(model), estimators.contents(model)))
 
 
-def _estimator(adapted_model: Adapted) -> Adapted:
+def _estimator(adapted_model: estimators.Adapted) -> estimators.Adapted:
     """Return an estimator that is called with texts instead of numbers."""
-    assert isinstance(adapted_model.net, Estimator)
+    assert isinstance(adapted_model.net, estimators.Estimator)
     net = TextEstimator(adapted_model.net.interface, adapted_model.net.digest)
     return replace(adapted_model, net=net, feature_names=None)
 

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install
+from holdfast.core.errors import TargetError, UsageError, importing
 from holdfast.core.texts import decoded
 from holdfast.io.files import names_of
 from holdfast.io.models.estimators import Adapted
@@ -181,13 +180,7 @@ def _applied(processor: Any, images: NDArray[np.uint8], **steps: bool) -> Tensor
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 _TEXT_HEAD, _IMAGE_HEAD = "ForSequenceClassification", "ForImageClassification"
-_TOKENIZERS = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = (
     *_TOKENIZERS,
     "merges.txt",
@@ -275,12 +268,8 @@ def open_folder(folder: Path, *, texts: bool) -> OpenedFolder:
             else f"{str(folder)!r} is a folder, whose model is called with texts, and there is no threat on texts such "
             "as text:edits=2,words=3; assess it with one, or give the file of another model"
         )
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"{str(folder)!r} is a model of transformers, which is not installed", Install("text")
-        ) from error
+    missing = f"{str(folder)!r} is a model of transformers, which is not installed"
+    transformers = importing("transformers", missing, "text")
     names = (PROCESSOR,) if of_images else _TOKENIZER_FILES
     content |= {name: read(folder / name) for name in names if name in present}
     settings = _settings(folder, content, heads)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.core.batch import CLASSIFIERS_ONLY
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install
+from holdfast.core.errors import TargetError, importing
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.lightgbm_files import header_of, unreadable_lightgbm
 from holdfast.io.limited.limited_main import Limits
@@ -46,15 +46,7 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
     If `XGBClassifier` wrote the file after early stopping, trees after the best iteration are not used, as in
     `XGBClassifier`.
     """
-    content = read_once(path, "model", max_bytes=MAX_BYTES)
-    try:
-        import xgboost
-    except ImportError as error:
-        raise UsageError(
-            f"{str(path)!r} is a model of XGBoost, and xgboost is missing", Install("trees")
-        ) from error
-    with read_under_limits("trees", path, LIMITS, content=content):
-        pass  # loaded here after the separate process succeeded
+    content, xgboost = _tested(path, "XGBoost", "xgboost", "trees")
     booster = xgboost.Booster()
     try:
         with warnings.catch_warnings():
@@ -67,14 +59,27 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
     return adapted, hashlib.sha256(content).hexdigest()
 
 
+def _tested(path: Path, library: str, package: str, parser: str) -> tuple[bytes, Any]:
+    """Return the content of a file that a separate process has loaded without harm, and the package that reads it."""
+    content = read_once(path, "model", max_bytes=MAX_BYTES)
+    module = importing(package, f"{str(path)!r} is a model of {library}, and {package} is missing", "trees")
+    with read_under_limits(parser, path, LIMITS, content=content):
+        return content, module
+
+
+def _refuse_objective(objective: str, known: Sequence[str]) -> None:
+    """Raise `TargetError` for a training objective with which the raw scores are no logits of classes."""
+    if objective not in known:
+        raise TargetError(
+            f"the booster has the objective {objective or 'of its own'}; one of {', '.join(known)} was expected. "
+            f"{CLASSIFIERS_ONLY}; for a classifier with another objective, give a function from inputs to logits"
+        )
+
+
 def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
     learner = json.loads(booster.save_config())["learner"]
     objective, parameters = learner["objective"]["name"], learner["learner_model_param"]
-    if objective not in _XGBOOST:
-        raise TargetError(
-            f"the booster has the objective {objective}; one of {', '.join(sorted(_XGBOOST))} was expected. "
-            f"{CLASSIFIERS_ONLY}; for a classifier with another objective, give a function from inputs to logits"
-        )
+    _refuse_objective(objective, sorted(_XGBOOST))
     if int(parameters.get("num_target", 1)) > 1:
         raise TargetError(
             f"the booster predicts {parameters['num_target']} labels per example, but one was expected; train it on "
@@ -127,11 +132,7 @@ def adapted_lightgbm(booster: Any) -> Adapted:
     """
     text = str(booster.model_to_string())
     kind, *settings = header_of(text).get("objective", "").split() or [""]
-    if kind not in _LIGHTGBM:
-        raise TargetError(
-            f"the booster has the objective {kind or 'of its own'}; one of {', '.join(_LIGHTGBM)} was expected. "
-            f"{CLASSIFIERS_ONLY}; for a classifier with another objective, give a function from inputs to logits"
-        )
+    _refuse_objective(kind, _LIGHTGBM)
     classes = max(int(booster.num_model_per_iteration()), 2)
     slope = re.search(r"sigmoid:(\S+)", " ".join(settings))
     factor = 1.0 if slope is None else float(slope[1])
@@ -151,15 +152,7 @@ def adapted_lightgbm(booster: Any) -> Adapted:
 
 def open_lightgbm(path: Path) -> tuple[Adapted, str]:
     """Return the LightGBM model in a `.txt` file wrapped as a torch module, and the SHA-256 of the file."""
-    content = read_once(path, "model", max_bytes=MAX_BYTES)
-    try:
-        import lightgbm
-    except ImportError as error:
-        raise UsageError(
-            f"{str(path)!r} is a model of LightGBM, which is not installed", Install("trees")
-        ) from error
-    with read_under_limits("lightgbm_files", path, LIMITS, content=content):
-        pass  # loaded here after the separate process succeeded
+    content, lightgbm = _tested(path, "LightGBM", "lightgbm", "lightgbm_files")
     try:
         booster = lightgbm.Booster(model_str=content.decode())
     except lightgbm.basic.LightGBMError as error:

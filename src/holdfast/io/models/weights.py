@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from holdfast.core.errors import CarriesCode, TargetError
 from holdfast.core.remedies import TRUST_CODE
-from holdfast.io.files import content_of_file, megabytes
+from holdfast.io.files import content_of_file, megabytes, refusing
 from holdfast.io.limited.calling import read_under_limits
 from holdfast.io.limited.limited_main import MEMORY, Limits, requested_memory
 from holdfast.io.limited.weights import SAFER, WRITTEN
@@ -88,16 +88,15 @@ def check_archive(
     advice on how to write such files without compression. Raises `CarriesCode` for TorchScript, and `TargetError` for
     other archives that are not accepted.
     """
-    try:
-        with path.open("rb") if content is None else io.BytesIO(content) as file:
-            if file.read(4) != _ZIP_MAGIC:
-                return
-            with zipfile.ZipFile(file) as archive:
-                members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise TargetError(
-            f"{str(path)!r} is a damaged or truncated archive: {error}; download it again"
-        ) from error
+    damage = (zipfile.BadZipFile, NotImplementedError, ValueError, OSError)
+    with (
+        refusing(f"{str(path)!r} is a damaged or truncated archive", damage, "download it again"),
+        path.open("rb") if content is None else io.BytesIO(content) as file,
+    ):
+        if file.read(4) != _ZIP_MAGIC:
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
     if len(members) > MAX_MEMBERS:
         raise TargetError(
             f"{str(path)!r} holds {len(members):,} members; at most {MAX_MEMBERS:,} are read: save it as safetensors"
@@ -189,15 +188,12 @@ def read_state_dict(path: Path, content: bytes) -> tuple[Weights, dict[str, Any]
     """
     if path.suffix != ".safetensors":
         return read_weights(path, content), {}
-    try:
+    damage = (safetensors.SafetensorError, ValueError, OSError, RecursionError)
+    with refusing(f"{str(path)!r} is not a valid safetensors file", damage, "write or download it again"):
         tensors = safetensors.torch.load(content)  # checks the header
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         text = header.get("__metadata__", {}).get(METADATA_KEY, "{}")
         metadata = json.loads(text)
-    except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise TargetError(
-            f"{str(path)!r} is not a valid safetensors file: {error}; write or download it again"
-        ) from error
     if not isinstance(metadata, dict):
         raise TargetError(
             f"{str(path)!r} has the {METADATA_KEY} metadata {text[:80]!r}; a JSON object was expected: write the file "

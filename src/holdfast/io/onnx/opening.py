@@ -231,13 +231,7 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     example, which is needed for a file with free sizes. Raises `TargetError` for a file that is not a classifier, or if
     the import differs from onnxruntime.
     """
-    content = onnx_content(path)
-    shape = None if input_shape is None else list(input_shape)
-    with read_under_limits(
-        "onnx_files", path, LIMITS, content=content, n_bytes_beside=bytes_beside(path), input_shape=shape
-    ):
-        pass  # it is opened here after that has gone well
-    file = read_onnx(path, input_shape, content=content)
+    file = _read(path, input_shape)
     _refuse_regressor(file, path)
     output, classes, notes = _chosen_output(file, path)
     label_module = _differing_labels(file, output, path)
@@ -259,6 +253,15 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
         notes += (f"{hides}; the model runs in onnxruntime, with scores only and without gradients",)
         notes += () if net.size is None else (_fixed_note(net.size),)
     return OnnxModel(net, access, hides, classes, file.files, notes, *_class_names(file.labels, classes))
+
+
+def _read(path: Path, input_shape: Sequence[int] | None) -> OnnxFile:
+    """Return the content of a file that a separate process has parsed and run without harm."""
+    content = onnx_content(path)
+    request = {"input_shape": None if input_shape is None else list(input_shape)}
+    beside = bytes_beside(path)
+    with read_under_limits("onnx_files", path, LIMITS, content=content, n_bytes_beside=beside, **request):
+        return read_onnx(path, input_shape, content=content)
 
 
 def _refuse_regressor(file: OnnxFile, path: Path) -> None:
@@ -422,13 +425,21 @@ def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
             raise TargetError(
                 f"{str(path)!r}: the import returns {tuple(imported.shape)}, onnxruntime {tuple(reference.shape)}"
             )
-        difference = float((imported - reference).abs().max())
-        allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(reference.abs().max()))
-        if not difference <= allowed:  # a NaN is a difference too
-            raise TargetError(
-                f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g} on a batch of {n}; at most "
-                f"{allowed:.3g} was expected. Please report the model's operators"
-            )
+        _refuse_different(imported, reference, file, path, f" on a batch of {n}")
+
+
+def _refuse_different(
+    imported: Tensor, reference: Tensor, file: OnnxFile, path: Path, where: str = ""
+) -> None:
+    """Raise `TargetError` if outputs of the import differ from those of onnxruntime by more than rounding."""
+    alike = imported.shape == reference.shape
+    difference = float((imported - reference).abs().max()) if alike else math.inf
+    allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(reference.abs().max()))
+    if not difference <= allowed:  # a NaN is a difference too
+        raise TargetError(
+            f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g}{where}; at most {allowed:.3g} was "
+            "expected. Please report the model's operators"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -474,12 +485,7 @@ def open_network(path: Path) -> OnnxNetwork:
     The whole input is one example, so that its first dimension has the size 1 or is free. Raises `TargetError` with the
     reason if the file cannot be converted: bounds need the operations of the network.
     """
-    content = onnx_content(path)
-    with read_under_limits(
-        "onnx_files", path, LIMITS, content=content, n_bytes_beside=bytes_beside(path), input_shape=None
-    ):
-        pass  # it is opened here after that has gone well
-    file = read_onnx(path, None, content=content)
+    file = _read(path, None)
     runtime = Runtime(file)
     if len(file.outputs) != 1 or len(runtime.outputs) != 1:
         raise TargetError(
@@ -533,12 +539,6 @@ def _compare_network(
     rows = random_batch(file, file.input.shape[0] or 1).flatten()[:size]
     x = torch.stack((rows, 2 * rows - 1)).reshape(2, *example)
     with torch.no_grad():
-        imported = net(x).flatten(1).numpy()
-    reference = np.stack([run(row.numpy()).reshape(-1) for row in x])
-    difference = float(np.abs(imported - reference).max()) if imported.shape == reference.shape else math.inf
-    allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(np.abs(reference).max()))
-    if not difference <= allowed:  # a NaN is a difference too
-        raise TargetError(
-            f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g}; at most {allowed:.3g} was "
-            "expected. Please report the model's operators"
-        )
+        imported = net(x).flatten(1)
+    reference = torch.from_numpy(np.stack([run(row.numpy()).reshape(-1) for row in x]))
+    _refuse_different(imported, reference, file, path)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install, Placeholder, Remedy
-from holdfast.io.files import OWN_FUNCTION, content_of_file, opened, sha256_of_file
+from holdfast.core.errors import TargetError, UsageError, importing
+from holdfast.core.remedies import Placeholder, model_argument
+from holdfast.io.files import OWN_FUNCTION, content_of_file, opened, refusing, sha256_of_file
+from holdfast.io.onnx.runtime import MISSING
 
 MOST_ROUNDS = 1 << 16
 """Largest number of iterations of a loop."""
@@ -162,13 +163,7 @@ class OnnxFile:
 
 def onnx_module() -> ModuleType:
     """Import and return the `onnx` package. Raises `UsageError` with the install command if it is missing."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise UsageError(
-            "an .onnx model is opened with packages that are missing", Install("onnx")
-        ) from error
-    module: ModuleType = onnx
+    module: ModuleType = importing("onnx", MISSING, "onnx")
     return module
 
 
@@ -202,12 +197,10 @@ def read_onnx(
     """
     content = onnx_content(path) if content is None else content
     onnx = onnx_module()
-    try:
+    fault = f"{str(path)!r} is not an ONNX model, or is damaged or truncated"
+    # the error class of protobuf is not part of onnx's documented interface
+    with refusing(fault, Exception, "export it again"):
         proto = onnx.load_model_from_string(content)
-    except Exception as error:  # the error class of protobuf is not part of onnx's documented interface
-        raise TargetError(
-            f"{str(path)!r} is not an ONNX model, or is damaged or truncated: {error}; export it again"
-        ) from error
     # onnxruntime may be newer than onnx, and would interpret fields that are not checked here.
     proto.DiscardUnknownFields()
     # Counted before the functions are expanded below, because a small file can describe more nodes than fit in memory.
@@ -238,10 +231,8 @@ def read_onnx(
 
 
 def _refuse_size(proto: Any, path: Path) -> None:
-    try:
+    with refusing(f"{str(path)!r} is no valid ONNX model", (UnboundedGraph, RecursionError)):
         size = n_nodes(proto)
-    except (UnboundedGraph, RecursionError) as error:
-        raise TargetError(f"{str(path)!r} is no valid ONNX model: {error}") from error
     if not 1 <= size <= MAX_NODES:
         raise TargetError(
             f"{str(path)!r} has {size:,} nodes; 1 to {MAX_NODES:,} were expected: give the network as file.py:factory"
@@ -418,10 +409,9 @@ def _filled(
         example = ",".join(str(size or "N") for size in sizes[1:]) or "N,…"
         raise UsageError(
             f"{str(path)!r} has the input {_described(value)}, in which more sizes than the batch are free",
-            Remedy(
+            model_argument(
                 "input_shape",
                 Placeholder(example, f"({example},)"),
-                function="open_model",
                 reason="for the shape of one example, with a number in place of each N",
             ),
         )

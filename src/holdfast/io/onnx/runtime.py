@@ -5,18 +5,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install
+from holdfast.core.errors import TargetError, importing
+
+MISSING = "an .onnx model is opened with packages that are missing"
 
 
 def session(content: bytes, threads: int) -> Any:
     """Return an onnxruntime session of a model on the CPU. Raises `TargetError` if onnxruntime rejects the model."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError(
-            "an .onnx model is opened with packages that are missing", Install("onnx")
-        ) from error
+    onnxruntime = importing("onnxruntime", MISSING, "onnx")
     options = onnxruntime.SessionOptions()
     # Only fatal errors: onnxruntime would print warnings to the terminal besides the exception that is reported here.
     options.log_severity_level = 4

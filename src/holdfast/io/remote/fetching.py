@@ -25,7 +25,7 @@ from holdfast.io.data.arrays import Array
 from holdfast.io.data.npz import Npz
 from holdfast.io.data.pictures import decoded
 from holdfast.io.data_catalogue import CATALOGUE, Entry, RemoteFile, data_folder, entry_of
-from holdfast.io.files import megabytes, opened, replacing
+from holdfast.io.files import megabytes, opened, refusing, replacing
 
 MAX_BYTES = 2**30
 """Largest number of bytes of an official file after decompression; the largest known file has a fifth of it."""
@@ -36,13 +36,12 @@ _CIFAR_ROW = 1 + 3 * 32 * 32  # bytes of a label and an image
 
 def idx(path: Path) -> NDArray[np.uint8]:
     """Return the array in a gzipped IDX file, the format of MNIST: unsigned bytes in any number of dimensions."""
-    try:
+    damage = (OSError, EOFError, zlib.error, struct.error)
+    with refusing(f"{str(path)!r} is damaged or truncated", damage, "fetch it again"):
         with opened(path, "data file") as packed, gzip.GzipFile(fileobj=packed) as file:
             content = file.read(MAX_BYTES + 1)
         zeros, kind, n_dims = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{n_dims}I", content[4 : 4 + 4 * n_dims])
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise TargetError(f"{str(path)!r} is damaged or truncated: {error}; fetch it again") from error
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims)
     if zeros != 0 or kind != 0x08 or len(values) != np.prod(shape, dtype=np.int64):
         raise TargetError(
@@ -65,15 +64,17 @@ def cifar_arrays(archive: Path) -> dict[str, Array]:
     """
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     contents: dict[str, Array] = {}
-    try:
-        with opened(archive, "data file") as packed, tarfile.open(fileobj=packed, mode="r:gz") as tar:
-            for member in tar:
-                name = member.name.rpartition("/")[2]
-                if name in names and member.isfile() and member.size <= MAX_BYTES:
-                    content = tar.extractfile(member)
-                    contents[name] = np.frombuffer(b"" if content is None else content.read(), np.uint8)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise TargetError(f"{str(archive)!r} is damaged or truncated: {error}; fetch it again") from error
+    damage = (tarfile.TarError, OSError, EOFError, zlib.error)
+    with (
+        refusing(f"{str(archive)!r} is damaged or truncated", damage, "fetch it again"),
+        opened(archive, "data file") as packed,
+        tarfile.open(fileobj=packed, mode="r:gz") as tar,
+    ):
+        for member in tar:
+            name = member.name.rpartition("/")[2]
+            if name in names and member.isfile() and member.size <= MAX_BYTES:
+                content = tar.extractfile(member)
+                contents[name] = np.frombuffer(b"" if content is None else content.read(), np.uint8)
     missing = [name for name in names if name not in contents or len(contents[name]) % _CIFAR_ROW]
     if missing:
         raise TargetError(

@@ -15,21 +15,11 @@ from urllib.parse import SplitResult
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, model_argument
 from holdfast.core.types import Access
 from holdfast.io.files import similar_name
+from holdfast.io.remote import payloads
 from holdfast.io.remote.http_client import Client
-from holdfast.io.remote.payloads import (
-    FLOATS,
-    NAMES,
-    TEXT,
-    WHOLE,
-    ServerAnswers,
-    Shaped,
-    Template,
-    first_characters,
-    refuse_too_many_classes,
-)
 from holdfast.io.remote.remote import Remote, allowed_address
 from holdfast.io.remote.served_model import Served
 
@@ -39,11 +29,10 @@ _MOST_VALUES = 1 << 24
 _MOST_CLASSES = 1_000_000  # metadata of a server may name any number; the logits of one example must fit
 _SHOWN = 80
 """Number of characters of a shape that an error message contains."""
-_OTHER_SERVICE = Remedy(
+_OTHER_SERVICE = model_argument(
     "http_request",
     '{"instances": $x}',
-    function="open_model",
-    also=(Remedy("http_response", "predictions", function="open_model"),),
+    also=(model_argument("http_response", "predictions"),),
     reason="with the names of your service, if it has another protocol",
 )
 _UNNAMED = "input-0"
@@ -83,10 +72,12 @@ def open_http(
     expected = _expected(classes, names)
     labels = _number_of_labels(expected) if endpoint.labels else None
     if endpoint.classes is not None:
-        refuse_too_many_classes("the output that the server describes", endpoint.classes, expected)
-    size = endpoint.form.shape[0] if isinstance(endpoint.form, Shaped) and endpoint.form.shape else -1
+        payloads.refuse_too_many_classes("the output that the server describes", endpoint.classes, expected)
+    size = (
+        endpoint.form.shape[0] if isinstance(endpoint.form, payloads.Shaped) and endpoint.form.shape else -1
+    )
     answers_with: Access = "labels" if endpoint.labels else "scores"
-    answers = ServerAnswers(
+    answers = payloads.ServerAnswers(
         endpoint.form,
         labels=labels,
         names=names,
@@ -123,7 +114,7 @@ class _Endpoint:
     """The request format of a model behind HTTP, and the properties that its server declares."""
 
     path: str
-    form: Shaped | Template
+    form: payloads.Shaped | payloads.Template
     known: Mapping[str, Any]
     labels: bool
     classes: int | None = None
@@ -133,7 +124,7 @@ class _Endpoint:
 def _digest(address: str, endpoint: _Endpoint, remote: Remote, names: Sequence[str] | None) -> str:
     identity: list[Any] = [address, endpoint.known, remote.request, remote.response, endpoint.labels]
     # a template may find scores by class name
-    uses_names = endpoint.labels or isinstance(endpoint.form, Template)
+    uses_names = endpoint.labels or isinstance(endpoint.form, payloads.Template)
     return digest(canonical([*identity, list(names)] if uses_names and names is not None else identity))
 
 
@@ -142,14 +133,14 @@ def _endpoint(
 ) -> _Endpoint:
     query = f"?{parts.query}" if parts.query else ""
     if remote.request is not None:
-        form = Template.of(remote.request, remote.response)
+        form = payloads.Template.of(remote.request, remote.response)
         return _Endpoint((parts.path or "/") + query, form, {}, remote.labels)
     model_path = _own_path(parts.path, address)
     answer = client.request(model_path + query)
     try:
         metadata = _metadata(answer, client.masked_name)
     except TargetLost as error:
-        beginning = first_characters(answer, client.masked)
+        beginning = payloads.first_characters(answer, client.masked)
         raise TargetLost(f"{error.message}. The response begins: {beginning}", _OTHER_SERVICE) from None
     shaped, labels, classes, notes = _shaped(metadata, remote, declared=declared)
     return _Endpoint(f"{model_path}/infer{query}", shaped, metadata, labels, classes, notes)
@@ -173,7 +164,7 @@ def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
     if classes is not None and names is not None and len(names) != classes:
         raise UsageError(
             f"classes is {classes}, but class_names has {len(names)} names; one name for each class was expected",
-            Remedy("classes", function="open_model"),
+            model_argument("classes"),
         )
     return classes if names is None else len(names)
 
@@ -182,11 +173,10 @@ def _number_of_labels(expected: int | None) -> int:
     if expected is None:
         raise UsageError(
             "the number of classes of a model that returns labels is unknown",
-            Remedy("classes", Placeholder("N"), function="open_model"),
-            Remedy(
+            model_argument("classes", Placeholder("N")),
+            model_argument(
                 "class_names",
-                NAMES,
-                function="open_model",
+                payloads.NAMES,
                 reason="in the order of the model's classes, if the labels are text",
             ),
         )
@@ -223,7 +213,7 @@ def _tensors(answer: Mapping[str, Any], key: str, masked: Callable[[str], str]) 
 
 def _shaped(
     metadata: Mapping[str, Any], remote: Remote, *, declared: bool
-) -> tuple[Shaped, bool, int | None, tuple[str, ...]]:
+) -> tuple[payloads.Shaped, bool, int | None, tuple[str, ...]]:
     """Return the request format, whether the model returns labels, its number of classes or None, and notes."""
     inputs, output = metadata["inputs"], _output(metadata["outputs"], remote)
     way_out = "give a function that calls it, as file.py:factory"
@@ -253,7 +243,7 @@ def _shaped(
             "values are sent per request: configure smaller batches in the server"
         )
     name = remote.response if output is None else output["name"]
-    form = Shaped(model_input["name"], model_input["datatype"], shape, name, labels)
+    form = payloads.Shaped(model_input["name"], model_input["datatype"], shape, name, labels)
     if form.channels_last:
         notes.append("the model has its channels last; inputs are transposed for it")
     return form, labels, classes, tuple(notes)
@@ -275,7 +265,9 @@ def _number_of_classes(scores: int) -> int:
 def _of_labels(output: Mapping[str, Any], *, declared: bool) -> bool:
     """Return whether an output contains labels: strings, or one integer per row that is not declared as a score."""
     several = len(output["shape"]) == 2 and output["shape"][1] > 1
-    return output["datatype"] in TEXT or (output["datatype"] in WHOLE and not several and not declared)
+    return output["datatype"] in payloads.TEXT or (
+        output["datatype"] in payloads.WHOLE and not several and not declared
+    )
 
 
 def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | None:
@@ -290,8 +282,12 @@ def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | N
                 f"it has {', '.join(names)}"
             )
         return outputs[names.index(remote.response)]
-    kinds = (WHOLE, TEXT) if remote.labels else (FLOATS, WHOLE, TEXT)
-    matching = [output for kind in (*kinds, FLOATS) for output in outputs if output["datatype"] in kind]
+    kinds = (
+        (payloads.WHOLE, payloads.TEXT) if remote.labels else (payloads.FLOATS, payloads.WHOLE, payloads.TEXT)
+    )
+    matching = [
+        output for kind in (*kinds, payloads.FLOATS) for output in outputs if output["datatype"] in kind
+    ]
     if not matching:
         kinds_found = ", ".join(f"{output['name']} ({output['datatype']})" for output in outputs)
         raise TargetError(

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import InputRefused, TargetLost, UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Remedy, model_argument
 from holdfast.io.remote.limited_answers import LimitedReader
 from holdfast.io.remote.remote import KEY, SCHEMES, Remote, header_variable
 from holdfast.io.remote.sent import Sent
@@ -319,13 +319,13 @@ class Client:
 
     def _slower(self) -> tuple[Remedy, ...]:
         """Return the arguments with which a slow server is waited for longer, or is sent less at once."""
-        timeout = Remedy("http_timeout", f"{4 * self._remote.timeout_s:g}s", function="open_model")
-        retries = Remedy("http_retries", 2 * self._remote.retries + 1, function="open_model")
+        timeout = model_argument("http_timeout", f"{4 * self._remote.timeout_s:g}s")
+        retries = model_argument("http_retries", 2 * self._remote.retries + 1)
         return (timeout, retries, *self._fewer_rows())
 
     def _fewer_rows(self) -> tuple[Remedy, ...]:
         rows = self._remote.max_rows // 4
-        return (Remedy("http_max_rows", rows, function="open_model"),) if rows else ()
+        return (model_argument("http_max_rows", rows),) if rows else ()
 
     def _excerpt(self, content: bytes) -> str:
         """Return the beginning of a response for an error message."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.core.outputs import LOGIT
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy, model_argument
 from holdfast.io.data.labels import listed
 from holdfast.io.files import similar_name
 
@@ -24,11 +24,8 @@ _PLACES = ("$x", "$x_last", "$x_one", "$x_one_last")
 """Placeholders of a template: for all rows, or for one example without a batch axis; `last` puts the channels last."""
 _NAME, _NAMES = 40, 8
 """Number of characters of a name, and number of names, in an error message."""
-_PATH = Remedy(
-    "http_response",
-    Placeholder("PATH"),
-    function="open_model",
-    reason="for the path of the scores or classes in the response",
+_PATH = model_argument(
+    "http_response", Placeholder("PATH"), reason="for the path of the scores or classes in the response"
 )
 
 
@@ -105,7 +102,7 @@ class Shaped:
             requested = "no output" if self.output is None else f"no output {self.output!r}"
             raise TargetLost(
                 f"the response has {requested}; it has {names}",
-                *(Remedy("http_response", name, function="open_model") for name in known[:1]),
+                *(model_argument("http_response", name) for name in known[:1]),
             )
         wanted_types = WHOLE | TEXT if self.labels else FLOATS
         return next((o for o in candidates if _datatype(o) in wanted_types), candidates[0])
@@ -237,16 +234,11 @@ _CLASS_KEYS = frozenset({"label", "score"})
 _NO_SCORES = (list, dict, str, bool)
 NAMES = Placeholder("A,B,C", "[A, B, C]")
 """all names of the classes"""
-PATH = Remedy(
-    "http_response",
-    Placeholder("PATH"),
-    function="open_model",
-    reason="for the path of the scores in the response",
+PATH = model_argument(
+    "http_response", Placeholder("PATH"), reason="for the path of the scores in the response"
 )
 """the place of the scores, if a response contains several things"""
-_ONE_ROW = Remedy(
-    "http_max_rows", 1, function="open_model", reason="if the server accepts one row per request"
-)
+_ONE_ROW = model_argument("http_max_rows", 1, reason="if the server accepts one row per request")
 
 
 class ServerAnswers:
@@ -271,7 +263,9 @@ class ServerAnswers:
     ) -> None:
         self._form, self._labels, self._expected = form, labels, expected
         self._names = None if names is None else tuple(names)
-        self._integer_names = self._names is not None and all(map(_is_integer, self._names))
+        self._integer_names = self._names is not None and all(
+            name.removeprefix("-").isdecimal() for name in self._names
+        )
         """whether all class names are integers, so that integers in a response are class names"""
         self._declared, self._masked = declared, masked
         self._classes: int | None = None
@@ -314,9 +308,7 @@ class ServerAnswers:
         )
         if values.dtype.kind == "U":
             names = () if self._names else (_names(),)
-            classes = Remedy(
-                "http_labels", True, function="open_model", also=names, reason="if it is a class"
-            )
+            classes = model_argument("http_labels", True, also=names, reason="if it is a class")
             raise _unreadable_text(values.flat[0], "scores were expected", classes)
         self._refuse_other_kind("numbers" if rows is None else "objects by class name")
         values = self._entries(values, len(x))
@@ -349,13 +341,12 @@ class ServerAnswers:
             return ()
         place = "0.label" if _lists_classes(content) else "*.0.label"
         path = place if self._form.path is None else f"{self._form.path}.{place}"
-        first = Remedy("http_response", path, function="open_model")
+        first = model_argument("http_response", path)
         names = () if self._names else (_names(),)
         return (
-            Remedy(
+            model_argument(
                 "http_labels",
                 True,
-                function="open_model",
                 also=(first, *names),
                 reason="to use the first label of each row, if the server returns only the best classes",
             ),
@@ -443,7 +434,7 @@ class ServerAnswers:
         if flat.shape[1] != 1:
             raise TargetLost(
                 f"the response has shape {values.shape}; one class for each of {len(x)} rows was expected",
-                Remedy("http_labels", function="open_model", reason="if these are scores"),
+                model_argument("http_labels", reason="if these are scores"),
                 replace(PATH, reason="for the path of the classes"),
             )
         classes = flat[:, 0]
@@ -534,10 +525,6 @@ def first_characters(answer: Any, masked: Callable[[str], str]) -> str:
     return f"{text[:_BEGINNING]} …" if len(text) > _BEGINNING else text
 
 
-def _is_integer(name: str) -> bool:
-    return name.removeprefix("-").isdecimal()
-
-
 def _unreadable_text(text: str, reason: str, remedy: Remedy) -> TargetLost:
     return TargetLost(f"the response contains the text {text[:_SHOWN]!r}; {reason}", remedy)
 
@@ -547,10 +534,10 @@ def _names(reason: str = "") -> Remedy:
     text = (
         f"{reason}, in the order of the model's classes" if reason else "in the order of the model's classes"
     )
-    return Remedy("class_names", NAMES, function="open_model", reason=text)
+    return model_argument("class_names", NAMES, reason=text)
 
 
 def _class_numbers(reason: str, classes: int | None = None) -> Remedy:
     """Return the declaration of a server that returns class numbers."""
-    number = Remedy("classes", Placeholder("N") if classes is None else classes, function="open_model")
-    return Remedy("http_labels", True, function="open_model", also=(number,), reason=reason)
+    number = model_argument("classes", Placeholder("N") if classes is None else classes)
+    return model_argument("http_labels", True, also=(number,), reason=reason)

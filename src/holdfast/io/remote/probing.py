@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from holdfast.attacks.parts.images import inner
 from holdfast.core.batch import Data
 from holdfast.core.errors import HoldfastError, NoLogits, TargetError, TargetLost, UnclearOutput
-from holdfast.core.model import Bounds, Classifier, fitted, out_of_memory
+from holdfast.core.model import Bounds, Classifier, evaluating, fitted, out_of_memory
 from holdfast.core.normalisation import Normalisation
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, Remedy, data_argument
 from holdfast.core.training import CUTS
 from holdfast.core.types import Layout, Logits
 from holdfast.io.models.estimators import Estimator
@@ -215,7 +215,7 @@ class ProbedClassifier:
         if x.dim() > 3 and self.outputs(rows.movedim(-1, 1)) is not None:
             raise TargetError(
                 f"the model rejects an example of shape {tuple(x.shape[1:])} and accepts one with its last axis first",
-                Remedy("layout", "hwc", function="open_data"),
+                data_argument("layout", "hwc"),
             )
         if x.dim() in (2, 3, 4) and self.outputs(rows[:, None]) is not None:
             raise TargetError(
@@ -402,14 +402,7 @@ def _evaluating(model: Classifier) -> Iterator[None]:
     """Context manager that sets the model to eval mode without gradients, and restores its mode and torch's
     generators.
     """
-    # a frozen script has no mode
-    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
-    try:
-        model.eval()
-        # The random state of the user is restored, so that a probe does not change the numbers of later draws.
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    # The random state of the user is restored, so that a probe does not change the numbers of later draws.
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

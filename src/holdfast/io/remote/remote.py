@@ -11,7 +11,7 @@ from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
 from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import model_argument
 
 SCHEMES = {"http": 80, "https": 443}
 """Supported schemes, with the default port of each."""
@@ -57,7 +57,7 @@ class Remote:
     now: Callable[[], float] = time.monotonic
 
 
-KEY = Remedy("headers", ("Authorization: env:MODEL_TOKEN",), "--header", "open_model", repeated=True)
+KEY = model_argument("headers", ("Authorization: env:MODEL_TOKEN",), "--header", repeated=True)
 """header with a key of the server that is in an environment variable"""
 
 
@@ -74,7 +74,7 @@ def header_variable(text: str) -> tuple[str, str]:
         raise UsageError(
             f"the value of the header {header[1]} is given literally, so it would be stored in the evidence; set an "
             "environment variable to it, and give the name of the variable",
-            Remedy("headers", (f"{header[1]}: env:MODEL_TOKEN",), "--header", "open_model", repeated=True),
+            model_argument("headers", (f"{header[1]}: env:MODEL_TOKEN",), "--header", repeated=True),
         )
     if header[1].lower() in _FRAMING:
         raise UsageError(f"the header {header[1]} is set automatically by the connection; omit it")
@@ -106,13 +106,8 @@ def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
         other_hosts = f"; only {allowed} {'is' if ',' not in allowed else 'are'} allowed" if allowed else ""
         raise UsageError(
             f"{address!r} is a server, and requests are sent only to allowed hosts{other_hosts}",
-            Remedy(
-                "allow_hosts",
-                (parts.netloc,),
-                "--allow-host",
-                "open_model",
-                repeated=True,
-                reason="if you may attack it",
+            model_argument(
+                "allow_hosts", (parts.netloc,), "--allow-host", repeated=True, reason="if you may attack it"
             ),
         )
     return parts

@@ -14,7 +14,7 @@ from holdfast.core.errors import InputRefused, QueriesSpent, TargetRefused
 from holdfast.core.meter import Purpose, current
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import REFUSED, refused
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.remedies import Placeholder, model_argument
 from holdfast.io.files import LAYOUT
 from holdfast.io.remote.http_client import Client, status_line
 from holdfast.io.remote.payloads import ServerAnswers, Shaped, Template
@@ -327,9 +327,7 @@ class InspectionCounter(Sent):
         reason, remedy = "to determine the layout of the data", LAYOUT
         if self.totals.refused:
             reason = "because the server rejects so many per request"
-            remedy = Remedy(
-                "http_max_rows", Placeholder("N"), function="open_model", reason="with the accepted number"
-            )
+            remedy = model_argument("http_max_rows", Placeholder("N"), reason="with the accepted number")
         return QueriesSpent(
             f"doctor and a dry run send at most {self.most} rows to a server; rows sent: {self.rows}, rows that are "
             f"needed as well: {rows}, {reason}",

@@ -11,7 +11,7 @@ from holdfast.attacks.parts.images import inner
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import Kind
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
+from holdfast.core.remedies import Remedy, model_argument
 from holdfast.io.remote.sent import Sent, Totals, counting_by
 from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess.request import AssessRequest, Subject
@@ -95,7 +95,7 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
             f"workers is {request.workers}, but the model is behind a server, which computes its outputs",
             Remedy(
                 "workers",
-                also=(Remedy("http_concurrency", request.workers, function="open_model"),),
+                also=(model_argument("http_concurrency", request.workers),),
                 reason="to send that many requests at the same time",
             ),
         )

@@ -30,7 +30,17 @@ from holdfast.core.guard import (
     with_aim,
 )
 from holdfast.core.meter import Answering, for_label, judging
-from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
+from holdfast.core.model import (
+    EVERY,
+    IN_PLACE,
+    VOTES,
+    Bounds,
+    Classifier,
+    Model,
+    evaluating,
+    fitted,
+    out_of_memory,
+)
 from holdfast.core.outputs import SAME, change, refused
 from holdfast.core.per_example import WithMissing
 from holdfast.core.pieces import no_memory
@@ -184,22 +194,11 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
 
     With `adaptive`, the parts of the model are searched for causes of gradient masking.
     """
-    # a frozen script module has no mode
-    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
-    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
     left_in_training = in_training(model)
     refuse_inner(model, outermost=model.rejects)
-    try:
-        model.eval().requires_grad_(False)
-        with fitted(base_of(model), sample.x):
-            target = _inspected(model, sample, left_in_training)
-            yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
-    finally:
-        # also after an error, since the model belongs to the caller
-        for module, training in modes:
-            module.training = training
-        for weight, trained in weights:
-            weight.requires_grad_(trained)
+    with evaluating(model, frozen=True), fitted(base_of(model), sample.x):
+        target = _inspected(model, sample, left_in_training)
+        yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
 
 
 def base_of(model: Classifier) -> Classifier:
