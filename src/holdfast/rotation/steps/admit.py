@@ -153,9 +153,8 @@ def _side_by_side(sets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) ->
 
 
 _SAMPLE, _BATCH = 8, 250  # examples on which passes are timed, and batch size of transfer attacks
-_CRAFTED = (
-    160  # gradients of all transfer attacks for each example and source; see `TransferAttacker.crafted`
-)
+_CRAFTED = 160
+"""Gradients of all transfer attacks for each example and source; see `TransferAttacker.crafted`."""
 
 
 @dataclass(frozen=True)

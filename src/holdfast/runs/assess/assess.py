@@ -50,8 +50,10 @@ from holdfast.runs.engine.ray_cluster import NODES
 from holdfast.runs.engine.resuming import resumable, way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import Stopper, stoppable
-from holdfast.runs.harness import FOUND, Plan, Target
+from holdfast.runs.harness.assembly import FOUND
 from holdfast.runs.harness.kinds.checks import GEOMETRY, STATEFUL
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.target import Target
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.runs.stored.commands import command_of

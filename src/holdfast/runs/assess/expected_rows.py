@@ -23,9 +23,12 @@ from holdfast.runs.assess.preparation import plan_for, refuse_data
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.assess.result import enumerated
 from holdfast.runs.assess.served_runs import served_by
-from holdfast.runs.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
 from holdfast.runs.harness.kinds.checks import CHECKED, PARTS
 from holdfast.runs.harness.kinds.proof import AT_ONCE
+from holdfast.runs.harness.kinds.transfers import MATRIX_ROWS
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Member
+from holdfast.runs.harness.target import LOOKED_AT, Target
 from holdfast.runs.stored.record import Division
 from holdfast.runs.stored.run_manifest import work_of
 
