@@ -22,7 +22,7 @@ from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess import probes
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.executors import executor_for
-from holdfast.runs.assess.expected_rows import expected_of
+from holdfast.runs.assess.expected_rows import expected_rows
 from holdfast.runs.assess.expected_time import duration, expected_seconds
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
 from holdfast.runs.assess.preparation import (
@@ -339,17 +339,19 @@ class _Job:
             for note in self.manifest.notes:
                 notify(f"note: {note}")
         if self.served is not None:
-            notify(self.expected_rows(self.served))
+            notify(self.rows_message(self.served))
         elif notify is not ignore and not is_step:
             for message in self.expected_time():
                 notify(message)
 
-    def expected_rows(self, served: Served) -> str:
+    def rows_message(self, served: Served) -> str:
         """Return a message with the number of rows that the run is expected to send to the model server, and the number
         that earlier attempts sent.
         """
         work = self.manifest.plan
-        rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
+        rows = expected_rows(
+            self.request, self.plan, self.target, len(self.data), work, opening=served.opening
+        )
         earlier = served.sent.earlier
         return f"expected: {rows.description}" + (
             f"; {earlier:,} rows were sent before the stop" if earlier else ""

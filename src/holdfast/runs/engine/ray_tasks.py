@@ -24,7 +24,7 @@ from holdfast.core.errors import TargetError, failure_from_json
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import RESUME, Remedy
 from holdfast.runs.engine import ray_node
-from holdfast.runs.engine.executor import DEATHS, ERRORS, Stopwatch, Task
+from holdfast.runs.engine.executor import DEATHS, ERRORS, Moved, Stopwatch, Task
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.engine.ray_cluster import NODES, Cluster, RayOptions, connected, full
 from holdfast.runs.engine.ray_worker import LENGTH
@@ -101,12 +101,7 @@ class RayTasks:
         self._reference = self.cluster.put(self.setup)
 
     def measure(
-        self,
-        run: Run,
-        stage: str,
-        tasks: Mapping[int, Task],
-        until: float,
-        moved: Callable[[int], None],
+        self, run: Run, stage: str, tasks: Mapping[int, Task], until: float, moved: Moved
     ) -> Iterator[tuple[int, Columns]]:
         """Yield each shard with its columns after a worker has measured it and it is stored.
 
