@@ -91,7 +91,7 @@ def verdicts(device: "Device", sizes: Sizes, end: float) -> Iterator[Row]:
     from holdfast.core.constraints import Linf
     from holdfast.core.model import Classifier
     from holdfast.core.threat import ThreatModel
-    from holdfast.runs.harness import measure
+    from holdfast.runs.harness.measure import measure
 
     settings = (("cifar_cnn_a_adv", 2 / 255), ("cifar_resnet20", 1 / 255))
     for name, n in (("fast", sizes.verdicts), ("standard", sizes.exact)):
@@ -216,7 +216,7 @@ def tracks(device: "Device", sizes: Sizes, end: float) -> Iterator[Row]:
     from holdfast.core.constraints import Linf
     from holdfast.core.model import Classifier
     from holdfast.core.threat import ThreatModel
-    from holdfast.runs.harness import measure
+    from holdfast.runs.harness.measure import measure
 
     data, judged = cifar("train", sizes.training, device), cifar("test", sizes.judged, device)
     for place, name in enumerate(TRACKS):

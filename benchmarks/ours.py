@@ -12,7 +12,9 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.harness import Member, Plan, measure, measure_plan
+from holdfast.runs.harness.measure import measure, measure_plan
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Member
 
 NORMS: dict[str, type[Linf] | type[L2] | type[L1] | type[L0]] = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
 

@@ -13,7 +13,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.constraints import Constraint
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 
 Peer = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Given a counted network, images and labels: images inside the same limits."""

@@ -22,7 +22,7 @@ from holdfast.corruptions import EXTRA, STANDARD
 from holdfast.doubts.probing import probes_for
 from holdfast.io.models.composed import with_denoiser
 from holdfast.recipes.training.recipe import trained_as
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 from holdfast.testing import laws
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.recipes import SHORT

@@ -36,7 +36,7 @@ from holdfast.io.models.composed import with_denoiser
 from holdfast.io.models.models import bundled_models, open_model
 from holdfast.metrics.names import METRICS
 from holdfast.recipes.training.fit import Training
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 from holdfast.settings.consent import CONSENT
 from holdfast.settings.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.settings.values import written_fields

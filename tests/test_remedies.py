@@ -95,9 +95,8 @@ from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.processes import unshared
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.harden.held_out import refuse_judged
-from holdfast.runs.harden.pace import Pace, below_an_epoch, too_small
-from holdfast.runs.harness import Plan
-from holdfast.runs.harness.plan import refuse_unfitted, refuse_what_is_hidden
+from holdfast.runs.harden.pace import Pace, too_small
+from holdfast.runs.harness.plan import Plan, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.target import prepared
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InferenceSource
@@ -1683,15 +1682,13 @@ for table, more in (("groups.csv", {"label": "label"}), ("groups.npz", {})):
         )
 situation(
     "budget of one update",
-    lambda budget: None if budget != "0.1s" else raised(too_small(0.1, Pace(1.0, 1.0), 1, 0.1)),
+    lambda budget: None if budget != "0.1s" else raised(too_small("pgd", 0.1, Pace(1.0, 1), 0.1)),
     budget="0.1s",
 )
 situation(
     "budget of one epoch",
     lambda budget, *, anyway=False: (
-        raised(below_an_epoch("pgd", 9.0, 0.5, Pace(1.0, 10.0), 10, 0.1))
-        if budget == "9s" and not anyway
-        else None
+        raised(too_small("pgd", 9.0, Pace(1.0, 10), 0.1)) if budget == "9s" and not anyway else None
     ),
     budget="9s",
 )

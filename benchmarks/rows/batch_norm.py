@@ -10,7 +10,7 @@ from benchmarks.rows.peers_pgd import adv_lib, torchattacks
 from benchmarks.side_by_side import FLOOR, ratio, timed
 from holdfast.attacks import PGD
 from holdfast.core.model import Classifier
-from holdfast.runs.harness import prepared
+from holdfast.runs.harness.target import prepared
 
 WHAT = "PGD-40 on a network with batch norm (cifar_resnet20): CPU time over the naive floor"
 STEPS, N, ROUNDS, EPS = 40, 200, 2, 2 / 255

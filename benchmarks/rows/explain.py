@@ -30,7 +30,7 @@ from holdfast.explanation.example import explain_example
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.models.models import Declared, open_model
-from holdfast.runs.harness import Target, prepared
+from holdfast.runs.harness.target import Target, prepared
 from holdfast.threats.tables.table import Table
 
 WHAT = "explanations: attributions beside Captum, closed forms, completeness, counterfactuals and cost"

@@ -20,7 +20,7 @@ from holdfast.attacks import GridSearch, TransformPGD, Universal, UniversalDeepF
 from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 from holdfast.threats.transformations import Spatial
 
 WHAT = "turns and shifts, and universal changes: accuracy left, beside Foolbox's and ART's"

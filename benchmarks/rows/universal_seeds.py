@@ -7,7 +7,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import Universal
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 
 WHAT = "`Universal` at its defaults: accuracy that the default seed leaves, beside five other seeds"
 SETTINGS = (("mnist-cnn", 0.2), ("mnist-cnn-hardened", 0.3), ("cifar_cnn_a_adv", 16 / 255))

@@ -15,7 +15,7 @@ from holdfast.corruptions import corrupted
 from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
 from holdfast.metrics.catalogue import estimate, estimates
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 from holdfast.threats.transformations import Corruptions
 
 NAMES = ("gaussian_noise", "fog")

@@ -16,8 +16,8 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
-from holdfast.runs.harness import measure
 from holdfast.runs.harness.kinds.attack import best_fit
+from holdfast.runs.harness.measure import measure
 from holdfast.threats.patches import Patch
 
 CASES = [

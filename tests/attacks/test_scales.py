@@ -10,7 +10,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 
 PER_FEATURE = Bounds(torch.tensor([0.0, -5.0, 0.0, 100.0] * 4), torch.tensor([1.0, 5.0, 1000.0, 101.0] * 4))
 

@@ -10,7 +10,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 
 X = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 

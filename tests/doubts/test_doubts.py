@@ -29,7 +29,8 @@ from holdfast.doubts.probing import (
     surviving_examples,
 )
 from holdfast.doubts.protocol import MeasurementContext, Probed, probe_title, probing_threat
-from holdfast.runs.harness import measure, prepared
+from holdfast.runs.harness.measure import measure
+from holdfast.runs.harness.target import prepared
 
 THREAT = ThreatModel(Linf(0.04))
 SUITE = (PGD(steps=40, restarts=2), PGD(steps=40, reach=10))

@@ -14,7 +14,7 @@ from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.explanation.counterfactual import counterfactual
 from holdfast.io.models.models import open_model
-from holdfast.runs.harness import prepared
+from holdfast.runs.harness.target import prepared
 from holdfast.settings.table_rules import rules_from
 from holdfast.threats.tables.table import Table
 from holdfast.threats.text_edits import TextEdits

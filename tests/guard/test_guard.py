@@ -21,7 +21,9 @@ from holdfast.io.models.object_digest import digest_of_object
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.shares import Absent
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.harness import Member, measure, members_of
+from holdfast.runs.harness.measure import measure
+from holdfast.runs.harness.plan import members_of
+from holdfast.runs.harness.stage import Member
 from holdfast.threats.transformations import Corruptions
 from runs.fakes import data, network, order, settled, subject
 

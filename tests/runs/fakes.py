@@ -10,7 +10,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.request import AssessRequest, Subject
-from holdfast.runs.harness import Member, Plan
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Member
 
 N, FEATURES, CLASSES = 40, 12, 4
 FAST = Member("PGD", PGD(steps=3, loss=cross_entropy))

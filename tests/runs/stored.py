@@ -19,7 +19,7 @@ from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import HardenRequest
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.harden import harden
-from holdfast.runs.harness import Member
+from holdfast.runs.harness.stage import Member
 from runs import fakes
 
 WEAK = Member("PGD", PGD(steps=1, reach=0.1))

@@ -19,8 +19,8 @@ from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess import preparation
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness import Member, paired
-from holdfast.runs.harness.kinds.transfers import MATRIX, _permuted
+from holdfast.runs.harness.kinds.transfers import MATRIX, _permuted, paired
+from holdfast.runs.harness.stage import Member
 from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 

@@ -276,7 +276,7 @@ def test_a_budget_below_an_epoch_is_refused_with_one_that_suffices_unless_it_is_
 
 
 def test_fewer_steps_are_advised_only_for_a_recipe_with_several():
-    several, one = (str(too_small(0.1, Pace(1.0, 1.0), 1, 0.1, n_steps=n)) for n in (2, 1))
+    several, one = (str(too_small("pgd", 0.1, Pace(1.0, 1), 0.1, n_steps=n)) for n in (2, 1))
     assert "; fewer steps take less time; give budget=" in several and "fewer steps" not in one
 
 

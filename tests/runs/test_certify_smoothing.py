@@ -18,7 +18,7 @@ from holdfast.core.errors import NoBounds, TargetError, UnsoundProof, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request, smoothed_subject
-from holdfast.runs.harness import Member
+from holdfast.runs.harness.stage import Member
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.stored.stored_runs import open_run
 from holdfast.statistics.intervals import upper_tail

@@ -22,7 +22,8 @@ from holdfast.runs.assess.expected_time import (
 )
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import AssessRequest
-from holdfast.runs.harness import Member, Plan
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Member
 from holdfast.threats.transformations import Spatial
 from runs.fakes import data, order, subject
 from runs.provers import Interval

@@ -18,20 +18,11 @@ from holdfast.core.model import Batches, Classifier
 from holdfast.core.pieces import Room, in_pieces
 from holdfast.core.threat import ThreatModel
 from holdfast.metrics.catalogue import estimate
-from holdfast.runs.harness import (
-    Context,
-    Member,
-    Plan,
-    Work,
-    due_examples,
-    evidence_from,
-    join,
-    measure,
-    members_of,
-    prepared,
-    refuse_what_is_hidden,
-    settings,
-)
+from holdfast.runs.harness.assembly import Context, due_examples, evidence_from, join
+from holdfast.runs.harness.measure import measure
+from holdfast.runs.harness.plan import Plan, members_of, refuse_what_is_hidden, settings
+from holdfast.runs.harness.stage import Member, Work
+from holdfast.runs.harness.target import prepared
 from holdfast.testing import fakes
 from holdfast.testing.linear import linear_problem
 from holdfast.threats.patches import Patch

@@ -6,7 +6,9 @@ import torch
 from holdfast.core.evidence import Cost, Table
 from holdfast.core.pieces import in_pieces
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.harness import KINDS, Stage, StageKind, measure_plan
+from holdfast.runs.harness.kinds import KINDS
+from holdfast.runs.harness.measure import measure_plan
+from holdfast.runs.harness.stage import Stage, StageKind
 from runs.fakes import N, data, order, settled, subject
 
 

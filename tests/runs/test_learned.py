@@ -8,8 +8,8 @@ from holdfast.attacks import Universal
 from holdfast.core.errors import UsageError
 from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.harness import Member
 from holdfast.runs.harness.kinds.attack import AttackKind, Fit
+from holdfast.runs.harness.stage import Member
 from runs.fakes import FAST, data, order, settled, subject
 
 LEARNED = Member("Universal", Universal(examples=30, steps=10, batch=10))

@@ -52,7 +52,7 @@ from holdfast.recipes import (
 )
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.runs.engine.signals import Stopped
-from holdfast.runs.harden.attempt_training import AttemptBudget, AttemptTraining
+from holdfast.runs.harden.attempt_training import AttemptTraining
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import LAST, EpochLog, Point, save, save_within
 from holdfast.runs.harden.harden import harden
@@ -377,14 +377,14 @@ def test_a_list_of_numbers_without_brackets_is_refused_with_an_example(given, ex
 
 def test_a_resumed_training_states_where_it_continues_and_what_is_left_of_the_budget(tmp_path):
     candidate = Candidate("pgd", Standard(training=PLAIN), {})
-    attempt, budget = {"recipe": "pgd", "epochs": 4.0}, AttemptBudget(60.0, 8.0)
+    attempt, budget_s = {"recipe": "pgd", "epochs": 4.0}, 60.0
     trainer = SimpleNamespace(start=lambda recipe: None)
     training_of_attempt = AttemptTraining(
-        trainable(), trainer, candidate, attempt, budget, tmp_path, {}, None
+        trainable(), trainer, candidate, attempt, budget_s, 8.0, tmp_path, {}, None
     )
 
-    def message(its_budget=budget):
-        return replace(training_of_attempt, budget=its_budget).resumed
+    def message(its_budget_s=budget_s):
+        return replace(training_of_attempt, budget_s=its_budget_s).resumed
 
     plan = TrainingPlan(0, 0.0, 36, 9)
     end = Checkpoint(1, 4, {}, {}, 1.0, 9, (plan,))

@@ -22,7 +22,7 @@ from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.engine.resuming import repeatable, way_out
-from holdfast.runs.harness import Member
+from holdfast.runs.harness.stage import Member
 from holdfast.runs.store.verify import verify
 from runs import fakes
 from runs.fakes import FAST, THOROUGH, data, network, settled, subject

@@ -139,7 +139,7 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
     short = terms(Seeds(2))
     heard = []
     pool = steps.create(tmp_path / "pool", short)
-    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 1.0))
+    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 100))
     found = steps.collect(pool, short, budget_s=50.0, notify=heard.append)
     assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
     assert "the gates need" in heard[0] and "for a budget of 50 s" in heard[1]
@@ -152,7 +152,7 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
 
 def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):
     pool = steps.create(tmp_path / "pool", terms())
-    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 30.0))
+    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 3000))
     with pytest.raises(UsageError, match="6 models must be trained, 4 of them surrogates.*budget='4min'"):
         steps.collect(pool, terms(), budget_s=20.0)
 

@@ -16,8 +16,8 @@ from holdfast.gates.grammar import parse
 from holdfast.metrics.comparisons import ALL, matrix
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness import Member
 from holdfast.runs.harness.kinds.transfers import MATRIX
+from holdfast.runs.harness.stage import Member
 from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 

@@ -11,9 +11,11 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.runs.harness import Member, Plan, due_examples, measure_plan
-from holdfast.runs.harness.assembly import untried_bound
+from holdfast.runs.harness.assembly import due_examples, untried_bound
 from holdfast.runs.harness.kinds.attack import LEAST
+from holdfast.runs.harness.measure import measure_plan
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Member
 
 N = 40 * LEAST
 

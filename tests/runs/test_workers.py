@@ -21,8 +21,9 @@ from holdfast.attacks.parts import ascent, losses
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.engine.processes import import_path
-from holdfast.runs.harness import Member, Stage, task_of
 from holdfast.runs.harness.kinds.attack import SuiteAttack
+from holdfast.runs.harness.measure import task_of
+from holdfast.runs.harness.stage import Member, Stage
 from holdfast.runs.store.verify import verify
 from runs.fakes import data, network, order, settled, subject
 from waiting import until

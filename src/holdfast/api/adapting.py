@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.adaptation.adapted import Adapted, facts_text
 from holdfast.adaptation.journal import HARDENING, OF_FILE, OF_POOL, Journal, concluded, open_journal
-from holdfast.adaptation.screening import Flagged, Screened, disagreeing, read_flagged, screened
+from holdfast.adaptation.screening import Flagged, disagreeing, read_flagged, screened
 from holdfast.adaptation.server_state import (
     ServerState,
     approval_of,
@@ -58,7 +58,7 @@ from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.harden.hardened import Hardened
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.runs.store.files import mode_of, refuse_shared, usable, write_atomically
 from holdfast.runs.store.folder import read_chain
 from holdfast.runs.stored.stored_runs import new_folder
@@ -358,9 +358,6 @@ class _Adaptation:
             )
         return opened
 
-    def _serves_incumbent(self, status: ServerState) -> bool:
-        return bool(status["model"]["digest"] == self._begun["digest"])
-
     def _refuse_changed(self, status: ServerState) -> None:
         """Raise `TargetError` if the server serves another model than the one that this run began with."""
         if status["model"]["digest"] not in (self._begun["digest"], self._candidate.digest):
@@ -443,7 +440,10 @@ class _Adaptation:
         sample, (x, y) = training.take(torch.as_tensor(rows)), self._trusted
         with self._target(self._incumbent) as target:
             found = screened(_outputs(target, sample.x), sample.y, _outputs(target, x), y)
-        facts = _screen_facts(found)
+        facts: Json = {
+            "training_labels": f"{found.disagree} of {found.n} disagree with their neighbours",
+            "test_labels": f"{found.trusted_disagree} of {found.trusted_n}",
+        }
         if found.suspicious:
             facts["ends"] = (
                 f"the labels of {found.disagree} of {found.n} training examples disagree with those of their nearest "
@@ -674,7 +674,8 @@ class _Adaptation:
 
         def replaced(status: ServerState) -> str:
             self._refuse_changed(status)
-            return "the earlier model was put back" if self._serves_incumbent(status) else ""
+            is_earlier = status["model"]["digest"] == self._begun["digest"]
+            return "the earlier model was put back" if is_earlier else ""
 
         facts = self._live_pairs().watched(self._canary_s, replaced)
         if "ends" in facts:
@@ -750,13 +751,6 @@ _STEPS: Mapping[str, Callable[[_Adaptation], Json]] = {
 def _opening(settings: Mapping[str, Any]) -> Json:
     """The settings with which the model in any file is opened, out of those that the server states."""
     return {key: value for key, value in settings.items() if key not in ("guard", "model")}
-
-
-def _screen_facts(found: Screened) -> Json:
-    return {
-        "training_labels": f"{found.disagree} of {found.n} disagree with their neighbours",
-        "test_labels": f"{found.trusted_disagree} of {found.trusted_n}",
-    }
 
 
 def _outputs(target: Target, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from holdfast.reports.words import sentences
 from holdfast.runs.assess.preparation import model_digest, readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import read_manifest
 from holdfast.runs.stored.run_forms import consistent

@@ -51,7 +51,7 @@ from holdfast.io.data.data import Selection
 from holdfast.io.models.models import ROTATING
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.settings.guard_settings import (
     GuardSettings,
     check_guard_settings,

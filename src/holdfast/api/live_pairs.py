@@ -22,7 +22,7 @@ from holdfast.adaptation.server_state import ServerState, server_state
 from holdfast.core.errors import TargetError
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.remote.operator_port import Json, OperatorPort
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 
 _BATCH = 256
 _POLL_S = 0.5

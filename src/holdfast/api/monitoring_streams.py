@@ -40,7 +40,7 @@ from holdfast.monitoring.watching import test_of, watch
 from holdfast.reports.numbers import percent
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.settings.groups import DataSource
 
 _BATCH = 256

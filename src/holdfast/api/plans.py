@@ -25,8 +25,8 @@ from holdfast.doubts.answering import BUDGET
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.runs.assess.request import AssessRequest
 from holdfast.runs.assess.result import Result
-from holdfast.runs.harness import Member, Plan, members_of
-from holdfast.runs.harness.plan import DoubtsWanted, adaptive_members
+from holdfast.runs.harness.plan import DoubtsWanted, Plan, adaptive_members, members_of
+from holdfast.runs.harness.stage import Member
 from holdfast.runs.stored.stored_runs import open_run
 from holdfast.settings.default_suite import DEFAULT_SUITE, usual_suite
 from holdfast.settings.grammar import seconds

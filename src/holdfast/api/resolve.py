@@ -59,7 +59,8 @@ from holdfast.recipes.training.fit import drawing
 from holdfast.reports.numbers import strict
 from holdfast.reports.words import amount
 from holdfast.runs.assess.request import Opened, Subject
-from holdfast.runs.harness import MATRIX_ROWS, Plan
+from holdfast.runs.harness.kinds.transfers import MATRIX_ROWS
+from holdfast.runs.harness.plan import Plan
 from holdfast.settings import groups
 from holdfast.settings.grammar import parse_surrogate, parse_transform, per_second, seconds
 from holdfast.settings.naming import ENSEMBLE, MIXED

@@ -28,7 +28,7 @@ from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.numbers import plain
 from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.threats.domains import TABLE, TEXT, is_image
 from holdfast.threats.tables.table import Table, table_of
 

@@ -27,7 +27,7 @@ from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask
 from holdfast.explanation.attributions import has_gradients
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.threats.domains import TEXT
 from holdfast.threats.tables.table import Table, table_of
 

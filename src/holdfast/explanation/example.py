@@ -39,7 +39,7 @@ from holdfast.reports.geometry import PALETTE
 from holdfast.reports.numbers import feature_value
 from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 
 _SIDE = 33
 """points along each side of the slice"""

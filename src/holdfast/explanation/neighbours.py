@@ -20,7 +20,7 @@ from holdfast.explanation.case import About, picture
 from holdfast.explanation.explained import Cell, Figure
 from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.threats.domains import is_image
 
 Checkpoint = Classifier

@@ -39,7 +39,7 @@ from holdfast.explanation.explained import Bar, Cell, Explained, Figure, bars
 from holdfast.io.data.labels import Groups
 from holdfast.reports.numbers import plain
 from holdfast.reports.words import amount
-from holdfast.runs.harness import Target
+from holdfast.runs.harness.target import Target
 from holdfast.threats.domains import TABLE, TEXT, is_image
 
 _LINES = 16  # examples of the loss surface

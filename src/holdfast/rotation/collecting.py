@@ -21,7 +21,8 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import STATE, Checkpoint
 from holdfast.core.types import Positive, Steps
-from holdfast.recipes.training.fit import drawing
+from holdfast.recipes.training.fit import Training, drawing
+from holdfast.recipes.training.optimisation import Rate
 from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.rotation.parameter_sets import Members, rotated, weights_of
 
@@ -278,20 +279,9 @@ def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Dr
     those with a guard, make fewer updates.
     """
     batch = task.tail.training.batch
-    passes = math.ceil(
-        every / max(len(task.data) // batch, 1)
-    )  # over the data, which may be smaller than `every` batches
-    how = replace(
-        task.tail.training,
-        epochs=sets * passes,
-        lr=lr,
-        schedule="flat",
-        warmup=0.0,
-        averaging="none",
-        weight_decay=0.0,
-        optimizer="adamw",
-    )
-    recipe = trained_as(task.tail, how)
+    # over the data, which may be smaller than `every` batches
+    passes = math.ceil(every / max(len(task.data) // batch, 1))
+    recipe = trained_as(task.tail, further(task.tail.training, sets * passes, lr, "flat"))
     after: Checkpoint | None = None
     for place in range(sets):
         for turn in range(passes):
@@ -303,6 +293,14 @@ def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Dr
         new = deepcopy(base)
         after.put_into(new)
         yield new.eval()
+
+
+def further(training: Training, epochs: int, lr: float, schedule: Rate) -> Training:
+    """Return the settings of a training that continues with the weights of a trained network: without warm-up, weight
+    decay and averaging.
+    """
+    how = replace(training, epochs=epochs, lr=lr, schedule=schedule, optimizer="adamw", weight_decay=0.0)
+    return replace(how, warmup=0.0, averaging="none")
 
 
 def _without_examples(checkpoint: Checkpoint) -> Checkpoint:

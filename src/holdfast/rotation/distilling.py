@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from holdfast.attacks.parts.ascent import ascend
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Logits, PerExample, Positive, Steps
+from holdfast.recipes.training.learner import climbed
 from holdfast.rotation.immunising import ball, shared_out
 
 
@@ -107,21 +107,9 @@ class Distilled:
                 goal_features = features.or_logits(model(goals.x))
 
             def nearness(logits: Logits, _: Batch) -> PerExample:
-                return -_squared(features.or_logits(logits) - goal_features)
+                change = features.or_logits(logits) - goal_features
+                return -change.square().flatten(1).sum(1)
 
-            x_adv, _ = ascend(
-                model,
-                batch,
-                constraint.sample(batch, model.bounds, rng.at("start")),
-                nearness,
-                constraint,
-                steps=self.steps,
-                step_size=self.reach * constraint.eps / self.steps,
-                keep="last",
-            )
+            start = rng.at("start")
+            x_adv = climbed(model, batch, constraint, start, nearness, steps=self.steps, reach=self.reach)
         return batch.at(x_adv)
-
-
-def _squared(change: Tensor) -> PerExample:
-    length: PerExample = change.square().flatten(1).sum(1)
-    return length

@@ -116,9 +116,8 @@ class Diffusion:
 
 
 _NOTHING = 1e-10  # eigenvalues below this share of the largest are rounding errors
-_ROUNDING = (
-    1e-12  # if all differences are below this share of the sets' squared norm, they are rounding errors
-)
+_ROUNDING = 1e-12
+"""If all differences are below this share of the squared norm of the sets, they are rounding errors."""
 _AT_ONCE = 1 << 18  # columns that are converted to double precision at a time
 
 

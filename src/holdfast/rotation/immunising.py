@@ -16,7 +16,6 @@ from typing import Protocol
 
 import torch
 
-from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import cross_entropy, expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
@@ -25,9 +24,10 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, NonNegative, Positive, Steps
+from holdfast.recipes.training.learner import climbed
 from holdfast.recipes.training.losses import Immunity
 from holdfast.recipes.training.recipe import Recipe, trained_as
-from holdfast.rotation.collecting import last_of, rows_of
+from holdfast.rotation.collecting import further, last_of, rows_of
 
 _AT_ONCE = 1_000  # examples in one call of the attack, a limit of memory
 
@@ -109,17 +109,10 @@ class Crafting:
         return shared_out(exposed, data, self.examples, compute, rng.at("inputs"))
 
     def _computed(self, model: Classifier, batch: Batch, *, constraint: Constraint, rng: Draws) -> Batch:
-        x_adv, _ = ascend(
-            model,
-            batch,
-            constraint.sample(batch, model.bounds, rng),
-            cross_entropy,
-            constraint,
-            steps=self.steps,
-            step_size=self.reach * constraint.eps / self.steps,
-            momentum=self.momentum,
-            keep="last",
-        )
+        x_adv = climbed(
+            model, batch, constraint, rng, cross_entropy,
+            steps=self.steps, reach=self.reach, momentum=self.momentum,
+        )  # fmt: skip
         return batch.at(x_adv)
 
 
@@ -161,17 +154,8 @@ class Immunise:
         warm-up and averaging are overridden. `data` is training data and must contain no example of the evaluation.
         """
         examples = self.crafting(exposed, data, threat, rng=rng.at("crafting"))
-        how = replace(
-            recipe.training,
-            epochs=1,
-            optimizer="adamw",
-            lr=self.lr,
-            schedule="cycle",
-            warmup=0.0,
-            averaging="none",
-            weight_decay=0.0,
-            immunity=Immunity(examples, self.weight, self.batch),
-        )
+        immunity = Immunity(examples, self.weight, self.batch)
+        how = replace(further(recipe.training, 1, self.lr, "cycle"), immunity=immunity)
         training = rows_of(data, max(round(self.share * len(data)), 1), rng.at("data"))
         learner = deepcopy(model).requires_grad_()
         return last_of(trained_as(recipe, how), learner, training, threat, rng.at("training"))

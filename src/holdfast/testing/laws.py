@@ -25,7 +25,7 @@ from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask, PerExample
-from holdfast.runs.harness import measure
+from holdfast.runs.harness.measure import measure
 from holdfast.testing.fakes import SHAPE, Constant, Gradientless, NaNBeyond, examples, labelled, network
 from holdfast.testing.linear import LinearOracle, linear_problem
 

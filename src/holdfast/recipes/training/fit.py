@@ -210,13 +210,9 @@ _DECAYS = {"adamw": 0.1, "sgd": 5e-4}  # a similar share of a weight at the usua
 _CHECKS, _BETWEEN_CHECKS = (
     10,
     20,
-)  # checks of a guard within a budget, and the smallest number of updates between two
+)  # checks of a guard within a budget, and least number of updates between two
 _ENDS = "ends"  # state of swa: the number of epochs in the average
 _LOSSES, _RIGHT, _FORWARDS = f"{EPOCH}losses", f"{EPOCH}right", f"{EPOCH}forwards"
-
-
-def _eps_factor(how: Training, done: float) -> float:
-    return how.overshoot * (1.0 if done >= how.warmup else done / how.warmup)
 
 
 def updates(n: int, batch: int) -> int:
@@ -496,7 +492,9 @@ class _Loop:
             return factor * value, hits
 
         with torch.enable_grad(), drawing(masks, rows.device):
-            turn = Turn(update_rng, epoch, plan.done(n_done), _eps_factor(how, plan.done(n_done)))
+            done = plan.done(n_done)
+            grown = how.overshoot * (1.0 if done >= how.warmup else done / how.warmup)
+            turn = Turn(update_rng, epoch, done, grown)
             with computing(how.precision, rows.device):
                 x_adv = self._inner(batch, turn)
             self._optimisation.zero_grad()

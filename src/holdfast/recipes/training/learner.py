@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import Loss, cross_entropy
 from holdfast.core.batch import UNLABELLED, Batch, TrainingData
+from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier, Model
@@ -85,9 +86,7 @@ class Learner:
         `on` is the model that is attacked, if it is not the frozen copy. Cost: `steps` forwards and backwards of it.
         """
         constraint, model = self.threat.constraint, self.frozen if on is None else on
-        start = constraint.sample(batch, model.bounds, rng.at("start"))
-        size = reach * constraint.eps / steps
-        return ascend(model, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[0]
+        return climbed(model, batch, constraint, rng.at("start"), loss, steps=steps, reach=reach)
 
     def most_divergent(
         self,
@@ -295,6 +294,26 @@ def adversarial_cross_entropy(
     if clean:
         value = value + clean * learner.mean_cross_entropy(learner.net(batch.x), batch.y, smoothing=smoothing)
     return value, hits(logits, batch.y)
+
+
+def climbed(
+    model: Model,
+    batch: Batch,
+    constraint: Constraint,
+    rng: Draws,
+    loss: Loss,
+    *,
+    steps: int,
+    reach: float,
+    momentum: float = 0.0,
+) -> Inputs:
+    """Return the last points of a gradient ascent from a random start that `rng` draws. The path is `reach` times eps
+    long.
+    """
+    start, size = constraint.sample(batch, model.bounds, rng), reach * constraint.eps / steps
+    return ascend(
+        model, batch, start, loss, constraint, steps=steps, step_size=size, momentum=momentum, keep="last"
+    )[0]
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:

@@ -29,9 +29,12 @@ from holdfast.rotation.pool.pool_manifest import (
     SETS,
     bound,
     open_manifest,
+    opened_set,
     refuse_begun,
     refuse_no_set,
+    refuse_other_files,
     refuse_other_head,
+    refuse_other_manifest,
     refuse_unserialisable,
     unsealed,
 )
@@ -42,7 +45,6 @@ from holdfast.runs.store.files import (
     PART,
     POOL_MANIFEST,
     PRIVATE,
-    content_of,
     flush_folder,
     refusal_in_pool,
     usable,
@@ -103,10 +105,7 @@ class Pool:
         seal = existing_seal(path)
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
         ledger = Ledger(path, ledger_key(seal, manifest["id"]))
-        if ledger.manifest != digest(document(manifest)):
-            raise TargetError(
-                f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
-            )
+        refuse_other_manifest(path, manifest, ledger.manifest)
         refuse_other_head(path, expect_head, ledger.entry_of)
         pool = cls(path, manifest, seal, ledger)
         pool._recover()
@@ -329,7 +328,7 @@ class Pool:
     def kept(self, name: str) -> ColumnFile | None:
         """Return the tensors that `keep` stored in the pool under a name, or None if there are none."""
         path = self._kept(name)
-        return self._unsealed(path, name) if path.exists() else None
+        return unsealed(self.seal, self.manifest, path, name) if path.exists() else None
 
     def drop(self, name: str) -> None:
         """Delete the tensors that `keep` stored in the pool under a name, if there are any."""
@@ -368,16 +367,7 @@ class Pool:
         if member.deleted:
             raise UsageError(f"the parameters of {name!r} were deleted and cannot be recovered")
         self._has_file(path)
-        content = self._unsealed(path, f"{SETS}/{name}")
-        if content_digest(content.columns) != member.digest:
-            raise TargetError(
-                f"{str(path)!r} is not the set that the ledger recorded; restore it from a copy"
-            )
-        return content
-
-    def _unsealed(self, path: Path, name: str) -> ColumnFile:
-        data = content_of(path, refusal_in_pool)
-        return column_files.decode(unsealed(self.seal, self.manifest, data, name, path), str(path))
+        return opened_set(self.seal, self.manifest, path, member)
 
     def _recover(self) -> None:
         """Complete or undo steps of an interrupted process.
@@ -396,21 +386,7 @@ class Pool:
                     self._rename_new(new.with_name(new.name.removesuffix(NEW)))
                 else:
                     new.unlink()
-            for path in sorted(sets.glob(f"*{SEALED}")):
-                if path.stem not in members:
-                    raise TargetError(
-                        f"{str(path)!r} is in no entry of {str(self.ledger.path)!r}, which was shortened; restore "
-                        "that from a copy, or remove the set if it was added by hand. Until then no set of this "
-                        "pool is served"
-                    )
-                if members[path.stem].deleted:
-                    path.unlink()
+            refuse_other_files(self.path, members)
             for member in members.values():
-                self._refuse_missing(member)
-
-    def _refuse_missing(self, member: SetRecord) -> None:
-        if member.needed and not self._path(member.name).exists():
-            raise TargetError(
-                f"{str(self._path(member.name))!r} is missing, but the ledger lists the set as {member.status}; "
-                "restore it from a copy"
-            )
+                if member.deleted:
+                    self._path(member.name).unlink(missing_ok=True)

@@ -12,9 +12,9 @@ from holdfast.core.chain import canonical, digest, refuse_no_digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.rotation.pool.ledger import HEAD, LEDGER, LedgerHead, ledger_key, ledger_log
-from holdfast.rotation.pool.ledger_state import LedgerState
+from holdfast.rotation.pool.ledger_state import LedgerState, SetRecord
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.columns import content_digest
+from holdfast.runs.store.columns import ColumnFile, content_digest
 from holdfast.runs.store.encryption import Seal, existing_seal, has_key
 from holdfast.runs.store.files import POOL_MANIFEST, content_of, refusal_in_pool, usable
 from holdfast.runs.store.folder import document, read_document
@@ -120,9 +120,50 @@ def bound(pool: str, name: str) -> str:
     return f"{pool}/{SCHEMA_VERSION}/{name}"
 
 
-def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, path: Path) -> bytes:
+def unsealed(seal: Seal, manifest: Mapping[str, Any], file: Path, name: str) -> ColumnFile:
     """Return the decrypted content of a file of a pool."""
-    return seal.open(data, bound(manifest["id"], name), path)
+    data = seal.open(content_of(file, refusal_in_pool), bound(manifest["id"], name), file)
+    return column_files.decode(data, str(file))
+
+
+def opened_set(seal: Seal, manifest: Mapping[str, Any], file: Path, member: SetRecord) -> ColumnFile:
+    """Return the decrypted parameters of a set. Raises `TargetError` if they are not those of its ledger entry."""
+    content = unsealed(seal, manifest, file, f"{SETS}/{member.name}")
+    if content_digest(content.columns) != member.digest:
+        raise TargetError(f"{str(file)!r} is not the set that the ledger recorded; restore it from a copy")
+    return content
+
+
+def refuse_other_manifest(path: Path, manifest: Mapping[str, Any], recorded: str | None) -> None:
+    """Raise `TargetError` if the ledger of a pool recorded another manifest, by its digest."""
+    if recorded != digest(document(manifest)):
+        raise TargetError(
+            f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
+        )
+
+
+def refuse_other_files(path: Path, members: Mapping[str, SetRecord]) -> None:
+    """Raise `TargetError` for a file of a set without a ledger entry, and for a missing set that serves, waits, or is
+    stolen.
+    """
+    for file in sorted((path / SETS).glob(f"*{SEALED}")):
+        if file.stem not in members:
+            raise TargetError(
+                f"{str(file)!r} is in no entry of {str(path / LEDGER)!r}, which was shortened; restore that from a "
+                "copy, or remove the set if it was added by hand. Until then no set of this pool is served"
+            )
+    for member in members.values():
+        if member.needed and not (file := set_file(path, member.name)).exists():
+            raise TargetError(
+                f"{str(file)!r} is missing, but the ledger lists the set as {member.status}; restore it from a copy"
+            )
+
+
+def set_file(path: Path, name: str) -> Path:
+    """Return the file of a set, which ends in `NEW` if a process was killed after it wrote the ledger entry."""
+    file = path / SETS / f"{name}{SEALED}"
+    new = file.with_name(file.name + NEW)
+    return new if new.exists() and not file.exists() else file
 
 
 # --- validation of new sets
@@ -187,48 +228,20 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     state = LedgerState()
     log = ledger_log(path, key, state)
     log.read()
-    if state.manifest != digest(document(manifest)):
-        raise TargetError(
-            f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
-        )
+    refuse_other_manifest(path, manifest, state.manifest)
     refuse_other_head(path, expect_head, log.entry_of)
-    opened = _refuse_files(path, state, seal, manifest)
+    refuse_other_files(path, state.members)
+    n_opened = 0 if seal is None else _opened(path, state, seal, manifest)
     members = tuple((member.name, member.status) for member in state.members.values())
-    return VerifiedPool(log.head, log.entries, opened, key is not None, members)
+    return VerifiedPool(log.head, log.entries, n_opened, key is not None, members)
 
 
-def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:
-    """Raise `TargetError` for a set without an entry, a missing required set, one that differs from its entry, and
-    another encrypted file that is not one of the pool. Return the number of sets that were decrypted.
-    """
-    n_opened = 0
-    for file in sorted((path / SETS).glob(f"*{SEALED}")):
-        if file.stem not in state.members:
-            raise TargetError(
-                f"{str(file)!r} is in no entry of {LEDGER}, which was shortened; restore that from a copy"
-            )
-    for member in state.members.values():
-        file = path / SETS / f"{member.name}{SEALED}"
-        if not file.exists() and file.with_name(file.name + NEW).exists():
-            file = file.with_name(file.name + NEW)
-        if not file.exists():
-            if member.needed:
-                raise TargetError(
-                    f"{str(file)!r} is missing, but the ledger lists the set as {member.status}; restore it from "
-                    "a copy"
-                )
-            continue
-        if seal is None or member.deleted:
-            continue
-        data = content_of(file, refusal_in_pool)
-        content = unsealed(seal, manifest, data, f"{SETS}/{member.name}", file)
-        if content_digest(column_files.decode(content, str(file)).columns) != member.digest:
-            raise TargetError(
-                f"{str(file)!r} is not the set that the ledger recorded; restore it from a copy"
-            )
-        n_opened += 1
-    if seal is not None:
-        for file in sorted(path.glob(f"*{SEALED}")):  # of the pool as a whole, such as its canary inputs
-            content = unsealed(seal, manifest, content_of(file, refusal_in_pool), file.stem, file)
-            column_files.decode(content, str(file))
-    return n_opened
+def _opened(path: Path, state: LedgerState, seal: Seal, manifest: Mapping[str, Any]) -> int:
+    """Decrypt all files of a pool, and return the number of its sets."""
+    files = [(set_file(path, member.name), member) for member in state.members.values() if not member.deleted]
+    existing = [(file, member) for file, member in files if file.exists()]
+    for file, member in existing:
+        opened_set(seal, manifest, file, member)
+    for file in sorted(path.glob(f"*{SEALED}")):  # of the pool as a whole, such as its canary inputs
+        unsealed(seal, manifest, file, file.stem)
+    return len(existing)

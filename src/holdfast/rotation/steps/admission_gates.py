@@ -78,6 +78,11 @@ class GateResult:
         return f"{self.name}: {self.why}; {self.bound}"
 
 
+def not_applicable(name: str, why: str) -> GateResult:
+    """Return the result of a gate that passes because it compares with something that does not exist."""
+    return GateResult(name, None, "not applicable", "pass", why)
+
+
 @dataclass(frozen=True)
 class Measurements:
     """All measurements of a parameter set and of its reference sets on the same examples, from which the gates of its
@@ -237,16 +242,14 @@ def _thefts(measurements: Measurements) -> tuple[GateResult, ...]:
     single, several = measurements.transfer, measurements.ensemble
     if single is None:
         reason = "no set is listed as stolen"
-        return tuple(
-            GateResult(gate, None, "not applicable", "pass", reason) for gate in ("theft", "ensemble theft")
-        )
+        return not_applicable("theft", reason), not_applicable("ensemble theft", reason)
     gates = [
         _against_surrogates("theft", single, measurements, measurements.attackers.nothing, NOTHING),
         _of_static(single, measurements),
     ]
     if several is None or measurements.attackers.evenly is None:
         reason = "only one set is listed as stolen"
-        return (*gates, GateResult("ensemble theft", None, "not applicable", "pass", reason))
+        return (*gates, not_applicable("ensemble theft", reason))
     return (
         *gates,
         _against_surrogates("ensemble theft", several, measurements, measurements.attackers.evenly, SEVERAL),
@@ -298,15 +301,10 @@ def _of_static(theft: Worst, measurements: Measurements) -> GateResult:
     The second condition is for sets so robust that surrogates do nearly as well as the sets themselves; without it,
     none would pass.
     """
-    gate, static, surrogates_only = (
-        "theft of static",
-        measurements.static,
-        worst(measurements.transferred, [measurements.attackers.nothing]),
-    )
+    gate, static = "theft of static", measurements.static
+    surrogates_only = worst(measurements.transferred, [measurements.attackers.nothing])
     if not static.value:
-        return GateResult(
-            gate, None, "not applicable", "pass", "white-box attacks on the serving set break nothing"
-        )
+        return not_applicable(gate, "white-box attacks on the serving set break nothing")
     assert surrogates_only is not None
     half, limit = STATIC * static.value, judging.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
@@ -351,21 +349,13 @@ def _odd_gradients(measurements: Measurements, accepted: Mapping[str, str]) -> G
 
     More examples cannot decide it; the user may accept it.
     """
-    gate, bound = (
-        "odd-gradients",
-        f"at most {_ODD:g} times is allowed, or a set that is not easier to break than the sets before",
-    )
-    same_draw, theft = measurements.same_draw, measurements.transfer
+    gate, same_draw, theft = "odd-gradients", measurements.same_draw, measurements.transfer
+    bound = f"at most {_ODD:g} times is allowed, or a set that is not easier to break than the sets before"
     if same_draw is None or theft is None:
-        return GateResult(
-            gate, None, bound, "pass", "there is no set of the same draw, or no stolen set, to compare"
-        )
-    confidence = measurements.confidence("white-box")
-    loss = difference(
-        [robust_mask(evidence) for evidence in measurements.before_white],
-        robust_mask(measurements.white),
-        confidence,
-    )
+        reason = "there is no set of the same draw, or no stolen set, to compare"
+        return GateResult(gate, None, bound, "pass", reason)
+    before = [robust_mask(evidence) for evidence in measurements.before_white]
+    loss = difference(before, robust_mask(measurements.white), measurements.confidence("white-box"))
     # Prevents a division by zero if the examples from stolen sets break nothing: then one broken example is assumed.
     least_share = 1 / max(theft.estimate.n, 1)
     times = same_draw.estimate.value / max(theft.estimate.value, least_share)
@@ -422,14 +412,9 @@ CLAIMABLE = (
 
 def _vacuous(claim: Claim) -> GateResult:
     if claim.metric == "sibling_transfer":
-        return GateResult(
-            claim.text,
-            None,
-            "two sets of the same draw are needed",
-            "unclear",
-            "there is no other set of the same draw",
-        )
-    return GateResult(claim.text, None, "not applicable", "pass", "no set is listed as stolen")
+        needed, reason = "two sets of the same draw are needed", "there is no other set of the same draw"
+        return GateResult(claim.text, None, needed, "unclear", reason)
+    return not_applicable(claim.text, "no set is listed as stolen")
 
 
 def _judged(

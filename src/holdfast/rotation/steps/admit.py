@@ -139,13 +139,8 @@ def duplicate_gate(
     if not exposed or difference > _SAME * size:
         return None
     estimate = Estimate(difference, difference, difference, len(exposed))
-    return GateResult(
-        "distance",
-        estimate,
-        "different from every stolen set",
-        "fail",
-        f"it equals the stolen set {name}",
-    )
+    bound, reason = "different from every stolen set", f"it equals the stolen set {name}"
+    return GateResult("distance", estimate, bound, "fail", reason)
 
 
 def _side_by_side(sets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Members:
@@ -153,9 +148,8 @@ def _side_by_side(sets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) ->
 
 
 _SAMPLE, _BATCH = 8, 250  # examples on which passes are timed, and batch size of transfer attacks
-_CRAFTED = (
-    160  # gradients of all transfer attacks for each example and source; see `TransferAttacker.crafted`
-)
+_CRAFTED = 160
+"""Gradients of all transfer attacks for each example and source; see `TransferAttacker.crafted`."""
 
 
 @dataclass(frozen=True)
@@ -362,15 +356,11 @@ class _Admitting:
         # A set of `adapt` was trained further by a recipe of its own, which may change its norms.
         trained_alike = self.pool.about(name).get("by") != "adapt"
         tensors = tensor_gate(weights, self._known, self._names, trained_alike=trained_alike)
-        refusal_gate = (
-            tensors
-            if tensors.verdict == "fail"
-            else duplicate_gate(weights, self._weights_by_name(exposed), self._names)
-        )
-        if refusal_gate is not None:
-            return Judged(
-                name, "refused", (refusal_gate,), refusal_gate.description, refusal_gate.name, exposed
-            )
+        refused: GateResult | None = tensors
+        if tensors.verdict != "fail":
+            refused = duplicate_gate(weights, self._weights_by_name(exposed), self._names)
+        if refused is not None:
+            return Judged(name, "refused", (refused,), refused.description, refused.name, exposed)
         n_examples = dict(self._first)
         n_held = len(self.request.held_out)
         while True:
@@ -394,18 +384,11 @@ class _Admitting:
         decisive = next(
             (gate for verdict in ("fail", "unclear") for gate in gates if gate.verdict == verdict), None
         )
+        measured = exposed, reported(measurements)
         if decisive is None:
-            return Judged(name, "admitted", gates, self._reason(gates), "", exposed, reported(measurements))
+            return Judged(name, "admitted", gates, self._reason(gates), "", *measured)
         suffix = " (unclear on all held-out examples)" if decisive.verdict == "unclear" else ""
-        return Judged(
-            name,
-            "refused",
-            gates,
-            f"{decisive.description}{suffix}",
-            decisive.name,
-            exposed,
-            reported(measurements),
-        )
+        return Judged(name, "refused", gates, f"{decisive.description}{suffix}", decisive.name, *measured)
 
     def record(self, judged: Judged) -> bool:
         """Record the verdict on a parameter set in the ledger. Return whether it was recorded.
@@ -451,20 +434,16 @@ class _Admitting:
     # --- measurements
 
     def _measurements(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
-        transfer_examples, subject = self.measuring.transfer_examples, self._subject(name)
+        subject, first = self._subject(name), self._first
         same_draw = sets_of_same_draw(self.pool, name, self._finite)
-        attackers = attackers_against(transfer_examples, name, exposed, same_draw)
-        all_attackers = (attackers.nothing, *attackers.one, attackers.several, attackers.evenly)
-        measured_attackers = list(
-            dict.fromkeys(attacker for attacker in all_attackers if attacker is not None)
-        )
-        transferred = self.measuring.transferred(
-            subject, measured_attackers, n["transfer"], first=self._first["transfer"]
-        )
+        attackers = attackers_against(self.measuring.transfer_examples, name, exposed, same_draw)
+        compared = (attackers.nothing, *attackers.one, attackers.several, attackers.evenly)
+        measured = [*dict.fromkeys(attacker for attacker in compared if attacker is not None)]
+        transferred = self.measuring.transferred(subject, measured, n["transfer"], first=first["transfer"])
         transferred_same_draw = None
         if attackers.same_draw is not None:
             transferred_same_draw = self.measuring.transferred(
-                subject, [attackers.same_draw], n["same draw"], first=self._first["same draw"]
+                subject, [attackers.same_draw], n["same draw"], first=first["same draw"]
             )
         return Measurements(
             attackers,

@@ -10,7 +10,7 @@ arXiv:2001.03994), and with as many passes PGD training (Madry et al., arXiv:170
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ from holdfast.recipes import PGDTraining, SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.rotation import Distilled, Immunise, Members
-from holdfast.rotation.collecting import last_of, rows_of
+from holdfast.rotation.collecting import further, last_of, rows_of
 from holdfast.rotation.pool.pool import Pool
 from holdfast.rotation.steps.contents import collected_members, surrogates
 from holdfast.rotation.steps.rotation_request import RotateRequest
@@ -102,8 +102,7 @@ class Alternatives:
     def _trained(self, recipe: Recipe, share: float) -> Classifier:
         """The serving set, trained further for part of an epoch."""
         training = self.request.training
-        how = Training(epochs=1, batch=training.batch, lr=_LR, averaging="none", weight_decay=0.0)
-        how = replace(how, optimizer="adamw", schedule="cycle", warmup=0.0)
+        how = further(Training(batch=training.batch), 1, _LR, "cycle")
         data, place = self.request.train, self.rng.at("trained", type(recipe).__name__)
         some = rows_of(data, max(round(share * len(data)), 1), place.at("data"))
         return last_of(

@@ -136,16 +136,12 @@ class AttackerTable:
         progress: Progress,
     ) -> Mapping[str, Any]:
         """Return the table of attackers as a document. `keep` is called with the unfinished document after each row."""
-        if not _possible(evidence.threat):
+        if not evidence.threat.constraint.in_input_units or evidence.threat.goal is not None:
             reason = (
                 "the table of attackers needs an eps under Linf, L2 or L1 and no target, so none was measured"
             )
             return {"rows": [], "alternatives": [], "doubt": None, "conclusion": reason, "complete": True}
         return _Measuring(self, evidence, judged_on, known or {}, keep, progress).table()
-
-
-def _possible(threat: ThreatModel) -> bool:
-    return threat.constraint.in_input_units and threat.goal is None
 
 
 class _Measuring:

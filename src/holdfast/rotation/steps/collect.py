@@ -34,7 +34,7 @@ from holdfast.runs.engine.progress import Notify, Progress, Step, ignore, silent
 from holdfast.runs.engine.resuming import way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import stoppable
-from holdfast.runs.harden.pace import Pace, pace, whole_epochs
+from holdfast.runs.harden.pace import Pace, pace
 from holdfast.runs.store.folder import StoredStage
 
 BASE = "a base, which other sets are generated from; it never serves"
@@ -48,10 +48,9 @@ _LEFT_FILES = {
     "ledger.lock",
     "sets",
 }  # may be left by a killed creation of the pool
-_CHECKPOINT = (
-    "begun"  # name of the file with the last epoch of the training in progress, which each epoch replaces
-)
+_CHECKPOINT = "begun"  # name of the file with the last epoch of the training in progress
 _TIMED_S = 60.0  # budget for which updates are timed if there is none, which takes about a second
+_PLANNED = 0.95  # share of the budget that is planned, since the speed of a machine varies
 _SPARE = 1.1  # factor of the advised budget, since the speed of a machine varies
 _GUESSING = 1.5  # times the accuracy of the most frequent class, below which a run has diverged
 
@@ -213,7 +212,7 @@ def _plan(request: CollectRequest, notify: Notify) -> StoredStage:
         begin = time.perf_counter()
         measured = pace(common.candidate.recipe, common.model, common.train, common.threat, budget_s)
         spent_s = time.perf_counter() - begin + common.source.runs * common.source.updates * measured.update
-        epochs = whole_epochs((budget_s - spent_s) / n_trained(common), measured)
+        epochs = max(int(_PLANNED * (budget_s - spent_s) / n_trained(common) / measured.epoch), 0)
         least = math.ceil(request.least_updates / common.candidate.per_epoch(len(common.train)))
         if epochs < least:
             raise _too_small(budget_s, spent_s, measured, n_trained(common), least)
@@ -235,7 +234,7 @@ def _refuse_other_budget(plan: Mapping[str, Any], request: CollectRequest) -> No
 
 def _too_small(budget_s: float, spent_s: float, measured: Pace, n_models: int, epochs: int) -> UsageError:
     """The error for a budget that is too small for `epochs` epochs of each training."""
-    least_min = math.ceil((n_models * epochs * measured.epoch + spent_s) / 60 / 0.95 * _SPARE)
+    least_min = math.ceil((n_models * epochs * measured.epoch + spent_s) / 60 / _PLANNED * _SPARE)
     needed = "one epoch" if epochs == 1 else f"{epochs} epochs"
     return UsageError(
         f"a budget of {budget_s:g} s is too small: {n_models} models must be trained, {OWN} of them surrogates, each "

@@ -36,8 +36,8 @@ from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.runs.harness import Member, Plan
-from holdfast.runs.harness.plan import settings
+from holdfast.runs.harness.plan import Plan, settings
+from holdfast.runs.harness.stage import Member
 from holdfast.runs.store.files import make_private
 from holdfast.runs.store.folder import read_chain, read_stage
 from holdfast.statistics.intervals import (

@@ -22,7 +22,7 @@ from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess import probes
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.executors import executor_for
-from holdfast.runs.assess.expected_rows import expected_of
+from holdfast.runs.assess.expected_rows import expected_rows
 from holdfast.runs.assess.expected_time import duration, expected_seconds
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
 from holdfast.runs.assess.preparation import (
@@ -50,8 +50,10 @@ from holdfast.runs.engine.ray_cluster import NODES
 from holdfast.runs.engine.resuming import resumable, way_out
 from holdfast.runs.engine.run import Run
 from holdfast.runs.engine.signals import Stopper, stoppable
-from holdfast.runs.harness import FOUND, Plan, Target
+from holdfast.runs.harness.assembly import FOUND
 from holdfast.runs.harness.kinds.checks import GEOMETRY, STATEFUL
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.target import Target
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.runs.stored.commands import command_of
@@ -337,17 +339,19 @@ class _Job:
             for note in self.manifest.notes:
                 notify(f"note: {note}")
         if self.served is not None:
-            notify(self.expected_rows(self.served))
+            notify(self.rows_message(self.served))
         elif notify is not ignore and not is_step:
             for message in self.expected_time():
                 notify(message)
 
-    def expected_rows(self, served: Served) -> str:
+    def rows_message(self, served: Served) -> str:
         """Return a message with the number of rows that the run is expected to send to the model server, and the number
         that earlier attempts sent.
         """
         work = self.manifest.plan
-        rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
+        rows = expected_rows(
+            self.request, self.plan, self.target, len(self.data), work, opening=served.opening
+        )
         earlier = served.sent.earlier
         return f"expected: {rows.description}" + (
             f"; {earlier:,} rows were sent before the stop" if earlier else ""

@@ -24,7 +24,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.remedies import Remedy
 from holdfast.io.models.composed import Ensemble
 from holdfast.runs.assess.request import AssessRequest, Subject
-from holdfast.runs.harness import Plan, Target, prepared_prover
+from holdfast.runs.harness.kinds.proof import prepared_prover
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.target import Target
 from holdfast.statistics.intervals import upper_tail
 from holdfast.threats.domains import TABLE
 

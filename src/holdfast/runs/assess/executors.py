@@ -25,11 +25,13 @@ from holdfast.io.models.factories import CODE, imported_from
 from holdfast.runs.assess.measuring import ShardMeasure, WorkerSetup
 from holdfast.runs.assess.preparation import model_digest, readied, with_surrogates
 from holdfast.runs.assess.request import AssessRequest, Opening, Subject
-from holdfast.runs.engine.executor import Executor, Inline, Measure, Task
+from holdfast.runs.engine.executor import Executor, Inline, Measure
 from holdfast.runs.engine.processes import import_path, unshared, worker_processes
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.ray_cluster import RayOptions, connected
-from holdfast.runs.harness import LOOKED_AT, Plan, ShardTask
+from holdfast.runs.harness.measure import ShardTask
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.target import LOOKED_AT
 
 if TYPE_CHECKING:
     from holdfast.runs.engine.ray_tasks import RayTasks
@@ -88,7 +90,7 @@ def _cluster(
     files = shipped_files(options.ship)
     with ray_tasks(
         partial(shipment, model, files),
-        sender(data),
+        partial(with_examples, data),
         request.workers,
         device,
         options,
@@ -119,12 +121,10 @@ def executor_of(
 
         setup = partial(shipment, work, shipped_files(options.ship))
         paths = tuple(import_path())
-        with ray_tasks(setup, _as_it_is, workers, device, options, paths=paths, notify=notify) as tasks:
+        with ray_tasks(
+            setup, lambda task: task, workers, device, options, paths=paths, notify=notify
+        ) as tasks:
             yield tasks
-
-
-def _as_it_is(task: Task) -> Task:
-    return task
 
 
 @contextmanager
@@ -376,11 +376,6 @@ def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
 def _is_left_out(name: Path) -> bool:
     """Whether a file in a shipped folder is hidden or compiled."""
     return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-
-
-def sender(data: Data) -> Callable[[ShardTask], ShardWithExamples]:
-    """Return the function that adds the examples of `data` to a task."""
-    return partial(with_examples, data)
 
 
 def known_rows(data: Data, batch_size: int | None) -> Rows:

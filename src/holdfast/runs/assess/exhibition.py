@@ -18,9 +18,9 @@ from holdfast.doubts.gallery import ITEMS, Item, undefended
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.assess.result import Result
-from holdfast.runs.harness import Member, Plan
 from holdfast.runs.harness.kinds.passes import FIXED
-from holdfast.runs.harness.plan import DoubtsWanted, adaptive_members
+from holdfast.runs.harness.plan import DoubtsWanted, Plan, adaptive_members
+from holdfast.runs.harness.stage import Member
 
 NAIVE = "naive@1"
 """Name of the naive evaluation: PGD-40 on the cross-entropy with ordinary autograd, which gradient masking misleads."""

@@ -23,9 +23,12 @@ from holdfast.runs.assess.preparation import plan_for, refuse_data
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.assess.result import enumerated
 from holdfast.runs.assess.served_runs import served_by
-from holdfast.runs.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
 from holdfast.runs.harness.kinds.checks import CHECKED, PARTS
 from holdfast.runs.harness.kinds.proof import AT_ONCE
+from holdfast.runs.harness.kinds.transfers import MATRIX_ROWS
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Member
+from holdfast.runs.harness.target import LOOKED_AT, Target
 from holdfast.runs.stored.record import Division
 from holdfast.runs.stored.run_manifest import work_of
 
@@ -77,49 +80,6 @@ class ExpectedRows:
 
 
 def expected_rows(
-    plan: Plan,
-    n: int,
-    *,
-    right: int | None = None,
-    passes: Passes,
-    randomised: bool = False,
-    gates: bool = False,
-    others: Sequence[int] = (),
-    openings: int = 1,
-    opening: int = 0,
-) -> ExpectedRows:
-    """Return upper bounds on the numbers of rows that a run on `n` examples sends to a model server. The padding of
-    batches is included.
-
-    `right` is the number of correctly classified examples, on which attacks are run; None means all. `gates` states
-    whether gates are first tested on a few examples. `others` contains the size of each further data set for the
-    transfer across data sets. `openings` is the number of processes that inspect the model, and `opening` the number of
-    rows that each process sends to determine how the data are read.
-    """
-    due = n if right is None or plan.threat.constraint.judges_misclassified else right
-    judged = JUDGED_AT_RANDOM if randomised else 1
-    sample_rows = passes.filled(min(LOOKED_AT, n))
-    inspection_rows = passes.filled(1) + (1 + VOTES if randomised else 2) * sample_rows
-    clean = (
-        openings * (inspection_rows + opening)
-        + (judged * sample_rows if gates else 0)
-        + judged * passes.once(n)
-    )
-    attack_rows, unknown = _attacked((*plan.members, *plan.curve, *plan.adaptive), plan, due, passes)
-    members = (*plan.members, *plan.curve, *plan.adaptive)
-    checks = [
-        replace(member, attack=replace(cast(Any, member.attack), passes=member.attack.passes // PARTS))
-        for member in plan.adaptive
-        if isinstance(member.attack, Itemised)
-    ]
-    attack_rows += _attacked(checks, plan, min(due, CHECKED), passes)[0]
-    judging = sum(judged * _of(member, passes).once(due) for member in members)
-    judging += _on_surrogates(plan, n, passes, judged) + _across(plan, n, passes, others)
-    doubts = _doubts(plan, due, passes, randomised=randomised)
-    return ExpectedRows(clean, attack_rows, doubts, judging, unknown)
-
-
-def expected_of(
     order: AssessRequest,
     plan: Plan,
     target: Target,
@@ -129,28 +89,42 @@ def expected_of(
     right: int | None = None,
     opening: int = 0,
 ) -> ExpectedRows:
-    """Return upper bounds on the numbers of rows that a run with given shards and a given batch size sends to a model
-    server.
+    """Return upper bounds on the numbers of rows that a run on `n` examples sends to a model server. The padding of
+    batches is included.
 
-    `work` states how the run is divided.
+    `work` states how the run is divided. `right` is the number of correctly classified examples, on which attacks are
+    run; None means all. `opening` is the number of rows that each process sends to determine how the data are read.
     """
     shards = tuple(stop - start for start, stop in work.shards)
+    gates = any(claim.versus is None for claim in order.gates)  # are first tested on a few examples
     if target.smoothed is not None:
         passes = Passes(work.batch_size, target.smoothed.base.batches, shards)
-        gates = any(claim.versus is None for claim in order.gates)
         return _smoothed(target.smoothed, n, passes, gates=gates, opening=opening)
-    return expected_rows(
-        plan,
-        n,
-        right=right,
-        passes=Passes(work.batch_size, target.bare.batches, shards),
-        randomised=target.randomised,
-        gates=any(claim.versus is None for claim in order.gates),
-        others=tuple(map(len, order.across)),
-        # Each worker process inspects the model itself.
-        openings=1 + (order.workers or 0),
-        opening=opening,
+    passes, randomised = Passes(work.batch_size, target.bare.batches, shards), target.randomised
+    due = n if right is None or plan.threat.constraint.judges_misclassified else right
+    judged = JUDGED_AT_RANDOM if randomised else 1
+    sample_rows = passes.filled(min(LOOKED_AT, n))
+    inspection_rows = passes.filled(1) + (1 + VOTES if randomised else 2) * sample_rows
+    clean = (
+        (1 + (order.workers or 0))
+        * (inspection_rows + opening)  # each worker process inspects the model itself
+        + (judged * sample_rows if gates else 0)
+        + judged * passes.once(n)
     )
+    members = (*plan.members, *plan.curve, *plan.adaptive)
+    attack_rows, unknown = _attacked(members, plan, due, passes)
+    checks = [
+        replace(member, attack=replace(cast(Any, member.attack), passes=member.attack.passes // PARTS))
+        for member in plan.adaptive
+        if isinstance(member.attack, Itemised)
+    ]
+    attack_rows += _attacked(checks, plan, min(due, CHECKED), passes)[0]
+    judging = sum(judged * _of(member, passes).once(due) for member in members)
+    judging += _on_surrogates(plan, n, passes, judged) + _across(
+        plan, n, passes, tuple(map(len, order.across))
+    )
+    doubts = _doubts(plan, due, passes, randomised=randomised)
+    return ExpectedRows(clean, attack_rows, doubts, judging, unknown)
 
 
 def _smoothed(smoothed: SmoothedVotes, n: int, passes: Passes, *, gates: bool, opening: int) -> ExpectedRows:
@@ -281,7 +255,7 @@ def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Inspe
         work = work_of(len(data), order, plan, shape, served=served_by(model))
 
         def expected(right: int | None) -> ExpectedRows:
-            return expected_of(order, plan, target, len(data), work, right=right, opening=opening)
+            return expected_rows(order, plan, target, len(data), work, right=right, opening=opening)
 
         is_complete = first >= len(data)
         upper_bound = expected(right if is_complete else None)

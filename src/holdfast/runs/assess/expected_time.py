@@ -20,9 +20,10 @@ from holdfast.core.pieces import batch_size_for, half_batch
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.protocol import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE, SEARCHES
 from holdfast.runs.assess.request import AssessRequest
-from holdfast.runs.harness import Plan, Target
 from holdfast.runs.harness.kinds.attack import LEAST
 from holdfast.runs.harness.kinds.passes import FIXED
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.target import Target
 
 _FEW, _MANY = 8, 128
 """Numbers of examples in the two batches on which steps are timed; attacks are run on batches of both sizes."""

@@ -23,22 +23,11 @@ from holdfast.runs.assess.request import Opening
 from holdfast.runs.assess.result import counted, enumerated
 from holdfast.runs.engine.executor import Measure, OutOfTime, Timed
 from holdfast.runs.engine.run import Run, Shards
-from holdfast.runs.harness import (
-    Outline,
-    Plan,
-    ShardTask,
-    Stage,
-    StageKind,
-    Target,
-    Work,
-    broken_by_suite,
-    due_examples,
-    join,
-    only_tested,
-    shard_rows,
-    stage_of,
-    task_of,
-)
+from holdfast.runs.harness.assembly import due_examples, join, only_tested
+from holdfast.runs.harness.measure import ShardTask, shard_rows, stage_of, task_of
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Outline, Stage, StageKind, Work, broken_by_suite
+from holdfast.runs.harness.target import Target
 
 
 @dataclass(frozen=True)

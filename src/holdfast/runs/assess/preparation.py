@@ -38,22 +38,17 @@ from holdfast.io.remote.probing import (
 )
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import AssessRequest, Subject
-from holdfast.runs.harness import (
-    LOOKED_AT,
-    MATRIX_ROWS,
-    Context,
+from holdfast.runs.harness.assembly import Context, evidence_from
+from holdfast.runs.harness.kinds.transfers import MATRIX_ROWS, paired
+from holdfast.runs.harness.plan import (
     Plan,
-    Target,
-    Work,
-    evidence_from,
     on_detector,
-    paired,
-    prepared,
     refuse_unfitted,
     refuse_what_is_hidden,
     within_budget,
 )
-from holdfast.runs.harness.target import base_of
+from holdfast.runs.harness.stage import Work
+from holdfast.runs.harness.target import LOOKED_AT, Target, base_of, prepared
 
 _PIECE = 1024
 """examples that are read at once to find the range of the labels"""

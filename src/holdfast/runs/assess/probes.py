@@ -36,16 +36,9 @@ from holdfast.io.data.data import concatenated
 from holdfast.io.doctor import BETTER, FILLED, Finding, misfit, names_of_labels
 from holdfast.runs.assess.measuring import Measurement
 from holdfast.runs.engine.executor import Stopwatch
-from holdfast.runs.harness import (
-    FOUND,
-    PROBE,
-    Probes,
-    assemble,
-    judge_inputs,
-    probe_passes,
-    stage_passes,
-    suite_columns,
-)
+from holdfast.runs.harness.assembly import FOUND, PROBE, Probes, assemble, probe_passes, stage_passes
+from holdfast.runs.harness.stage import suite_columns
+from holdfast.runs.harness.verdict import judge_inputs
 from holdfast.runs.stored.record import DOUBTS
 from holdfast.threats.domains import TEXT
 
@@ -141,7 +134,9 @@ def run_probes(
     )
     broken_by |= {passed.name: passed.columns["success"] for passed in by_probe}
     findings = _without_raising(conclude(probed, columns, context, broken_by), raising)
-    return ProbeResults(_as_allotted(findings, allotment), cost, counted_probes, adversarial)
+    if allotment is not None:
+        findings = replace(findings, doubts=as_allotted(findings.doubts, allotment))
+    return ProbeResults(findings, cost, counted_probes, adversarial)
 
 
 def _without_raising(findings: Findings, raising: Mapping[str, str]) -> Findings:
@@ -154,13 +149,6 @@ def _without_raising(findings: Findings, raising: Mapping[str, str]) -> Findings
         return replace(doubt, message=f"the model raised an error for an input of its probe: {errors[0]}")
 
     return replace(findings, doubts=tuple(map(updated, findings.doubts)))
-
-
-def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
-    """The findings with notes on what was left out for a served model."""
-    return (
-        findings if allotment is None else replace(findings, doubts=as_allotted(findings.doubts, allotment))
-    )
 
 
 def _allotment(

@@ -13,7 +13,7 @@ from holdfast.gates.judging import Before
 from holdfast.runs.engine.progress import Progress
 from holdfast.runs.engine.ray_cluster import RayOptions
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.runs.harness import Plan
+from holdfast.runs.harness.plan import Plan
 
 SHARD_SIZE = 1000
 """Number of examples in a shard, which is the largest number whose results are lost if the run is killed.

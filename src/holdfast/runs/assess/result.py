@@ -38,15 +38,8 @@ from holdfast.reports.tree import Report
 from holdfast.reports.words import VERDICTS, measured
 from holdfast.reports.write import rendered, write
 from holdfast.runs.assess.served_runs import totals_to_json
-from holdfast.runs.harness import (
-    Context,
-    StageKind,
-    StageOutline,
-    broken_by_suite,
-    evidence_from,
-    passes,
-    worst_rows,
-)
+from holdfast.runs.harness.assembly import Context, evidence_from, passes, worst_rows
+from holdfast.runs.harness.stage import StageKind, StageOutline, broken_by_suite
 from holdfast.runs.harness.verdict import DISTANCES
 from holdfast.runs.store.folder import StoredStage
 from holdfast.runs.stored.record import DOUBTS, Adapted, Manifest, Record, doubt_from_json

@@ -15,7 +15,7 @@ from holdfast.core.remedies import Remedy, model_argument
 from holdfast.io.remote.sent import Sent, Totals, counting_by
 from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess.request import AssessRequest, Subject
-from holdfast.runs.harness import refuse_what_is_hidden
+from holdfast.runs.harness.plan import refuse_what_is_hidden
 from holdfast.runs.harness.target import base_of
 from holdfast.runs.store.files import SERVED, make_private, usable
 from holdfast.runs.store.folder import refuse_used, stored_manifest
@@ -73,13 +73,6 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
                     folder.rmdir()
 
 
-def opening_rows(sent: Sent) -> int:
-    """Return the number of rows that were sent to a server before the run to determine the layout of the inputs. For a
-    resumed run it is an upper bound.
-    """
-    return sent.totals.rows.total() if not sent.earlier else _OPENING
-
-
 def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> None:
     """Raise `UsageError` for a request that is not possible for a served model, before further rows are sent to the
     server.
@@ -87,7 +80,8 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
     Also records the number of rows that were sent while the data were opened. Several worker processes are refused,
     because the sent rows could not be counted across processes.
     """
-    served.opening = opening_rows(served.sent)
+    sent = served.sent  # rows that determine the layout of the inputs; for a resumed run, an upper bound
+    served.opening = sent.totals.rows.total() if not sent.earlier else _OPENING
     if not request.surrogates:
         refuse_what_is_hidden(request.plan, subject.model.access, subject.model.hides)
     if request.workers is not None:

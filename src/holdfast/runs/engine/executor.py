@@ -189,22 +189,18 @@ The result depends only on the task, the room, and what the run was started with
 `time.perf_counter()`, the function raises `OutOfTime`.
 """
 
+Moved = Callable[[int], None]
+"""Function that is called with the number of finished examples in shards that are not finished yet."""
+
 
 class Executor(Protocol):
     """Protocol of an object that measures the shards of a stage and stores the columns of each shard."""
 
     def measure(
-        self,
-        run: "Run",
-        stage: str,
-        tasks: Mapping[int, Task],
-        until: float,
-        moved: Callable[[int], None],
+        self, run: "Run", stage: str, tasks: Mapping[int, Task], until: float, moved: Moved
     ) -> Iterator[tuple[int, Columns]]:
         """Measure and store the shards of a stage, and yield the index and the columns of each shard when it is
         finished. No shard is started after the deadline `until`.
-
-        `moved` is called with the number of finished examples in shards that are not finished yet.
         """
 
     def pause(self) -> None:
@@ -219,12 +215,7 @@ class Inline:
     """function that measures a shard; None for a run without shards"""
 
     def measure(
-        self,
-        run: "Run",
-        stage: str,
-        tasks: Mapping[int, Task],
-        until: float,
-        moved: Callable[[int], None],
+        self, run: "Run", stage: str, tasks: Mapping[int, Task], until: float, moved: Moved
     ) -> Iterator[tuple[int, Columns]]:
         """Measure and store the shards of a stage one after another, and yield the index and the columns of each shard.
         Stop at the deadline `until`.

@@ -23,7 +23,7 @@ import safetensors.torch
 from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json, failure_to_json
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import Remedy
-from holdfast.runs.engine.executor import DEATHS, ERRORS, Measure, Stopwatch, Task
+from holdfast.runs.engine.executor import DEATHS, ERRORS, Measure, Moved, Stopwatch, Task
 from holdfast.runs.engine.run import Run
 
 _START = """\
@@ -232,12 +232,7 @@ class Processes:
     _deaths: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def measure(
-        self,
-        run: Run,
-        stage: str,
-        tasks: Mapping[int, Task],
-        until: float,
-        moved: Callable[[int], None],
+        self, run: Run, stage: str, tasks: Mapping[int, Task], until: float, moved: Moved
     ) -> Iterator[tuple[int, Columns]]:
         """Measure the shards of a stage in worker processes, and yield the index and the columns of each shard when it
         is stored.

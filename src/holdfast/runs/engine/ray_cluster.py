@@ -48,7 +48,10 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
             f"RAY_AUTH_MODE is {mode!r}, with which every machine of the network could run code in the cluster that "
             "is started; unset it, or set it to token"
         )
-    if not any(os.environ.get(name) for name in _TOKEN_VARIABLES) and not _default_token().is_file():
+    if (
+        not any(os.environ.get(name) for name in _TOKEN_VARIABLES)
+        and not Path.home().joinpath(".ray", "auth_token").is_file()
+    ):
         os.environ["RAY_AUTH_TOKEN"] = _own_token()
     with ExitStack() as stack:
         try:
@@ -97,10 +100,6 @@ def shut_down(ray: ModuleType) -> None:
 def _own_token() -> str:
     """Return a new token, the same for all clusters of this process: Ray reads its token once in a process."""
     return secrets.token_hex(32)
-
-
-def _default_token() -> Path:
-    return Path.home() / ".ray" / "auth_token"
 
 
 @contextmanager
@@ -195,7 +194,8 @@ def refuse_address(options: RayOptions) -> None:
             f"on is {options.address.rpartition('@')[2]!r}; expected local, ray, or ray://HOST:PORT without a user, as "
             "in ray://head:10001"
         )
-    if not _is_loopback(host) and not _has_tls() and not options.trust_network:
+    has_tls = os.environ.get(_TLS, "0").lower() in ("1", "true")
+    if not _is_loopback(host) and not has_tls and not options.trust_network:
         raise UsageError(
             f"{options.address} is not on this machine, and connections of Ray are not encrypted: whoever reads or "
             f"changes them runs code in the job. Set {_TLS}=1 with Ray's certificates",
@@ -210,10 +210,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _has_tls() -> bool:
-    return os.environ.get(_TLS, "0").lower() in ("1", "true")
 
 
 def refuse_missing_ray(*, client: bool = False) -> None:
@@ -384,13 +380,9 @@ def connected(options: RayOptions, workers: int, *, detail: Notify = ignore) -> 
 def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Cluster]:
     """Start a cluster on this machine, which ends on exit. Raises `UsageError` or `TargetError`."""
     gpus = None if options.gpus_per_worker else 0  # None for all that Ray finds
+    has_dashboard = importlib.util.find_spec("aiohttp_cors") is not None
     with local_cluster(ray, workers, gpus) as context:
-        yield Cluster(ray, local=True, dashboard=_dashboard(context))
-
-
-def _dashboard(context: Any) -> str:
-    """Return the address of the dashboard; empty if the installation of Ray has none."""
-    return str(context.dashboard_url or "") if importlib.util.find_spec("aiohttp_cors") else ""
+        yield Cluster(ray, local=True, dashboard=str(context.dashboard_url or "") if has_dashboard else "")
 
 
 @contextmanager

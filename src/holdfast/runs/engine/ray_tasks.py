@@ -24,7 +24,7 @@ from holdfast.core.errors import TargetError, failure_from_json
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.remedies import RESUME, Remedy
 from holdfast.runs.engine import ray_node
-from holdfast.runs.engine.executor import DEATHS, ERRORS, Stopwatch, Task
+from holdfast.runs.engine.executor import DEATHS, ERRORS, Moved, Stopwatch, Task
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.engine.ray_cluster import NODES, Cluster, RayOptions, connected, full
 from holdfast.runs.engine.ray_worker import LENGTH
@@ -101,12 +101,7 @@ class RayTasks:
         self._reference = self.cluster.put(self.setup)
 
     def measure(
-        self,
-        run: Run,
-        stage: str,
-        tasks: Mapping[int, Task],
-        until: float,
-        moved: Callable[[int], None],
+        self, run: Run, stage: str, tasks: Mapping[int, Task], until: float, moved: Moved
     ) -> Iterator[tuple[int, Columns]]:
         """Yield each shard with its columns after a worker has measured it and it is stored.
 
@@ -132,9 +127,11 @@ class RayTasks:
                     if again:
                         self._failed += 1
                         waiting.appendleft(shard)
-                    self._tell(stage, done + (columns is not None), len(running))
+                    done += columns is not None
+                    self.detail(
+                        f"{stage}: {done} shards done, {len(running)} running, {self._failed} failed and repeated"
+                    )
                     if columns is not None:
-                        done += 1
                         run.keep(stage, shard, columns)
                         yield shard, columns
                 stopwatch.tick()
@@ -147,9 +144,6 @@ class RayTasks:
 
     def pause(self) -> None:
         """Do nothing. Other executors stop their worker processes here, but those of a cluster are managed by Ray."""
-
-    def _tell(self, stage: str, done: int, running: int) -> None:
-        self.detail(f"{stage}: {done} shards done, {running} running, {self._failed} failed and repeated")
 
     def _submit(self, run: Run, stage: str, shard: int, task: Task, until: float) -> Any:
         run.store.begin(stage, shard)
@@ -168,10 +162,10 @@ class RayTasks:
         # an argument of Ray may live until the next collection of garbage, and an object only as long as its task
         sent_arrays = [self.cluster.put(arrays)] if large else arrays
         arguments = (expected, self.paths, self.device, [self._reference], content, sent_arrays, large)
-        return self.cluster.submit(ray_node.measured, arguments, **self._resources())
-
-    def _resources(self) -> dict[str, Any]:
-        return {"num_cpus": 1, "num_gpus": self.options.gpus_per_worker or 0, "scheduling_strategy": "SPREAD"}
+        gpus = self.options.gpus_per_worker or 0
+        return self.cluster.submit(
+            ray_node.measured, arguments, num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD"
+        )
 
     def _received(self, answer: bytes | str, run: Run, stage: str, shard: int) -> tuple[Columns | None, bool]:
         """Return the columns of a shard, or None and whether it is measured again.

@@ -30,7 +30,7 @@ from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
-from holdfast.runs.harden.candidates import Candidate, announced_s
+from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
 from holdfast.runs.harden.epochs import EndedBy, Trainer, ended_by
 from holdfast.runs.harden.hardened import MODEL, Made, structure_metadata
@@ -239,33 +239,9 @@ def threats_of(threat: ThreatModel, recipes: Sequence[Recipe]) -> list[ThreatMod
     return [threat, *(replace(threat, constraint=norm) for norm in others)]
 
 
-@dataclass(frozen=True)
-class AttemptBudget:
-    """Time budget of an attempt."""
-
-    seconds: float
-    """seconds for the planning, all attempts before and this one"""
-    spent_s: float
-    """seconds of the planning and of all attempts before"""
-
-    @property
-    def left_s(self) -> float:
-        """Seconds that are left for this attempt."""
-        return self.seconds - self.spent_s
-
-
-def budget_of(plan: Mapping[str, Any], earlier: Sequence[Made]) -> AttemptBudget | None:
-    """Return the time budget of the attempt after the attempts `earlier`, by the plan of the hardening; None if the
-    epochs of the recipe are used.
-
-    The first attempt has the budget of the hardening. All later ones together have the same time once more, and what
-    the first one left of it.
-    """
-    budget_s = plan["budget_s"]
-    if budget_s is None:
-        return None
-    spent_s = plan["planning_s"] + sum(point.wall_s for made in earlier for point in made.curve)
-    return AttemptBudget(announced_s(budget_s, len(earlier) + 1), spent_s)
+def spent_before(plan: Mapping[str, Any], earlier: Sequence[Made]) -> float:
+    """Return the seconds of the planning of a hardening and of the attempts `earlier`."""
+    return float(plan["planning_s"]) + sum(point.wall_s for made in earlier for point in made.curve)
 
 
 @dataclass(frozen=True)
@@ -277,7 +253,10 @@ class AttemptTraining:
     candidate: Candidate
     attempt: Mapping[str, Any]
     """entry of the plan of the hardening"""
-    budget: AttemptBudget | None
+    budget_s: float | None
+    """seconds for the planning, all attempts before and this one; None for the epochs of the recipe"""
+    earlier_s: float
+    """seconds of the planning and of all attempts before"""
     place: Path
     """folder with the checkpoints"""
     metadata: Mapping[str, str]
@@ -320,23 +299,17 @@ class AttemptTraining:
         if n_updates:
             done.append(f"{n_updates:,} {'update' if n_updates == 1 else 'updates'} of epoch {n_epochs + 1}")
         left = ""
-        if self.budget is not None:
-            left_s = max(self.budget.seconds - self._spent_s(self.budget), 0)
+        if self.budget_s is not None:
+            left_s = max(self.budget_s - self._spent_s(), 0)
             left = f"; {left_s:.3g} s of the budget are left"
         return f"{training} continues after {' and '.join(done)}{left}"
 
     def _curve(self, run: Run) -> tuple[Point, ...]:
         """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
-        settings, budget = self._settings, self.budget
-        if budget is not None:  # after the planning, earlier attempts and the epochs that are done
-            pacer = Pacer(
-                budget.seconds,
-                self.attempt["epoch_s"],
-                self.attempt["evaluation_s"],
-                self._spent_s(budget),
-                self.clock,
-            )
-            settings = replace(settings, pacing=pacer)
+        settings, attempt = self._settings, self.attempt
+        if self.budget_s is not None:  # after the planning, earlier attempts and the epochs that are done
+            times = (self.budget_s, attempt["epoch_s"], attempt["evaluation_s"], self._spent_s())
+            settings = replace(settings, pacing=Pacer(*times, self.clock))
         batch = checkpoints.saved_batch(self.place) or settings.batch
         while True:
             try:
@@ -356,18 +329,18 @@ class AttemptTraining:
     def _settings(self) -> Training:
         """The settings of the training."""
         settings = self.candidate.recipe.training
-        if self.budget is None:
+        if self.budget_s is None:
             return settings
         # a recipe with its own loop uses the epochs of the first plan
         epochs, lr = max(int(self.attempt["epochs"]), 1), self.attempt.get("lr")
         return replace(settings, epochs=epochs, lr=lr or settings.lr)
 
-    def _spent_s(self, budget: AttemptBudget) -> float:
+    def _spent_s(self) -> float:
         """Seconds of the planning, of earlier attempts, and of the stored part of this one."""
         last = checkpoints.saved(self.place, LAST)
         curve = () if last is None else last.curve
         in_epoch_s = checkpoints.seconds_within(self.place, last_epoch(curve))
-        return budget.spent_s + sum(point.wall_s for point in curve) + in_epoch_s
+        return self.earlier_s + sum(point.wall_s for point in curve) + in_epoch_s
 
     def _save_best(self) -> str:
         """Save the best model so far, if there is one, and return a sentence with its path."""

@@ -13,24 +13,14 @@ from holdfast.recipes.training.distributed import broadcast
 from holdfast.recipes.training.fit import updates
 from holdfast.recipes.training.recipe import Recipe, RecipeFacts
 from holdfast.reports.numbers import plain
-from holdfast.runs.harden.pace import (
-    Clock,
-    Pace,
-    below_an_epoch,
-    epochs_fitting,
-    import_optimisers,
-    pace,
-    too_small,
-)
+from holdfast.runs.harden.pace import Clock, Pace, import_optimisers, pace, too_small
 
 _TIMED_EXAMPLES = (8, 8, 16, 32, 64)
 """Held-out examples on which evaluations are timed: twice on a few, since a machine may be busy for a moment, and on
 more as far as an evaluation takes at most half of its share of the budget."""
 _UNTIMED_EXAMPLES = 2  # held-out examples in the evaluation before
 _EVALUATION_SHARE = 0.05  # largest share of the budget for an evaluation
-_PLANNING = (
-    0.1  # share of the budget after which no recipe is timed that cannot reach its smallest number of epochs
-)
+_PLANNING = 0.1  # share of the budget after which no recipe is timed that cannot reach its number of epochs
 _FEW_UPDATES = 1_000  # number of updates below which a training may have a larger learning rate
 _FEW = 100  # number of held-out examples below which a training is announced with a warning
 
@@ -77,14 +67,13 @@ class _Planned:
 
     candidate: Candidate
     pace: Pace
-    per_epoch: int
     epochs: float
 
     def attempt(self, reason: str) -> dict[str, Any]:
         """Return this candidate recipe as an entry of the stored plan, with its epochs, its measured times and the
         reason for the choice. A training of few updates may have another learning rate than the recipe.
         """
-        lr = self.candidate.short_lr if self.epochs * self.per_epoch < _FEW_UPDATES else None
+        lr = self.candidate.short_lr if self.epochs * self.pace.per_epoch < _FEW_UPDATES else None
         if lr is not None:
             reason += f"; learning rate {plain(lr)}, since fewer than {_FEW_UPDATES:,} updates fit"
         return {
@@ -93,7 +82,7 @@ class _Planned:
             "reason": reason,
             "update_s": self.pace.update,
             "epoch_s": self.pace.epoch,
-            "evaluation_s": self.pace.between(self.per_epoch),
+            "evaluation_s": self.pace.look_s,
             "held_out": self.pace.held_out,
             "lr": lr,
         }
@@ -132,14 +121,12 @@ def attempts(
     import_optimisers()
     started, planned, evaluation_time = clock(), list[_Planned](), None
     for k, candidate in enumerate(candidates):  # each is slower than the one before
-        per_epoch = candidate.per_epoch(len(data))
         measured = pace(candidate.recipe, model, data, threat, budget_s, clock)
-        if measured.least_s(1 if anyway else per_epoch) <= budget_s:
+        if measured.least_s(1 if anyway else measured.per_epoch) <= budget_s:
             evaluation_time = evaluation_time or _timed_evaluation(evaluation, budget_s, clock)
-            look_s, n_held_out = evaluation_time
-            measured = replace(measured, epoch=measured.epoch + look_s, held_out=n_held_out)
-        epochs = epochs_fitting(budget_s, measured, per_epoch)
-        planned.append(_Planned(candidate, measured, per_epoch, epochs))
+            measured = replace(measured, look_s=evaluation_time[0], held_out=evaluation_time[1])
+        epochs = measured.epochs_within(budget_s)
+        planned.append(_Planned(candidate, measured, epochs))
         could_be_chosen = any(epochs >= later.least for later in candidates[k + 1 :])
         # broadcast, because all processes of a distributed training must choose the same recipes
         in_time = broadcast(clock() - started) <= _PLANNING * budget_s
@@ -147,17 +134,15 @@ def attempts(
         if not could_be_chosen and not (epochs >= 1 and in_time):
             break
     spent_s = broadcast(clock() - started)
-    planned = [
-        replace(one, epochs=epochs_fitting(budget_s - spent_s, one.pace, one.per_epoch)) for one in planned
-    ]
+    planned = [replace(one, epochs=one.pace.epochs_within(budget_s - spent_s)) for one in planned]
     fastest = planned[0]
-    times = (fastest.pace, fastest.per_epoch, spent_s)
-    if fastest.pace.least_s(1 if anyway else fastest.per_epoch) > budget_s - spent_s:
-        if fastest.epochs:
-            raise below_an_epoch(fastest.candidate.name, budget_s, fastest.epochs, *times)
+    per_epoch = fastest.pace.per_epoch
+    if fastest.pace.least_s(1 if anyway else per_epoch) > budget_s - spent_s:
         n_steps = fastest.candidate.settings.get("steps", 1)
-        raise too_small(budget_s, *times, anyway=anyway, n_steps=n_steps)
-    planned[0] = fastest = replace(fastest, epochs=max(fastest.epochs, 1 / fastest.per_epoch))
+        raise too_small(
+            fastest.candidate.name, budget_s, fastest.pace, spent_s, anyway=anyway, n_steps=n_steps
+        )
+    planned[0] = fastest = replace(fastest, epochs=max(fastest.epochs, 1 / per_epoch))
     if len(candidates) == 1:
         return [fastest.attempt("requested")], spent_s
     reaching = [k for k, each in enumerate(planned) if each.epochs >= each.candidate.least]

@@ -23,9 +23,8 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 _WITHIN = "within.safetensors"  # the last checkpoint within an epoch
 _BATCH = "batch.json"  # exists after memory ran out
 _KEY = "holdfast"
-_OTHER_CLASSES = (
-    0.02  # predictions of other classes, per example of them, up to which a network counts as constant
-)
+_OTHER_CLASSES = 0.02
+"""Predictions of other classes, per example of them, up to which a network counts as constant."""
 
 
 @dataclass(frozen=True)

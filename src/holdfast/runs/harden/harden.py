@@ -51,11 +51,11 @@ from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.harden.assessment_budget import affordable, assessed, limit_s, sample_note
 from holdfast.runs.harden.attempt_training import (
     AttemptTraining,
-    budget_of,
     copy_of,
     freeze_others,
     learner_of,
     refuse_untrainable,
+    spent_before,
     threats_of,
     training_notes,
 )
@@ -63,6 +63,7 @@ from holdfast.runs.harden.candidates import (
     Candidate,
     Evaluation,
     announced,
+    announced_s,
     attempts,
     few_held_out,
     untrained,
@@ -450,8 +451,10 @@ class _Job:
         for note in self.limits:
             self.notify(f"note: {note}")
         for k, attempt in enumerate(planned):
-            budget = budget_of(self.plan, trained_models)
-            left_s = None if budget is None else budget.left_s
+            # all attempts after the first one have its time once more, and what it left
+            spent_s = spent_before(self.plan, trained_models)
+            budget_s = None if self.plan["budget_s"] is None else announced_s(self.plan["budget_s"], k + 1)
+            left_s = None if budget_s is None else budget_s - spent_s
             if k and left_s is not None and left_s < attempt["epoch_s"]:
                 self.notes.append(untrained(attempt, left_s))
                 break
@@ -460,7 +463,8 @@ class _Job:
                 replace(self.trainer, attempt=k + 1),
                 self._candidate(attempt["recipe"]),
                 attempt,
-                budget,
+                budget_s,
+                spent_s,
                 self.run / _numbered(CHECKPOINTS, k),
                 metadata,
                 self.clock,

@@ -1,11 +1,9 @@
 """Measures how long the updates of a recipe take on this machine, and plans how many of them fit into a time budget."""
 
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,34 +15,27 @@ from holdfast.core.model import Classifier
 from holdfast.core.pieces import PIECE, half_batch, results_in_pieces
 from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
-from holdfast.core.training import STATE, Checkpoint, TrainingPlan
+from holdfast.core.training import TrainingPlan
 from holdfast.recipes.training.distributed import broadcast, processes
 from holdfast.recipes.training.fit import updates
 from holdfast.recipes.training.recipe import Recipe, trained_as
 from holdfast.recipes.training.update_plans import evaluation_interval
-from holdfast.runs.harden.checkpoints import BEST, LAST, save
 from holdfast.runs.harden.held_out import harmless
 
 _WARM = 2  # examples of the update before anything is timed, in each process: batch norm needs two
 _MOST = 400  # largest number of updates in a trial
-_TRIED, _TRIED_MOST = 0.02, 0.05  # shares of the budget for all trials; the second one up to _TRIED_S
-_TRIED_S = 2.0  # seconds in which a busy machine is measured as on average
+_TRIED = 0.03  # share of the budget for all trials
 _MARGINAL = 0.25  # smallest time of an update, relative to that of one with its share of the fixed costs
 _COMPILED = 4  # smallest number of updates in the last trial of a compiled network, since each trial compiles it again
 _NEGLIGIBLE_LR = 1e-9  # a learning rate so small that the loss cannot diverge
 _AGAIN = 0.05  # largest share of the budget for an update that is timed twice
-_RETIMED = 0.4  # share of the budget above which a first update is timed once more
-_HOPELESS = 4.0  # budgets that an epoch of such updates takes, above which it is not, since no epoch can fit
-_SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
-_USED = 0.97  # share of the budget that is planned if plans are repeated during the training
+_USED = 0.97  # share of the budget that is planned, since plans are repeated during the training
 _EVALUATION_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
 _FIRST = 50  # smallest number of updates in the first plan, which is replaced after one update
 _REVIEW = 0.01  # share of the budget between two plans
 _REVIEW_LEFT = 0.1  # the same of the rest of the budget, for a machine that becomes slower
 _DIFFERENT = 2.0  # factor between two measurements, above which the earlier one no longer counts
-_LARGER = (
-    0.75  # share of a suggested budget that is planned, since the planning takes longer for a larger budget
-)
+_LARGER = 0.75  # share of a suggested budget that is planned, since planning takes longer for a larger one
 
 D = TypeVar("D", bound=TrainingData)
 Clock = Callable[[], float]
@@ -53,27 +44,35 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured training time of a recipe on this machine, in seconds per update and per epoch."""
+    """Measured training time of a recipe on this machine, in seconds."""
 
     update: float
-    epoch: float
-    """seconds of all updates of an epoch, of saving its checkpoint and, if its time is known, of the evaluation after
-    it"""
-
+    """seconds of an update"""
+    per_epoch: int
+    """number of updates in an epoch"""
+    look_s: float = 0.0
+    """seconds of the evaluation after an epoch; 0 if it was not timed"""
     held_out: int = 0
-    """number of held-out examples in an evaluation; 0 if the evaluation was not timed"""
+    """number of held-out examples in an evaluation; 0 if it was not timed"""
     fastest: float = math.inf
     """seconds of the fastest update that was measured"""
+
+    @property
+    def epoch(self) -> float:
+        """Seconds of all updates of an epoch and of the evaluation after it."""
+        return self.per_epoch * self.update + self.look_s
 
     def least_s(self, n: int) -> float:
         """Return the seconds of `n` updates that are all as fast as the fastest measured one."""
         return n * min(self.fastest, self.update)
 
-    def between(self, per_epoch: int) -> float:
-        """Return the seconds of an epoch of `per_epoch` updates that are used for other work than updates, such as
-        saving the checkpoint.
+    def epochs_within(self, budget_s: float) -> float:
+        """Return the number of epochs that fit into a time budget, which may be fractional. It is 0 if not even one
+        update fits.
         """
-        return max(self.epoch - per_epoch * self.update, 0.0)
+        interval = evaluation_interval(self.update, self.look_s, self.per_epoch)
+        planned_s = _planned_s(budget_s, self.look_s)
+        return updates_fitting(planned_s, self.update, self.look_s, 0, interval) / self.per_epoch
 
 
 def pace(
@@ -112,18 +111,6 @@ def smaller(batch: int, error: BaseException) -> int:
     return half
 
 
-@dataclass(frozen=True)
-class _Trial:
-    seconds: float
-    updates: float
-    last: Checkpoint
-
-    @property
-    def each(self) -> float:
-        """Seconds for each update of the trial training, including a share of the fixed costs."""
-        return self.seconds / self.updates
-
-
 def _paced(
     recipe: Recipe,
     size: int,
@@ -142,40 +129,35 @@ def _paced(
     """
     compiled, n_batches = recipe.training.compiled, updates(len(data), size)
     timed = trained_as(recipe, replace(recipe.training, epochs=1, lr=_NEGLIGIBLE_LR, batch=size, trial=True))
-    rows, trials = torch.arange(len(data), device=data.ids.device), list[_Trial]()
+    rows = torch.arange(len(data), device=data.ids.device)
 
-    def trial(n: int) -> _Trial:
+    def trial(n: int) -> tuple[float, int]:
+        """Seconds of a training on `n` examples, and its number of updates."""
         part = with_predicted_labels(model, data.subset(rows[:n]))
         start = clock()
         *_, last = timed(model, part, harmless(threat), rng=Draws(0))
-        seconds = broadcast(clock() - start)  # all processes take the same decisions
-        # a recipe may hold examples back, and use a batch for several updates
-        n_updates = last.updates / trials[0].last.updates if trials and last.updates else updates(n, size)
-        return _Trial(seconds, n_updates, last)
+        return broadcast(clock() - start), last.updates  # all processes take the same decisions
 
     trial(min(_WARM * processes(), size))
-    trials.append(trial(size))  # allocates memory, so it is slower than the next ones
-    spent_s = trials[0].seconds
-    is_long = spent_s > _RETIMED * budget_s and n_batches * spent_s <= _HOPELESS * budget_s
-    if compiled or spent_s <= _AGAIN * budget_s or is_long:
-        trials.append(trial(size))
-        spent_s += trials[1].seconds
-    n, limit_s = 1, max(_TRIED * budget_s, min(_TRIED_S, _TRIED_MOST * budget_s))
+    first_s, of_batch = trial(size)  # allocates memory, so it is slower than the next ones
+    trials = [(first_s, 1.0)]
+    if compiled or first_s <= _AGAIN * budget_s:
+        trials.append((trial(size)[0], 1.0))
+    n = 1
     while n < min(_MOST, n_batches):
-        is_in_time = spent_s + 2 * trials[-1].seconds <= limit_s
+        is_in_time = sum(seconds for seconds, _ in trials) + 2 * trials[-1][0] <= _TRIED * budget_s
         if not is_in_time and not (compiled and n < _COMPILED):
             break
-        n *= 2
-        trials.append(trial(min(n, n_batches) * size))
-        spent_s += trials[-1].seconds
-    fastest_s = min(each.each for each in trials)
-    before, last = trials[-2:] if len(trials) > 1 else (trials[0], trials[0])
-    update_s = fastest_s
-    if last.updates > before.updates:
-        more_s = (last.seconds - before.seconds) / (last.updates - before.updates)
-        update_s = max(more_s, _MARGINAL * last.each)  # on a busy machine it may be too small by chance
-    kept_s = _saving_s(last.last, min(n * size, len(data)), len(data), clock)
-    return Pace(update_s, update_s * n_batches + kept_s, fastest=fastest_s)
+        n = min(2 * n, n_batches)
+        seconds, n_updates = trial(n * size)
+        # a recipe may hold examples back, and use a batch for several updates
+        trials.append((seconds, n_updates / of_batch if of_batch else n))
+    fastest_s = min(seconds / n for seconds, n in trials)
+    update_s, (last_s, n_last), (before_s, n_before) = fastest_s, trials[-1], trials[max(len(trials) - 2, 0)]
+    if n_last > n_before:
+        more_s = (last_s - before_s) / (n_last - n_before)
+        update_s = max(more_s, _MARGINAL * last_s / n_last)  # on a busy machine it may be too small by chance
+    return Pace(update_s, n_batches, fastest=fastest_s)
 
 
 def with_predicted_labels(model: Classifier, data: D) -> D:
@@ -195,35 +177,9 @@ def with_predicted_labels(model: Classifier, data: D) -> D:
     return data.labelled(torch.where(data.y == UNLABELLED, data.y, predictions))
 
 
-def _saving_s(checkpoint: Checkpoint, n_trial: int, n_all: int, clock: Clock) -> float:
-    """Seconds to write a checkpoint as the last and as the best one, at the size it would have with all examples."""
-    with tempfile.TemporaryDirectory() as place:
-        enlarged = _grown(checkpoint, n_trial, n_all)
-        start = clock()
-        for name in (LAST, BEST):
-            save(Path(place), name, enlarged, ())
-        return broadcast(clock() - start)
-
-
-def _grown(checkpoint: Checkpoint, n_trial: int, n_all: int) -> Checkpoint:
-    """The checkpoint with `n_all` examples instead of `n_trial`: the recipe's state for each example grows."""
-    tensors = {
-        name: value.new_zeros(n_all, *value.shape[1:])
-        if name.startswith(STATE) and value.shape[:1] == (n_trial,)
-        else value
-        for name, value in checkpoint.tensors.items()
-    }
-    return replace(checkpoint, tensors=tensors)
-
-
 def first_total(epochs: float, per_epoch: int) -> int:
     """Return the number of updates in the first plan of a training for which `epochs` epochs were planned."""
     return max(round(epochs * per_epoch), _FIRST)
-
-
-def whole_epochs(budget_s: float, measured: Pace) -> int:
-    """Return the number of whole epochs of a training that fit into a time budget. It is 0 if not even one fits."""
-    return max(int(_SPARE * budget_s / measured.epoch), 0)
 
 
 def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, interval: int) -> int:
@@ -246,15 +202,6 @@ def updates_fitting(seconds: float, update_s: float, look_s: float, position: in
 def _whole(times: float) -> int:
     """Round down, with a tolerance for rounding errors."""
     return max(int(times + 1e-6), 0)
-
-
-def epochs_fitting(budget_s: float, measured: Pace, per_epoch: int) -> float:
-    """Return the number of epochs of a training that fit into a time budget, which may be fractional. It is 0 if not
-    even one update fits.
-    """
-    look_s = measured.between(per_epoch)
-    interval = evaluation_interval(measured.update, look_s, per_epoch)
-    return updates_fitting(_planned_s(budget_s, look_s), measured.update, look_s, 0, interval) / per_epoch
 
 
 def _planned_s(budget_s: float, look_s: float) -> float:
@@ -337,49 +284,26 @@ class Pacer:
         return update_s, last.look_s, 2 * n
 
 
-_BUDGET_FOR = "or more (for {}, the measuring and a reserve; measuring takes longer within a larger budget)"
-"""what a suggested budget contains"""
-
-
 def too_small(
-    budget_s: float,
-    measured: Pace,
-    per_epoch: int,
-    spent_s: float,
-    *,
-    anyway: bool = False,
-    n_steps: int = 1,
+    recipe: str, budget_s: float, measured: Pace, spent_s: float, *, anyway: bool = False, n_steps: int = 1
 ) -> UsageError:
-    """Return the error for a time budget in which no training update fits. It states a budget that would be enough:
-    for one epoch, or with `anyway` for one update. `n_steps` is the number of attack steps of the recipe.
+    """Return the error for a time budget in which no epoch of a recipe fits, or with `anyway` no update. It states a
+    budget that would be enough. `n_steps` is the number of attack steps of the recipe.
     """
-    look_s = measured.between(per_epoch)
-    least_s = (measured.update + (1 + _EVALUATION_SPARE) * look_s + spent_s) / _USED
+    n_fitting = round(measured.epochs_within(budget_s - spent_s) * measured.per_epoch)
+    enough_s = (measured.update + (1 + _EVALUATION_SPARE) * measured.look_s + spent_s) / _USED
     if not anyway:
-        least_s = max((measured.epoch + spent_s) / _LARGER, least_s)
+        enough_s = max((measured.epoch + spent_s) / _LARGER, enough_s)
+    unit = "one update" if anyway else "one epoch"
+    fewer = "; fewer steps take less time" if n_steps > 1 else ""
+    contained = f"(for {unit}, the measuring and a reserve; measuring takes longer within a larger budget)"
+    larger = Remedy("budget", _rounded_up(enough_s), reason=f"or more {contained}")
+    start = Remedy("anyway", True, reason="to train for a part of an epoch")
     return UsageError(
-        f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(measured.update)} on this machine, "
-        f"the evaluation and the checkpoint after it {_seconds(look_s)}, and measuring these times took "
-        f"{_seconds(spent_s)}{'; fewer steps take less time' if n_steps > 1 else ''}",
-        Remedy(
-            "budget", _rounded_up(least_s), reason=_BUDGET_FOR.format("one update" if anyway else "one epoch")
-        ),
-    )
-
-
-def below_an_epoch(
-    recipe: str, budget_s: float, epochs: float, measured: Pace, per_epoch: int, spent_s: float
-) -> UsageError:
-    """Return the error for a time budget in which only a part of an epoch, `epochs`, of a recipe fits. It states a
-    budget that would be enough for one epoch.
-    """
-    enough_s = (measured.epoch + spent_s) / _LARGER
-    return UsageError(
-        f"a budget of {budget_s:g} s is too small for one epoch of {recipe}: after {_seconds(spent_s)} for measuring, "
-        f"{round(epochs * per_epoch):,} of the {per_epoch:,} updates of an epoch fit, which takes about "
-        f"{_seconds(measured.epoch)} on this machine",
-        Remedy("budget", _rounded_up(enough_s), reason=_BUDGET_FOR.format("one epoch")),
-        Remedy("anyway", True, reason="to train for a part of an epoch"),
+        f"a budget of {budget_s:g} s is too small for {unit} of {recipe}: {n_fitting:,} of the {measured.per_epoch:,} "
+        f"updates of an epoch fit, because one update takes about {_seconds(measured.update)} on this machine, the "
+        f"evaluation after it {_seconds(measured.look_s)}, and measuring these times took {_seconds(spent_s)}{fewer}",
+        *((larger,) if anyway or not n_fitting else (larger, start)),
     )
 
 

@@ -31,13 +31,14 @@ from holdfast.core.types import Ids, Mask, Rows
 from holdfast.doubts.protocol import AGAIN, probe_title
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.kinds.attack import fit_stage_of
-from holdfast.runs.harness.stage import Outline, Schedule, Stage, StageKind, StageOutline, certified_in
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Outline, Stage, StageKind, StageOutline, certified_in
 from holdfast.runs.harness.verdict import DISTANCES, GALLERY, NORMS, unattacked
 
 _CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
 
 
-def due_examples(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
+def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask | None:
     """Return the mask of the examples that a stage is run on, or None for the clean stage, which is run on all
     examples.
     """
@@ -47,7 +48,7 @@ def due_examples(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) 
     return due
 
 
-def only_tested(stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
+def only_tested(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask | None:
     """Return the mask of the certified examples, on which an attack of the suite is a short test of the certificates.
     None for other stages, and if every attack is run on every example.
     """

@@ -85,13 +85,17 @@ class Plan:
         if stage.member is None:
             return StageOutline(stage.name, stage.kind)
         plain_settings = settings(stage.member.attack)
-        aimed = self.threat.goal is not None
+        aimed, against = self.threat.goal is not None, stage.member.against
+        weighed: tuple[str, ...] = ()
+        if against is not None and against.weight:
+            weight = f"{against.weight:g} times what balances it with the classes"
+            weighed = (f"the detector's score weighs {weight}",)
         return StageOutline(
             stage.name,
             stage.kind,
             stage.member.name,
             plain_settings,
-            (*few_classes(plain_settings, classes, aimed=aimed), *_weighed(stage.member.against)),
+            (*few_classes(plain_settings, classes, aimed=aimed), *weighed),
             "".join(stage.earlier[:1]),
             stage.adaptive,
         )
@@ -161,13 +165,6 @@ def few_classes(attack_settings: Mapping[str, Any], classes: int, *, aimed: bool
     if targets >= classes:
         notes.append(f"{targets} targets were asked for; with {classes} classes there are {classes - 1}")
     return tuple(notes)
-
-
-def _weighed(against: Against | None) -> tuple[str, ...]:
-    """A note on the weight of the detector's score in an attack."""
-    if against is None or not against.weight:
-        return ()
-    return (f"the detector's score weighs {against.weight:g} times what balances it with the classes",)
 
 
 def refuse_unfitted(plan: Plan, *, fit: bool) -> None:

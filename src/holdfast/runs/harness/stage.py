@@ -78,29 +78,6 @@ class Work:
         return self.sets[0]
 
 
-class Schedule(Protocol):
-    """Protocol of the part of a plan that decides on which examples its stages are run."""
-
-    @property
-    def threat(self) -> ThreatModel:
-        """Threat model of the plan."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the random samples of examples."""
-
-    @property
-    def smallest(self) -> bool:
-        """Whether the attacks search for the smallest change that breaks an example."""
-
-    @property
-    def full(self) -> bool:
-        """Whether every attack is run on every correct example."""
-
-    def stages(self) -> Sequence["Stage"]:
-        """Return the stages of the plan in the order in which they run."""
-
-
 class StageKind(Protocol):
     """Base class of the kinds of stages of a measurement, such as the clean stage and the attacks of the suite."""
 
@@ -149,7 +126,7 @@ class StageKind(Protocol):
         return stage
 
     @abstractmethod
-    def due(self, stage: "Stage", plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask | None:
+    def due(self, stage: "Stage", plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask | None:
         """Return the mask of the examples on which a stage is run, or None if the stage does not depend on the results
         of earlier stages.
         """

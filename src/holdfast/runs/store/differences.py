@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.errors import TargetError
-from holdfast.runs.harness import KINDS
+from holdfast.runs.harness.kinds import KINDS
 from holdfast.threats.stored import threat_from_json
 
 MOST = 4

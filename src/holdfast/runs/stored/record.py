@@ -16,7 +16,9 @@ from holdfast.core.evidence import Columns, Cost, Doubt, DoubtState, Scope, Seco
 from holdfast.core.types import Access
 from holdfast.io.remote.sent import Totals
 from holdfast.reports.numbers import number, strict
-from holdfast.runs.harness import KINDS, Outline, Probes, StageOutline
+from holdfast.runs.harness.assembly import Probes
+from holdfast.runs.harness.kinds import KINDS
+from holdfast.runs.harness.stage import Outline, StageOutline
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import Split
 from holdfast.runs.store.forms import Count, Flag, Name, Real, Whole, distinct, required, validated

@@ -23,7 +23,8 @@ from holdfast.runs.assess.preparation import model_digest, small_eps_note, wide_
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.engine.identity import code_digest, hardware, versions
 from holdfast.runs.engine.resuming import repeatable
-from holdfast.runs.harness import Plan, Target
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.target import Target
 from holdfast.runs.stored.record import DOUBTS, DataCard, Division, Manifest, Other, Settings, outline_to_json
 
 _SAMPLE = 64

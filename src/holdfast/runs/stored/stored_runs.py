@@ -33,8 +33,8 @@ from holdfast.runs.assess.result import (
 )
 from holdfast.runs.assess.served_runs import totals_in
 from holdfast.runs.engine.ray_cluster import NODES
-from holdfast.runs.harness import FOUND, StageOutline
-from holdfast.runs.harness.assembly import joined_waves
+from holdfast.runs.harness.assembly import FOUND, joined_waves
+from holdfast.runs.harness.stage import StageOutline
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
     Chain,

@@ -23,19 +23,18 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import TRIGGERED, Columns, in_table
 from holdfast.core.guard import Aim
-from holdfast.core.meter import Metered, margin
+from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import AT_TIMES, Model
 from holdfast.core.names import slug
 from holdfast.core.per_example import without_missing
 from holdfast.core.pieces import Pieces
 from holdfast.core.remedies import OTHER_EXAMPLES
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Ids, Mask, PerExample
+from holdfast.core.types import Ids, Logits, Mask, PerExample
 from holdfast.runs.harness.stage import (
     Against,
     Member,
     Outline,
-    Schedule,
     Stage,
     StageKind,
     Work,
@@ -43,6 +42,7 @@ from holdfast.runs.harness.stage import (
     certified_in,
     suite_columns,
 )
+from holdfast.runs.harness.target import Target
 from holdfast.runs.harness.verdict import (
     DISTANCES,
     aimed,
@@ -79,7 +79,7 @@ class Fit(StageKind):
         """
         return []
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
         """Return None: the stage uses no example of the evaluation, because attacks are fitted on others."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
@@ -242,21 +242,24 @@ class AttackKind(StageKind, Protocol):
         batch = aimed(batch, threat)
         with target.repeatable(rng.at(int(batch.ids[0]))):
             x_adv, spent = returned(stage.attack, threat, target, batch, rng)
-            _, columns = verdict_of(plan, target, batch, x_adv)
+            logits, columns = verdict_of(plan, target, batch, x_adv)
             columns |= _at_random(stage, work, threat, batch, rng)
         columns |= {
             **cost_columns(spent),
-            **spent.items,
-            "dead": spent.dead,
+            **self.further(target, batch, logits, spent),
             **stored_inputs(plan, batch, x_adv, columns["success"], missed),
         }
         return {name: values.cpu() for name, values in columns.items()}
 
-    def threat(self, plan: "Plan") -> ThreatModel:
-        """Return the threat model under which an attack runs: that of the plan, or for minimum-norm attacks the same
-        without a limit eps.
+    def further(self, target: Target, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
+        """Return the columns of an attacked batch that this kind has in addition to the verdict, the cost and the
+        stored inputs. `logits` are those of the attacked inputs.
         """
-        return unlimited(plan.threat) if plan.smallest else plan.threat
+        return {**spent.items, "dead": spent.dead}
+
+    def threat(self, plan: "Plan") -> ThreatModel:
+        """Return the threat model under which an attack runs."""
+        return plan.threat
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
         """Return the columns of an attack for examples that were not attacked."""
@@ -292,6 +295,10 @@ class SuiteAttack(AttackKind):
     in_suite = True
     listed = "attacks"
 
+    def threat(self, plan: "Plan") -> ThreatModel:
+        """Return the threat model of the plan, for minimum-norm attacks without a limit eps."""
+        return unlimited(plan.threat) if plan.smallest else plan.threat
+
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stages of the attacks of the suite in their order, followed by those of the adaptive attacks.
 
@@ -317,7 +324,7 @@ class SuiteAttack(AttackKind):
         fit = [Stage(fit_stage_of(name), Fit(), member)] if isinstance(member.attack, Learned) else []
         return [*fit, *(Stage(stage_name, self, member, names[:k]) for k, stage_name in enumerate(names))]
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the examples that an attack is run on: the surviving ones or, if the plan requires a full
         measurement, all correct ones.
 
@@ -381,7 +388,7 @@ class SuiteAttack(AttackKind):
         return added
 
 
-def _tested(plan: Schedule, clean: Columns, certified: Mask) -> Mask:
+def _tested(plan: "Plan", clean: Columns, certified: Mask) -> Mask:
     """The random sample of the certified examples that are attacked as a test of their certificates."""
     tested = torch.zeros_like(certified)
     if certified.any():

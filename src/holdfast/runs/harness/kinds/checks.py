@@ -22,7 +22,7 @@ from holdfast.core.per_example import without_missing
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Mask
 from holdfast.runs.harness.kinds.attack import AttackKind
-from holdfast.runs.harness.stage import Schedule, Stage, StageKind, Work, table_of_stage
+from holdfast.runs.harness.stage import Stage, StageKind, Work, table_of_stage
 from holdfast.runs.harness.target import Target
 from holdfast.runs.harness.verdict import (
     aimed,
@@ -63,7 +63,7 @@ class AnswerChecks(AttackKind):
         searches = [member for member in plan.adaptive if isinstance(member.attack, Itemised)]
         return [Stage(f"{self.name}-{slug(m.name)}", self, m, adaptive=True) for m in searches]
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of a random sample of the correct examples."""
         clean = by_stage["clean"]
         due = torch.zeros_like(clean["correct"])
@@ -242,7 +242,7 @@ class GeometryTable(StageKind):
         """Return the stage that measures the geometry, if the plan contains it."""
         return [] if plan.geometry is None else [Stage(GEOMETRY, self)]
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
         """Return None, because the stage has examples of its own: the first ones of the data."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
@@ -300,7 +300,7 @@ class StatefulTable(StageKind):
         """Return the stage that evaluates the query detector, if the plan contains it."""
         return [] if plan.trials is None else [Stage(STATEFUL, self)]
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
         """Return None, because the stage has examples of its own: the first ones of the data."""
 
     def run(self, stage: Stage, work: Work) -> Columns:

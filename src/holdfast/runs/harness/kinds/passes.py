@@ -13,32 +13,24 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Cost
 from holdfast.core.guard import Aim, score
-from holdfast.core.meter import for_label, margin
+from holdfast.core.meter import Spent, for_label, margin
 from holdfast.core.names import slug
 from holdfast.core.pieces import Pieces, in_pieces
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Ids, Mask, PerExample
+from holdfast.core.types import Logits, Mask, PerExample
 from holdfast.doubts.answering import EVEN
 from holdfast.runs.harness.kinds.attack import AttackKind, unlimited
 from holdfast.runs.harness.stage import (
     Against,
     Member,
     Outline,
-    Schedule,
     Stage,
     StageKind,
     Work,
     evaluations,
 )
-from holdfast.runs.harness.verdict import (
-    aimed,
-    cost_columns,
-    digests,
-    returned,
-    stored_inputs,
-    verdict_of,
-    votes,
-)
+from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.verdict import digests, votes
 
 if TYPE_CHECKING:
     from holdfast.runs.harness.plan import Plan
@@ -54,7 +46,7 @@ class Clean(StageKind):
         """Return the stage that evaluates the model on the clean inputs, which every plan contains."""
         return [Stage("clean", self)]
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
         """Return None, which means all examples, because the model is evaluated on every clean input."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
@@ -138,7 +130,7 @@ class FixedPass(AttackKind):
         """Return the stage of the fixed PGD attack, if the plan contains it and the threat model permits gradients."""
         return [Stage(self.name, self, FIXED)] if plan.attacked and plan.threat.gives("gradients") else []
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return a mask that contains all examples, because the fixed PGD attack is run on every example."""
         return torch.ones_like(by_stage["clean"]["correct"])
 
@@ -152,24 +144,14 @@ class FixedPass(AttackKind):
                 pieces.add(self.piece(stage, work, piece, rng, missed))
         return pieces.columns()
 
-    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """Run the fixed PGD attack on one batch, and return as columns the judgement of its inputs, their class
-        probabilities and the cost.
-        """
-        plan, target = work.plan, work.target
-        batch = aimed(batch, plan.threat)
-        with target.repeatable(rng.at(int(batch.ids[0]))):
-            x_adv, spent = returned(stage.attack, plan.threat, target, batch, rng)
-            logits, columns = verdict_of(plan, target, batch, x_adv)
+    def further(self, target: Target, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
+        """Return confidence, entropy and margin of the class probabilities of the attacked inputs."""
         probabilities = for_label(logits[:, : target.classes], batch.y).softmax(1)
-        columns |= {
+        return {
             "confidence": probabilities.amax(1),
             "entropy": torch.special.entr(probabilities).sum(1),
             "probability_margin": margin(probabilities, batch.towards(None)),
-            **cost_columns(spent),
-            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
         }
-        return {name: values.cpu() for name, values in columns.items()}
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
         """Return columns with the results for clean inputs instead of those for attacked ones. They serve to check
@@ -206,7 +188,7 @@ class CurvePass(AttackKind):
         """Return one stage for each minimum-norm attack from which accuracy as a function of eps is computed."""
         return [Stage(f"curve-{k}-{slug(m.name)}", self, m) for k, m in enumerate(plan.curve, 1)]
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the correctly classified examples, on which the smallest change is searched for."""
         return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
 
@@ -252,29 +234,18 @@ class DetectorPass(AttackKind):
         """
         return [Stage(slug(m.name), self, m) for m in DETECTION if plan.detection]
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the examples for which no earlier attack on the detector has found a misclassified and
         undetected input.
         """
         return undetected(stage.aim, by_stage)
 
-    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """Run the attack on one batch, and return as columns its results and the scores of the detector for the
-        attacked inputs.
-
-        The score is inf for an attacked input that the network classifies correctly.
+    def further(self, target: Target, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
+        """Return the scores of the detector for the attacked inputs. The score is inf for an input that the network
+        classifies correctly.
         """
-        plan, target = work.plan, work.target
-        with target.repeatable(rng.at(int(batch.ids[0]))):
-            x_adv, spent = returned(stage.attack, plan.threat, target, batch, rng)
-            logits, columns = verdict_of(plan, target, batch, x_adv)
         wrong = ~(margin(logits[:, : target.classes], batch) > 0)
-        columns |= {
-            "score": torch.where(wrong, score(logits), torch.inf),
-            **cost_columns(spent),
-            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
-        }
-        return {name: values.cpu() for name, values in columns.items()}
+        return {"score": torch.where(wrong, score(logits), torch.inf)}
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
         """Return the columns for examples that were not attacked. Their detector score `score` is infinite, since no

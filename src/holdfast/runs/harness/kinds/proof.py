@@ -23,7 +23,6 @@ from holdfast.core.pieces import Pieces
 from holdfast.core.types import Ids, Inputs, Mask
 from holdfast.runs.harness.stage import (
     Outline,
-    Schedule,
     Stage,
     StageKind,
     Work,
@@ -55,7 +54,7 @@ class ProofKind(StageKind, Protocol):
     title: ClassVar[str] = "{}"
     listed: ClassVar[str] = "proofs"
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the undecided examples: correct when clean, not certified, and broken by no attack of the
         suite and no counterexample.
         """

@@ -18,7 +18,7 @@ from holdfast.core.pieces import in_pieces
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.runs.harness.kinds.attack import AttackKind
-from holdfast.runs.harness.stage import Member, Schedule, Stage, StageKind, Work, evaluations
+from holdfast.runs.harness.stage import Member, Stage, StageKind, Work, evaluations
 from holdfast.runs.harness.target import Target
 from holdfast.runs.harness.verdict import aimed, cost_columns, returned, stored_inputs, unattacked, verdict_of
 
@@ -50,7 +50,7 @@ class TransferMatrix(AttackKind):
         """Return the stage that measures the transfer between models, if the plan contains it."""
         return [Stage("transfer", self, MATRIX)] if plan.matrix else []
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> Mask:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of a random sample of the examples. With a target class, the sample contains only examples of
         other classes.
         """
@@ -170,7 +170,7 @@ class AcrossSets(StageKind):
         """Return the stage that transfers perturbations between data sets, if the plan contains it."""
         return [Stage("across", self, MATRIX)] if plan.across else []
 
-    def due(self, stage: Stage, plan: Schedule, by_stage: Mapping[str, Columns]) -> None:
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
         """Return None, because the transfer between data sets is measured on all of their inputs."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
