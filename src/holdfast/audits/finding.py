@@ -3,7 +3,7 @@ which it is computed.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -50,19 +50,6 @@ class Table:
     texts: bool = False
     """whether the columns after the first contain sentences instead of numbers, and are aligned left"""
 
-    def to_json(self) -> Json:
-        """Return the table as strict JSON."""
-        content: Json = strict(
-            {
-                "title": self.title,
-                "headings": list(self.headings),
-                "rows": [list(row) for row in self.rows],
-                "note": self.note,
-                "texts": self.texts,
-            }
-        )
-        return content
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -76,11 +63,6 @@ class Picture:
     """text below each image, which is also its text alternative"""
     together: int = 1
     """number of successive images that are to be compared, and are shown side by side"""
-
-    def to_json(self) -> Json:
-        """Return the texts as strict JSON."""
-        content: Json = strict({**vars(self), "captions": list(self.captions)})
-        return content
 
 
 def image_columns(images: Mapping[str, Tensor]) -> Columns:
@@ -107,6 +89,14 @@ def shown(picture: Mapping[str, Any], images: Tensor) -> Json:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A line of a curve, with its name and its points, whose values are from 0 to 1."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Curve:
     """Lines of a report on two logarithmic axes, such as the true-positive rate for each false-positive rate."""
 
@@ -115,25 +105,10 @@ class Curve:
     """name of the horizontal axis"""
     upward: str
     """name of the vertical axis"""
-    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]
-    """name and points of each line, with values from 0 to 1"""
+    lines: Sequence[Line]
     least: float
     """lowest value of both axes; lower values are drawn there"""
     note: str = ""
-
-    def to_json(self) -> Json:
-        """Return the curve as strict JSON."""
-        content: Json = strict(
-            {
-                "title": self.title,
-                "across": self.across,
-                "upward": self.upward,
-                "lines": [{"name": name, "points": [list(p) for p in points]} for name, points in self.lines],
-                "least": self.least,
-                "note": self.note,
-            }
-        )
-        return content
 
 
 def _bytes(image: Tensor) -> Tensor:
@@ -167,17 +142,8 @@ class Finding:
 
     def to_json(self) -> Json:
         """Return the finding as strict JSON."""
-        return {
-            "verdict": self.verdict,
-            "headline": self.headline,
-            "reasons": list(self.reasons),
-            "facts": strict(dict(self.facts)),
-            "metrics": {name: strict(vars(estimate)) for name, estimate in self.metrics.items()},
-            "tables": [table.to_json() for table in self.tables],
-            "pictures": [picture.to_json() for picture in self.pictures],
-            "curves": [curve.to_json() for curve in self.curves],
-            "limits": list(self.limits),
-        }
+        content: Json = strict(asdict(self))
+        return content
 
 
 def in_unit_range(images: Tensor, low: float, high: float) -> Tensor:

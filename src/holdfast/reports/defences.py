@@ -10,9 +10,8 @@ from holdfast.core.evidence import Table as StoredTable
 from holdfast.metrics.names import PERCENTS, at_percent
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent, strict
-from holdfast.reports.transfer import shown
 from holdfast.reports.tree import Cell, Paragraph, Section, Table
-from holdfast.reports.words import interval
+from holdfast.reports.words import estimate_cell, interval
 from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]
@@ -172,10 +171,7 @@ def detector_section(summary: Mapping[str, Any]) -> Section | None:
     cells = [
         (
             f"{rate} %",
-            *(
-                "–" if e is None else Cell(percent(e["value"]), (interval("attack_success_rate", e),))
-                for e in estimates
-            ),
+            *("–" if e is None else estimate_cell("attack_success_rate", e) for e in estimates),
         )
         for rate, estimates in rows
     ]
@@ -295,4 +291,4 @@ _EFFECTS = (
 
 
 def _success(share: Mapping[str, Any] | None) -> Cell | str:
-    return "–" if share is None else shown(share)
+    return "–" if share is None else estimate_cell("transfer_success", share)
