@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -124,7 +123,9 @@ def test_headline_is_one_plain_sentence():
         "the gate requires at least 50 %: fail."
     )
     assert made.summarised(evidence, "robust_accuracy >= 0.4")["headline"].endswith("at least 40 %: unclear.")
-    with_suite = replace(evidence, columns={**evidence.columns, "suite_success": evidence["success"]})
+    with_suite = dataclasses.replace(
+        evidence, columns={**evidence.columns, "suite_success": evidence["success"]}
+    )
     of_suite = made.summarised(with_suite, "suite_robust_accuracy >= 0.5")["headline"]
     assert "the gate requires at least 50 % suite robust accuracy: fail" in of_suite
     doubted = made.summarised(evidence, "robust_accuracy >= 0.3")

@@ -70,7 +70,12 @@ def image_columns(images: Mapping[str, Tensor]) -> Columns:
     as a report shows them. Tensors that are no images with 1 or 3 channels are left out.
     """
     stored = {
-        name: torch.stack([_bytes(shrunk(image.detach().cpu().float())) for image in each])
+        name: torch.stack(
+            [
+                (255 * shrunk(x.detach().cpu().float()).nan_to_num(0.5).clamp(0, 1)).round().byte()
+                for x in each
+            ]
+        )
         for name, each in images.items()
         if len(each) and each.dim() == 4 and each.shape[1] in (1, 3)
     }
@@ -109,10 +114,6 @@ class Curve:
     least: float
     """lowest value of both axes; lower values are drawn there"""
     note: str = ""
-
-
-def _bytes(image: Tensor) -> Tensor:
-    return (255 * image.nan_to_num(0.5).clamp(0, 1)).round().byte()
 
 
 def _enlarged(image: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.reports import tree
 from holdfast.reports.formats.csv import csv_text
 from holdfast.reports.formats.html import fragment
-from holdfast.reports.numbers import plain, strict
+from holdfast.reports.numbers import strict, value_text
 from holdfast.reports.terminal import as_lines
 from holdfast.reports.write import rendered, write
 
@@ -178,7 +178,7 @@ def _section(figure: Figure) -> tree.Section:
         bars = [(bar.label, tree.Cell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
         blocks.append(tree.Table(("name", "value"), bars, figure.alternative))
     if figure.tabular:
-        rows: list[tree.Row] = [[_text(value) for value in row] for row in figure.rows]
+        rows: list[tree.Row] = [[value_text(value) for value in row] for row in figure.rows]
         blocks.append(tree.Table(figure.headings, rows, figure.alternative))
     if figure.note:
         blocks.append(tree.Paragraph(figure.note))
@@ -187,9 +187,3 @@ def _section(figure: Figure) -> tree.Section:
     hidden = f" of the figure {figure.name}"
     blocks.append(tree.Group("Description and numbers", described, folded=True, hidden=hidden, depth="page"))
     return tree.Section(figure.title, blocks, depth="page")
-
-
-def _text(value: Cell) -> str:
-    if value is None:
-        return ""
-    return plain(value) if isinstance(value, float) else str(value)

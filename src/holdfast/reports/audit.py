@@ -7,7 +7,7 @@ from holdfast.core.catalogue import AUDITS
 from holdfast.core.names import line
 from holdfast.reports import tree
 from holdfast.reports.charts import LOOKS, rates
-from holdfast.reports.numbers import plain
+from holdfast.reports.numbers import value_text
 from holdfast.reports.words import VERDICTS, capitalized
 
 Json = Mapping[str, Any]
@@ -74,7 +74,7 @@ def _sections(content: Json) -> Iterator[tree.Section]:
     yield from (tree.Section(curve["title"], (_chart(curve),), depth="page") for curve in content["curves"])
     yield from (_pictures(picture) for picture in content["pictures"])
     for table in content["tables"]:
-        rows = [[_cell(cell) for cell in row] for row in table["rows"]]
+        rows = [[value_text(cell) for cell in row] for row in table["rows"]]
         texts = frozenset(range(1, len(table["headings"])) if table["texts"] else ())
         blocks: list[tree.Block] = [tree.Table(table["headings"], rows, texts=texts, depth="notebook")]
         blocks += [tree.Paragraph(table["note"])] if table["note"] else []
@@ -106,9 +106,3 @@ def _pictures(picture: Json) -> tree.Section:
     n = picture["together"]
     blocks = [tree.Pictures(images[start : start + n]) for start in range(0, len(images), n)]
     return tree.Section(picture["title"], blocks, depth="page")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return plain(value) if isinstance(value, float) else str(value)

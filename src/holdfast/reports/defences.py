@@ -30,9 +30,9 @@ BUDGET = 100
 _WORST = "the best of these for each example"  # rejected: each of the attacks had a rejected query
 
 
-def stateful_results(table: StoredTable) -> Json | None:
+def stateful_results(table: StoredTable | None) -> Json | None:
     """Return the results of the black-box attacks on a guard for the summary; None if no example was attacked."""
-    if not len(table):
+    if table is None or not len(table):
         return None
     names = [name for name in _ATTACKERS if f"{name}_with_broken" in table.columns]
     of_attacks = [_columns(table, name) for name in names]

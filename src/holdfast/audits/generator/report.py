@@ -91,8 +91,8 @@ def finding_of(measured: Measured) -> Finding:
         else ""
     )
     headline = (
-        f"{_share(copies.rate)} of the samples are copies of training examples "
-        f"({_beside(copies.rate, copies.held_out)}), {_share(copies.near)} are near copies "
+        f"{percent(copies.rate.value)} of the samples are copies of training examples "
+        f"({_beside(copies.rate, copies.held_out)}), {percent(copies.near.value)} are near copies "
         f"({_beside(copies.near, copies.near_held_out)}), and the Fréchet distance is {frechet.value:.3g} "
         f"({floor.value:.3g} for held-out examples){collapse}"
     )
@@ -122,12 +122,8 @@ def finding_of(measured: Measured) -> Finding:
     )
 
 
-def _share(estimate: Estimate) -> str:
-    return percent(estimate.value)
-
-
 def _beside(samples: Estimate, held_out: Estimate) -> str:
-    return f"{share_and_range(samples)[1]}; held-out examples: {_share(held_out)}"
+    return f"{share_and_range(samples)[1]}; held-out examples: {percent(held_out.value)}"
 
 
 def _on_copies(copies: Copies) -> str:
