@@ -15,7 +15,7 @@ from holdfast.adaptation.adapted import Adapted
 from holdfast.adaptation.journal import Adaptation, Step, open_journal
 from holdfast.api.annexes import Annex, annex_of
 from holdfast.audits.audit import AuditRequest, AuditResult, audited
-from holdfast.audits.finding import Curve, Finding, Picture, Table
+from holdfast.audits.finding import Curve, Finding, Line, Picture, Table
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
 from holdfast.explanation.explained import Explained, Figure, bars
@@ -133,7 +133,7 @@ def concluded(steps):
             Table(TEXT, (TEXT, TEXT), [(TEXT, TEXT)], texts=True),
         ),
         pictures=steps.pictures([Picture("picture", TEXT, (TEXT,))]),
-        curves=(Curve(TEXT, TEXT, TEXT, [(TEXT, [(0.1, 0.2), (1.0, 1.0)])], 0.01, TEXT),),
+        curves=(Curve(TEXT, TEXT, TEXT, [Line(TEXT, [(0.1, 0.2), (1.0, 1.0)])], 0.01, TEXT),),
         limits=(TEXT,),
     )
 

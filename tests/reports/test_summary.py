@@ -123,6 +123,11 @@ def test_headline_is_one_plain_sentence():
         "the gate requires at least 50 %: fail."
     )
     assert made.summarised(evidence, "robust_accuracy >= 0.4")["headline"].endswith("at least 40 %: unclear.")
+    with_suite = dataclasses.replace(
+        evidence, columns={**evidence.columns, "suite_success": evidence["success"]}
+    )
+    of_suite = made.summarised(with_suite, "suite_robust_accuracy >= 0.5")["headline"]
+    assert "the gate requires at least 50 % suite robust accuracy: fail" in of_suite
     doubted = made.summarised(evidence, "robust_accuracy >= 0.3")
     assert doubted["headline"].endswith("unclear, because of open doubts (black-box).")
     assert "doubts are open: black-box" in doubted["gates"][0]["message"]

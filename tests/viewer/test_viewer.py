@@ -23,8 +23,9 @@ from holdfast.metrics.names import METRICS
 from holdfast.rotation.pool.pool import Pool
 from holdfast.runs.stored.stored_runs import attacked_stages, run_entry
 from holdfast.server.audit_folder import AuditFolder
+from holdfast.server.worker_processes import bound_socket
 from holdfast.viewer.pages import NoPage, Site, explainer
-from holdfast.viewer.serving import export, listening, site_application
+from holdfast.viewer.serving import HOST, export, site_application
 from holdfast.viewer.shelf import Shelf
 
 pytest.importorskip("starlette")
@@ -305,7 +306,7 @@ def test_a_port_in_use_and_a_folder_that_is_none_are_refused(tmp_path):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         with pytest.raises(UsageError, match="choose another port"):
-            listening(busy.getsockname()[1])
+            bound_socket(HOST, busy.getsockname()[1])
     with pytest.raises(UsageError, match="is missing, or is a file"):
         Shelf(tmp_path / "none")
 

@@ -13,12 +13,10 @@ from holdfast.adaptation.journal import difference, is_adaptation, open_finished
 from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import is_audit, open_audit
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.monitoring.monitored import Source
+from holdfast.monitoring.watching import Alarm
 from holdfast.reports import monitoring
-from holdfast.reports.annex import (
-    FolderEvidence,
-    annex,
-    annex_report,
-)
+from holdfast.reports.annex import FolderEvidence, annex, annex_report
 from holdfast.reports.audit import headline
 from holdfast.reports.terminal import as_lines, body
 from holdfast.reports.tree import Report
@@ -172,22 +170,9 @@ def _adaptation(folder: Path, chains: Sequence[Path]) -> FolderEvidence:
     return FolderEvidence(str(folder), stored.server, "adaptation", "", {"folders": names}, statement)
 
 
-class _Named(TypedDict):
+class _Test(TypedDict):
     name: str
-
-
-class _Stream(_Named):
-    n: int
-
-
-class _Alarm(TypedDict):
-    after: int
-    signal: str
-    view: str
-
-
-class _Test(_Named):
-    alarm: _Alarm | None
+    alarm: Alarm | None
 
 
 class _Monitored(TypedDict):
@@ -196,8 +181,8 @@ class _Monitored(TypedDict):
     schema_version: Literal[1]
     verb: Literal["monitor"]
     model: str | None
-    stream: _Stream
-    reference: _Named
+    stream: Source
+    reference: Source
     decisive: list[str]
     tests: list[_Test]
 

@@ -124,9 +124,9 @@ def _audit_settings(settings: Harden) -> AuditGenerator:
     own = AuditGenerator.model_fields.keys() - {"split", "n", "sample"} | {"recipe", "budget"}
     if of_classifiers := settings.model_fields_set - own:
         name = min(of_classifiers)
-        shown = str(settings.threat) if name == "threat" else getattr(settings, name)
+        given = settings.model_dump(include={name})[name]
         raise UsageError(
-            f"{name} is {shown!r}, and the recipe {settings.recipe['use']} trains a generator, for "
+            f"{name} is {given!r}, and the recipe {settings.recipe['use']} trains a generator, for "
             f"which there is no such setting; leave {name} out"
         )
     shared = {

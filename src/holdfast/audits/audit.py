@@ -116,21 +116,9 @@ class AuditRequest:
 
     def manifest(self) -> Json:
         """Return the content of `run.json`, as it is read from there."""
-        hidden = {} if self.examples else {"examples": False}
-        config = strict(
-            {
-                "kind": self.kind,
-                "format": FORMAT,
-                "settings": dict(self.settings),
-                "seed": self.seed,
-                **hidden,
-            }
-        )
-        content: Json = json.loads(canonical(self._content(config)))
-        return content
-
-    def _content(self, config: Json) -> Json:
-        return {
+        config: Json = {"kind": self.kind, "format": FORMAT, "settings": self.settings, "seed": self.seed}
+        config = strict(config if self.examples else {**config, "examples": False})
+        content = {
             "verb": "audit",
             "digests": {
                 "config": digest(canonical(config)),
@@ -139,8 +127,8 @@ class AuditRequest:
                 "code": code_digest(),
             },
             "config": config,
-            "model": strict(dict(self.model)),
-            "data": strict(dict(self.data)),
+            "model": strict(self.model),
+            "data": strict(self.data),
             "notes": [*self.notes, *([] if self.examples else [_NO_PICTURES])],
             "versions": versions(),
             "hardware": hardware(torch.device(self.device)),
@@ -151,6 +139,8 @@ class AuditRequest:
                 "shards": [list(shard) for shard in self.shards],
             },
         }
+        read: Json = json.loads(canonical(content))
+        return read
 
 
 @dataclass(frozen=True)
@@ -404,6 +394,10 @@ def _shown_pictures(finding: Mapping[str, Any], source: Source) -> list[Json]:
     return [shown(picture, stage.columns[picture["name"]]) for picture in finding["pictures"]]
 
 
+_IDENTITY = ("model", "data", "config", "notes", "seed", "hardware", "versions")
+"""fields of `run.json` that reports contain"""
+
+
 def _content(
     manifest: Mapping[str, Any],
     about: Mapping[str, Any],
@@ -421,12 +415,6 @@ def _content(
         "gates": list(gates),
         "exit_code": exit_code(gate["verdict"] for gate in gates),
         "gate_verdict": overall([gate["verdict"] for gate in gates]) if gates else None,
-        "model": dict(manifest["model"]),
-        "data": dict(manifest["data"]),
-        "config": dict(manifest["config"]),
-        "notes": list(manifest["notes"]),
-        "seed": manifest["seed"],
-        "hardware": manifest["hardware"],
-        "versions": dict(manifest["versions"]),
+        **{key: manifest[key] for key in _IDENTITY},
         "created": str(about.get("created", "")),
     }

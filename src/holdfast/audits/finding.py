@@ -3,7 +3,7 @@ which it is computed.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -50,11 +50,6 @@ class Table:
     texts: bool = False
     """whether the columns after the first contain sentences instead of numbers, and are aligned left"""
 
-    def to_json(self) -> Json:
-        """Return the table as strict JSON."""
-        content: Json = strict(vars(self))
-        return content
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -69,23 +64,22 @@ class Picture:
     together: int = 1
     """number of successive images that are to be compared, and are shown side by side"""
 
-    def to_json(self) -> Json:
-        """Return the texts as strict JSON."""
-        content: Json = strict(vars(self))
-        return content
-
 
 def image_columns(images: Mapping[str, Tensor]) -> Columns:
     """Return the columns of the stage `PICTURES`: images by the names of their pictures, as bytes and at most as large
     as a report shows them. Tensors that are no images with 1 or 3 channels are left out.
     """
     stored = {
-        name: torch.stack([shrunk(image.detach().cpu().float()) for image in each])
+        name: torch.stack(
+            [
+                (255 * shrunk(x.detach().cpu().float()).nan_to_num(0.5).clamp(0, 1)).round().byte()
+                for x in each
+            ]
+        )
         for name, each in images.items()
         if len(each) and each.dim() == 4 and each.shape[1] in (1, 3)
     }
-    as_bytes = {name: (255 * x.nan_to_num(0.5).clamp(0, 1)).round().byte() for name, x in stored.items()}
-    return {"id": torch.arange(len(stored)), **as_bytes}
+    return {"id": torch.arange(len(stored)), **stored}
 
 
 def shown(picture: Mapping[str, Any], images: Tensor) -> Json:
@@ -100,6 +94,14 @@ def shown(picture: Mapping[str, Any], images: Tensor) -> Json:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A line of a curve, with its name and its points, whose values are from 0 to 1."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Curve:
     """Lines of a report on two logarithmic axes, such as the true-positive rate for each false-positive rate."""
 
@@ -108,17 +110,10 @@ class Curve:
     """name of the horizontal axis"""
     upward: str
     """name of the vertical axis"""
-    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]
-    """name and points of each line, with values from 0 to 1"""
+    lines: Sequence[Line]
     least: float
     """lowest value of both axes; lower values are drawn there"""
     note: str = ""
-
-    def to_json(self) -> Json:
-        """Return the curve as strict JSON."""
-        lines = [{"name": name, "points": points} for name, points in self.lines]
-        content: Json = strict({**vars(self), "lines": lines})
-        return content
 
 
 def _enlarged(image: Tensor) -> Tensor:
@@ -148,15 +143,8 @@ class Finding:
 
     def to_json(self) -> Json:
         """Return the finding as strict JSON."""
-        shown = {name: getattr(self, name) for name in ("tables", "pictures", "curves")}
-        return {
-            **vars(self),
-            "reasons": list(self.reasons),
-            "facts": strict(self.facts),
-            "metrics": {name: strict(vars(estimate)) for name, estimate in self.metrics.items()},
-            **{name: [part.to_json() for part in parts] for name, parts in shown.items()},
-            "limits": list(self.limits),
-        }
+        content: Json = strict(asdict(self))
+        return content
 
 
 def in_unit_range(images: Tensor, low: float, high: float) -> Tensor:

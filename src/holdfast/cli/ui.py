@@ -55,10 +55,11 @@ def ui(voice: Voice, folder: Path, port: int, exported: Path | None, *, trust_co
         n = export(Site(shelf, mode="files"), exported)
         voice.say(f"{n} files: {exported / 'index.html'}")
         return 0
+    from holdfast.server.worker_processes import bound_socket
     from holdfast.viewer.pages import explainer
-    from holdfast.viewer.serving import HOST, listening, serve_site
+    from holdfast.viewer.serving import HOST, serve_site
 
-    listener = listening(port)
+    listener = bound_socket(HOST, port)
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
     site = Site(shelf, explainer(trust_code=trust_code))
     serve_site(site, listener, lambda: voice.say(f"{folder} is shown at {address} until Ctrl-C"))

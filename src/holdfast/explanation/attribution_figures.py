@@ -8,18 +8,7 @@ from torch import Tensor
 
 from holdfast.core.texts import decoded, encoded
 from holdfast.core.types import Inputs
-from holdfast.explanation.attributions import (
-    Integrated,
-    default_window,
-    gradient,
-    has_gradients,
-    integrated_gradients,
-    logits_of_class,
-    occlusion,
-    rank_correlation,
-    smooth_gradient,
-    top_overlap,
-)
+from holdfast.explanation import attributions
 from holdfast.explanation.case import Case, grid_rows, listed, plane, signed_picture
 from holdfast.explanation.explained import Cell, Figure, bars
 from holdfast.reports.numbers import plain
@@ -40,16 +29,20 @@ def attribution_figures(case: Case) -> tuple[list[Figure], list[str]]:
     classes = case.batch.y.expand(len(inputs))
     baseline = case.baseline.expand_as(inputs)
     model, methods = case.target.quick, dict[str, Tensor]()
-    integrated: Integrated | None = None
-    if has_gradients(case.target.bare, inputs) and not inputs.isnan().any():
-        methods["gradient"] = gradient(model, inputs, classes)
-        methods["SmoothGrad"] = smooth_gradient(model, inputs, classes, smoothing_noise(case, inputs))
-        integrated = integrated_gradients(model, inputs, _start(case, inputs), classes)
+    integrated: attributions.Integrated | None = None
+    if attributions.has_gradients(case.target.bare, inputs) and not inputs.isnan().any():
+        methods["gradient"] = attributions.gradient(model, inputs, classes)
+        methods["SmoothGrad"] = attributions.smooth_gradient(
+            model, inputs, classes, smoothing_noise(case, inputs)
+        )
+        integrated = attributions.integrated_gradients(model, inputs, _start(case, inputs), classes)
         methods["integrated gradients"] = integrated.values
     else:
         reason = "The input has missing values" if inputs.isnan().any() else "The model gives no gradients"
         notes.append(f"{reason}, so gradient, SmoothGrad and integrated gradients are not shown.")
-    methods["occlusion"] = occlusion(model, inputs, baseline, classes, *default_window(inputs.shape[1:]))
+    methods["occlusion"] = attributions.occlusion(
+        model, inputs, baseline, classes, *attributions.default_window(inputs.shape[1:])
+    )
     figures = [_attribution_figure(case, methods, integrated)]
     if len(inputs) == 3:
         figures.append(_stability(methods))
@@ -84,7 +77,9 @@ def smoothing_noise(case: Case, inputs: Inputs) -> Tensor:
     return torch.stack([(spread * drawn).expand_as(inputs) for drawn in draws])
 
 
-def _attribution_figure(case: Case, methods: dict[str, Tensor], integrated: Integrated | None) -> Figure:
+def _attribution_figure(
+    case: Case, methods: dict[str, Tensor], integrated: attributions.Integrated | None
+) -> Figure:
     kinds = ("clean", "with noise", "after the change")[: len(next(iter(methods.values())))]
     pairs = [(name, k, kind) for name in methods for k, kind in enumerate(kinds)]
     alternative = f"For each of {', '.join(methods)}: attributions of the input {', '.join(kinds)}."
@@ -133,7 +128,7 @@ def _attribution_figure(case: Case, methods: dict[str, Tensor], integrated: Inte
     )
 
 
-def _completeness(case: Case, integrated: Integrated) -> str:
+def _completeness(case: Case, integrated: attributions.Integrated) -> str:
     """What integrated gradients explain, and which share of it they miss."""
     start = "the median of each column" if case.x.dim() == 2 else "an input of the lowest values"
     fixed = case.table is not None and bool(case.table.tensors.category.any())
@@ -150,10 +145,10 @@ def _stability(methods: dict[str, Tensor]) -> Figure:
     rows: tuple[tuple[str, float, float, float, float], ...] = tuple(
         (
             name,
-            rank_correlation(values[0], values[2]),
-            rank_correlation(values[0], values[1]),
-            top_overlap(values[0], values[2]),
-            top_overlap(values[0], values[1]),
+            attributions.rank_correlation(values[0], values[2]),
+            attributions.rank_correlation(values[0], values[1]),
+            attributions.top_overlap(values[0], values[2]),
+            attributions.top_overlap(values[0], values[1]),
         )
         for name, values in methods.items()
     )
@@ -201,7 +196,7 @@ def _word_effects(case: Case) -> Figure:
             continue
         without = [" ".join(words[:k] + words[k + 1 :]) for k in range(len(words))]
         points = encoded([*without, " ".join(words)], x.shape[1]).to(x)
-        logits = logits_of_class(case.target.bare, points, case.batch.y.expand(len(points)))
+        logits = attributions.logits_of_class(case.target.bare, points, case.batch.y.expand(len(points)))
         effects = (logits[-1] - logits[:-1]).tolist()
         rows += [(kind, word, effect) for word, effect in zip(words, effects, strict=True)]
     top = sorted(rows, key=lambda row: -abs(float(row[2] or 0)))[:_MOST_COLUMNS]

@@ -320,14 +320,6 @@ class Attacked:
         """Examples for which an adversarial input was found, inside the constraint or not."""
         return self.distance.isfinite()
 
-    def named(self, label: int) -> str:
-        """Return the name of a class."""
-        return self.about.name_of(label)
-
-    def called(self, label: int) -> str:
-        """Return a class for a sentence."""
-        return self.about.called(label)
-
 
 def attacked(
     target: Target, batch: Batch, threat: ThreatModel, about: About, known: Measured, rng: Draws

@@ -6,25 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from holdfast.reports import tree
 from holdfast.reports.formats.csv import csv_text
 from holdfast.reports.formats.html import fragment
-from holdfast.reports.numbers import plain, strict
+from holdfast.reports.numbers import strict, value_text
 from holdfast.reports.terminal import as_lines
-from holdfast.reports.tree import (
-    Block,
-    Code,
-    Facts,
-    Group,
-    Items,
-    Paragraph,
-    Picture,
-    Pictures,
-    Report,
-    Row,
-    Section,
-    Table,
-)
-from holdfast.reports.tree import Cell as BarCell
 from holdfast.reports.write import rendered, write
 
 Json = dict[str, Any]
@@ -54,7 +40,7 @@ class Figure:
     """names of the columns of `rows`"""
     rows: tuple[tuple[Cell, ...], ...]
     """the numbers of the figure"""
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[tree.Picture, ...] = ()
     bars: tuple[Bar, ...] = ()
     tabular: bool = False
     """whether the rows are shown as a table, and not only as CSV"""
@@ -117,16 +103,16 @@ class Explained:
         return tuple(figure.reason for figure in self.figures if figure.reason)
 
     @cached_property
-    def report(self) -> Report:
+    def report(self) -> tree.Report:
         """The explanation as a report."""
         lead = [
-            Group(title, (Items(texts),))
+            tree.Group(title, (tree.Items(texts),))
             for title, texts in (("Why", self.reasons), ("What you can do", self.advice))
             if texts
         ]
         sections = [_section(figure) for figure in self.figures]
-        sections += [Section("Notes", (Items(self.notes),))] if self.notes else []
-        sections += [Section("Explained", (Facts(self.facts),), depth="page")] if self.facts else []
+        sections += [tree.Section("Notes", (tree.Items(self.notes),))] if self.notes else []
+        sections += [tree.Section("Explained", (tree.Facts(self.facts),), depth="page")] if self.facts else []
         content = {
             "title": self.title,
             "sentence": self.sentence,
@@ -137,7 +123,7 @@ class Explained:
             "figures": [figure.to_json() for figure in self.figures],
         }
         headline = f"{self.title}: {self.sentence}"
-        return Report("explain", self.title, headline, content, sections, title=self.sentence, lead=lead)
+        return tree.Report("explain", self.title, headline, content, sections, title=self.sentence, lead=lead)
 
     def fragment(self, *, level: int = 2) -> str:
         """Return the explanation as HTML without a page around it, which needs the style sheet of reports.
@@ -184,26 +170,20 @@ def bars(labels: Sequence[str], values: Sequence[float], texts: Sequence[str]) -
     )
 
 
-def _section(figure: Figure) -> Section:
-    blocks: list[Block] = []
+def _section(figure: Figure) -> tree.Section:
+    blocks: list[tree.Block] = []
     if figure.pictures:
-        blocks.append(Pictures(figure.pictures, figure.alternative, figure.columns))
+        blocks.append(tree.Pictures(figure.pictures, figure.alternative, figure.columns))
     if figure.bars:
-        bars = [(bar.label, BarCell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
-        blocks.append(Table(("name", "value"), bars, figure.alternative))
+        bars = [(bar.label, tree.Cell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
+        blocks.append(tree.Table(("name", "value"), bars, figure.alternative))
     if figure.tabular:
-        rows: list[Row] = [[_text(value) for value in row] for row in figure.rows]
-        blocks.append(Table(figure.headings, rows, figure.alternative))
+        rows: list[tree.Row] = [[value_text(value) for value in row] for row in figure.rows]
+        blocks.append(tree.Table(figure.headings, rows, figure.alternative))
     if figure.note:
-        blocks.append(Paragraph(figure.note))
-    numbers = Code(figure.csv.splitlines(), f"Numbers of the figure {figure.name} as CSV")
-    described = (Paragraph(figure.alternative), numbers)
+        blocks.append(tree.Paragraph(figure.note))
+    numbers = tree.Code(figure.csv.splitlines(), f"Numbers of the figure {figure.name} as CSV")
+    described = (tree.Paragraph(figure.alternative), numbers)
     hidden = f" of the figure {figure.name}"
-    blocks.append(Group("Description and numbers", described, folded=True, hidden=hidden, depth="page"))
-    return Section(figure.title, blocks, depth="page")
-
-
-def _text(value: Cell) -> str:
-    if value is None:
-        return ""
-    return plain(value) if isinstance(value, float) else str(value)
+    blocks.append(tree.Group("Description and numbers", described, folded=True, hidden=hidden, depth="page"))
+    return tree.Section(figure.title, blocks, depth="page")

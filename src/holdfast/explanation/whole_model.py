@@ -261,7 +261,7 @@ def _sentence(case: Attacked, *, smooth: bool) -> str:
     if bool(case.hit.any()):
         (old, new), count = _pairs(case).most_common(1)[0]
         if count > 1:
-            pair = f"{case.called(old)} to {case.called(new)}"
+            pair = f"{case.about.called(old)} to {case.about.called(new)}"
             text += f"; the most frequent change is {pair} ({amount(count, 'examples')})"
     return text if smooth else f"{text}; the loss has plateaus with cliffs, a sign of masked gradients"
 
@@ -294,7 +294,7 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
     if bool(case.hit.any()) and case.target.classes > 2:
         (old, new), count = _pairs(case).most_common(1)[0]
         if count > 0.3 * int(case.hit.sum()) and count > 2:
-            pair = f"{case.called(old)} and {case.called(new)}"
+            pair = f"{case.about.called(old)} and {case.about.called(new)}"
             advice.append(f"Check the labels of {pair}, and add training examples between them.")
     if not advice:
         way = (
@@ -384,7 +384,7 @@ def _shares(case: Attacked, of: Labels, names: Mapping[int, str], name: str, nou
 
 
 def _classes(case: Attacked) -> Figure:
-    labels = {value: case.called(value) for value in set(case.batch.y.tolist())}
+    labels = {value: case.about.called(value) for value in set(case.batch.y.tolist())}
     return _shares(case, case.batch.y, labels, "classes", "class")
 
 
@@ -398,14 +398,15 @@ def _groups(case: Attacked, groups: Groups | None) -> list[Figure]:
 def _confusion(case: Attacked) -> Figure:
     """Which class becomes which."""
     pairs = _pairs(case)
-    rows = tuple((case.named(old), case.named(new), count) for (old, new), count in pairs.most_common())
+    rows = tuple(
+        (case.about.name_of(old), case.about.name_of(new), count) for (old, new), count in pairs.most_common()
+    )
     (old, new), count = pairs.most_common(1)[0]
-    of = sum(n for (label, _), n in pairs.items() if label == old)
+    of = amount(sum(n for (label, _), n in pairs.items() if label == old), "broken examples")
+    title = f"Under attack, {case.about.called(old)} becomes {case.about.called(new)} in {count} of {of}"
     return Figure(
         "confusion",
-        f"Under attack, {case.called(old)} becomes {case.called(new)} in {count} of {amount(of, 'broken examples')}"
-        if count > 1
-        else "No change from one class to another occurs twice",
+        title if count > 1 else "No change from one class to another occurs twice",
         f"{amount(len(rows), 'pairs')} of a label and the class predicted under attack, the most frequent first.",
         ("label", "becomes", "examples"),
         rows,
@@ -436,13 +437,13 @@ def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
             hit[members[torch.cdist(points[members], centres[cluster : cluster + 1])[:, 0].argmin()]]
         )
         (new, count), *_ = Counter(case.becomes[hit[members]].tolist()).most_common(1)
-        labels = Counter(case.named(label) for label in case.batch.y[hit[members]].tolist())
+        labels = Counter(case.about.name_of(label) for label in case.batch.y[hit[members]].tolist())
         shown = ", ".join(f"{label} ({n})" for label, n in labels.most_common(3))
         example = int(case.batch.ids[medoid])
-        rows.append((f"cluster {number}", len(members), case.called(new), count, shown, example))
+        rows.append((f"cluster {number}", len(members), case.about.called(new), count, shown, example))
         if case.about.examples and is_image(case.batch.x.shape[1:]):
-            caption = f"cluster {number}, example {example}: {case.named(int(case.batch.y[medoid]))}"
-            becomes = case.named(int(case.becomes[medoid]))
+            caption = f"cluster {number}, example {example}: {case.about.name_of(int(case.batch.y[medoid]))}"
+            becomes = case.about.name_of(int(case.becomes[medoid]))
             pictures += [
                 picture(case.batch.x[medoid], caption, case.target.bare),
                 picture(case.x_adv[medoid], f"{caption} becomes {becomes}", case.target.bare),

@@ -5,23 +5,9 @@ from typing import Any
 
 from holdfast.core.catalogue import AUDITS
 from holdfast.core.names import line
+from holdfast.reports import tree
 from holdfast.reports.charts import LOOKS, rates
-from holdfast.reports.numbers import plain
-from holdfast.reports.tree import (
-    Block,
-    Chart,
-    Check,
-    Facts,
-    Group,
-    Items,
-    Paragraph,
-    Picture,
-    Pictures,
-    Report,
-    Section,
-    Table,
-    Tone,
-)
+from holdfast.reports.numbers import value_text
 from holdfast.reports.words import VERDICTS, capitalized
 
 Json = Mapping[str, Any]
@@ -34,7 +20,7 @@ NOT_COMPUTED_AGAIN = (
     "the stored measurements; of the pictures only the digest is compared."
 )
 """sentence of reports with pictures"""
-_TONES: Mapping[str, Tone] = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
+_TONES: Mapping[str, tree.Tone] = {"flagged": "fail", "not flagged": "pass", "unclear": "unclear"}
 """tone of a report for each verdict"""
 
 
@@ -49,11 +35,11 @@ def failing_gate(content: Json) -> str:
     return AUDITS[content["kind"]].gate if flagged_without_gate else ""
 
 
-def audit_report(content: Json) -> Report:
+def audit_report(content: Json) -> tree.Report:
     """Return the report of an audit with the given content."""
     tone = _TONES[content["verdict"]]
     model, data = content["model"], content["data"]
-    return Report(
+    return tree.Report(
         verb="audit",
         about=f"audit {content['kind']} of {model['name']} on {data['name']}",
         headline=headline(content),
@@ -64,7 +50,9 @@ def audit_report(content: Json) -> Report:
         lead=[*_lead(content)],
         sections=[*_sections(content)],
         case=("audit", content["kind"]),
-        checks=[Check("gates", gate["gate"], gate["verdict"], gate["because"]) for gate in content["gates"]],
+        checks=[
+            tree.Check("gates", gate["gate"], gate["verdict"], gate["because"]) for gate in content["gates"]
+        ],
         properties={
             "verdict": content["verdict"],
             "seed": str(content["seed"]),
@@ -74,26 +62,26 @@ def audit_report(content: Json) -> Report:
     )
 
 
-def _lead(content: Json) -> Iterator[Block]:
+def _lead(content: Json) -> Iterator[tree.Block]:
     """The reasons for the verdict, and the gates."""
     gates = [f"{VERDICTS[g['verdict']][0]} {g['gate']}: {g['because']}" for g in content["gates"]]
     for title, texts in (("Why", content["reasons"]), ("Gates", gates)):
         if texts:
-            yield Group(title, (Items(texts),))
+            yield tree.Group(title, (tree.Items(texts),))
 
 
-def _sections(content: Json) -> Iterator[Section]:
-    yield from (Section(curve["title"], (_chart(curve),), depth="page") for curve in content["curves"])
+def _sections(content: Json) -> Iterator[tree.Section]:
+    yield from (tree.Section(curve["title"], (_chart(curve),), depth="page") for curve in content["curves"])
     yield from (_pictures(picture) for picture in content["pictures"])
     for table in content["tables"]:
-        rows = [[_cell(cell) for cell in row] for row in table["rows"]]
+        rows = [[value_text(cell) for cell in row] for row in table["rows"]]
         texts = frozenset(range(1, len(table["headings"])) if table["texts"] else ())
-        blocks: list[Block] = [Table(table["headings"], rows, texts=texts, depth="notebook")]
-        blocks += [Paragraph(table["note"])] if table["note"] else []
-        yield Section(table["title"], blocks, depth="notebook")
+        blocks: list[tree.Block] = [tree.Table(table["headings"], rows, texts=texts, depth="notebook")]
+        blocks += [tree.Paragraph(table["note"])] if table["note"] else []
+        yield tree.Section(table["title"], blocks, depth="notebook")
     for title, texts in (("What this does not show", content["limits"]), ("Notes", content["notes"])):
         if texts:
-            yield Section(title, (Items(texts),))
+            yield tree.Section(title, (tree.Items(texts),))
     identity = {
         **{
             name: f"{content[name]['name']}, digest {content[name]['digest'][:16]}"
@@ -102,25 +90,19 @@ def _sections(content: Json) -> Iterator[Section]:
         "seed": str(content["seed"]),
         "versions": ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
     }
-    yield Section("Audited", (Facts([*identity.items()]),), depth="page")
+    yield tree.Section("Audited", (tree.Facts([*identity.items()]),), depth="page")
 
 
-def _chart(curve: Json) -> Chart:
+def _chart(curve: Json) -> tree.Chart:
     drawings = rates(curve["lines"], curve["least"])
     names = [path.title for path in drawings[0][1].paths]
     lines = ", ".join(f"{name} ({LOOKS[place % 3]} line)" for place, name in enumerate(names))
     alternative = f"{curve['upward']} by {curve['across']}, on logarithmic axes."
-    return Chart(drawings, curve["across"], alternative, f"{curve['upward']}: {lines}. {curve['note']}")
+    return tree.Chart(drawings, curve["across"], alternative, f"{curve['upward']}: {lines}. {curve['note']}")
 
 
-def _pictures(picture: Json) -> Section:
-    images = [Picture(image["png"], image["caption"]) for image in picture["images"]]
+def _pictures(picture: Json) -> tree.Section:
+    images = [tree.Picture(image["png"], image["caption"]) for image in picture["images"]]
     n = picture["together"]
-    blocks = [Pictures(images[start : start + n]) for start in range(0, len(images), n)]
-    return Section(picture["title"], blocks, depth="page")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return plain(value) if isinstance(value, float) else str(value)
+    blocks = [tree.Pictures(images[start : start + n]) for start in range(0, len(images), n)]
+    return tree.Section(picture["title"], blocks, depth="page")

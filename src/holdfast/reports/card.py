@@ -3,24 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from holdfast.reports import tree
 from holdfast.reports.charts import LOOKS, epochs
 from holdfast.reports.comparison import signed
 from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size
 from holdfast.reports.run import shown_notes
-from holdfast.reports.tree import (
-    Block,
-    Cell,
-    Chart,
-    Code,
-    Facts,
-    Items,
-    Paragraph,
-    Report,
-    Row,
-    Section,
-    Table,
-)
-from holdfast.reports.words import SCOPES, interval, label, sentences, shown
+from holdfast.reports.words import SCOPES, estimate_cell, label, sentences
 from holdfast.statistics.intervals import CONFIDENCE
 
 _LINES = (("clean", "clean, held out"), ("robust", "attacked, held out"), ("accuracy", "training examples"))
@@ -89,17 +77,17 @@ def generalisation_note(generalisation: Mapping[str, Any], *, robust: bool = Tru
     )
 
 
-def card_report(card: Mapping[str, Any]) -> Report:
+def card_report(card: Mapping[str, Any]) -> tree.Report:
     """Return the card of a hardened model as a report."""
     names = compared_metrics(card)
     attacked = "certified_accuracy" not in names
-    return Report(
+    return tree.Report(
         verb="harden",
         about=card["name"],
         headline=" ".join(filter(None, (verdict_sentence(card), help_sentence(card)))),
         content=card,
         lead=(
-            Paragraph(
+            tree.Paragraph(
                 f"hardened against {card['threat']} with the recipe {card['recipe']}, {_why(card)}. Evaluated under "
                 f"{card['evaluated_under']}"
             ),
@@ -107,38 +95,43 @@ def card_report(card: Mapping[str, Any]) -> Report:
         sections=[
             _evaluation(card, names, attacked=attacked),
             _on_held_out(card, attacked=attacked),
-            Section("Training curve", (curve(card),)),
-            Section("Reservations", (Items([*_reservations(card)]),)),
+            tree.Section("Training curve", (curve(card),)),
+            tree.Section("Reservations", (tree.Items([*_reservations(card)]),)),
             *_follow_up(card),
-            Section("Load it, from the folder in which it was created", (Code([card["opened_by"]]),)),
-            Section(
-                "Created by",
-                (Code([card["command"] or "holdfast.harden(...)"]), Paragraph(_training_cost(card))),
+            tree.Section(
+                "Load it, from the folder in which it was created", (tree.Code([card["opened_by"]]),)
             ),
-            Section("Settings", (Facts([*_settings(card["settings"])]),)),
+            tree.Section(
+                "Created by",
+                (
+                    tree.Code([card["command"] or "holdfast.harden(...)"]),
+                    tree.Paragraph(_training_cost(card)),
+                ),
+            ),
+            tree.Section("Settings", (tree.Facts([*_settings(card["settings"])]),)),
         ],
     )
 
 
-def _evaluation(card: Mapping[str, Any], names: Sequence[str], *, attacked: bool) -> Section:
+def _evaluation(card: Mapping[str, Any], names: Sequence[str], *, attacked: bool) -> tree.Section:
     """The metrics of both models on the test examples."""
     before, after = card["before"], card["after"]
     suite = f", suite {after['suite']}" if attacked else ""
     head = f"on {after['n']:,} test examples{suite}"
-    blocks: list[Block] = [_sides(head, before["metrics"], after["metrics"], names)]
+    blocks: list[tree.Block] = [_sides(head, before["metrics"], after["metrics"], names)]
     if attacked and not _of_trigger(card):
-        blocks.append(Paragraph(f"robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}"))
-    return Section("Evaluation", blocks)
+        blocks.append(tree.Paragraph(f"robust accuracy is {SCOPES[card['scope']]}"))
+    return tree.Section("Evaluation", blocks)
 
 
-def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> Section:
+def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> tree.Section:
     """The metrics of both models on the held-out examples, which choose the checkpoint if the threat changes inputs."""
     held_out = card["held_out"]
     both = held_out["before"], held_out["after"]
-    gap = Paragraph(generalisation_note(card["generalisation"], robust=attacked))
+    gap = tree.Paragraph(generalisation_note(card["generalisation"], robust=attacked))
     if not attacked:
         head = f"on {held_out['n']:,} held-out training examples, which choose no checkpoint"
-        return Section("Held-out examples", (_sides(head, *both, _HELD_OUT[:1]), gap))
+        return tree.Section("Held-out examples", (_sides(head, *both, _HELD_OUT[:1]), gap))
     written = f"the checkpoint was written {checkpoint_text(card['chosen'], card['epochs'])}"
     error = f"{100 * held_out['standard_error']:.1f} percentage points"
     how = (
@@ -147,20 +140,20 @@ def _on_held_out(card: Mapping[str, Any], *, attacked: bool) -> Section:
         else "attacked by PGD with 20 steps (overestimates robustness)"
     )
     blocks = (
-        Paragraph(f"{written}, and is the best on held-out examples"),
+        tree.Paragraph(f"{written}, and is the best on held-out examples"),
         _sides(f"on {held_out['n']:,} held-out training examples, {how}", *both, _HELD_OUT),
-        Paragraph(f"the standard error of the robust accuracy after the training is {error}"),
+        tree.Paragraph(f"the standard error of the robust accuracy after the training is {error}"),
         gap,
     )
-    return Section("Held-out examples", blocks)
+    return tree.Section("Held-out examples", blocks)
 
 
-def curve(card: Mapping[str, Any]) -> Chart:
+def curve(card: Mapping[str, Any]) -> tree.Chart:
     """Return the chart of clean and robust accuracy over the epochs of a training, with the checkpoint."""
     looks = ", ".join(f"{name} ({look} line)" for (_, name), look in zip(_LINES, LOOKS, strict=True))
     caption = f"{looks}. The vertical line is the checkpoint."
     drawings = epochs(card["curve"], _LINES, card["chosen"]["epoch"])
-    return Chart(drawings, "epochs", "accuracy over the epochs", caption, file="curve.svg")
+    return tree.Chart(drawings, "epochs", "accuracy over the epochs", caption, file="curve.svg")
 
 
 def _reservations(card: Mapping[str, Any]) -> Iterator[str]:
@@ -184,10 +177,10 @@ def _reservations(card: Mapping[str, Any]) -> Iterator[str]:
     yield from _of_judging(card)
 
 
-def _follow_up(card: Mapping[str, Any]) -> Iterator[Section]:
+def _follow_up(card: Mapping[str, Any]) -> Iterator[tree.Section]:
     """The tables that the recipe measured after the training, if there are any."""
     for table in card.get("follow_up", {}).get("tables", ()):
-        yield Section(table["title"], (Table(table["columns"], table["rows"]),))
+        yield tree.Section(table["title"], (tree.Table(table["columns"], table["rows"]),))
 
 
 def _training_cost(card: Mapping[str, Any]) -> str:
@@ -217,16 +210,14 @@ def _training_cost(card: Mapping[str, Any]) -> str:
     return f"Training took {seconds} on {card['hardware']}, seed {card['seed']}{passes}."
 
 
-def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> Table:
+def _sides(
+    head: str, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]
+) -> tree.Table:
     """A table of the metrics of both models."""
-    rows: list[Row] = [
-        (
-            label(name),
-            *(Cell(shown(name, e["value"]), (interval(name, e),)) for e in (before[name], after[name])),
-        )
-        for name in names
+    rows: list[tree.Row] = [
+        (label(name), estimate_cell(name, before[name]), estimate_cell(name, after[name])) for name in names
     ]
-    return Table((head, "before", "after"), rows)
+    return tree.Table((head, "before", "after"), rows)
 
 
 def _of_judging(card: Mapping[str, Any]) -> list[str]:

@@ -105,51 +105,36 @@ def _rows(evidence: Evidence, undecided: int, broken: int) -> Iterator[Json]:
     if evidence.attacks:
         undecided -= by_attacks
         cost = sum((record.cost for record in evidence.attacks), Cost())
-        yield _entry(ATTACKS, "", n_attacked, 0, by_attacks, undecided, cost)
+        yield _row(replace(_NO_METHOD, name=ATTACKS, tried=n_attacked, cost=cost), by_attacks, undecided)
     for record in late:
         undecided -= record.certified + broke.get(record.stage, 0)
         yield _row(record, broke.get(record.stage, 0), undecided)
     elsewhere = broken - by_attacks - sum(broke.get(record.stage, 0) for record in evidence.proofs)
     if elsewhere:
-        yield _entry(OTHER, "", None, 0, elsewhere, undecided - elsewhere, None)
+        unknown = {"tried": None, "seconds": None, "cpu_seconds": None}
+        yield _row(replace(_NO_METHOD, name=OTHER), elsewhere, undecided - elsewhere) | unknown
+
+
+_NO_METHOD = ProofRecord("", "", {}, 0, 0, 0, 0, 0, 0, Cost())
+"""record of a row that is no method"""
 
 
 def _row(record: ProofRecord, broken: int, undecided: int) -> Json:
-    entry = _entry(record.name, record.stage, record.tried, record.certified, broken, undecided, record.cost)
-    return entry | {
+    return {
+        "name": record.name,
+        "stage": record.stage,
+        "tried": record.tried,
+        "certified": record.certified,
+        "broken": broken,
+        "undecided": undecided,
+        "seconds": strict(record.cost.wall_s),
+        "cpu_seconds": strict(record.cost.cpu_s),
+        "seconds_per_example": record.cost.wall_s / record.tried if record.tried else None,
         "settings": strict(record.settings),
         "confirmed": record.confirmed,
         "stopped": record.stopped,
         "subproblems": record.work,
         "batch": record.batch,
-    }
-
-
-def _entry(
-    name: str,
-    stage: str,
-    tried: int | None,
-    certified: int,
-    broken: int,
-    undecided: int,
-    cost: Cost | None,
-) -> Json:
-    seconds = None if cost is None else cost.wall_s
-    return {
-        "name": name,
-        "stage": stage,
-        "tried": tried,
-        "certified": certified,
-        "broken": broken,
-        "undecided": undecided,
-        "seconds": strict(seconds),
-        "cpu_seconds": None if cost is None else strict(cost.cpu_s),
-        "seconds_per_example": seconds / tried if tried and seconds is not None else None,
-        "settings": {},
-        "confirmed": 0,
-        "stopped": 0,
-        "subproblems": 0,
-        "batch": None,
     }
 
 

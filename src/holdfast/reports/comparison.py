@@ -3,6 +3,7 @@ changed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -10,30 +11,12 @@ from torch import Tensor
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence, Scope
 from holdfast.core.types import Mask
-from holdfast.metrics.comparisons import (
-    Pairs,
-    basis,
-    clean_accuracy_drop,
-    paired_examples,
-    regression,
-    robust_in_scope,
-)
+from holdfast.metrics import comparisons
 from holdfast.metrics.shares import Absent
+from holdfast.reports import words
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent, plain, strict
-from holdfast.reports.tree import Block, Cell, Facts, Group, Items, Report, Section, Table
-from holdfast.reports.words import (
-    FIRST,
-    SCOPES,
-    all_attacks_text,
-    amount,
-    interval,
-    label,
-    metric_cell,
-    shown,
-    threat_syntax,
-    without_redundant,
-)
+from holdfast.reports.tree import Facts, Group, Items, Report, Row, Section, Table
 from holdfast.statistics.intervals import CONFIDENCE, mcnemar
 
 Json = dict[str, Any]
@@ -54,17 +37,13 @@ def comparison(
 
     `summaries` are the summaries of the two runs. Raises `UsageError` if the runs have no examples in common.
     """
-    shared = paired_examples(first, second)
+    shared = comparisons.paired_examples(first, second)
     notes = _differences(*summaries, len(first), len(second), len(shared))
-    paired = {
-        "clean_accuracy": _paired(
-            (first["correct"], second["correct"]),
-            clean_accuracy_drop(first, second),
-            shared,
-        )
-    }
+    clean = first["correct"], second["correct"]
+    paired = {"clean_accuracy": _paired(clean, comparisons.clean_accuracy_drop(first, second), shared)}
     robust, flipped, scope, note = _robust(first, second, shared)
     notes.append(note)
+    sides = [summary["metrics"] for summary in summaries]
     content = {
         "schema_version": COMPARISON_VERSION,
         "verb": "compare",
@@ -77,29 +56,27 @@ def comparison(
         "paired": robust | paired,
         "flipped": flipped,
         "scope": scope,
-        "metrics": _side_by_side(*(summary["metrics"] for summary in summaries)),
+        "metrics": {name: [side.get(name) for side in sides] for name in dict.fromkeys(chain(*sides))},
         "notes": notes,
     }
-    content["survived"] = all_attacks_text(summaries[1]["threat"])
+    content["survived"] = words.all_attacks_text(summaries[1]["threat"])
     content["headline"] = comparison_headline(content)
     written: Json = strict(content)
     return written
 
 
-def _robust(first: Evidence, second: Evidence, shared: Pairs) -> tuple[Json, Json, Scope | None, str]:
+def _robust(
+    first: Evidence, second: Evidence, shared: comparisons.Pairs
+) -> tuple[Json, Json, Scope | None, str]:
     """The robust accuracies, the changed examples, the scope, and a note; empty if they are not comparable."""
     try:
-        scope = basis(first, second)
-        masks = robust_in_scope(first, scope), robust_in_scope(second, scope)
-        paired = {"robust_accuracy": _paired(masks, regression(first, second), shared)}
+        scope = comparisons.basis(first, second)
+        masks = comparisons.robust_in_scope(first, scope), comparisons.robust_in_scope(second, scope)
+        paired = {"robust_accuracy": _paired(masks, comparisons.regression(first, second), shared)}
     except Absent as absent:
         return {}, {}, None, f"robust accuracy is not compared: {absent.on_command_line()}"
-    note = f"robust accuracy is {SCOPES[scope].removeprefix('; ')}"
+    note = f"robust accuracy is {words.SCOPES[scope]}"
     return paired, _flipped(first, second, masks, shared), scope, note
-
-
-def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
-    return {name: [first.get(name), second.get(name)] for name in dict.fromkeys([*first, *second])}
 
 
 def shown_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
@@ -107,13 +84,13 @@ def shown_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str
     are left out.
     """
     sides = ({name: pair[k] for name, pair in content["metrics"].items() if pair[k]} for k in (0, 1))
-    names = {name for side in sides for name in without_redundant(side)}
+    names = {name for side in sides for name in words.without_redundant(side)}
     return {name: pair for name, pair in content["metrics"].items() if name in names}
 
 
 def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Return a warning if the threat models of two compared runs differ, or an empty string if they are equal."""
-    before, after = threat_syntax(first), threat_syntax(second)
+    before, after = words.threat_syntax(first), words.threat_syntax(second)
     if before == after:
         return ""
     return (
@@ -144,16 +121,15 @@ def comparison_headline(content: Mapping[str, Any]) -> str:
     outcome = f"survive {survived}" if metric == "robust_accuracy" else "are correct without any attack"
     shared = f"{count_text(content['n'])} shared {content['noun']}"
     sentence = f"Of {shared}, {after} {outcome} in the second run and {before} in the first"
-    interval = (
-        f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
-    )
+    level = f"{100 * content['confidence']:.0f} %"
+    ends = f"{level} interval {signed(change['low'])} to {signed(change['high'])}"
     contains_zero = number(change["low"]) <= 0 <= number(change["high"])
     significant = number(p) < 1 - content["confidence"]
     prefix = "" if significant else "no significant difference on these examples, "
     contains = "contains" if contains_zero else "does not contain"
     disagreement = f"; the interval {contains} 0, but the exact test decides"
     tested = f"exact McNemar p = {plain(p, 2)}{disagreement if significant == contains_zero else ''}"
-    return f"{sentence}: {prefix}{signed(change['value'])} points ({interval}, {tested})."
+    return f"{sentence}: {prefix}{signed(change['value'])} points ({ends}, {tested})."
 
 
 def percentage_points(change: Mapping[str, Any]) -> str:
@@ -169,7 +145,7 @@ def signed(share: float | str) -> str:
     return "0.0" if text in {"+0.0", "−0.0"} else text
 
 
-def _paired(judged: tuple[Mask, Mask], difference: Estimate, shared: Pairs) -> Json:
+def _paired(judged: tuple[Mask, Mask], difference: Estimate, shared: comparisons.Pairs) -> Json:
     before, after = judged[0][shared.first].bool(), judged[1][shared.second].bool()
     test = mcnemar(before, after)
     return {
@@ -182,7 +158,7 @@ def _paired(judged: tuple[Mask, Mask], difference: Estimate, shared: Pairs) -> J
     }
 
 
-def _flipped(first: Evidence, second: Evidence, robust: tuple[Mask, Mask], shared: Pairs) -> Json:
+def _flipped(first: Evidence, second: Evidence, robust: tuple[Mask, Mask], shared: comparisons.Pairs) -> Json:
     """The examples that survive in one run only, by their ids in both."""
     before, after = robust[0][shared.first].bool(), robust[1][shared.second].bool()
     ids = first["id"][shared.first], second["id"][shared.second]
@@ -207,11 +183,7 @@ def _run(summary: Mapping[str, Any]) -> Json:
         "seed": summary["seed"],
         "n": summary["n"],
         "verdict": summary["verdict"],
-        "open_doubts": [
-            doubt["name"]
-            for doubt in summary["doubts"]
-            if doubt["state"] == "raised" and doubt["name"] not in summary["accepted_doubts"]
-        ],
+        "open_doubts": words.open_doubts(summary),
     }
 
 
@@ -264,28 +236,20 @@ def _sections(content: Mapping[str, Any]) -> Iterator[Section]:
     )
     yield Section(f"On the shared {noun}", (paired,), lead, depth="notebook")
     if content["flipped"]:
-        flipped = [(words, content["flipped"][side]) for side, words in SIDES.items()]
-        facts = Facts([(words, f"{count_text(each['n'])}{_first_ids(each)}") for words, each in flipped])
+        flipped = [(text, content["flipped"][side]) for side, text in SIDES.items()]
+        facts = Facts([(text, f"{count_text(each['n'])}{_first_ids(each)}") for text, each in flipped])
         yield Section("Changed examples", (facts,), "numbers are source rows of the first run")
     yield Section("Runs", (_runs(content["runs"]),))
-    shown_metrics = shown_side_by_side(content)
-    first, others = (
-        [
-            (metric_cell(name), *(_both(name, estimate) for estimate in pair))
-            for name, pair in shown_metrics.items()
-            if (name in FIRST) is main
-        ]
-        for main in (True, False)
-    )
-    headings = ("metric", "first", "second")
-    blocks: list[Block] = [Table(headings, first, "metrics", depth="notebook")]
-    if others:
-        blocks.append(Group(amount(len(others), "more metrics"), (Table(headings, others),), folded=True))
+    rows: dict[str, Row] = {
+        name: (words.metric_cell(name), *(words.estimate_cell(name, e) if e else "–" for e in pair))
+        for name, pair in shown_side_by_side(content).items()
+    }
     lead = (
         f"for each run, on all of its examples, with {100 * content['confidence']:.0f} % intervals. The JSON report "
         "contains all metrics"
     )
-    yield Section("Metrics", blocks, lead, depth="notebook")
+    tables = words.metric_tables(("metric", "first", "second"), rows, "metrics")
+    yield Section("Metrics", tables, lead, depth="notebook")
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -298,15 +262,11 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> Table:
     return Table(("run", "first", "second"), rows, texts=frozenset({1, 2}))
 
 
-def _both(metric: str, estimate: Mapping[str, Any] | None) -> Cell | str:
-    return Cell(shown(metric, estimate["value"]), (interval(metric, estimate),)) if estimate else "–"
-
-
 def _paired_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     suite = content["scope"] == "suite only"
     return [
         (
-            label(f"suite_{name}" if suite and name == "robust_accuracy" else name),
+            words.label(f"suite_{name}" if suite and name == "robust_accuracy" else name),
             percent(row["first"]),
             percent(row["second"]),
             percentage_points(row["difference"]),

@@ -10,9 +10,8 @@ from holdfast.core.evidence import Table as StoredTable
 from holdfast.metrics.names import PERCENTS, at_percent
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent, strict
-from holdfast.reports.transfer import shown
 from holdfast.reports.tree import Cell, Paragraph, Section, Table
-from holdfast.reports.words import interval
+from holdfast.reports.words import estimate_cell, interval
 from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]
@@ -31,9 +30,9 @@ BUDGET = 100
 _WORST = "the best of these for each example"  # rejected: each of the attacks had a rejected query
 
 
-def stateful_results(table: StoredTable) -> Json | None:
+def stateful_results(table: StoredTable | None) -> Json | None:
     """Return the results of the black-box attacks on a guard for the summary; None if no example was attacked."""
-    if not len(table):
+    if table is None or not len(table):
         return None
     names = [name for name in _ATTACKERS if f"{name}_with_broken" in table.columns]
     of_attacks = [_columns(table, name) for name in names]
@@ -172,10 +171,7 @@ def detector_section(summary: Mapping[str, Any]) -> Section | None:
     cells = [
         (
             f"{rate} %",
-            *(
-                "–" if e is None else Cell(percent(e["value"]), (interval("attack_success_rate", e),))
-                for e in estimates
-            ),
+            *("–" if e is None else estimate_cell("attack_success_rate", e) for e in estimates),
         )
         for rate, estimates in rows
     ]
@@ -295,4 +291,4 @@ _EFFECTS = (
 
 
 def _success(share: Mapping[str, Any] | None) -> Cell | str:
-    return "–" if share is None else shown(share)
+    return "–" if share is None else estimate_cell("transfer_success", share)

@@ -8,22 +8,11 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import Table as StoredTable
+from holdfast.reports import tree
 from holdfast.reports.charts import bands
 from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import png
 from holdfast.reports.numbers import NOT_A_NUMBER_WORDS, number, plain, strict
-from holdfast.reports.tree import (
-    Block,
-    Cell,
-    Chart,
-    Gallery,
-    Group,
-    Paragraph,
-    Picture,
-    Pictures,
-    Section,
-    Table,
-)
 
 Json = dict[str, Any]
 
@@ -102,15 +91,15 @@ def _slice(grid: Tensor, label: int, classes: tuple[str, ...]) -> Json:
     }
 
 
-def section(results: Mapping[str, Any]) -> Section:
+def section(results: Mapping[str, Any]) -> tree.Section:
     """Return the section of the geometry of the decision boundary: distances, Lipschitz constants and slices."""
     unit, rows = results["unit"], results["rows"]
     n = f"{len(rows)} {unit}{'' if len(rows) == 1 else 's'}"
     lead = f"the decision boundary around the first {n}. Distances are in {results['norm']}"
-    table = Group(
-        "Distances and Lipschitz constants", (_distances(results), Paragraph(_distances_note(results)))
+    table = tree.Group(
+        "Distances and Lipschitz constants", (_distances(results), tree.Paragraph(_distances_note(results)))
     )
-    blocks: list[Block] = [*_band_chart(results), table]
+    blocks: list[tree.Block] = [*_band_chart(results), table]
     if rows[0]["slices"]:
         side = rows[0]["slices"][0]["side"]
         note = (
@@ -120,16 +109,16 @@ def section(results: Mapping[str, Any]) -> Section:
             "points or other directions is proved."
         )
         entries = [_slices(row, unit) for row in rows[:_MOST_SLICES]]
-        gallery = Gallery(entries, _MOST_SLICES, "slices", "page")
-        blocks.append(Group("Slices of the decision boundary", (Paragraph(note), gallery)))
-    return Section("Geometry", blocks, lead, "geometry", "Geometry", "page")
+        gallery = tree.Gallery(entries, _MOST_SLICES, "slices", "page")
+        blocks.append(tree.Group("Slices of the decision boundary", (tree.Paragraph(note), gallery)))
+    return tree.Section("Geometry", blocks, lead, "geometry", "Geometry", "page")
 
 
 _MOST_SLICES = 6
 """number of examples whose slices are shown"""
 
 
-def _band_chart(results: Mapping[str, Any]) -> Iterator[Chart]:
+def _band_chart(results: Mapping[str, Any]) -> Iterator[tree.Chart]:
     """The chart of the bounds of distances; none without a proved bound."""
     unit, rows = results["unit"], results["rows"]
     pairs = [(number(row["lower"]), number(row["upper"])) for row in rows]
@@ -145,10 +134,10 @@ def _band_chart(results: Mapping[str, Any]) -> Iterator[Chart]:
             "the table below."
         )
         axis = f"{unit}s, sorted by the proved distance"
-        yield Chart(drawings, axis, alternative, caption, "Distance to the decision boundary")
+        yield tree.Chart(drawings, axis, alternative, caption, "Distance to the decision boundary")
 
 
-def _distances(results: Mapping[str, Any]) -> Table:
+def _distances(results: Mapping[str, Any]) -> tree.Table:
     rows = []
     for row in results["rows"]:
         right = row["prediction"] == row["label"]
@@ -156,7 +145,7 @@ def _distances(results: Mapping[str, Any]) -> Table:
         upper = "–" if row["upper"] == "inf" else f"≤ {rounded_up(row['upper'])}"
         proved = (f"≥ {rounded_down(row['lower'])}", f"≤ {rounded_up(row['lipschitz_above'])}")
         lower, above = proved if results["proved"] else ("–", "–")
-        name = Cell(f"#{row['id']}", (f"{row['label']}, {beside}",))
+        name = tree.Cell(f"#{row['id']}", (f"{row['label']}, {beside}",))
         rows.append(
             (name, plain(row["margin"]), lower, upper, f"≥ {rounded_down(row['lipschitz_below'])}", above)
         )
@@ -168,7 +157,7 @@ def _distances(results: Mapping[str, Any]) -> Table:
         "Lipschitz constant, estimated",
         "Lipschitz constant, proved",
     )
-    return Table(headings, rows, extra=frozenset({1}))
+    return tree.Table(headings, rows, extra=frozenset({1}))
 
 
 def _distances_note(results: Mapping[str, Any]) -> str:
@@ -187,10 +176,10 @@ def _distances_note(results: Mapping[str, Any]) -> str:
     )
 
 
-def _slices(row: Mapping[str, Any], unit: str) -> Group:
+def _slices(row: Mapping[str, Any], unit: str) -> tree.Group:
     crossed = row["upper"] != "inf" and row["prediction"] == row["label"]
     pictures = [
-        Picture(
+        tree.Picture(
             each["picture"],
             each["plane"],
             f"Predicted classes around {unit} {row['id']} in the {each['plane']}: "
@@ -201,7 +190,7 @@ def _slices(row: Mapping[str, Any], unit: str) -> Group:
         )
         for each in row["slices"]
     ]
-    return Group(f"#{row['id']}, label {row['label']}", (Pictures(pictures, columns=2),))
+    return tree.Group(f"#{row['id']}, label {row['label']}", (tree.Pictures(pictures, columns=2),))
 
 
 def rounded_down(value: float | str, digits: int = 3) -> str:

@@ -88,6 +88,13 @@ def feature_value(value: float | str) -> str:
     return value if isinstance(value, str) and value not in NOT_A_NUMBER_WORDS else plain(value, 6)
 
 
+def value_text(value: str | float | None) -> str:
+    """Return a cell of a table of numbers and words as text: a float with a few digits, and None as an empty text."""
+    if value is None:
+        return ""
+    return plain(value) if isinstance(value, float) else str(value)
+
+
 def count_text(value: float | str) -> str:
     """Return a number, rounded to an integer, as text with thousands separators. NaN and infinity, which JSON contains
     as text, have the form of `plain`.

@@ -3,52 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports import certification, curves, defences, geometry, transfer
+from holdfast.reports import certification, curves, defences, geometry, transfer, tree, words
 from holdfast.reports.charts import staircases
 from holdfast.reports.curves import attack_sections, hardest
 from holdfast.reports.numbers import count_text, feature_value, number, percent, plain, seconds_text
-from holdfast.reports.tree import (
-    Block,
-    Changed,
-    Chart,
-    Check,
-    Code,
-    Doubts,
-    Facts,
-    Gallery,
-    Gate,
-    Gates,
-    Group,
-    Highlight,
-    Items,
-    Paragraph,
-    Picture,
-    Pictures,
-    Report,
-    Section,
-    ShownDoubt,
-    Table,
-)
-from holdfast.reports.words import (
-    FIRST,
-    amount,
-    capitalized,
-    condition_text,
-    grouped_doubts,
-    interval,
-    interval_of_gate,
-    is_share,
-    label,
-    main_metric,
-    metric_cell,
-    only_trained,
-    open_doubts,
-    shown,
-    shown_metrics,
-    shown_of_gate,
-    title,
-    verdict_of,
-)
 
 if TYPE_CHECKING:
     from holdfast.core.evidence import Columns
@@ -75,23 +33,25 @@ _NO_PROOF = (
 )
 
 
-def run_report(summary: Json, examples: "Columns | None" = None, later_gates: Sequence[Json] = ()) -> Report:
+def run_report(
+    summary: Json, examples: "Columns | None" = None, later_gates: Sequence[Json] = ()
+) -> tree.Report:
     """Return the report of a run with a summary. `later_gates` are gates that were judged after the run.
 
     `examples` are the columns of the evidence, for a format with a row for each example.
     """
-    training, (sign, verdict) = summary.get("training"), verdict_of(summary)
+    training, (sign, verdict) = summary.get("training"), words.verdict_of(summary)
     suite = f", suite {summary['suite']}" if summary["suite"] else ""
-    return Report(
+    return tree.Report(
         verb=summary["verb"],
         about=_about(summary),
         subtitle=f", {summary['threat']['constraint']}{suite}",
         headline=summary["headline"],
-        title=title(summary) if training is None else training["message"],
+        title=words.title(summary) if training is None else training["message"],
         content=summary,
         tone=summary["verdict"],
         badge=(sign, verdict),
-        verdict_first=only_trained(summary),
+        verdict_first=words.only_trained(summary),
         lead=_lead(summary),
         highlights=[*_highlights(summary)],
         sections=[*_sections(summary, later_gates)],
@@ -119,59 +79,61 @@ def shown_notes(summary: Json, *, verbose: bool = False) -> list[str]:
     return [note for note in notes if note not in in_doubts]
 
 
-def _lead(summary: Json) -> list[Block]:
+def _lead(summary: Json) -> list[tree.Block]:
     """The help for a training, and the accepted doubts."""
     training, accepted = summary.get("training"), summary["accepted_doubts"]
-    lead: list[Block] = []
+    lead: list[tree.Block] = []
     if training:
-        lead.append(Paragraph(f"{training['help']} {title(summary)}".strip(), depth="page"))
+        lead.append(tree.Paragraph(f"{training['help']} {words.title(summary)}".strip(), depth="page"))
     if accepted:
-        lead.append(Items([f"accepted doubt {name}: {why}" for name, why in accepted.items()], "page"))
+        lead.append(tree.Items([f"accepted doubt {name}: {why}" for name, why in accepted.items()], "page"))
     return lead
 
 
-def _highlights(summary: Json) -> Iterator[Highlight]:
-    metrics, main, gates = summary["metrics"], main_metric(summary), summary["gates"]
+def _highlights(summary: Json) -> Iterator[tree.Highlight]:
+    metrics, main, gates = summary["metrics"], words.main_metric(summary), summary["gates"]
     if main:
         value = metrics[main]
-        yield Highlight(
-            label(main), shown(main, value["value"]), (f"{_level(summary)} interval", interval(main, value))
+        yield tree.Highlight(
+            words.label(main),
+            words.shown(main, value["value"]),
+            (f"{_level(summary)} interval", words.interval(main, value)),
         )
     if "clean_accuracy" in metrics and main != "clean_accuracy":
-        yield Highlight(
+        yield tree.Highlight(
             "Clean accuracy", percent(metrics["clean_accuracy"]["value"]), ("without any attack",)
         )
     if not gates:
-        yield Highlight("Gate", "none set", ("set one with --gate",))
+        yield tree.Highlight("Gate", "none set", ("set one with --gate",))
     elif len(gates) == 1:
-        yield Highlight("Gate", "", (f"requires {condition_text(gates[0])}",), summary["verdict"])
+        yield tree.Highlight("Gate", "", (f"requires {words.condition_text(gates[0])}",), summary["verdict"])
     else:
         passed = sum(gate["verdict"] == "pass" for gate in gates)
-        yield Highlight("Gates", "", (f"{passed} of {len(gates)} pass",), summary["verdict"])
+        yield tree.Highlight("Gates", "", (f"{passed} of {len(gates)} pass",), summary["verdict"])
     yield from hardest(summary)
     if doubts := summary["doubts"]:
         clear = sum(doubt["state"] == "clear" for doubt in doubts)
-        n_open = len(open_doubts(summary)) or "none"
-        yield Highlight("Doubts", f"{n_open} open", (f"{clear} of {len(doubts)} clear",))
+        n_open = len(words.open_doubts(summary)) or "none"
+        yield tree.Highlight("Doubts", f"{n_open} open", (f"{clear} of {len(doubts)} clear",))
 
 
 def _level(summary: Json) -> str:
     return f"{100 * summary['confidence']:.0f} %"
 
 
-def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[Section]:
+def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[tree.Section]:
     """The sections in their order, without those for which nothing was measured."""
     noun = summary["noun"]
     if gates := [*summary["gates"], *later_gates]:
         lead = "a gate is decided by the whole interval, not by the value"
-        shown_gates = Gates([_gate(gate) for gate in gates])
-        yield Section("Gates", (shown_gates,), lead, "gates", "Gates", "notebook")
+        shown_gates = tree.Gates([_gate(gate) for gate in gates])
+        yield tree.Section("Gates", (shown_gates,), lead, "gates", "Gates", "notebook")
     if summary["certification"] is not None:
         yield certification.section(summary)
     yield from attack_sections(summary)
     if charts := [*_curves(summary)]:
         lead = f"the band is the {_level(summary)} interval of each point"
-        yield Section("Curves", charts, lead, "curves", "Curves", "page")
+        yield tree.Section("Curves", charts, lead, "curves", "Curves", "page")
     if summary.get("geometry"):
         yield geometry.section(summary["geometry"])
     if summary["per_class"]:
@@ -196,27 +158,27 @@ def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[Section]:
             "reasons why the measured robust accuracy may be too high. An open doubt changes a verdict from pass to "
             "unclear; it never improves a verdict"
         )
-        yield Section("Doubts", (_doubts(summary),), lead, "doubts", "Doubts", "notebook")
+        yield tree.Section("Doubts", (_doubts(summary),), lead, "doubts", "Doubts", "notebook")
     if summary["examples"]:
         yield _examples(summary)
     yield from _about_the_run(summary)
 
 
-def _gate(gate: Json) -> Gate:
+def _gate(gate: Json) -> tree.Gate:
     estimate, bound = gate["estimate"], gate["bound"]
     value, low, high = (number(estimate[key]) for key in ("value", "low", "high"))
-    drawn = is_share(gate["metric"]) and all(0 <= number(each) <= 1 for each in (low, high, bound))
-    return Gate(
-        condition_text(gate),
+    drawn = words.is_share(gate["metric"]) and all(0 <= number(each) <= 1 for each in (low, high, bound))
+    return tree.Gate(
+        words.condition_text(gate),
         gate["verdict"],
         gate["message"],
-        shown_of_gate(gate),
-        interval_of_gate(gate),
+        words.shown_of_gate(gate),
+        words.interval_of_gate(gate),
         (value, low, high, number(bound)) if drawn else None,
     )
 
 
-def _curves(summary: Json) -> Iterator[Block]:
+def _curves(summary: Json) -> Iterator[tree.Block]:
     threat, measured = summary["threat"], summary["curves"]
     unit = f"{threat['norm']}{', pixels' if threat['per'] == 'pixel' else ''}"
     for key, heading, axis, drawings, end in (
@@ -240,13 +202,13 @@ def _curves(summary: Json) -> Iterator[Block]:
         points = measured[key]
         at = plain(points[-1][key]) if key == "eps" else count_text(points[-1][key])
         fall = f"{percent(points[0]['value'])} {end.format(percent(points[-1]['value']), at)}"
-        yield Chart(drawings, axis, f"Accuracy falls from {fall}.", f"From {fall}.", heading)
+        yield tree.Chart(drawings, axis, f"Accuracy falls from {fall}.", f"From {fall}.", heading)
         rows = [
-            (plain(point[key]), percent(point["value"]), interval("accuracy", point))
+            (plain(point[key]), percent(point["value"]), words.interval("accuracy", point))
             for point in _every_nth(points)
         ]
-        table = Table((axis, "accuracy", "interval"), rows, heading)
-        yield Group(f"{heading}, as a table", (table,), folded=True)
+        table = tree.Table((axis, "accuracy", "interval"), rows, heading)
+        yield tree.Group(f"{heading}, as a table", (table,), folded=True)
 
 
 def _every_nth(rows: Sequence[Json]) -> list[Json]:
@@ -255,7 +217,7 @@ def _every_nth(rows: Sequence[Json]) -> list[Json]:
     return [*rows[::stride], *([rows[-1]] if rows and (len(rows) - 1) % stride else [])]
 
 
-def _classes(summary: Json) -> Section:
+def _classes(summary: Json) -> tree.Section:
     rows = summary["per_class"]
     worst = sorted(rows, key=lambda row: number(row["robust_accuracy"]["value"]))[:MOST_CLASS_ROWS]
     some = f"the {len(worst)} classes of lowest robust accuracy, of {len(rows)}"
@@ -265,53 +227,45 @@ def _classes(summary: Json) -> Section:
         else "clean and robust accuracy of each class, with the interval of the robust accuracy"
     )
     table = curves.accuracy_table("class", summary["noun"], sorted(worst, key=lambda row: int(row["class"])))
-    return Section("Classes", (table,), lead, "classes", "Classes", "page")
+    return tree.Section("Classes", (table,), lead, "classes", "Classes", "page")
 
 
-def metrics_section(summary: Json, addresses: Mapping[str, str] | None = None) -> Section:
+def metrics_section(summary: Json, addresses: Mapping[str, str] | None = None) -> tree.Section:
     """Return the section of the metrics: the main ones, and the others folded. `addresses` are those of the trends of
     metrics in the viewer.
     """
     links = addresses or {}
-    first, others = (
-        [
-            (
-                metric_cell(name, links.get(name, "")),
-                shown(name, e["value"]),
-                interval(name, e),
-                count_text(e["n"]),
-            )
-            for name, e in shown_metrics(summary).items()
-            if (name in FIRST) is main
-        ]
-        for main in (True, False)
-    )
-    headings = ("metric", "value", "interval", "n")
+    rows: dict[str, tree.Row] = {
+        name: (
+            words.metric_cell(name, links.get(name, "")),
+            words.shown(name, e["value"]),
+            words.interval(name, e),
+            count_text(e["n"]),
+        )
+        for name, e in words.shown_metrics(summary).items()
+    }
     level = f"metrics, {_level(summary)} intervals"
-    blocks: list[Block] = [Table(headings, first, level, depth="notebook")]
-    if others:
-        further = Table(headings, others, f"more {level}")
-        blocks.append(Group(amount(len(others), "more metrics"), (further,), folded=True))
+    tables = words.metric_tables(("metric", "value", "interval", "n"), rows, level, f"more {level}")
     lead = f"with {_level(summary)} intervals. Metrics whose attack did not run are omitted. JSON has all"
-    return Section("Metrics", blocks, lead, "metrics", "Metrics", "notebook")
+    return tree.Section("Metrics", tables, lead, "metrics", "Metrics", "notebook")
 
 
-def _doubts(summary: Json) -> Doubts:
+def _doubts(summary: Json) -> tree.Doubts:
     accepted, doubts = summary["accepted_doubts"], summary["doubts"]
 
-    def shown_doubt(doubt: Json) -> ShownDoubt:
+    def shown_doubt(doubt: Json) -> tree.ShownDoubt:
         texts = {key: doubt[key] for key in ("name", "state", "title", "message", "meaning", "advice")}
-        return ShownDoubt(**texts, accepted=accepted.get(doubt["name"]))
+        return tree.ShownDoubt(**texts, accepted=accepted.get(doubt["name"]))
 
-    calm = grouped_doubts(sorted(doubts, key=lambda doubt: _STATES.index(doubt["state"])))
-    return Doubts(
+    calm = words.grouped_doubts(sorted(doubts, key=lambda doubt: _STATES.index(doubt["state"])))
+    return tree.Doubts(
         [shown_doubt(doubt) for doubt in doubts if doubt["state"] == "raised"],
         [[shown_doubt(doubt) for doubt in group] for group in calm],
         [(doubt["name"], doubt["state"]) for doubt in doubts],
     )
 
 
-def _examples(summary: Json) -> Section:
+def _examples(summary: Json) -> tree.Section:
     examples = summary["examples"]
     notes = {
         "image": " The difference is amplified; grey means no change.",
@@ -323,72 +277,66 @@ def _examples(summary: Json) -> Section:
     if len(examples) > MOST_EXAMPLES:
         lead += f" The first {MOST_EXAMPLES} are shown; expand the line below for the others."
     entries = [example_group(example, summary["threat"]) for example in examples]
-    gallery = Gallery(entries, MOST_EXAMPLES)
-    return Section("Adversarial examples", (gallery,), lead, "examples", "Examples", "notebook")
+    gallery = tree.Gallery(entries, MOST_EXAMPLES)
+    return tree.Section("Adversarial examples", (gallery,), lead, "examples", "Examples", "notebook")
 
 
-def example_group(example: Json, threat: Json) -> Group:
+def example_group(example: Json, threat: Json) -> tree.Group:
     """Return a broken example: its inputs, its predictions and the size of the change."""
     becomes = f"{example['clean_prediction']} becomes {example['adversarial_prediction']}"
-    blocks: list[Block]
+    blocks: list[tree.Block]
     if example["kind"] == "image":
         at, times = example["id"], plain(example["amplified"])
-        blocks = [
-            Pictures(
-                (
-                    Picture(example["clean"], "clean", f"Clean input {at}", str(example["clean_prediction"])),
-                    Picture(
-                        example["perturbed"],
-                        "perturbed",
-                        f"Perturbed input {at}",
-                        str(example["adversarial_prediction"]),
-                    ),
-                    Picture(
-                        example["difference"],
-                        "difference",
-                        f"Difference of the two, amplified {times} times",
-                        f"× {times}",
-                    ),
-                ),
-                columns=3,
-                depth="notebook",
+        pictures = [
+            tree.Picture(example[name], name, alternative, value)
+            for name, alternative, value in (
+                ("clean", f"Clean input {at}", str(example["clean_prediction"])),
+                ("perturbed", f"Perturbed input {at}", str(example["adversarial_prediction"])),
+                ("difference", f"Difference of the two, amplified {times} times", f"× {times}"),
             )
         ]
+        blocks = [tree.Pictures(pictures, columns=3, depth="notebook")]
     elif example["kind"] == "text":
-        changed = f"{becomes}; {amount(example['changed'], 'words')} changed"
+        changed = f"{becomes}; {words.amount(example['changed'], 'words')} changed"
         parts = [(part["text"], part["clean"]) for part in example["parts"]]
-        blocks = [Paragraph(changed, "notebook"), Paragraph(f"clean: {example['clean']}"), Changed(parts)]
+        blocks = [
+            tree.Paragraph(changed, "notebook"),
+            tree.Paragraph(f"clean: {example['clean']}"),
+            tree.Changed(parts),
+        ]
     else:
         of = f"{count_text(example['changed'])} of {count_text(example['features'])} features changed"
         rows = [
             (change["feature"], feature_value(change["clean"]), feature_value(change["perturbed"]))
             for change in example["changes"]
         ]
-        table = Table(("feature", "clean", "perturbed"), rows, depth="notebook")
-        blocks = [Paragraph(f"{becomes}; {of}", "notebook"), table]
+        table = tree.Table(("feature", "clean", "perturbed"), rows, depth="notebook")
+        blocks = [tree.Paragraph(f"{becomes}; {of}", "notebook"), table]
     name = f"#{example['id']}, label {example['label']}"
-    return Group(name, [*blocks, *_how_broken(example, threat)])
+    return tree.Group(name, [*blocks, *_how_broken(example, threat)])
 
 
-def _how_broken(example: Json, threat: Json) -> Iterator[Paragraph]:
+def _how_broken(example: Json, threat: Json) -> Iterator[tree.Paragraph]:
     """The attack that broke an example, and the distances of both inputs unless they mean nothing."""
     measured = example["kind"] != "text" and threat["norm"] != "Table"
     unit = {"l0": f" {threat['l0_unit']}"}
     distances = [
-        f"{capitalized(norm)} {plain(distance)}{unit.get(norm, '')}"
+        f"{words.capitalized(norm)} {plain(distance)}{unit.get(norm, '')}"
         for norm, distance in example["distances"].items()
         if measured
     ]
     broken = [f"broken by {example['broken_by']}"] if example["broken_by"] else []
     if broken or distances:
-        yield Paragraph("; ".join([*broken, *([", ".join(distances)] if distances else [])]), "page")
+        yield tree.Paragraph("; ".join([*broken, *([", ".join(distances)] if distances else [])]), "page")
 
 
-def _about_the_run(summary: Json) -> Iterator[Section]:
+def _about_the_run(summary: Json) -> Iterator[tree.Section]:
     """The threat model, the limits of the result, the cost, and how the run is repeated."""
     threat, results = summary["threat"], summary["certification"]
-    about = Code([threat["constraint"]])
-    yield Section("Threat model", (about, Items(threat["description"])), "", "threat", "Threat", "page")
+    about = tree.Code([threat["constraint"]])
+    yield tree.Section(
+        "Threat model", (about, tree.Items(threat["description"])), "", "threat", "Threat", "page"
+    )
     certified = (
         "Robust accuracy under a suite is an upper bound of the true value: further attacks can lower it, but not "
         "raise it. Certified accuracy is a lower bound"
@@ -397,13 +345,18 @@ def _about_the_run(summary: Json) -> Iterator[Section]:
     )
     sampling = (
         "The intervals contain the sampling error only: the difference between the share among these "
-        f"{amount(summary['n'], summary['noun'])} and the share among all inputs of the same distribution. They do "
-        "not account for attacks that were not run."
+        f"{words.amount(summary['n'], summary['noun'])} and the share among all inputs of the same distribution. "
+        "They do not account for attacks that were not run."
     )
     notes = (*summary["notes"], *summary["served"].get("messages", ()))
-    limits = [_NO_PROOF if results is None else certified, sampling, _VALID_FOR, *map(capitalized, notes)]
-    yield Section("Limits of the result", (Items(limits),), "", "limits", "Limits", "page")
-    costs = Table(
+    limits = [
+        _NO_PROOF if results is None else certified,
+        sampling,
+        _VALID_FOR,
+        *map(words.capitalized, notes),
+    ]
+    yield tree.Section("Limits of the result", (tree.Items(limits),), "", "limits", "Limits", "page")
+    costs = tree.Table(
         ("part", "forwards", "backwards", "queries", "time", "CPU"),
         [
             (
@@ -415,11 +368,11 @@ def _about_the_run(summary: Json) -> Iterator[Section]:
         ],
         extra=frozenset({3, 5}),
     )
-    yield Section("Cost", (costs,), "", "cost", "Cost", "page")
+    yield tree.Section("Cost", (costs,), "", "cost", "Cost", "page")
     yield _repeat(summary)
 
 
-def _repeat(summary: Json) -> Section:
+def _repeat(summary: Json) -> tree.Section:
     run = summary["run"]
     facts = {
         "seed": str(summary["seed"]),
@@ -427,23 +380,26 @@ def _repeat(summary: Json) -> Section:
         **summary["versions"],
         **{f"{part} (SHA-256)": digest for part, digest in summary["hashes"].items()},
     }
-    blocks: list[Block] = [Code([summary["reproduce"]])] if summary["reproduce"] else []
-    blocks += [Facts([*facts.items()]), Group("The model", (card_facts(summary["model"]),), folded=True)]
+    blocks: list[tree.Block] = [tree.Code([summary["reproduce"]])] if summary["reproduce"] else []
     blocks += [
-        Group(f"Surrogate {place}", (card_facts(card),), folded=True)
+        tree.Facts([*facts.items()]),
+        tree.Group("The model", (card_facts(summary["model"]),), folded=True),
+    ]
+    blocks += [
+        tree.Group(f"Surrogate {place}", (card_facts(card),), folded=True)
         for place, card in enumerate(summary["surrogates"], 1)
     ]
-    blocks.append(Group("The data", (card_facts(summary["data"]),), folded=True))
+    blocks.append(tree.Group("The data", (card_facts(summary["data"]),), folded=True))
     if summary["details"]:
-        details = Items([capitalized(note) for note in summary["details"]])
-        blocks.append(Group("The attacks' copy of the model", (details,), folded=True))
+        details = tree.Items([words.capitalized(note) for note in summary["details"]])
+        blocks.append(tree.Group("The attacks' copy of the model", (details,), folded=True))
     lead = "the same command on the same files gives the same evidence"
-    return Section("Reproduce", blocks, lead, "repeat", "Reproduce", "page")
+    return tree.Section("Reproduce", blocks, lead, "repeat", "Reproduce", "page")
 
 
-def card_facts(about: Json) -> Facts:
+def card_facts(about: Json) -> tree.Facts:
     """Return the properties of a model or of data, without those that have parts or are empty."""
-    return Facts(
+    return tree.Facts(
         [
             (str(name).replace("_", " "), _value(value))
             for name, value in about.items()
@@ -461,20 +417,20 @@ def _value(value: Any) -> str:
     return plain(value, 6) if isinstance(value, int | float) else str(value)
 
 
-def _checks(summary: Json) -> Iterator[Check]:
+def _checks(summary: Json) -> Iterator[tree.Check]:
     """The test cases of the gates and doubts."""
     for gate in summary["gates"]:
-        text = f"{shown_of_gate(gate)}, interval {interval_of_gate(gate)}: {gate['message']}"
-        yield Check("gates", gate["condition"], gate["verdict"], text)
+        text = f"{words.shown_of_gate(gate)}, interval {words.interval_of_gate(gate)}: {gate['message']}"
+        yield tree.Check("gates", gate["condition"], gate["verdict"], text)
     for doubt in summary["doubts"]:
         name, state, text = doubt["name"], doubt["state"], doubt["message"] or doubt["title"]
         accepted = summary["accepted_doubts"].get(name)
         if state in ("clear", "answered"):
-            yield Check("doubts", name, "pass", text)
+            yield tree.Check("doubts", name, "pass", text)
         elif state == "raised" and accepted is not None:
-            yield Check("doubts", name, "pass", f"accepted because {accepted}. Measured: {text}")
+            yield tree.Check("doubts", name, "pass", f"accepted because {accepted}. Measured: {text}")
         else:
-            yield Check("doubts", name, "skipped", f"{state}: {text}")
+            yield tree.Check("doubts", name, "skipped", f"{state}: {text}")
 
 
 def _properties(summary: Json) -> dict[str, str]:

@@ -104,7 +104,7 @@ def _measured(evidence: Evidence) -> Json:
         "answer_checks": [strict(asdict(check)) for check in evidence.answer_checks],
         "certification": certification(evidence, threat["constraint"]),
         "geometry": _geometry(evidence, classes),
-        "query_detector": _query_detector(evidence),
+        "query_detector": stateful_results(evidence.tables.get("stateful")),
         "threat": {**threat, "unit": eps_unit(evidence.threat, evidence.model)},
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
@@ -114,7 +114,7 @@ def _measured(evidence: Evidence) -> Json:
         "served": dict(evidence.served),
         "curves": accuracy_curves(evidence),
         "per_class": per_class_to_json(evidence, classes),
-        "groups": _groups(evidence),
+        "groups": groups(evidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence),
         "other_data": [_bounded(card) for card in evidence.others],
@@ -126,11 +126,6 @@ def _measured(evidence: Evidence) -> Json:
     }
 
 
-def _groups(evidence: Evidence) -> Json | None:
-    """The accuracy of each group; None for a run without groups."""
-    return groups(evidence) if "group" in evidence else None
-
-
 def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
     """The geometry of the decision boundary; None if it was not measured."""
     table = evidence.tables.get("geometry")
@@ -140,12 +135,6 @@ def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
     # under L2 the better of two bounds counts for each example
     method = "crown or lipschitz" if norm == "L2" else "crown"
     return geometry_results(table, classes, norm=norm, unit=unit, method=method)
-
-
-def _query_detector(evidence: Evidence) -> Json | None:
-    """The attacks on the query detector of a guard; None if they were not run."""
-    table = evidence.tables.get("stateful")
-    return None if table is None else stateful_results(table)
 
 
 def _about(run: Mapping[str, Any]) -> Json:

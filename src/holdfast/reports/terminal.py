@@ -5,22 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
-from holdfast.reports.tree import (
-    Block,
-    Code,
-    Doubts,
-    Facts,
-    Gates,
-    Group,
-    Items,
-    Paragraph,
-    Report,
-    Section,
-    Table,
-    shown_in,
-    text_of,
-)
-from holdfast.reports.words import STATE_SIGNS, VERDICTS, sentences
+from holdfast.reports import tree
+from holdfast.reports.words import STATE_SIGNS, VERDICTS, sentences, uncapitalized
 
 if TYPE_CHECKING:
     from rich.table import Table as Grid
@@ -33,7 +19,7 @@ _LONGEST = 160
 """number of characters of a row of words that fits on a line where lines are not wrapped"""
 
 
-def verdict(report: Report, *, colour: bool) -> str:
+def verdict(report: tree.Report, *, colour: bool) -> str:
     """Return the verdict with its reason, a line for each gate, and the raised doubts, as text for a terminal."""
     from rich.text import Text
 
@@ -44,12 +30,12 @@ def verdict(report: Report, *, colour: bool) -> str:
         lines.append(begin, style=_STYLES[report.tone])
         lines.append(space)
     lines.append(f"{line(report.headline)}\n")
-    for gate in (gate for block in report.blocks(Gates) for gate in block.gates):
+    for gate in (gate for block in report.blocks(tree.Gates) for gate in block.gates):
         lines.append(f"  {VERDICTS[gate.verdict][0]} ", style=_STYLES[gate.verdict])
         lines.append(
             f"{gate.verdict}: requires {line(gate.text)}, measured {gate.measured}; {line(gate.reason)}\n"
         )
-    for doubt in (doubt for block in report.blocks(Doubts) for doubt in block.raised):
+    for doubt in (doubt for block in report.blocks(tree.Doubts) for doubt in block.raised):
         lines.append("  ▲ ", style="yellow")
         text = line(sentences(doubt.message or doubt.title))
         state = "open" if doubt.accepted is None else "accepted"
@@ -58,7 +44,7 @@ def verdict(report: Report, *, colour: bool) -> str:
     return as_string(lines, colour=colour, width=None)
 
 
-def body(report: Report, *, colour: bool, width: int | None = None, brief: bool = False) -> str:
+def body(report: tree.Report, *, colour: bool, width: int | None = None, brief: bool = False) -> str:
     """Return the sections of a report as text for a terminal, without its verdict. If `width` is None, lines are not
     wrapped. With `brief`, folded parts are left out, such as less important metrics; the other formats contain them.
     """
@@ -75,51 +61,50 @@ class _Page:
     def __init__(self, *, colour: bool, width: int | None, brief: bool) -> None:
         self.colour, self.width, self.brief = colour, width, brief
 
-    def section(self, section: Section) -> Iterator[str]:
-        if not shown_in("text", section.depth):
+    def section(self, section: tree.Section) -> Iterator[str]:
+        if not tree.shown_in("text", section.depth):
             return
-        beginning = f"{section.title[:1].lower()}{section.title[1:]}"
-        title = f"{beginning}: {section.lead}" if section.lead else section.title
+        title = f"{uncapitalized(section.title)}: {section.lead}" if section.lead else section.title
         first = True
         for block in section.blocks:
             for text in self.block(block, title):
-                heading = first and isinstance(block, Items | Facts | Paragraph)
+                heading = first and isinstance(block, tree.Items | tree.Facts | tree.Paragraph)
                 yield f"{line(section.title)}:\n{text}" if heading else text
                 first = False
 
-    def block(self, block: Block, title: str) -> Iterator[str]:
+    def block(self, block: tree.Block, title: str) -> Iterator[str]:
         """Yield a block as text. `title` is that of its section, for a table without one."""
-        if not shown_in("text", block.depth):
+        if not tree.shown_in("text", block.depth):
             return
         match block:
-            case Paragraph(text):
+            case tree.Paragraph(text):
                 yield as_string(cell(text), colour=self.colour, width=self.width).rstrip()
-            case Items(texts):
+            case tree.Items(texts):
                 yield as_lines(f"- {text}" for text in texts)
-            case Facts(pairs):
+            case tree.Facts(pairs):
                 yield as_lines(f"- {name}: {value}" for name, value in pairs)
-            case Code(lines):
+            case tree.Code(lines):
                 yield as_lines(lines)
-            case Table() if self.too_wide(block):
+            case tree.Table() if self.too_wide(block):
                 yield as_lines(_stacked(block))
-            case Table():
+            case tree.Table():
                 yield as_string(self.grid(block, title), colour=self.colour, width=self.width).rstrip()
-            case Doubts() if block.signs:
+            case tree.Doubts() if block.signs:
                 yield _signs(block)
-            case Group(inner, blocks) if not (self.brief and block.folded):
-                heading = f"{line(inner)}:\n" if blocks and not isinstance(blocks[0], Table) else ""
+            case tree.Group(inner, blocks) if not (self.brief and block.folded):
+                heading = f"{line(inner)}:\n" if blocks and not isinstance(blocks[0], tree.Table) else ""
                 for each in blocks:
                     for text in self.block(each, inner):
                         yield f"{heading}{text}"
                         heading = ""
 
-    def too_wide(self, table: Table) -> bool:
+    def too_wide(self, table: tree.Table) -> bool:
         """Whether a table of words has rows that do not fit on a line."""
         words = {*range(1, len(table.headings))} <= table.texts
-        longest = max((sum(len(text_of(cell)) for cell in row) for row in table.rows), default=0)
+        longest = max((sum(len(tree.text_of(cell)) for cell in row) for row in table.rows), default=0)
         return words and longest > (self.width or _LONGEST)
 
-    def grid(self, table: Table, title: str) -> "Grid":
+    def grid(self, table: tree.Table, title: str) -> "Grid":
         """A table of the report as a terminal table."""
         narrow = self.width is not None and self.width < _FULL_WIDTH
         places = [k for k in range(len(table.headings)) if not (narrow and k in table.extra)]
@@ -128,19 +113,19 @@ class _Page:
             if place in table.texts:
                 column.justify, column.no_wrap = "left", False
         for row in table.rows:
-            shown.add_row(*(cell(text_of(row[k])) for k in places))
+            shown.add_row(*(cell(tree.text_of(row[k])) for k in places))
         return shown
 
 
-def _stacked(table: Table) -> Iterator[str]:
+def _stacked(table: tree.Table) -> Iterator[str]:
     """The rows of a table with a line for each cell."""
     for name, *cells in table.rows:
-        yield text_of(name)
+        yield tree.text_of(name)
         for heading, cell in zip(table.headings[1:], cells, strict=True):
-            yield f"- {heading}: {text_of(cell)}"
+            yield f"- {heading}: {tree.text_of(cell)}"
 
 
-def _signs(doubts: Doubts) -> str:
+def _signs(doubts: tree.Doubts) -> str:
     """The names of the doubts, each with the sign of its state, and a legend."""
     names = "  ".join(f"{STATE_SIGNS[state]} {line(name)}" for name, state in doubts.signs)
     states = {state for _, state in doubts.signs}

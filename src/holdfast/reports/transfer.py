@@ -15,7 +15,7 @@ from holdfast.metrics.shares import Absent
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent
 from holdfast.reports.tree import Cell, Paragraph, Section, Table
-from holdfast.reports.words import interval
+from holdfast.reports.words import estimate_cell, interval
 from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]
@@ -53,7 +53,7 @@ def section(results: Mapping[str, Any], noun: str) -> Section:
         f"in a pass outside the suite, on {count_text(results['n'])} {noun}: share of those that a model classifies "
         "correctly and that the examples break; the first line is the accuracy on clean inputs"
     )
-    accuracy = [shown(own, "clean_accuracy") for own in results["accuracy"]]
+    accuracy = [estimate_cell("clean_accuracy", own) for own in results["accuracy"]]
     rows = [
         (
             row["computed_on"],
@@ -83,11 +83,6 @@ def _broken(share: Mapping[str, Any], *, framed: bool) -> Cell:
 def heat(share: Mapping[str, Any]) -> int:
     """Return the strength of the background of a share."""
     return round(10 * number(share["value"]))
-
-
-def shown(share: Mapping[str, Any], metric: str = METRIC) -> Cell:
-    """Return a share, such as the success rate of examples, with its interval."""
-    return Cell(percent(share["value"]), (interval(metric, share),))
 
 
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:

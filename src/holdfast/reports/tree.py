@@ -6,7 +6,7 @@ strangers; renderers escape them.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from holdfast.core.evidence import Columns
@@ -46,7 +46,6 @@ class Paragraph:
 
     text: str
     depth: Depth = "text"
-    kind: ClassVar[str] = "paragraph"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ class Items:
 
     texts: Sequence[str]
     depth: Depth = "text"
-    kind: ClassVar[str] = "items"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ class Facts:
 
     pairs: Sequence[tuple[str, str]]
     depth: Depth = "text"
-    kind: ClassVar[str] = "facts"
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,6 @@ class Table:
     texts: frozenset[int] = frozenset()
     """columns that contain words instead of numbers"""
     depth: Depth = "text"
-    kind: ClassVar[str] = "table"
 
     @property
     def heated(self) -> bool:
@@ -168,7 +164,6 @@ class Chart:
     file: str = ""
     """name of a picture of the chart in the folder of a Markdown document; empty without one"""
     depth: Depth = "page"
-    kind: ClassVar[str] = "chart"
 
 
 @dataclass(frozen=True)
@@ -198,7 +193,6 @@ class Pictures:
     columns: int = 0
     """number of pictures in a row; 0 for as many as fit"""
     depth: Depth = "page"
-    kind: ClassVar[str] = "pictures"
 
 
 @dataclass(frozen=True)
@@ -207,7 +201,6 @@ class Changed:
 
     parts: Sequence[tuple[str, str | None]]
     depth: Depth = "notebook"
-    kind: ClassVar[str] = "changed"
 
 
 @dataclass(frozen=True)
@@ -217,7 +210,6 @@ class Code:
     lines: Sequence[str]
     label: str = ""
     depth: Depth = "text"
-    kind: ClassVar[str] = "code"
 
 
 @dataclass(frozen=True)
@@ -239,7 +231,6 @@ class Gates:
 
     gates: Sequence[Gate]
     depth: Depth = "notebook"
-    kind: ClassVar[str] = "gates"
 
 
 @dataclass(frozen=True)
@@ -264,7 +255,6 @@ class Doubts:
     signs: Sequence[tuple[str, str]]
     """name and state of each doubt, in the order of reports"""
     depth: Depth = "notebook"
-    kind: ClassVar[str] = "doubts"
 
 
 @dataclass(frozen=True)
@@ -277,7 +267,6 @@ class Group:
     hidden: str = ""
     """continuation of the title for readers who do not see the page"""
     depth: Depth = "text"
-    kind: ClassVar[str] = "group"
 
 
 @dataclass(frozen=True)
@@ -289,7 +278,6 @@ class Gallery:
     """number of entries that are shown before the reader expands the others"""
     noun: str = "examples"
     depth: Depth = "notebook"
-    kind: ClassVar[str] = "gallery"
 
 
 Block = (

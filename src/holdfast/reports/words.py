@@ -9,7 +9,7 @@ from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on
 from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, PERTURBATIONS, UPPER_BOUNDS
 from holdfast.reports.numbers import count_text, number, percent, plain, size
-from holdfast.reports.tree import Cell
+from holdfast.reports.tree import Block, Cell, Group, Row, Table
 
 Json = dict[str, Any]
 
@@ -36,7 +36,7 @@ _BALLS = {
     "L2": "may change an input by a Euclidean length of at most {eps}",
     "L1": "may change an input by absolute changes that add up to at most {eps}",
     "Corruptions": "applies each common corruption, such as noise, blur or fog, once at severity {eps} of 5",
-    "L0": "may change at most {eps} values of an input, each to any legal value",
+    "L0": "may change at most {eps} {values}, each to any legal value",
     "TrainingSet": "may add or remove at most {eps} training examples, before the training",
 }
 
@@ -85,14 +85,9 @@ def label(metric: str) -> str:
     )
 
 
-def definition(metric: str) -> str:
-    """Return a text for reports that defines a metric, or an empty string for a metric of another package."""
-    return METRICS.get(metric, "")
-
-
 def metric_cell(metric: str, href: str = "") -> Cell:
-    """Return the name of a metric with its definition."""
-    return Cell(label(metric), about=capitalized(definition(metric)), href=href)
+    """Return the name of a metric with its definition, which is empty for a metric of another package."""
+    return Cell(label(metric), about=capitalized(METRICS.get(metric, "")), href=href)
 
 
 def is_share(metric: str) -> bool:
@@ -111,6 +106,25 @@ def interval(metric: str, estimate: Mapping[str, Any]) -> str:
     if low == high:
         return low
     return f"{low.removesuffix(' %')}–{high}" if high.endswith(" %") else f"{low} to {high}"
+
+
+def estimate_cell(metric: str, estimate: Mapping[str, Any]) -> Cell:
+    """Return a metric as a cell with its value and its interval."""
+    return Cell(shown(metric, estimate["value"]), (interval(metric, estimate),))
+
+
+def metric_tables(
+    headings: Sequence[str], rows: Mapping[str, Row], title: str, further: str = ""
+) -> list[Block]:
+    """Return the table of the main metrics, and the folded one of all others, from the rows of metrics by name.
+    `title` and `further` are the titles of the two.
+    """
+    first, others = ([row for name, row in rows.items() if (name in FIRST) is main] for main in (True, False))
+    blocks: list[Block] = [Table(headings, first, title, depth="notebook")]
+    if others:
+        heading = amount(len(others), "more metrics")
+        blocks.append(Group(heading, (Table(headings, others, further),), folded=True))
+    return blocks
 
 
 def shown_of_gate(gate: Mapping[str, Any]) -> str:
@@ -144,6 +158,11 @@ def amount(n: int, noun: str) -> str:
 def capitalized(sentence: str) -> str:
     """Return the text with its first letter in upper case."""
     return sentence[:1].upper() + sentence[1:]
+
+
+def uncapitalized(text: str) -> str:
+    """Return the text with its first letter in lower case, as inside a sentence."""
+    return text[:1].lower() + text[1:]
 
 
 def sentences(*parts: str) -> str:
@@ -286,13 +305,7 @@ def condition_text(gate: Mapping[str, Any]) -> str:
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
     at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
     reference = f" against the {gate['versus']}" if gate["versus"] else ""
-    return f"{comparison} {bound} {_in_sentence(gate['metric'])}{at}{reference}"
-
-
-def _in_sentence(metric: str) -> str:
-    """The name of a metric inside a sentence."""
-    name = label(metric)
-    return name[:1].lower() + name[1:]
+    return f"{comparison} {bound} {uncapitalized(label(gate['metric']))}{at}{reference}"
 
 
 def open_doubts(summary: Mapping[str, Any]) -> list[str]:
@@ -331,13 +344,13 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
     """Return the reason for the verdict of a gate in words, such as the position of the confidence interval relative to
     the threshold.
     """
-    interval_text = interval_of_gate(gate)
-    return f"{_because(gate, interval_text, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
+    scope = f"; {SCOPES[gate['scope']]}" if gate["scope"] else ""
+    return f"{_because(gate, interval_of_gate(gate), doubts)}{scope}"
 
 
 SCOPES: Mapping[str, str] = {
-    "every pass": "; compared by the adversarial examples of every pass, because both runs have the same passes",
-    "suite only": "; compared by the suites' own robust accuracies, because the runs do not have the same passes",
+    "every pass": "compared by the adversarial examples of every pass, because both runs have the same passes",
+    "suite only": "compared by the suites' own robust accuracies, because the runs do not have the same passes",
 }
 """Text on which adversarial examples count in a comparison of two runs, for each scope."""
 
@@ -402,8 +415,7 @@ def _meaningless(summary: Mapping[str, Any]) -> str:
     doubts = {doubt["name"]: doubt for doubt in summary["doubts"]}
     ranks = {name: doubt_test(name).meaningless for name in open_doubts(summary)}
     meaningless = sorted(filter(ranks.get, ranks), key=ranks.__getitem__)
-    title = str(doubts[meaningless[0]]["title"]) if meaningless else ""
-    return title[:1].lower() + title[1:]
+    return uncapitalized(str(doubts[meaningless[0]]["title"])) if meaningless else ""
 
 
 def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
@@ -413,15 +425,16 @@ def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
     present = [verdict for verdict, n in counted.items() if n]
     if len(present) == 1:
         return f"{'both' if len(gates) == 2 else f'all {len(gates)}'} gates {verbs[present[0]][1]}"
-    parts = [f"{counted[verdict]} {verbs[verdict][counted[verdict] > 1]}" for verdict in present]
-    count, _, rest = parts[0].partition(" ")
-    return f"{count} of {len(gates)} gates {rest}, {', '.join(parts[1:])}: {present[0]}"
+    (first, verb), *others = ((verdict, verbs[verdict][counted[verdict] > 1]) for verdict in present)
+    rest = ", ".join(f"{counted[verdict]} {other}" for verdict, other in others)
+    return f"{counted[first]} of {len(gates)} gates {verb}, {rest}: {first}"
 
 
 def _brief(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """The claim without the name of the metric if the sentence already contains it."""
-    text, metric = condition_text(gate), main_metric(summary)
-    return text.removesuffix(f" {_in_sentence(metric)}") if metric else text
+    """The claim, without the name of the metric if the sentence already contains it and the claim ends with it."""
+    stated = gate["metric"] == main_metric(summary) and gate["eps"] is None and not gate["versus"]
+    text = condition_text(gate)
+    return text.removesuffix(f" {uncapitalized(label(gate['metric']))}") if stated else text
 
 
 def _limited(kind: str, limits: Mapping[str, Any]) -> str:
@@ -454,9 +467,8 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
     elif eps == float("inf"):
         change = f"looks for the smallest change in {threat['norm']} that breaks the model, of any size"
     else:
-        change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count_text(eps))
-        if threat["per"] == "pixel":
-            change = change.replace("values of an input", "pixels of an image")
+        values = "pixels of an image" if threat["per"] == "pixel" else "values of an input"
+        change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count_text(eps), values=values)
     goal = threat["goal"]
     aim = "any wrong class" if goal is None else f"class {goal}; no other class counts as success"
     budget = query_budget(threat) or "any number of queries"

@@ -29,21 +29,7 @@ from holdfast.runs.stored.run_forms import consistent
 from holdfast.runs.stored.stored_runs import Comparison, open_run
 from holdfast.server.asgi import style_sheet
 from holdfast.server.audit_folder import verify_audit
-from holdfast.viewer.outcomes import (
-    ANY,
-    HEIGHT,
-    KINDS,
-    WIDTH,
-    Attempt,
-    attempts,
-    broken_by,
-    broken_not,
-    class_text,
-    kinds,
-    pairs,
-    trend_csv,
-    trends,
-)
+from holdfast.viewer import outcomes
 from holdfast.viewer.shelf import Item, Shelf, fingerprint
 
 Explain = Callable[[Result, int], str]
@@ -80,7 +66,7 @@ class _Opened:
     """A run that was read, with what each attack did."""
 
     result: Result
-    tried: list[Attempt]
+    tried: list[outcomes.Attempt]
     rows: Mapping[int, int]
     """row of each example by its id"""
 
@@ -176,9 +162,9 @@ class Site:
         metrics = list(dict.fromkeys(name for item in runs for name, _ in item.metrics))
         if not runs or (metric not in metrics and any(item.checked for item in runs)):
             raise NoPage
-        found, model = trends(runs, metric), runs[0].entry.model if runs[0].entry else ""
+        found, model = outcomes.trends(runs, metric), runs[0].entry.model if runs[0].entry else ""
         if csv_only:
-            return Page(csv_text(trend_csv(found, metric)), CSV)
+            return Page(csv_text(outcomes.trend_csv(found, metric)), CSV)
         return self._filled(
             f"trend/{key}/{metric}",
             "site-trend.html.j2",
@@ -188,7 +174,7 @@ class Site:
             metric=metric,
             metrics=metrics,
             trends=found,
-            size=(WIDTH, HEIGHT),
+            size=(outcomes.WIDTH, outcomes.HEIGHT),
             waiting=sum(not item.checked for item in runs if item.entry and item.entry.finished),
         )
 
@@ -266,7 +252,7 @@ class Site:
                     result = open_run(item.path)
                     result.summary()  # pages show it
                 rows = {int(example): row for row, example in enumerate(result.evidence["id"])}
-                known = self._opened[item.id] = state, _Opened(result, attempts(result), rows)
+                known = self._opened[item.id] = state, _Opened(result, outcomes.attempts(result), rows)
             self._opened.move_to_end(item.id)
             if len(self._opened) > _KEPT:
                 self._opened.popitem(last=False)
@@ -296,8 +282,12 @@ class Site:
     def _run(self, item: Item, opened: _Opened) -> Page:
         summary, stages = opened.result.summary(), [each.stage for each in opened.tried]
         counts = {
-            by: {but: int(broken_not(opened.tried, by, but).sum()) for but in ("", *stages) if but != by}
-            for by in (ANY, *stages)
+            by: {
+                but: int(outcomes.broken_not(opened.tried, by, but).sum())
+                for but in ("", *stages)
+                if but != by
+            }
+            for by in (outcomes.ANY, *stages)
             if stages
         }
         path, key = f"run/{item.id}", model_key(item.entry.model if item.entry else "")
@@ -342,18 +332,18 @@ class Site:
 
     def _examples(self, item: Item, opened: _Opened, by: str, but: str) -> Page:
         try:
-            mask = broken_not(opened.tried, by, but)
+            mask = outcomes.broken_not(opened.tried, by, but)
         except (KeyError, RuntimeError) as error:
             raise NoPage from error
         rows = mask.nonzero()[:, 0].tolist()
         evidence, names = opened.result.evidence, opened.names
-        breakers = broken_by(evidence)
+        breakers = outcomes.broken_by(evidence)
         shown = [
             {
                 "id": int(evidence["id"][row]),
-                "label": class_text(evidence, int(evidence["y"][row])),
-                "clean": class_text(evidence, int(evidence["prediction"][row])),
-                "attacked": class_text(evidence, int(evidence["adversarial_prediction"][row])),
+                "label": outcomes.class_text(evidence, int(evidence["y"][row])),
+                "clean": outcomes.class_text(evidence, int(evidence["prediction"][row])),
+                "attacked": outcomes.class_text(evidence, int(evidence["adversarial_prediction"][row])),
                 "by": breakers[row],
                 "outcomes": [each.outcome(row) for each in opened.tried],
             }
@@ -383,14 +373,14 @@ class Site:
         summary = opened.result.summary()
         stored = next((each for each in summary["examples"] if each["id"] == number), None)
         facts = {
-            "label": class_text(evidence, int(evidence["y"][row])),
-            "prediction when clean": class_text(evidence, int(evidence["prediction"][row])),
+            "label": outcomes.class_text(evidence, int(evidence["y"][row])),
+            "prediction when clean": outcomes.class_text(evidence, int(evidence["prediction"][row])),
             "margin when clean": float(evidence["margin"][row]),
-            "outcome": kinds(evidence)[row],
-            "broken by": broken_by(evidence)[row],
+            "outcome": outcomes.kinds(evidence)[row],
+            "broken by": outcomes.broken_by(evidence)[row],
         }
         if facts["broken by"]:
-            facts["prediction when attacked"] = class_text(
+            facts["prediction when attacked"] = outcomes.class_text(
                 evidence, int(evidence["adversarial_prediction"][row])
             )
             norms = ("linf", "l2", "l1", "l0") if evidence.threat.constraint.in_input_units else ()
@@ -435,7 +425,7 @@ class Site:
         try:
             runs = [self.open(item).result for item in (first, second)]
             with consistent(first.path):
-                shared = pairs(runs[0].evidence, runs[1].evidence)
+                shared = outcomes.pairs(runs[0].evidence, runs[1].evidence)
                 content = Comparison(*runs).summary()
         except (HoldfastError, OSError) as error:
             return self._failed(second, str(error))
@@ -452,7 +442,7 @@ class Site:
             return Page(csv_text([heading, *(list(asdict(pair).values()) for pair in shared)]), CSV)
         counts = Counter((pair.first, pair.second) for pair in shared)
         chosen = tuple(wanted.split("-"))
-        if wanted and (len(chosen) != 2 or not set(chosen) <= set(KINDS)):
+        if wanted and (len(chosen) != 2 or not set(chosen) <= set(outcomes.KINDS)):
             raise NoPage
         listed = [pair for pair in shared if (pair.first, pair.second) == chosen] if wanted else []
         return self._filled(
@@ -463,7 +453,7 @@ class Site:
             second=second,
             s=content,
             counts=counts,
-            kinds=KINDS,
+            kinds=outcomes.KINDS,
             chosen=chosen if wanted else (),
             n=len(listed),
             rows=listed[:MOST_ROWS],
@@ -496,15 +486,15 @@ class Site:
         start, opened = f"run/{item.id}", self.open(item)
         yield from (f"{start}/report", f"{start}/examples.csv")
         stages = [each.stage for each in opened.tried]
-        for by in (ANY, *stages) if stages else ():
+        for by in (outcomes.ANY, *stages) if stages else ():
             yield f"{start}/examples/{by}"
-            others = [but for but in stages if but != by and broken_not(opened.tried, by, but).any()]
+            others = [but for but in stages if but != by and outcomes.broken_not(opened.tried, by, but).any()]
             yield from (f"{start}/examples/{by}/{but}" for but in others)
         yield from (f"{start}/example/{number}" for number in sorted(self._exported(opened)))
         for other in self._partners(item):
             pair = f"compare/{other.id}/{item.id}"
             yield from (pair, f"{pair}/examples.csv")
-            yield from (f"{pair}/{a}-{b}" for a in KINDS for b in KINDS)
+            yield from (f"{pair}/{a}-{b}" for a in outcomes.KINDS for b in outcomes.KINDS)
 
 
 def model_key(name: str) -> str:
@@ -538,13 +528,13 @@ def _is_id(text: str, opened: _Opened) -> bool:
 
 def _all_examples(opened: _Opened) -> list[list[Any]]:
     """All examples of a run with the outcome of each attack, as rows of a table with a heading."""
-    evidence, outcomes = opened.result.evidence, kinds(opened.result.evidence)
-    breakers = broken_by(evidence)
+    evidence, of_examples = opened.result.evidence, outcomes.kinds(opened.result.evidence)
+    breakers = outcomes.broken_by(evidence)
     rows: list[list[Any]] = [["id", "label", "outcome", "broken by", *opened.names.values()]]
     for number, row in opened.rows.items():
-        label = class_text(evidence, int(evidence["y"][row]))
+        label = outcomes.class_text(evidence, int(evidence["y"][row]))
         attacked = [each.outcome(row) for each in opened.tried]
-        rows.append([number, label, outcomes[row], breakers[row], *attacked])
+        rows.append([number, label, of_examples[row], breakers[row], *attacked])
     return rows
 
 

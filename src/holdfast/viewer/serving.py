@@ -17,7 +17,6 @@ from holdfast.core.errors import UsageError
 from holdfast.runs.store.files import usable
 from holdfast.server.asgi import UvicornServer, page_headers
 from holdfast.server.requests import HostNames, Refused
-from holdfast.server.worker_processes import bound_socket
 from holdfast.viewer.pages import NoPage, Site
 
 
@@ -83,11 +82,6 @@ def site_application(site: Site) -> Starlette:
 
     handlers: dict[Any, Any] = {HTTPException: refused, Exception: refused}
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET"])], exception_handlers=handlers)
-
-
-def listening(port: int) -> socket.socket:
-    """Return a socket that listens on the loopback interface. Raises `UsageError` if the port is in use."""
-    return bound_socket(HOST, port)
 
 
 def serve_site(site: Site, listener: socket.socket, started: Callable[[], None] = lambda: None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.audits.finding import AuditVerdict, Curve, Finding, Picture, Table, in_unit_range
+from holdfast.audits.finding import AuditVerdict, Curve, Finding, Line, Picture, Table, in_unit_range
 from holdfast.audits.membership import references, scores
 from holdfast.audits.membership.references import Design
 from holdfast.core.estimate import Estimate
@@ -247,12 +247,12 @@ def _curve(results: Results, n_others: int) -> Curve:
     grid = [10 ** (math.log10(least) * (1 - k / (_POINTS - 1))) for k in range(_POINTS)]
     usable = [fpr for fpr in grid if fpr * n_others >= 1]
     names = dict.fromkeys((results.headline, "loss" if not results.labels else results.headline))
-    lines = [(name, [(fpr, results.mean_rate(name, fpr)) for fpr in usable]) for name in names]
+    lines = [Line(name, [(fpr, results.mean_rate(name, fpr)) for fpr in usable]) for name in names]
     return Curve(
         "Share of the training examples that are found",
         "false-positive rate",
         "true-positive rate",
-        [*lines, ("chance", [(fpr, fpr) for fpr in usable])],
+        [*lines, Line("chance", [(fpr, fpr) for fpr in usable])],
         least,
         f"Below {scores.EXPECTED / n_others:.2g}, fewer than {scores.EXPECTED} false positives are expected.",
     )

@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from holdfast.core.names import line
 from holdfast.reports import numbers, words
-from holdfast.reports.tree import Chart, Report, shown_in, text_of
+from holdfast.reports.tree import Block, Chart, Report, shown_in, text_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -75,6 +76,8 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # the type of a block, as in `b is table`
+    environment.tests |= {kind.__name__.lower(): _is_a(kind) for kind in get_args(Block)}
     environment.filters |= {
         "percent": numbers.percent,
         "plain": numbers.plain,
@@ -93,6 +96,10 @@ def _environment() -> "Environment":
         "in_notebook": lambda depth: shown_in("notebook", depth),
     }
     return environment
+
+
+def _is_a(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def _printable_value(value: Any) -> Any:

@@ -8,52 +8,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
 from holdfast.core.names import line
-from holdfast.reports.tree import (
-    Block,
-    Changed,
-    Chart,
-    Code,
-    Doubts,
-    Facts,
-    Gallery,
-    Gates,
-    Group,
-    Items,
-    Paragraph,
-    Report,
-    Section,
-    Table,
-    shown_in,
-    text_of,
-)
+from holdfast.reports import tree
 from holdfast.reports.words import VERDICTS, capitalized, sentences
 
 # `@` and `#` are included, because they would mention users and issues on GitHub
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 
-def render(report: Report, file: TextIO) -> None:
+def render(report: tree.Report, file: TextIO) -> None:
     """Write a report as GitHub-flavoured Markdown, in which text from users is escaped."""
     file.write(document(report))
 
 
-def document(report: Report) -> str:
+def document(report: tree.Report) -> str:
     """Return a report as GitHub-flavoured Markdown, in which text from users is escaped."""
     begin = f"{' '.join(report.badge)}: " if report.badge else ""
     lines = [f"**{escaped(report.caution)}**", ""] if report.caution else []
     lines += [f"## {escaped(capitalized(f'{begin}{report.about}'))}", "", escaped(report.headline), ""]
-    lines += _blocks(block for block in report.lead if shown_in("text", block.depth))
+    lines += _blocks(block for block in report.lead if tree.shown_in("text", block.depth))
     for section in report.sections:
         lines += _section(section)
     return "\n".join(lines)
 
 
-def _section(section: Section) -> Iterator[str]:
+def _section(section: tree.Section) -> Iterator[str]:
     inner = [*_blocks(section.blocks)]
     if not inner:
         return
     # a gallery is long
-    folded = section.depth == "page" or any(isinstance(block, Gallery) for block in section.blocks)
+    folded = section.depth == "page" or any(isinstance(block, tree.Gallery) for block in section.blocks)
     title = escaped(capitalized(section.title))
     yield from ([f"<details><summary>{title}</summary>"] if folded else [f"### {title}"])
     yield ""
@@ -64,33 +47,33 @@ def _section(section: Section) -> Iterator[str]:
         yield from ("</details>", "")
 
 
-def _blocks(blocks: Iterable[Block]) -> Iterator[str]:
+def _blocks(blocks: Iterable[tree.Block]) -> Iterator[str]:
     for block in blocks:
         yield from _block(block)
 
 
-def _block(block: Block) -> Iterator[str]:
+def _block(block: tree.Block) -> Iterator[str]:
     match block:
-        case Paragraph(text):
+        case tree.Paragraph(text):
             yield from (escaped(sentences(text)), "")
-        case Items(texts):
+        case tree.Items(texts):
             yield from (*(f"- {escaped(sentences(text))}" for text in texts), "")
-        case Facts(pairs):
+        case tree.Facts(pairs):
             yield from (*(f"- **{escaped(name)}**: {escaped(value)}" for name, value in pairs), "")
-        case Table():
-            rows = ([escaped(text_of(cell)) for cell in row] for row in block.rows)
+        case tree.Table():
+            rows = ([escaped(tree.text_of(cell)) for cell in row] for row in block.rows)
             yield from markdown_table([*map(escaped, block.headings)], rows, block.texts)
-        case Chart() if block.file:
+        case tree.Chart() if block.file:
             yield from (f"![{escaped(block.alternative)}]({block.file})", "")
-        case Code(lines) if not block.label:  # the numbers of a figure are too many
+        case tree.Code(lines) if not block.label:  # the numbers of a figure are too many
             yield from (*map(code, lines), "")
-        case Changed(parts):
+        case tree.Changed(parts):
             yield "".join(
                 escaped(text) if clean is None or not text.strip() else f"**{escaped(text)}**"
                 for text, clean in parts
             )
             yield ""
-        case Gates(gates):
+        case tree.Gates(gates):
             headings = ("gate", "measured", "interval", "verdict", "reason")
             rows = (
                 [
@@ -101,7 +84,7 @@ def _block(block: Block) -> Iterator[str]:
                 for gate in gates
             )
             yield from markdown_table(headings, rows, {4})
-        case Doubts(raised):
+        case tree.Doubts(raised):
             for doubt in raised:
                 state = "open" if doubt.accepted is None else "accepted"
                 way = doubt.advice if doubt.accepted is None else f"Accepted because: {doubt.accepted}"
@@ -110,14 +93,14 @@ def _block(block: Block) -> Iterator[str]:
             if not raised:
                 yield "No doubt is raised."
             yield ""
-        case Group():
+        case tree.Group():
             yield from _group(block)
-        case Gallery(entries):
+        case tree.Gallery(entries):
             for entry in entries:
                 yield from _group(entry)
 
 
-def _group(group: Group) -> Iterator[str]:
+def _group(group: tree.Group) -> Iterator[str]:
     inner = [*_blocks(group.blocks)]
     if not inner:
         return

@@ -206,19 +206,9 @@ def _sampled(request: AssessRequest) -> dict[str, bool]:
 
 def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
     """Name, digest, size, shape, classes and features of the data."""
+    card = {"name": data.name, "digest": data.digest, "n": len(data), "shape": shape, "classes": data.classes}
     features = getattr(data, "features", None)
-    columns = {} if features is None else {"features": features}
-    card: dict[str, Any] = strict(
-        {
-            "name": data.name,
-            "digest": data.digest,
-            "n": len(data),
-            "shape": shape,
-            "classes": data.classes,
-            **columns,
-        }
-    )
-    return card | _groups(data)
+    return {**strict(card if features is None else {**card, "features": features}), **_groups(data)}
 
 
 def _groups(data: Data) -> dict[str, Any]:

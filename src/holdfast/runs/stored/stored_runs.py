@@ -47,15 +47,8 @@ from holdfast.runs.store.folder import (
 )
 from holdfast.runs.store.forms import refuse_form
 from holdfast.runs.store.leases import spent_in
+from holdfast.runs.stored import recomputing, run_forms
 from holdfast.runs.stored.commands import command_of
-from holdfast.runs.stored.recomputing import (
-    computed_gates,
-    refuse_other,
-    refuse_other_files,
-    refuse_other_settings,
-    refuse_other_training,
-    refuse_other_worst_case,
-)
 from holdfast.runs.stored.record import (
     ADAPTIVE,
     DOUBTS,
@@ -67,15 +60,6 @@ from holdfast.runs.stored.record import (
     decided_from_json,
     doubted_from_json,
     manifest_from_json,
-)
-from holdfast.runs.stored.run_forms import (
-    Differing,
-    Inner,
-    Judged,
-    JudgedAudit,
-    Listed,
-    ListedAudit,
-    consistent,
 )
 from holdfast.threats.stored import threat_from_json
 
@@ -194,20 +178,20 @@ def open_run(path: Path) -> Result:
         )
     if "verdict_of" not in decided:
         return _opened(path, manifest, chain, decided)
-    refuse_form(path / f"{VERDICT}.json", decided, Judged)
-    with consistent(path):
+    refuse_form(path / f"{VERDICT}.json", decided, run_forms.Judged)
+    with run_forms.consistent(path):
         return _hardened(path, manifest, chain, decided)
 
 
 def _hardened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
     """The measurement of the new model of a hardening, with the verdict on its training."""
-    refuse_other_files(path, chain, decided["computed_from"])
+    recomputing.refuse_other_files(path, chain, decided["computed_from"])
     card = recorded_document(path, chain, "card")
     if card is None or chain.last("model") is None:
         raise TargetError(f"{str(path)!r} has a verdict but no card and no model; restore it from a copy")
     before, after = (_opened(*_inner_run(path, chain, side)) for side in ("before", "after"))
-    refuse_other(path / f"{VERDICT}.json", "exit_code", decided["exit_code"], after.exit_code)
-    refuse_other_training(path, manifest, card, before, after)
+    recomputing.refuse_other(path / f"{VERDICT}.json", "exit_code", decided["exit_code"], after.exit_code)
+    recomputing.refuse_other_training(path, manifest, card, before, after)
     command = command_of(manifest, after.gates)
     return replace(after, about={**after.about, "command": command}, training=training_summary(card))
 
@@ -223,7 +207,7 @@ def attacked_stages(path: Path) -> dict[str, Columns]:
         path = path / "after"
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     refuse_altered(path, chain)
-    with consistent(path):
+    with run_forms.consistent(path):
         steps = manifest_from_json(path, manifest).outline.steps
         by_stage = joined_waves(steps, _stages(path, steps, chain))
         return {
@@ -248,8 +232,8 @@ def command_to_resume(path: Path) -> str:
     `assess`, `certify` and `harden`.
     """
     manifest = read_manifest(path)
-    refuse_form(path / MANIFEST, manifest, Listed)
-    with consistent(path):
+    refuse_form(path / MANIFEST, manifest, run_forms.Listed)
+    with run_forms.consistent(path):
         return command_of(manifest)
 
 
@@ -262,7 +246,7 @@ def _inner_run(
     inner_path, inner_document = path / inner_name, recorded_document(path, chain, inner_name)
     if inner_document is None or inner_path.is_symlink():
         raise TargetError(f"{str(path)!r} has no inner run {inner_name!r}; restore it from a copy")
-    refuse_form(path / f"{inner_name}.json", inner_document, Inner)
+    refuse_form(path / f"{inner_name}.json", inner_document, run_forms.Inner)
     manifest, inner = read_manifest(inner_path), read_chain(inner_path, repair=False)
     # The inner run could otherwise be exchanged for another valid one.
     if inner.head != inner_document["chain"]:
@@ -277,18 +261,18 @@ def _inner_run(
 
 
 def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
-    with consistent(path):
+    with run_forms.consistent(path):
         verdict = decided_from_json(path, decided)
-        refuse_other_files(path, chain, verdict.computed_from)
+        recomputing.refuse_other_files(path, chain, verdict.computed_from)
         return _result(read_record(path, manifest, chain), path, chain, verdict)
 
 
 def _result(record: Record, path: Path, chain: Chain, decided: Decided) -> Result:
     rotation = recorded_document(path, chain, ROTATION)
     evidence = with_attackers(evidence_of(record), rotation)
-    refuse_other_settings(path, record.manifest, len(evidence))
-    gates, inputs = computed_gates(path, decided, evidence), adversarial(record)
-    refuse_other_worst_case(path, worst_case(evidence, inputs))
+    recomputing.refuse_other_settings(path, record.manifest, len(evidence))
+    gates, inputs = recomputing.computed_gates(path, decided, evidence), adversarial(record)
+    recomputing.refuse_other_worst_case(path, worst_case(evidence, inputs))
     about = {**read_about(path), "command": command_of(record.manifest.to_json(), gates)}
     shown = about_of(record.manifest, about, path, chain.head)
     return Result(evidence, gates, decided.accepted_doubts, shown, path, inputs, rotation=rotation)
@@ -303,7 +287,7 @@ def read_record(path: Path, content: Mapping[str, Any], chain: Chain) -> Record:
     if doubts is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
     if nodes is not None:
-        refuse_form(path / f"{NODES}.json", nodes, Differing)
+        refuse_form(path / f"{NODES}.json", nodes, run_forms.Differing)
     recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
     times = {name: time for name, time in spent_in(path).items() if name in recorded}
     return Record(
@@ -349,19 +333,19 @@ def run_entry(path: Path, *, checked: bool = True) -> RunEntry:
     again, and the robust accuracy is None. This takes a millisecond instead of a twentieth of a second. Raises
     `TargetError` if the files have another format or do not match the chain.
     """
-    with consistent(path):
+    with run_forms.consistent(path):
         return _entry(path, checked=checked)
 
 
 def _entry(path: Path, *, checked: bool) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     is_audit = manifest.get("verb") == "audit"
-    refuse_form(path / MANIFEST, manifest, ListedAudit if is_audit else Listed)
+    refuse_form(path / MANIFEST, manifest, run_forms.ListedAudit if is_audit else run_forms.Listed)
     refuse_altered(path, chain)
     decided = recorded_document(path, chain, VERDICT)
     if decided is not None:
-        of_run: type = Judged if "verdict_of" in decided else Decided
-        refuse_form(path / f"{VERDICT}.json", decided, JudgedAudit if is_audit else of_run)
+        of_run: type = run_forms.Judged if "verdict_of" in decided else Decided
+        refuse_form(path / f"{VERDICT}.json", decided, run_forms.JudgedAudit if is_audit else of_run)
     config, stages = manifest["config"], manifest["plan"]["stages"]
     entry = RunEntry(
         path,
