@@ -157,12 +157,12 @@ class ServedModel:
         with self.timing("parsing"):
             content = read_request(body, header_length, self.signature)
         incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16), content.sent)
-        limits = (None, None) if key is None else (key.rate, key.budget)
         with self.timing("audit"):
             # here and not in the thread of the batches, for which the digest of a large input would cost a switch
             digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
         forwarded = self._forwarded(scope) if self.forwards else ()
-        job = Job(incoming, *limits, digest, forwarded, begin)
+        charge = None if key is None else key.charge(len(content.x))
+        job = Job(incoming, charge, digest, forwarded, begin)
         answer = await self.batcher.submit(job, len(content.x))
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)
@@ -267,8 +267,8 @@ class ServedModel:
         """Return the response for a path or a method that does not exist."""
         assert isinstance(error, HTTPException)
         reason = REASONS.get(error.status_code, "the request is not valid")
-        headers = dict(error.headers or {})
-        return await self.refused(request, replace_reason(error.status_code, reason, headers))
+        headers = tuple((error.headers or {}).items())
+        return await self.refused(request, Refused(error.status_code, reason, headers))
 
     async def failed(self, request: Request, error: Exception) -> Response:
         """Return the response for an internal error, which discloses nothing about it."""
@@ -300,11 +300,6 @@ class _BodyTime:
         if self._expired and kind is asyncio.CancelledError:
             self._task.uncancel()
             raise Refused(408, "the body did not arrive in time") from error
-
-
-def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refused:
-    """Return a refusal with a status code, a reason and headers."""
-    return Refused(status, reason, tuple(headers.items()))
 
 
 class Watched:

@@ -40,12 +40,11 @@ from holdfast.server import messages
 from holdfast.server.answering_requests import (
     Answer,
     Answerer,
-    Audit,
     ChainAudit,
     Job,
-    NoAudit,
     Outcome,
     ServedSet,
+    log_requests,
 )
 from holdfast.server.app import ServedModel, application
 from holdfast.server.asgi import UvicornServer
@@ -57,7 +56,6 @@ from holdfast.server.generation import refuse_damaged
 from holdfast.server.keys import KeyFile, Quotas
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
-from holdfast.server.request_log import log_requests
 from holdfast.server.sampled_inputs import Reservoir, SampledInputs
 from holdfast.server.server_setup import WorkerSetup
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
@@ -160,7 +158,7 @@ class Worker:
     def _answerer(self, guard: RequestGuard) -> Answerer:
         """Return the function that answers batches with this guard."""
         setup = self.setup
-        audit: Audit = NoAudit()
+        audit = None
         if self.chain is not None:
             assert setup.audit_key is not None
             audit = ChainAudit(self.chain, setup.audit_key)
