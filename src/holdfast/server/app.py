@@ -177,7 +177,8 @@ class ServedModel:
     def _principal(self, request: Request) -> ApiKey | None:
         if self.keys is None:
             return None
-        return self.keys.authenticated(_header(request, b"authorization"), "infer")
+        headers = dict(reversed(request.scope["headers"]))
+        return self.keys.authenticated(headers.get(b"authorization"), "infer")
 
     def _forwarded(self, scope: Scope) -> tuple[tuple[str, str], ...]:
         """Return the headers that a proxy passes on. Raises `Refused` for a value that cannot be sent."""
@@ -255,7 +256,7 @@ class ServedModel:
         connection instead of the response. A client that waits for `100 Continue` reads the response first.
         """
         size = 0
-        if _header(request, b"expect") is None:
+        if "expect" not in request.headers:
             with suppress(TimeoutError, ClientDisconnect):
                 async with asyncio.timeout(_DISCARD_S):
                     async for part in request.stream():
@@ -367,10 +368,6 @@ def application(served: ServedModel) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Watched(app, served)
-
-
-def _header(request: Request, name: bytes) -> bytes | None:
-    return next((value for key, value in request.scope["headers"] if key == name), None)
 
 
 def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -4,6 +4,7 @@ supervisor.
 
 import math
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -23,7 +24,7 @@ from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.runs.engine.processes import Child
 from holdfast.runs.store.encryption import KEY_VARIABLE
 from holdfast.server.generation import Generation
-from holdfast.server.messages import Drain, FailingCheck, Report, ToWorker, encoded_for_worker
+from holdfast.server.messages import Drain, FailingCheck, Report, ToWorker
 from holdfast.server.telemetry import MEMORY_BYTES
 
 
@@ -175,7 +176,7 @@ class WorkerProcess:
 
     def send(self, message: ToWorker) -> None:
         """Send a message to it."""
-        self.child.send(encoded_for_worker(message))
+        self.child.send(pickle.dumps(message))
 
     def reported(self, report: Report) -> None:
         """Note its state. What makes no progress counts if the report before stated it too: after a pause of the
