@@ -21,7 +21,7 @@ from holdfast.guard.decisions import Action, Incoming, Release, RequestDecision,
 from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import all_finite
 from holdfast.guard.states.spending import Charge
-from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, end_record, now, started
+from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, now, started, timed_record
 from holdfast.server.error_log import REQUEST_FIELDS, REQUESTS, ErrorLog
 from holdfast.server.keys import Quotas
 from holdfast.server.requests import Headers, Refused, forwarding, wait_first
@@ -131,7 +131,7 @@ class ChainAudit:
         except OSError:
             # The requests were started and are refused now, which is recorded once the disk is writable again.
             self._owed += [
-                canonical(end_record("failed", outcome.job.incoming.request, reason="audit"))
+                canonical(timed_record("failed", request=outcome.job.incoming.request, reason="audit"))
                 for outcome in outcomes
             ]
             raise
@@ -148,7 +148,7 @@ def _record(outcome: Outcome, served: ServedSet, time: float) -> bytes:
         return answered(request, decision, outcome.action, status, served.name, served.epoch, time)
     notes = {"notes": dict(decision.notes)} if decision is not None and decision.notes else {}
     status = _SERVER_ERROR if refusal is None else refusal.status
-    return canonical(end_record("failed", request, status=status, **notes))
+    return canonical(timed_record("failed", request=request, status=status, **notes))
 
 
 @dataclass(eq=False)
