@@ -155,11 +155,6 @@ class GuardPipeline(RequestGuard):
                 raise UsageError(f"the action of {name} is delay, and delay_s is {self.delay_s:g}; give more")
 
     @property
-    def needs_network(self) -> bool:
-        """Whether a detector needs further forward passes, so that `after` needs the network."""
-        return any("network" in self.detectors[name].needs for name in self._after)
-
-    @property
     def needs_features(self) -> bool:
         """Whether a detector needs the features of an inner layer, which `after` then needs."""
         return any("features" in self.detectors[name].needs for name in self._after)

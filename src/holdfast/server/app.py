@@ -7,7 +7,7 @@ Everything that can be refused without the body is refused before it is read. A 
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -47,7 +47,6 @@ from holdfast.settings.grammar import seconds
 from holdfast.settings.serve_settings import RequestLimits
 
 Jobs = Batcher[Job, Answer]
-Endpoint = Callable[[Request], Awaitable[Response]]
 _DISCARD_S = 0.5
 """seconds for which the body of a refused request is read"""
 REQUEST_HEADER = "holdfast-request"

@@ -168,7 +168,9 @@ def add_key(
                 f"{name}, or choose another name"
             )
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        keys.append(ApiKey(name, _hash(key.encode()), tuple(scopes), created, expires, rate, budget, None))
+        keys.append(
+            ApiKey(name, hash_of(key.encode()).hex(), tuple(scopes), created, expires, rate, budget, None)
+        )
         _write(path, keys)
     return key
 
@@ -212,10 +214,6 @@ def _write(path: Path, keys: Sequence[ApiKey]) -> None:
 
 def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
-
-
-def _hash(key: bytes) -> str:
-    return hash_of(key).hex()
 
 
 class KeyFile:
@@ -276,7 +274,7 @@ class KeyFile:
         if given[: len(_SCHEME)].lower() != _SCHEME:
             raise Refused(401, "the header Authorization must be Bearer KEY", _CHALLENGE, "key")
         # The lookup compares hashes of the keys, so its duration does not depend on how much of a key is right.
-        key = self._keys.get(_hash(given[len(_SCHEME) :].strip()))
+        key = self._keys.get(hash_of(given[len(_SCHEME) :].strip()).hex())
         if key is None:
             raise Refused(401, "the key is not valid", _CHALLENGE, "key")
         key.refuse_unpermitted(*scopes)

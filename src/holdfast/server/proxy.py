@@ -20,7 +20,7 @@ from holdfast.core.model import Batches, Bounds, Classifier
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.server.protocol_v2 import BINARY, EXTENSIONS, JSON, LENGTH_HEADER, TYPES, Signature, compact
-from holdfast.server.requests import Refused, forwarded
+from holdfast.server.requests import FORWARDED, Refused
 from holdfast.server.upstream import METADATA_BYTES, Connection, KeyRefused, UpstreamAddress, unusable
 
 _NUMBER_BYTES, _REST_BYTES = 64, 1 << 16
@@ -121,7 +121,7 @@ def _infer(connection: Connection, upstream: UpstreamModel, x: Tensor, most: int
     content: dict[str, Any] = {"id": request_id, "inputs": [tensor]}
     if signature.output_name:
         content["outputs"] = [{"name": signature.output_name}]
-    headers = [*forwarded()]
+    headers = [*FORWARDED.get()]
     if upstream.binary:
         tail = values.tobytes()
         tensor["parameters"] = {"binary_data_size": len(tail)}
