@@ -22,7 +22,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.decisions import RequestGuard
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.monitoring.accuracy import Reference

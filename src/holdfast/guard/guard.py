@@ -16,10 +16,18 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
-from holdfast.guard.decisions import Action, Incoming, Mode, ObservedRate, RequestDecision, RowDecision, Score
+from holdfast.guard.decisions import (
+    Action,
+    Incoming,
+    Mode,
+    ObservedRate,
+    RequestDecision,
+    RequestGuard,
+    RowDecision,
+    Score,
+)
 from holdfast.guard.detectors.mahalanobis import Detector, Fitted, Observation
 from holdfast.guard.detectors.queries import Fail
-from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule, all_finite
 
 REFUSED_TEXT = "the request was refused"

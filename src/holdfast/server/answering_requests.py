@@ -17,8 +17,15 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Incoming, Release, RequestDecision, all_scores, labels
-from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.decisions import (
+    Action,
+    Incoming,
+    Release,
+    RequestDecision,
+    RequestGuard,
+    all_scores,
+    labels,
+)
 from holdfast.guard.rules import all_finite
 from holdfast.guard.states.spending import Charge
 from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, now, started, timed_record

@@ -96,7 +96,7 @@ class ServedModel:
 
     async def live(self, request: Request) -> Response:
         """Answer that the process runs."""
-        return _json({"live": True})
+        return json_response({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
         """Answer whether requests are answered."""
@@ -105,17 +105,17 @@ class ServedModel:
     async def server(self, request: Request) -> Response:
         """Return the metadata of the server."""
         self._principal(request)
-        return _json({"name": "holdfast", "version": __version__, "extensions": list(EXTENSIONS)})
+        return json_response({"name": "holdfast", "version": __version__, "extensions": list(EXTENSIONS)})
 
     async def models(self, request: Request) -> Response:
         """Return the names of the models, as servers of KServe do."""
         self._principal(request)
-        return _json({"models": [self.signature.name]})
+        return json_response({"models": [self.signature.name]})
 
     async def document(self, request: Request) -> Response:
         """Return the OpenAPI document."""
         self._principal(request)
-        return _json(
+        return json_response(
             openapi.openapi_document(self.signature, keys=self.keys is not None, max_body=self.max_body)
         )
 
@@ -123,7 +123,7 @@ class ServedModel:
         """Return the metadata of the model."""
         self._principal(request)
         self._refuse_other_model(request)
-        return _json(self.signature.metadata())
+        return json_response(self.signature.metadata())
 
     async def model_ready(self, request: Request) -> Response:
         """Answer whether the model answers requests."""
@@ -134,7 +134,7 @@ class ServedModel:
     def _probed(self, ready: object) -> Response:
         """Return the response to a probe: `ready`, or why requests are not answered. It is no refused request."""
         reason = self.readiness.probe()
-        return _json({"error": reason}, 503, {"retry-after": "1"}) if reason else _json(ready)
+        return json_response({"error": reason}, 503, {"retry-after": "1"}) if reason else json_response(ready)
 
     async def infer(self, request: Request) -> Response:
         """Return the scores of the inputs in a request, if it is for this model."""
@@ -248,7 +248,7 @@ class ServedModel:
         if request.method == "POST" and not getattr(request.state, _READ, False):
             headers["connection"] = "close"
             await self._discard(request)
-        return _json({"error": error.reason}, error.status, headers)
+        return json_response({"error": error.reason}, error.status, headers)
 
     async def _discard(self, request: Request) -> None:
         """Read the body of a refused request for a short time, because a client that is still sending would see a reset
@@ -369,5 +369,6 @@ def application(served: ServedModel) -> ASGIApp:
     return Watched(app, served)
 
 
-def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response with content as JSON."""
     return Response(compact(content), status, headers, JSON)

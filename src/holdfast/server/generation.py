@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
-from holdfast.guard.protocol import NoRules, RequestGuard
+from holdfast.guard.decisions import NoRules, RequestGuard
 from holdfast.server.messages import Prepare
 
 _PROBES = 8

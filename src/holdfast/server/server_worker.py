@@ -28,10 +28,9 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import release_of
+from holdfast.guard.decisions import RequestGuard, release_of
 from holdfast.guard.detectors.mahalanobis import LastFeatures
 from holdfast.guard.guard import GuardPipeline
-from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.rotation.rotating_model import loaded
