@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.blacklight import Blacklight
 from benchmarks.networks import Network, images, network
 from benchmarks.queries import CLIPS, ENCODINGS, FRAMES, NOISE, POPULAR, REPEATS, Defended, benign, film
 from benchmarks.record import Cells, Claim, Outcome
@@ -26,7 +27,6 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.guard.detectors.evasion import OARS, Base, InformedSquare
-from holdfast.guard.detectors.fingerprints import Blacklight
 from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, Screened, radius_for
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.sqlite import SQLiteState

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.blacklight import Blacklight
 from holdfast.attacks import Square
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
@@ -12,7 +13,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.guard.detectors.evasion import InformedSquare
-from holdfast.guard.detectors.fingerprints import Blacklight
 from holdfast.guard.detectors.queries import (
     QueryDetector,
     QuerySettings,

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Mode, RowDecision, Score, release_of
+from holdfast.guard.decisions import Action, Mode, NoRules, RowDecision, Score, release_of
 from holdfast.guard.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
-from holdfast.guard.protocol import NoRules
 from holdfast.guard.rules import InputSchema, Rule
 from holdfast.server.answering_requests import Answerer, ChainAudit, ServedSet
 from holdfast.server.app import ServedModel, application

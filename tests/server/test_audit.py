@@ -20,8 +20,8 @@ from holdfast.server.audit_chain import (
     ChainFile,
     answered,
     end_chain,
-    end_record,
     started,
+    timed_record,
 )
 from holdfast.server.audit_folder import AuditFolder, verify_audit
 from store.forging import chained
@@ -41,7 +41,7 @@ def folder(path):
         chain = ChainFile(place)
         chain.add([start_record(request, key.pseudonym("alice"), 1, "0" * 32) for request in requests])
         answered = requests if number == 0 else requests[:1]
-        chain.add([end_record("answered", request, status=200, set="s") for request in answered])
+        chain.add([timed_record("answered", request=request, status=200, set="s") for request in answered])
         chain.close()
         audit.ended(place, reason="the worker died")
     return audit
@@ -116,7 +116,7 @@ def test_a_chain_that_was_shortened_while_its_worker_runs_is_detected(tmp_path):
     place = audit.new_worker()
     chain = ChainFile(place)
     for request in "abc":
-        chain.add([start_record(request, "", 1, ""), end_record("answered", request, status=200)])
+        chain.add([start_record(request, "", 1, ""), timed_record("answered", request=request, status=200)])
     assert chain.flushed[0] == 0
     chain.flush()
     for _ in range(2):
@@ -171,7 +171,7 @@ def test_the_chains_of_a_killed_server_are_completed_by_the_next_one(tmp_path, m
     place = audit.new_worker()
     chain = ChainFile(place)
     chain.add([start_record("a", "", 1, ""), start_record("b", "", 1, "")])
-    chain.add([end_record("answered", "a", status=200)])
+    chain.add([timed_record("answered", request="a", status=200)])
     with pytest.raises(OSError, match="still writes"):  # its records would overwrite the one that is added
         end_chain(place, wait_s=0.0)
     chain.close()
@@ -430,7 +430,7 @@ def test_a_chain_that_ends_after_a_full_disk_states_how_many_records_were_lost(t
     audit = AuditFolder.open(tmp_path / "audit", {})
     chain = ChainFile(audit.new_worker(), fail_open=True)
     full_disk["full"] = True
-    chain.add([start_record("a", "", 1, ""), end_record("answered", "a", status=200)])
+    chain.add([start_record("a", "", 1, ""), timed_record("answered", request="a", status=200)])
     full_disk["full"] = False
     chain.close()
     audit.close()
@@ -444,14 +444,16 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     chain = ChainFile(place, fail_open=fail_open)
     chain.add([start_record("a", "", 1, "")])
     full_disk["full"] = True
-    for record in (end_record("answered", "a", status=200), start_record("b", "", 1, "")):
+    for record in (timed_record("answered", request="a", status=200), start_record("b", "", 1, "")):
         if fail_open:
             chain.add([record])
         else:
             with pytest.raises(OSError, match="No space"):
                 chain.add([record])
     full_disk["full"] = False
-    chain.add([end_record("answered", "b", status=200)] if fail_open else [start_record("b", "", 1, "")])
+    chain.add(
+        [timed_record("answered", request="b", status=200)] if fail_open else [start_record("b", "", 1, "")]
+    )
     verified = verify_audit(tmp_path / "audit")
     assert verified.lost == (2 if fail_open else 0) and verified.open == (1 if fail_open else 2)
     chain.close()

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 import uvicorn
 
-from holdfast.guard.protocol import NoRules
+from holdfast.guard.decisions import NoRules
 from holdfast.server.answering_requests import Answerer, ServedSet
 from holdfast.server.app import ServedModel, application
 from holdfast.server.batching import Batcher

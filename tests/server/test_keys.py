@@ -14,7 +14,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.server.audit_chain import AuditKey
-from holdfast.server.keys import KeyFile, Quotas, Spending, add_key, burst_of, read_keys, revoke_key
+from holdfast.server.keys import ApiKey, KeyFile, Quotas, add_key, burst_of, read_keys, revoke_key
 from holdfast.server.requests import Refused
 from holdfast.settings.grammar import per_second
 
@@ -148,7 +148,7 @@ def test_damaged_files_are_refused_as_such(place):
                     continue
                 for each in keys:  # what is accepted can be used
                     assert each.state in ("valid", "expired", "revoked")
-                    Quotas(MemoryState()).take([Spending(each.name, 1, each.rate, each.budget)])
+                    Quotas(MemoryState()).take([each.charge(1)])
     text = json.dumps(whole)
     twice = text.replace('"revoked": null', '"revoked": "2020-01-01T00:00:00+00:00", "revoked": null')
     assert twice != text
@@ -177,12 +177,16 @@ def test_damaged_files_are_refused_as_such(place):
         place.rmdir() if place.is_dir() else place.unlink()
 
 
+def charge(principal, rows, rate, budget):
+    return ApiKey(principal, "0" * 64, ("infer",), "", None, rate, budget, None).charge(rows)
+
+
 def test_rates_and_budgets_are_shared_and_refusals_are_not_counted():
     clock, state = [0.0], MemoryState()
     first, second = (Quotas(state, lambda: clock[0]) for _ in range(2))
 
     def status(quotas, principal="alice", rows=4, rate=None, budget=None):
-        (refusal,) = quotas.take([Spending(principal, rows, rate, budget)])
+        (refusal,) = quotas.take([charge(principal, rows, rate, budget)])
         return None if refusal is None else (refusal.status, refusal.cause, *dict(refusal.headers))
 
     limits = {"rate": 1.0, "budget": 18}
@@ -192,7 +196,7 @@ def test_rates_and_budgets_are_shared_and_refusals_are_not_counted():
     spent = [status(second, rows=2, **limits) for _ in range(6)]
     assert spent == [*[None] * 5, (429, "budget")]
     assert status(first, "bob", **limits) is None and status(first, "alice") is None
-    assert second.take([Spending("alice", 1, None, None), Spending("alice", 9, *limits.values())])[0] is None
+    assert second.take([charge("alice", 1, None, None), charge("alice", 9, *limits.values())])[0] is None
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_a_rate_allows_ten_seconds_at_once_and_no_larger_request(text, burst, tm
     rate, quotas = per_second(text), Quotas(MemoryState(), lambda: 0.0)
 
     def taken(rows, principal="alice", budget=None):
-        return quotas.take([Spending(principal, rows, rate, budget)])[0]
+        return quotas.take([charge(principal, rows, rate, budget)])[0]
 
     assert all(taken(1) is None for _ in range(burst)) and taken(1).status == 429
     assert taken(burst, "bob") is None
@@ -235,7 +239,7 @@ def test_a_limit_that_could_not_be_read_again_is_not_written(limits, tmp_path):
 def test_lost_limits_refuse(tmp_path):
     state = SQLiteState(tmp_path / "quota")
     quotas = Quotas(state)
-    assert quotas.take([Spending("alice", 1, 1.0, None)]) == [None]
+    assert quotas.take([charge("alice", 1, 1.0, None)]) == [None]
     state.close()
-    (refusal,) = quotas.take([Spending("alice", 1, 1.0, None)])
+    (refusal,) = quotas.take([charge("alice", 1, 1.0, None)])
     assert (refusal.status, refusal.reason) == (503, "the limits of the key cannot be checked")

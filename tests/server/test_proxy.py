@@ -22,8 +22,7 @@ from fastapi.responses import RedirectResponse, Response
 from holdfast.api.serving import server_setup
 from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.guard.decisions import Incoming
-from holdfast.guard.protocol import NoRules
+from holdfast.guard.decisions import Incoming, NoRules
 from holdfast.server.answering_requests import Answerer, Job, ServedSet
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.protocol_v2 import LENGTH_HEADER

@@ -29,12 +29,11 @@ from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.rules import InputSchema, Mode, Rule
 from holdfast.guard.states.sqlite import SQLiteState
-from holdfast.server.answering_requests import Answer, Job, Outcome
+from holdfast.server.answering_requests import Answer, Job, Outcome, log_requests
 from holdfast.server.audit_chain import AuditKey, ChainFile
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.error_log import REQUESTS, JSONFormatter
 from holdfast.server.readiness import Check, ModelTest, audit_fault
-from holdfast.server.request_log import log_requests
 from holdfast.server.requests import Refused
 from holdfast.server.server_worker import Worker
 from holdfast.server.stand_in import StandIn

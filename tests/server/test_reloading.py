@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from holdfast.guard.calibration import Calibration, write_calibration
 from holdfast.server import worker_processes as signals
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.generation import Candidate, Generation, LoadedModel, PoolSet, refuse_damaged
-from holdfast.server.messages import Opened, Prepare, decoded_by_worker
+from holdfast.server.messages import Opened, Prepare
 from holdfast.server.requests import Refused
 from holdfast.server.served_weights import ServedWeights
 from holdfast.server.server_setup import ServerSetup, WorkerSetup
@@ -495,5 +496,5 @@ def test_a_worker_that_begins_during_a_swap_is_sent_the_next_set_before_it_serve
 
 def decoded(message):
     """Name and epoch of a set that a worker is sent, or the epoch that it is to serve."""
-    message = decoded_by_worker(message) if isinstance(message, bytes) else message
+    message = pickle.loads(message) if isinstance(message, bytes) else message
     return (message.name, message.epoch) if isinstance(message, Prepare) else message.epoch

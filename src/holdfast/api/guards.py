@@ -40,10 +40,9 @@ from holdfast.guard.calibration import (
     refuse_too_few,
     write_calibration,
 )
-from holdfast.guard.decisions import Action, Incoming, RequestDecision
+from holdfast.guard.decisions import Action, Incoming, RequestDecision, RequestGuard
 from holdfast.guard.detectors.mahalanobis import Fitted, Observation, features_of
 from holdfast.guard.guard import GuardPipeline
-from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import QUERIES
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.io.data.arrays import selected_rows

@@ -12,7 +12,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.guard.decisions import Action
 from holdfast.guard.guard import GuardPipeline
-from holdfast.server.proxy import UpstreamModel, input_dtype, read_upstream
+from holdfast.server.proxy import UpstreamModel, read_upstream
 from holdfast.server.upstream import UpstreamAddress
 from holdfast.settings.grammar import seconds
 from holdfast.settings.guard_settings import read_guard_settings
@@ -61,7 +61,7 @@ def open_upstream(settings: Serve) -> UpstreamModel:
 
 def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: str) -> None:
     """Raise `UsageError` for a guard whose rules cannot be evaluated on the model of an upstream server."""
-    dtype, expected = input_dtype(upstream), pipeline.schema.dtype
+    dtype, expected = upstream.input_dtype, pipeline.schema.dtype
     if dtype != expected:
         raise UsageError(
             f"{file}: inputs.dtype is {_named(expected)}, and the upstream model takes {_named(dtype)}; correct it"
@@ -120,12 +120,9 @@ def _refuse_settings_of_models(settings: Serve) -> None:
         raise UsageError(
             f"proxy is {settings.proxy}, and the model {settings.model} was given, too; leave one out"
         )
-    given = {
-        "every": bool(settings.every),
-        **{key: getattr(settings, key) is not None for key in ("mean", "std", "data_normalised")},
-        **{key: getattr(settings, key) is not None for key in ("arch", "model_output", "classes")},
-    }
-    names = [key for key, is_given in given.items() if is_given]
+    keys = ("mean", "std", "data_normalised", "arch", "model_output", "classes")
+    names = ["every"] if settings.every else []
+    names += [key for key in keys if getattr(settings, key) is not None]
     if names:
         raise UsageError(
             f"{', '.join(names)} belong to a model of this server, and the model is that of {settings.proxy}",

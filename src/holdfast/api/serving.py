@@ -22,7 +22,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.remedies import Placeholder, Remedy, model_argument
-from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.decisions import RequestGuard
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.monitoring.accuracy import Reference
@@ -179,7 +179,8 @@ def _served_upstream(upstream: UpstreamModel) -> _Served:
     signature, url = upstream.signature, upstream.address.url
     about = {"upstream": f"{url}{upstream.path}", "signature": repr(signature.metadata())}
     name = digest(canonical(about))[:16]
-    return _Served(partial(_upstream, upstream), signature.shape, name, about, upstream=upstream)
+    opening = partial(_without_digest, upstream.opened)
+    return _Served(opening, signature.shape, name, about, upstream=upstream)
 
 
 def _served_pool(
@@ -195,7 +196,7 @@ def _served_pool(
     )
     live = LivePool(pool, architecture, triggers, swaps_per_hour)
     return _Served(
-        partial(_of_pool, architecture),
+        partial(_without_digest, architecture),
         tuple(live.canaries.shape[1:]),
         "",
         {"pool": pool.manifest["id"]},
@@ -308,12 +309,9 @@ def _opened(settings: Doctor, known: tuple[str, str] | None) -> LoadedModel:
     return LoadedModel(subject.model, *(known or (subject.digest, served_digest(subject))))
 
 
-def _upstream(upstream: UpstreamModel) -> LoadedModel:
-    return LoadedModel(upstream.opened())
-
-
-def _of_pool(architecture: Callable[[], Classifier]) -> LoadedModel:
-    return LoadedModel(architecture())
+def _without_digest(opening: Callable[[], Classifier]) -> LoadedModel:
+    """Return the network of a pool, or the model of an upstream server."""
+    return LoadedModel(opening())
 
 
 def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> Classifier:

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
-from holdfast.guard.decisions import Action, Incoming, Mode, ObservedRate, RequestDecision, RowDecision, Score
+from holdfast.guard.decisions import (
+    Action,
+    Incoming,
+    Mode,
+    ObservedRate,
+    RequestDecision,
+    RequestGuard,
+    RowDecision,
+    Score,
+)
 from holdfast.guard.detectors.mahalanobis import Detector, Fitted, Observation
 from holdfast.guard.detectors.queries import Fail
-from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule, all_finite
 
 REFUSED_TEXT = "the request was refused"
@@ -153,11 +161,6 @@ class GuardPipeline(RequestGuard):
                 raise UsageError("the rule 'queries' needs a query detector; give one, or remove the rule")
             if rule.action is Action.DELAY and self.delay_s <= 0:
                 raise UsageError(f"the action of {name} is delay, and delay_s is {self.delay_s:g}; give more")
-
-    @property
-    def needs_network(self) -> bool:
-        """Whether a detector needs further forward passes, so that `after` needs the network."""
-        return any("network" in self.detectors[name].needs for name in self._after)
 
     @property
     def needs_features(self) -> bool:

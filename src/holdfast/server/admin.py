@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.server.app import REASONS
+from holdfast.server.app import REASONS, json_response
 from holdfast.server.asgi import ASGIApplication, UvicornServer
 from holdfast.server.connections import limited_protocol
 from holdfast.server.error_log import ErrorLog
@@ -32,7 +32,6 @@ from holdfast.server.operator_authentication import (
     OperatorSessions,
     proven_key,
 )
-from holdfast.server.protocol_v2 import JSON, compact
 from holdfast.server.requests import Refused
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.ui import ui_routes
@@ -86,7 +85,7 @@ class _Operated:
 
     async def status(self, request: Request) -> Response:
         key = self.permitted(request, "metrics", "adapt")
-        return _answer(self.supervisor.status(detailed=key is None or key.permits("adapt")))
+        return json_response(self.supervisor.status(detailed=key is None or key.permits("adapt")))
 
     async def swap(self, request: Request) -> Response:
         self.changing(request, ADMIN)
@@ -94,19 +93,19 @@ class _Operated:
             self.supervisor.request_swap("requested by the operator")
         except UsageError as error:
             raise Refused(409, str(error)) from error
-        return _answer({"requested": True}, 202)
+        return json_response({"requested": True}, 202)
 
     async def session(self, request: Request) -> Response:
         self.refuse_other_host(request)
         body = await _body_of(request)
         host = request.headers.get("host", "")
-        return _answer(self.sessions.begin(body.get("key"), body.get("nonce"), host))
+        return json_response(self.sessions.begin(body.get("key"), body.get("nonce"), host))
 
     # --- runs of holdfast adapt
 
     async def runs(self, request: Request) -> Response:
         self.permitted(request, "adapt", "approve")
-        return _answer({"runs": self.supervisor.adaptations.runs()})
+        return json_response({"runs": self.supervisor.adaptations.runs()})
 
     async def step(self, request: Request) -> Response:
         key = self.changing(request, "adapt")
@@ -114,7 +113,7 @@ class _Operated:
         adaptations.took(body.get("run"), body.get("step"), body.get("facts", {}), key)
         if body.get("ended") is True:
             adaptations.release(body.get("run"))
-        return _answer({"run": body.get("run")})
+        return json_response({"run": body.get("run")})
 
     async def begin_canary(self, request: Request) -> Response:
         key = self.changing(request, "adapt")
@@ -124,12 +123,12 @@ class _Operated:
         if not isinstance(model, str) or not isinstance(digest, str):
             raise Refused(400, "model (the path of a file) or digest (that of the model in it) is missing")
         self.supervisor.weights.request_canary(Candidate(run, model, digest))
-        return _answer({"requested": True}, 202)
+        return json_response({"requested": True}, 202)
 
     async def end_canary(self, request: Request) -> Response:
         self.changing(request, "adapt")
         self.supervisor.weights.end_canary("requested by the operator")
-        return _answer({"requested": True}, 202)
+        return json_response({"requested": True}, 202)
 
     async def reload(self, request: Request) -> Response:
         key = self.changing(request, "adapt")
@@ -137,13 +136,13 @@ class _Operated:
         if not self.supervisor.setup.reloadable:
             raise Refused(409, "the server does not serve a file that could be reloaded")
         self.supervisor.request_swap(f"requested by the run {run}")
-        return _answer({"requested": True}, 202)
+        return json_response({"requested": True}, 202)
 
     async def approve(self, request: Request) -> Response:
         key = self.changing(request, "approve")
         body = await _body_of(request)
         self.supervisor.adaptations.approve(body.get("run"), body.get("approved"), key)
-        return _answer({"run": body.get("run"), "approved": body.get("approved")})
+        return json_response({"run": body.get("run"), "approved": body.get("approved")})
 
     # --- the monitor, and inputs
 
@@ -155,19 +154,19 @@ class _Operated:
 
     async def monitor(self, request: Request) -> Response:
         self.permitted(request, "metrics", "adapt")
-        return _answer(await run_in_threadpool(self.live.summary))
+        return json_response(await run_in_threadpool(self.live.summary))
 
     async def labels(self, request: Request) -> Response:
         self.changing(request, "labels")
         given = (await _body_of(request)).get("labels")
         if not isinstance(given, dict):
             raise Refused(400, 'labels is no object, as in {"labels": {"REQUEST": [3]}}')
-        return _answer(self.live.label(given))
+        return json_response(self.live.label(given))
 
     async def restart_monitor(self, request: Request) -> Response:
         self.changing(request, "adapt")
         self.live.restart()
-        return _answer({"restarted": True})
+        return json_response({"restarted": True})
 
     async def samples(self, request: Request) -> Response:
         self.permitted(request, "adapt")
@@ -200,9 +199,9 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> ASGIAppli
 
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, Refused):
-            return _answer({"error": error.reason}, error.status, dict(error.headers))
+            return json_response({"error": error.reason}, error.status, dict(error.headers))
         status = error.status_code if isinstance(error, HTTPException) else 500
-        return _answer({"error": REASONS.get(status, "internal error")}, status)
+        return json_response({"error": REASONS.get(status, "internal error")}, status)
 
     handlers: dict[Any, Any] = {Refused: refused, HTTPException: refused, Exception: refused}
     routes = {
@@ -241,12 +240,6 @@ async def _body_of(request: Request) -> Mapping[str, Any]:
     if not isinstance(body, dict):
         raise Refused(400, "the body is no JSON object")
     return body
-
-
-def _answer(
-    content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    return Response(compact(content), status, headers, media_type=JSON)
 
 
 class AdminServer:

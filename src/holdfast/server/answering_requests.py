@@ -4,24 +4,33 @@ Each batch takes one reference to a network that is never modified, so that all 
 same parameter set, and a swap never waits for a batch or changes one.
 """
 
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Incoming, Release, RequestDecision, all_scores, labels
-from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.decisions import (
+    Action,
+    Incoming,
+    Release,
+    RequestDecision,
+    RequestGuard,
+    all_scores,
+    labels,
+)
 from holdfast.guard.rules import all_finite
-from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, end_record, now, started
-from holdfast.server.error_log import ErrorLog
-from holdfast.server.keys import Quotas, Spending
+from holdfast.guard.states.spending import Charge
+from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, now, started, timed_record
+from holdfast.server.error_log import REQUEST_FIELDS, REQUESTS, ErrorLog
+from holdfast.server.keys import Quotas
 from holdfast.server.requests import Headers, Refused, forwarding, wait_first
 from holdfast.server.telemetry import Telemetry
 from holdfast.server.traffic import Timing, no_timing
@@ -34,6 +43,7 @@ _OF_UPSTREAM = frozenset({502, 503})
 """status codes of a failed upstream server, which concern all requests of a batch"""
 _SERVER_ERROR = 500
 """smallest status code of a failure of a server"""
+_LOG = logging.getLogger(REQUESTS)
 _ABSTAINS = "no prediction is returned for input {}"
 
 
@@ -48,11 +58,11 @@ class ServedSet:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request in a batch, with the limits of its key."""
+    """A request in a batch."""
 
     incoming: Incoming
-    rate: float | None = None
-    budget: int | None = None
+    charge: Charge | None = None
+    """what it takes from the limits of its key; None without limits"""
     digest: str = ""
     """digest of the inputs for the audit chain"""
     forwarded: Headers = ()
@@ -81,16 +91,6 @@ class Answer:
     delay_s: float = 0.0
 
 
-class Audit(Protocol):
-    """Protocol of the audit chain of a worker."""
-
-    def start(self, jobs: Sequence[Job]) -> None:
-        """Record that requests have started. Raises `OSError` if they must not be answered."""
-
-    def end(self, outcomes: Sequence["Outcome"], served: ServedSet) -> None:
-        """Record the ends of requests. Raises `OSError` if their answers must not be returned."""
-
-
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """The end of a request: its scores, or why it is refused."""
@@ -104,16 +104,6 @@ class Outcome:
     features: Features | None = None
     reached: bool = False
     """whether the model was called for the inputs"""
-
-
-class NoAudit:
-    """An audit that records nothing."""
-
-    def start(self, jobs: Sequence[Job]) -> None:
-        """Record nothing."""
-
-    def end(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
-        """Record nothing."""
 
 
 @dataclass(eq=False)
@@ -148,7 +138,7 @@ class ChainAudit:
         except OSError:
             # The requests were started and are refused now, which is recorded once the disk is writable again.
             self._owed += [
-                canonical(end_record("failed", outcome.job.incoming.request, reason="audit"))
+                canonical(timed_record("failed", request=outcome.job.incoming.request, reason="audit"))
                 for outcome in outcomes
             ]
             raise
@@ -165,7 +155,7 @@ def _record(outcome: Outcome, served: ServedSet, time: float) -> bytes:
         return answered(request, decision, outcome.action, status, served.name, served.epoch, time)
     notes = {"notes": dict(decision.notes)} if decision is not None and decision.notes else {}
     status = _SERVER_ERROR if refusal is None else refusal.status
-    return canonical(end_record("failed", request, status=status, **notes))
+    return canonical(timed_record("failed", request=request, status=status, **notes))
 
 
 @dataclass(eq=False)
@@ -178,7 +168,7 @@ class Answerer:
     served: ServedSet
     """the serving set; a swap replaces the reference"""
     guard: RequestGuard
-    audit: Audit = field(default_factory=NoAudit)
+    audit: ChainAudit | None = None
     quotas: Quotas | None = None
     telemetry: Telemetry = field(default_factory=Telemetry)
     guard_fails_open: bool = False
@@ -202,7 +192,8 @@ class Answerer:
 
     def __call__(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
         served = self.served
-        refusals = self._spent(jobs)
+        quotas = self.quotas
+        refusals = [None] * len(jobs) if quotas is None else quotas.take([job.charge for job in jobs])
         due = [job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
         outcomes = iter(self._audited(due, served) if due else ())
         settled = [
@@ -214,14 +205,9 @@ class Answerer:
         self.observed(settled, served)
         return [self._returned(outcome) for outcome in settled]
 
-    def _spent(self, jobs: Sequence[Job]) -> list[Refused | None]:
-        if self.quotas is None:
-            return [None] * len(jobs)
-        return self.quotas.take(
-            [Spending(job.incoming.principal, len(job.incoming.x), job.rate, job.budget) for job in jobs]
-        )
-
     def _audited(self, jobs: Sequence[Job], served: ServedSet) -> list[Outcome]:
+        if self.audit is None:
+            return self._guarded(jobs, served)
         try:
             with self.timing("audit"):
                 self.audit.start(jobs)
@@ -409,3 +395,30 @@ def _decided(job: Job, decision: RequestDecision, output: Output | None) -> Outc
         features=output.features,
         reached=True,
     )
+
+
+def log_requests(key: AuditKey | None, outcomes: Sequence[Outcome]) -> None:
+    """Log the outcomes of a batch. With the key of an audit folder, principals have the pseudonyms of the audit chain,
+    and otherwise the names of their keys.
+    """
+    if not _LOG.isEnabledFor(logging.INFO):
+        return
+    now = time.perf_counter()
+    for outcome in outcomes:
+        incoming, refusal, decision = outcome.job.incoming, outcome.refusal, outcome.decision
+        rules = (
+            {score.rule for row in decision.rows for score in row.scores if score.fired} if decision else ()
+        )
+        fields = {
+            "request": incoming.request,
+            "principal": incoming.principal if key is None else key.pseudonym(incoming.principal),
+            "rows": len(incoming.x),
+            "status": 200 if refusal is None else refusal.status,
+            "action": str(outcome.action) if decision and not decision.unavailable else None,
+            "rules": sorted(rules),
+            "cause": "" if refusal is None else refusal.cause,
+            "latency_s": round(now - outcome.job.begin_s, 6),
+        }
+        failed = refusal is not None and refusal.status >= _SERVER_ERROR
+        level = logging.WARNING if failed else logging.INFO
+        _LOG.log(level, "refused" if refusal else "answered", extra={REQUEST_FIELDS: fields})

@@ -7,7 +7,7 @@ Everything that can be refused without the body is refused before it is read. A 
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -47,7 +47,6 @@ from holdfast.settings.grammar import seconds
 from holdfast.settings.serve_settings import RequestLimits
 
 Jobs = Batcher[Job, Answer]
-Endpoint = Callable[[Request], Awaitable[Response]]
 _DISCARD_S = 0.5
 """seconds for which the body of a refused request is read"""
 REQUEST_HEADER = "holdfast-request"
@@ -97,7 +96,7 @@ class ServedModel:
 
     async def live(self, request: Request) -> Response:
         """Answer that the process runs."""
-        return _json({"live": True})
+        return json_response({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
         """Answer whether requests are answered."""
@@ -106,17 +105,17 @@ class ServedModel:
     async def server(self, request: Request) -> Response:
         """Return the metadata of the server."""
         self._principal(request)
-        return _json({"name": "holdfast", "version": __version__, "extensions": list(EXTENSIONS)})
+        return json_response({"name": "holdfast", "version": __version__, "extensions": list(EXTENSIONS)})
 
     async def models(self, request: Request) -> Response:
         """Return the names of the models, as servers of KServe do."""
         self._principal(request)
-        return _json({"models": [self.signature.name]})
+        return json_response({"models": [self.signature.name]})
 
     async def document(self, request: Request) -> Response:
         """Return the OpenAPI document."""
         self._principal(request)
-        return _json(
+        return json_response(
             openapi.openapi_document(self.signature, keys=self.keys is not None, max_body=self.max_body)
         )
 
@@ -124,7 +123,7 @@ class ServedModel:
         """Return the metadata of the model."""
         self._principal(request)
         self._refuse_other_model(request)
-        return _json(self.signature.metadata())
+        return json_response(self.signature.metadata())
 
     async def model_ready(self, request: Request) -> Response:
         """Answer whether the model answers requests."""
@@ -135,7 +134,7 @@ class ServedModel:
     def _probed(self, ready: object) -> Response:
         """Return the response to a probe: `ready`, or why requests are not answered. It is no refused request."""
         reason = self.readiness.probe()
-        return _json({"error": reason}, 503, {"retry-after": "1"}) if reason else _json(ready)
+        return json_response({"error": reason}, 503, {"retry-after": "1"}) if reason else json_response(ready)
 
     async def infer(self, request: Request) -> Response:
         """Return the scores of the inputs in a request, if it is for this model."""
@@ -157,12 +156,12 @@ class ServedModel:
         with self.timing("parsing"):
             content = read_request(body, header_length, self.signature)
         incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16), content.sent)
-        limits = (None, None) if key is None else (key.rate, key.budget)
         with self.timing("audit"):
             # here and not in the thread of the batches, for which the digest of a large input would cost a switch
             digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
         forwarded = self._forwarded(scope) if self.forwards else ()
-        job = Job(incoming, *limits, digest, forwarded, begin)
+        charge = None if key is None else key.charge(len(content.x))
+        job = Job(incoming, charge, digest, forwarded, begin)
         answer = await self.batcher.submit(job, len(content.x))
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)
@@ -177,7 +176,8 @@ class ServedModel:
     def _principal(self, request: Request) -> ApiKey | None:
         if self.keys is None:
             return None
-        return self.keys.authenticated(_header(request, b"authorization"), "infer")
+        headers = dict(reversed(request.scope["headers"]))
+        return self.keys.authenticated(headers.get(b"authorization"), "infer")
 
     def _forwarded(self, scope: Scope) -> tuple[tuple[str, str], ...]:
         """Return the headers that a proxy passes on. Raises `Refused` for a value that cannot be sent."""
@@ -248,14 +248,14 @@ class ServedModel:
         if request.method == "POST" and not getattr(request.state, _READ, False):
             headers["connection"] = "close"
             await self._discard(request)
-        return _json({"error": error.reason}, error.status, headers)
+        return json_response({"error": error.reason}, error.status, headers)
 
     async def _discard(self, request: Request) -> None:
         """Read the body of a refused request for a short time, because a client that is still sending would see a reset
         connection instead of the response. A client that waits for `100 Continue` reads the response first.
         """
         size = 0
-        if _header(request, b"expect") is None:
+        if "expect" not in request.headers:
             with suppress(TimeoutError, ClientDisconnect):
                 async with asyncio.timeout(_DISCARD_S):
                     async for part in request.stream():
@@ -267,8 +267,8 @@ class ServedModel:
         """Return the response for a path or a method that does not exist."""
         assert isinstance(error, HTTPException)
         reason = REASONS.get(error.status_code, "the request is not valid")
-        headers = dict(error.headers or {})
-        return await self.refused(request, replace_reason(error.status_code, reason, headers))
+        headers = tuple((error.headers or {}).items())
+        return await self.refused(request, Refused(error.status_code, reason, headers))
 
     async def failed(self, request: Request, error: Exception) -> Response:
         """Return the response for an internal error, which discloses nothing about it."""
@@ -300,11 +300,6 @@ class _BodyTime:
         if self._expired and kind is asyncio.CancelledError:
             self._task.uncancel()
             raise Refused(408, "the body did not arrive in time") from error
-
-
-def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refused:
-    """Return a refusal with a status code, a reason and headers."""
-    return Refused(status, reason, tuple(headers.items()))
 
 
 class Watched:
@@ -374,9 +369,6 @@ def application(served: ServedModel) -> ASGIApp:
     return Watched(app, served)
 
 
-def _header(request: Request, name: bytes) -> bytes | None:
-    return next((value for key, value in request.scope["headers"] if key == name), None)
-
-
-def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response with content as JSON."""
     return Response(compact(content), status, headers, JSON)

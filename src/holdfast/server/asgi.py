@@ -3,14 +3,27 @@
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import uvicorn
 
 from holdfast.reports.formats.html import template_text
 from holdfast.server.guarded_routes import Scope
+
+
+@contextmanager
+def handled_signals(handler: Callable[[], object], *numbers: int) -> Iterator[None]:
+    """Context manager in which signals call a function. In another thread than the main one, they are not handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: handler()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 class UvicornServer(uvicorn.Server):
@@ -40,19 +53,12 @@ class UvicornServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Let Ctrl-C and SIGTERM end the server without an error while it runs, if they do."""
-        if not self.ends_by_signals or threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def stop(number: int, frame: FrameType | None) -> None:
+        def stop() -> None:
             self.should_exit = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled_signals(stop, signal.SIGINT, signal.SIGTERM) if self.ends_by_signals else nullcontext():
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 Message = MutableMapping[str, Any]

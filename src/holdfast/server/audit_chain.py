@@ -89,7 +89,7 @@ left, and like an incomplete record, which a kill may leave"""
 _KEY_BYTES, _DIGITS = 32, 32
 _POLL_S = 0.1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ENDS = frozenset({"answered", "interrupted", "failed"})
+ENDS = frozenset({"answered", "interrupted", "failed"})
 """kinds of records that end a request"""
 
 
@@ -182,8 +182,8 @@ class ChainFile:
     def add_texts(self, texts: Sequence[bytes]) -> None:
         """Append the records with these canonical texts with one write."""
         with self._lock:
-            now_lost = {"kind": "lost", "records": self.lost, "time": now()}
-            every = [canonical(now_lost), *texts] if self.lost else texts
+            lost = canonical(timed_record("lost", records=self.lost))
+            every = [lost, *texts] if self.lost else texts
             data, last = FORM.lines(every, self.last)
             try:
                 self._write(data)
@@ -259,9 +259,9 @@ def now() -> float:
     return round(time.time(), 6)
 
 
-def end_record(kind: str, request: str, **facts: Any) -> dict[str, Any]:
-    """Return the record of the end of a request: `answered`, `failed` or `interrupted`."""
-    return {"kind": kind, "request": request, **facts, "time": now()}
+def timed_record(kind: str, **facts: Any) -> dict[str, Any]:
+    """Return a record with the present time."""
+    return {"kind": kind, **facts, "time": now()}
 
 
 def run_of(name: str) -> str | None:
@@ -360,14 +360,14 @@ def end_chain(
         for content in (link.content for link in chain):
             if content["kind"] == "started":
                 pending[content["request"]] = None
-            elif content["kind"] in _ENDS:
+            elif content["kind"] in ENDS:
                 pending.pop(content["request"], None)
         if not (chain.rest.startswith(_BEGINNING) or _BEGINNING.startswith(chain.rest)):
             raise TargetError(
                 f"{str(path)!r} ends with {len(chain.rest)} bytes that are not the beginning of a record, and is not "
                 "changed; restore it from a copy"
             )
-        ends = [end_record("interrupted", request, reason=reason) for request in pending]
+        ends = [timed_record("interrupted", request=request, reason=reason) for request in pending]
         data, last = FORM.lines(map(canonical, [*ends, *contents]), chain.last)
         file.truncate(chain.size)
         file.seek(chain.size)

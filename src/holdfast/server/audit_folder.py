@@ -16,19 +16,19 @@ from holdfast.runs.store.append_log import BEGINNING
 from holdfast.runs.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
 from holdfast.runs.store.leases import Owner, locked
 from holdfast.server.audit_chain import (
+    ENDS,
     SERVER,
     SUFFIX,
     ChainFile,
     end_chain,
-    now,
     reading_chain,
     refusal_in_audit,
     run_of,
+    timed_record,
     usable,
 )
 
 _LOCK = ".lock"
-_ENDS = ("answered", "failed", "interrupted")
 _MARK = b'{"kind":"holdfast audit","schema":1}\n'
 
 
@@ -69,16 +69,10 @@ class AuditFolder:
             run = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}"
             chain = ChainFile(path / f"{run}{SERVER}{SUFFIX}", fail_open=fail_open)
             owner = Owner.myself()
-            begin = {
-                "kind": "begin",
-                "time": now(),
-                "owner": [owner.host, owner.pid, owner.started],
-                "earlier": earlier,
-            }
-            with usable(chain.path):
-                chain.add([{**begin, **about}])
-                chain.flush()
-        return cls(path, run, chain, recovered)
+            folder = cls(path, run, chain, recovered)
+            facts = {"owner": [owner.host, owner.pid, owner.started], "earlier": earlier}
+            folder.record("begin", **facts, **about)
+        return folder
 
     def new_worker(self) -> Path:
         """Create and record the chain of a new worker, and return its path."""
@@ -97,7 +91,7 @@ class AuditFolder:
     def record(self, kind: str, **facts: Any) -> None:
         """Add a record to the chain of the supervisor. Raises `TargetError` if it cannot be written."""
         with usable(self.chain.path):
-            self.chain.add([{"kind": kind, **facts, "time": now()}])
+            self.chain.add([timed_record(kind, **facts)])
             self.chain.flush()
 
     def record_heads(self, heads: Mapping[str, tuple[int, str]]) -> None:
@@ -113,17 +107,10 @@ class AuditFolder:
         """Complete the chain of a worker that has ended, record its head, and return the number of requests that it did
         not answer.
         """
-        if not os.path.lexists(path):
-            self.record("closed", chain=path.name, records=0, head=GENESIS)
-            self._open.discard(path)
-            return 0
-        with usable(path):
-            interrupted, last = end_chain(path, reason=reason)
-        self.record(
-            "closed", chain=path.name, records=last.entries, head=last.digest, interrupted=interrupted
-        )
+        facts = _completed(path, reason)
+        self.record("closed", **facts)
         self._open.discard(path)
-        return interrupted
+        return int(facts["interrupted"])
 
     def close(self) -> None:
         """Complete the chains that could not be completed before, record the end of the server, and close its chain."""
@@ -173,21 +160,22 @@ def _complete(path: Path) -> tuple[list[list[Any]], int]:
         if state.begin is not None and not state.ended and not Owner(*state.begin["owner"]).alive():
             closed: list[dict[str, Any]] = []
             for name in state.open_workers:
-                n, end = 0, BEGINNING
-                if os.path.lexists(path / name):
-                    with usable(path / name):
-                        n, end = end_chain(path / name, reason="the server was killed")
-                recovered += n
-                facts = {"records": end.entries, "head": end.digest, "interrupted": n}
-                closed.append(_timed("closed", chain=name, **facts))
+                facts = _completed(path / name, "the server was killed")
+                recovered += facts["interrupted"]
+                closed.append(timed_record("closed", **facts))
             with usable(file):
-                _, last = end_chain(file, [*closed, _timed("killed")])
+                _, last = end_chain(file, [*closed, timed_record("killed")])
         earlier.append([file.name, *last])
     return earlier, recovered
 
 
-def _timed(kind: str, **facts: Any) -> dict[str, Any]:
-    return {"kind": kind, **facts, "time": now()}
+def _completed(path: Path, reason: str) -> dict[str, Any]:
+    """Complete the chain of a worker that has ended, if there is one, and return what the record `closed` states."""
+    interrupted, last = 0, BEGINNING
+    if os.path.lexists(path):
+        with usable(path):
+            interrupted, last = end_chain(path, reason=reason)
+    return {"chain": path.name, "records": last.entries, "head": last.digest, "interrupted": interrupted}
 
 
 @dataclass
@@ -351,7 +339,7 @@ def _verified_chain(
             digests.append(link.digest)
             kind, request = content["kind"], content.get("request", "")
             fault = (kind == "started" and request in begun) or (
-                kind in _ENDS and ((request not in begun and not lost) or request in done)
+                kind in ENDS and ((request not in begun and not lost) or request in done)
             )
             if fault:
                 raise TargetError(
@@ -360,7 +348,7 @@ def _verified_chain(
                 )
             if kind == "started":
                 begun.add(request)
-            elif kind in _ENDS:
+            elif kind in ENDS:
                 done.add(request)
                 totals[kind] += 1
             elif kind == "lost":

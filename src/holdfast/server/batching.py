@@ -49,12 +49,8 @@ class Batcher(Generic[Request, Response]):
         max_latency_s: float,
         seen: Callable[[int, float], object] = lambda rows, seconds: None,
     ) -> None:
-        self._answer, self._max_rows, self._max_latency_s, self._seen = (
-            answer,
-            max_rows,
-            max_latency_s,
-            seen,
-        )
+        self._answer, self._seen = answer, seen
+        self._max_rows, self._max_latency_s = max_rows, max_latency_s
         self._queue: deque[_Waiting[Request, Response]] = deque()
         self._arrived = threading.Condition()
         self._rows = self._running = 0

@@ -4,6 +4,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -38,12 +39,7 @@ class FlaggedInputs:
         """Return at most `n` stored inputs, the newest request first. Raises `TargetError` for a file that was
         changed.
         """
-        newest: list[FlaggedInput] = []
-        for flagged in self._all():
-            if len(newest) == n:
-                break
-            newest.append(flagged)
-        return newest
+        return list(islice(self._all(), n))
 
     def npz(self, n: int) -> bytes:
         """Return at most `n` of them as an .npz file."""

@@ -1,5 +1,6 @@
 """A generation of weights: what a worker serves, from its opening and its test to its retirement."""
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
-from holdfast.guard.protocol import NoRules, RequestGuard
-from holdfast.server.messages import Prepare, encoded_for_worker
+from holdfast.guard.decisions import NoRules, RequestGuard
+from holdfast.server.messages import Prepare
 
 _PROBES = 8
 """number of inputs on which a model is tested before it serves"""
@@ -111,7 +112,7 @@ class Generation:
         """The message that sends the parameter set of a pool to a worker."""
         assert self.pooled is not None, "a parameter set of a pool"
         tensors = {name: value.contiguous() for name, value in self.pooled.weights.items()}
-        return encoded_for_worker(Prepare(self.name, self.epoch, safetensors.torch.save(tensors)))
+        return pickle.dumps(Prepare(self.name, self.epoch, safetensors.torch.save(tensors)))
 
     def fault(self, digest: str, classes: int) -> str:
         """Return why a worker must not serve the model that it has opened as this one, or an empty text."""

@@ -87,6 +87,13 @@ class ApiKey:
             return "revoked"
         return "expired" if self.expires is not None and _past(self.expires) else "valid"
 
+    def charge(self, rows: int) -> Charge | None:
+        """Return what a request for a number of inputs takes from the limits of the key; None without limits."""
+        if self.rate is None and self.budget is None:
+            return None
+        burst = 1 if self.rate is None else burst_of(self.rate)
+        return Charge(self.name, rows, Allowance(self.rate, burst, self.budget, math.inf))
+
     def permits(self, *scopes: str) -> bool:
         """Return whether the key has one of the scopes, or `admin` for those of the operator's port."""
         return any(scope in self.scopes or (scope != "infer" and ADMIN in self.scopes) for scope in scopes)
@@ -161,7 +168,9 @@ def add_key(
                 f"{name}, or choose another name"
             )
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        keys.append(ApiKey(name, _hash(key.encode()), tuple(scopes), created, expires, rate, budget, None))
+        keys.append(
+            ApiKey(name, hash_of(key.encode()).hex(), tuple(scopes), created, expires, rate, budget, None)
+        )
         _write(path, keys)
     return key
 
@@ -205,10 +214,6 @@ def _write(path: Path, keys: Sequence[ApiKey]) -> None:
 
 def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
-
-
-def _hash(key: bytes) -> str:
-    return hash_of(key).hex()
 
 
 class KeyFile:
@@ -269,7 +274,7 @@ class KeyFile:
         if given[: len(_SCHEME)].lower() != _SCHEME:
             raise Refused(401, "the header Authorization must be Bearer KEY", _CHALLENGE, "key")
         # The lookup compares hashes of the keys, so its duration does not depend on how much of a key is right.
-        key = self._keys.get(_hash(given[len(_SCHEME) :].strip()))
+        key = self._keys.get(hash_of(given[len(_SCHEME) :].strip()).hex())
         if key is None:
             raise Refused(401, "the key is not valid", _CHALLENGE, "key")
         key.refuse_unpermitted(*scopes)
@@ -300,61 +305,39 @@ class KeyFile:
 
 
 @dataclass(frozen=True)
-class Spending:
-    """A request for a number of inputs of a principal, with the limits of its key."""
-
-    principal: str
-    rows: int
-    rate: float | None
-    budget: int | None
-
-
-@dataclass(frozen=True)
 class Quotas:
     """Rates and budgets in a shared state."""
 
     state: SharedState
     clock: Callable[[], float] = time.time
 
-    def take(self, spendings: Sequence[Spending]) -> list[Refused | None]:
+    def take(self, charges: Sequence[Charge | None]) -> list[Refused | None]:
         """Count the inputs of requests in one transaction, and return a refusal for each that exceeds a limit.
 
-        Refused requests are not counted. If the state cannot be reached, all are refused with status 503.
+        A request without limits is None. Refused requests are not counted. If the state cannot be reached, all are
+        refused with status 503.
         """
-        limited = [each for each in spendings if each.rate is not None or each.budget is not None]
-        if not limited:
-            return [None] * len(spendings)
-        grants = iter(self.state.spend([_charge(each) for each in limited], self.clock()))
-        return [
-            None if each.rate is None and each.budget is None else _refusal(each, next(grants))
-            for each in spendings
-        ]
+        limited = [each for each in charges if each is not None]
+        grants = iter(self.state.spend(limited, self.clock()) if limited else ())
+        return [None if each is None else _refusal(each, next(grants)) for each in charges]
 
 
-def _charge(each: Spending) -> Charge:
-    burst = 1 if each.rate is None else burst_of(each.rate)
-    return Charge(each.principal, each.rows, Allowance(each.rate, burst, each.budget, math.inf))
-
-
-def _refusal(spending: Spending, grant: Grant) -> Refused | None:
+def _refusal(charge: Charge, grant: Grant) -> Refused | None:
     if grant.granted:
         return None
     if grant.lost:
         return wait_first("the limits of the key cannot be checked", 1.0, cause="quota")
-    if grant.reason == "size":
-        return _too_many(spending)
     if grant.reason == "rate":
         return wait_first("the rate of the key is exceeded", grant.retry_after_s, status=429, cause="rate")
-    return Refused(429, "the budget of the key is used up", (), "budget")
-
-
-def _too_many(spending: Spending) -> Refused:
-    """The refusal of a request that no waiting makes acceptable, with the number of rows that is."""
-    limits = {"rate": None if spending.rate is None else burst_of(spending.rate), "budget": spending.budget}
+    if grant.reason == "budget":
+        return Refused(429, "the budget of the key is used up", (), "budget")
+    # no waiting makes the request acceptable, so the answer states the number of rows that is
+    allowed = charge.allowance
+    limits = {"rate": None if allowed.rate_per_s is None else allowed.burst, "budget": allowed.budget}
     most, name = min((most, name) for name, most in limits.items() if most is not None)
     return Refused(
         413,
-        f"the request has {spending.rows} rows, and the {name} of the key allows at most {most} at once; send fewer "
-        "rows in each request",
+        f"the request has {charge.n} rows, and the {name} of the key allows at most {most} at once; send fewer rows in "
+        "each request",
         cause=name,
     )

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,14 +44,6 @@ _WAITING = 1000
 """largest number of reports that wait for the tests; further ones are dropped"""
 
 
-@dataclass(frozen=True)
-class _Remembered:
-    """The predictions of a request."""
-
-    classes: Sequence[int]
-    confidences: Sequence[float]
-
-
 class LiveMonitor:
     """The tests and the labelled predictions of a server. All methods may be called by any thread, as `record` is."""
 
@@ -73,7 +64,8 @@ class LiveMonitor:
         self._inbox: queue.Queue[Signals | None] = queue.Queue(_WAITING)
         self._changing = self._renewing = False
         self._powers: dict[str, Power] = {}
-        self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
+        self._remembered: OrderedDict[str, tuple[Sequence[int], Sequence[float]]] = OrderedDict()
+        """classes and confidences of the newest requests"""
         self._remembered_inputs = 0
         self._confidences: deque[float] = deque(maxlen=_NEWEST)
         self._classes: OrderedDict[str, Sequence[int]] = OrderedDict()
@@ -104,14 +96,13 @@ class LiveMonitor:
         """Take the report of a worker. The samples of a canary are not tested."""
         with self._lock:
             for request, classes, confidences, flagged in seen.predictions:
-                entry = _Remembered(classes, confidences)
                 self._forget(request)
-                self._remembered[request] = entry
-                self._remembered_inputs += len(entry.classes)
+                self._remembered[request] = classes, confidences
+                self._remembered_inputs += len(classes)
                 self._requests += 1
                 self._flagged += flagged
                 if not canary:
-                    self._confidences.extend(entry.confidences)
+                    self._confidences.extend(confidences)
             while max(len(self._remembered), self._remembered_inputs) > _REMEMBERED:
                 self._forget(next(iter(self._remembered)))
         if seen.signals and not canary and not self._changing:
@@ -124,7 +115,7 @@ class LiveMonitor:
 
     def _forget(self, request: str) -> None:
         if (entry := self._remembered.pop(request, None)) is not None:
-            self._remembered_inputs -= len(entry.classes)
+            self._remembered_inputs -= len(entry[0])
 
     def model_changes(self, *, done: bool) -> None:
         """Leave samples out while workers exchange the model, and when it is `done`, compare the next ones with the
@@ -217,20 +208,19 @@ class LiveMonitor:
         known = self.reference.class_names
         with self._lock:
             for request, classes in labels.items():
-                entry = self._remembered.get(request)
-                if entry is None:
+                if request not in self._remembered:
                     unknown.append(request)
-                elif not isinstance(classes, list) or len(classes) != len(entry.classes):
-                    invalid[request] = f"{len(entry.classes)} classes were expected, one for each input"
+                    continue
+                predictions, confidences = self._remembered[request]
+                if not isinstance(classes, list) or len(classes) != len(predictions):
+                    invalid[request] = f"{len(predictions)} classes were expected, one for each input"
                 elif not all(type(k) is int and 0 <= k < (len(known) if known else 2**31) for k in classes):
                     invalid[request] = "a class is no number of a class of the model"
                 else:
                     self._forget(request)
                     self._classes[request] = classes
                     accepted += 1
-                    for predicted, confidence, y in zip(
-                        entry.classes, entry.confidences, classes, strict=True
-                    ):
+                    for predicted, confidence, y in zip(predictions, confidences, classes, strict=True):
                         self._labelled.append((confidence, y, predicted == y))
             while len(self._classes) > _NEWEST:
                 self._classes.popitem(last=False)

@@ -5,7 +5,6 @@ must not unpickle what a worker sends, which parses the requests of clients.
 """
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -65,17 +64,6 @@ class Drain(Struct, frozen=True):
 
 
 ToWorker = Serve | Prepare | Activate | SampleInputs | SendSamples | AnnounceEnd | Drain
-
-
-def encoded_for_worker(message: ToWorker) -> bytes:
-    """Return the bytes of a message to a worker."""
-    return pickle.dumps(message)
-
-
-def decoded_by_worker(content: bytes) -> ToWorker:
-    """Return a message of the supervisor, which started this process."""
-    message: ToWorker = pickle.loads(content)  # noqa: S301
-    return message
 
 
 # --- to the supervisor

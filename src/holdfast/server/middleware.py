@@ -9,8 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
-from holdfast.guard.decisions import Action, RequestDecision
-from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.decisions import Action, RequestDecision, RequestGuard
 from holdfast.server.asgi import ASGIApplication, Message, Receive, Send, WholeResponse, replayed, whole_body
 from holdfast.server.error_log import ErrorLog
 from holdfast.server.guarded_routes import Endpoints, GuardedRoutes, Scope

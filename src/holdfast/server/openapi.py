@@ -35,9 +35,9 @@ def openapi_document(signature: Signature, *, keys: bool, max_body: int) -> dict
     model = f"/v2/models/{signature.name}"
     version = f"{model}/versions/{signature.version}"
     open_paths = {
-        "/v2/health/live": {"get": _get("isLive", "Whether the process runs.", _flag("live"), ())},
+        "/v2/health/live": {"get": _get("isLive", "Whether the process runs.", _object({"live": _FLAG}), ())},
         "/v2/health/ready": {
-            "get": _get("isReady", "Whether requests are answered.", _flag("ready"), ("503",))
+            "get": _get("isReady", "Whether requests are answered.", _object({"ready": _FLAG}), ("503",))
         },
     }
     of_server = {
@@ -100,23 +100,22 @@ def _object(properties: Mapping[str, Any], required: tuple[str, ...] | None = No
     return {"type": "object", "properties": dict(properties), "required": names}
 
 
-def _flag(name: str) -> dict[str, Any]:
-    return _object({name: {"type": "boolean"}})
+def _list(items: Mapping[str, Any], least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
 
 
-_TEXT = {"type": "string"}
+_TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
 _TEXTS = {"type": "array", "items": _TEXT}
 _SERVER = _object({"name": _TEXT, "version": _TEXT, "extensions": _TEXTS})
 _MODELS = _object({"models": _TEXTS})
-_MODEL_READY = _object({"name": _TEXT, "ready": {"type": "boolean"}})
-_PARAMETERS = {"type": "object"}
+_MODEL_READY = _object({"name": _TEXT, "ready": _FLAG})
 
 
 def _metadata(signature: Signature) -> dict[str, Any]:
     def tensors(datatype: str) -> dict[str, Any]:
         shape = {"type": "array", "items": {"type": "integer"}}
         tensor = _object({"name": _TEXT, "datatype": {"const": datatype}, "shape": shape})
-        return {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1}
+        return _list(tensor, 1, 1)
 
     return _object(
         {
@@ -131,15 +130,12 @@ def _metadata(signature: Signature) -> dict[str, Any]:
 
 def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[str, Any]:
     """Return the description of `infer`. Its requests have one row or several, whose number the shape gives."""
-    least, most = _ends(signature)
+    low, high = signature.bounds.low, signature.bounds.high
     value: dict[str, Any] = {"type": "number" if signature.input_type.startswith("FP") else "integer"}
-    if least is not None and most is not None:
-        value |= {"minimum": least, "maximum": most}
-    count = signature.values
+    if isinstance(low, float | int) and isinstance(high, float | int):
+        value |= {"minimum": low, "maximum": high}
     request = {
-        "oneOf": [
-            _request(signature, value, rows, count) for rows in range(1, min(signature.max_rows, 4) + 1)
-        ],
+        "oneOf": [_request(signature, value, rows) for rows in range(1, min(signature.max_rows, 4) + 1)],
         "description": f"One request with 1 to {signature.max_rows} rows; the forms with more than 4 are alike.",
     }
     response = _object(
@@ -147,31 +143,18 @@ def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[s
             "model_name": {"const": signature.name},
             "model_version": {"const": signature.version},
             "id": _TEXT,
-            "outputs": {"type": "array", "items": _scores(signature), "minItems": 1, "maxItems": 1},
+            "outputs": _list(_scores(signature), 1, 1),
         },
         ("model_name", "model_version", "outputs"),
     )
-    all_errors = (
-        *errors,
-        "400",
-        "408",
-        "413",
-        "415",
-        "422",
-        "429",
-        "500",
-        *(("502",) if signature.proxied else ()),
-        "503",
-    )
+    refused = ("400", "408", "413", "415", "422", "429", "500", "503")
+    of_upstream = ("502",) if signature.proxied else ()
     return {
         "operationId": f"infer{suffix}",
         "summary": "Scores of inputs.",
         "description": f"Binary tensor extension: with the header {LENGTH_HEADER}, the number of bytes of the JSON, "
         f"tensors follow the JSON as bytes, and the content type is {BINARY}.",
-        "requestBody": {
-            "required": True,
-            "content": {JSON: {"schema": request}},
-        },
+        "requestBody": {"required": True, "content": {JSON: {"schema": request}}},
         "responses": {
             "200": {
                 "description": "OK",
@@ -180,32 +163,23 @@ def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[s
                     BINARY: {"schema": {"type": "string", "format": "binary"}},
                 },
             },
-            **_errors(all_errors),
+            **_errors((*errors, *refused, *of_upstream)),
         },
     }
 
 
-def _request(signature: Signature, value: Mapping[str, Any], rows: int, count: int) -> dict[str, Any]:
-    shape = [rows, *signature.shape]
-    tensor = {
-        **_object(
-            {
-                "name": {"const": signature.input_name},
-                "shape": {"const": shape},
-                "datatype": {"const": signature.input_type},
-                "data": {"type": "array", "items": value, "minItems": rows * count, "maxItems": rows * count},
-            }
-        ),
-    }
-    output = _object({"name": {"const": signature.output_name}})
-    return _object(
+def _request(signature: Signature, value: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    n_values = rows * signature.values
+    tensor = _object(
         {
-            "id": _TEXT,
-            "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
-            "outputs": {"type": "array", "items": output, "minItems": 0, "maxItems": 1},
-        },
-        ("inputs",),
+            "name": {"const": signature.input_name},
+            "shape": {"const": [rows, *signature.shape]},
+            "datatype": {"const": signature.input_type},
+            "data": _list(value, n_values, n_values),
+        }
     )
+    output = _object({"name": {"const": signature.output_name}})
+    return _object({"id": _TEXT, "inputs": _list(tensor, 1, 1), "outputs": _list(output, 0, 1)}, ("inputs",))
 
 
 def _scores(signature: Signature) -> dict[str, Any]:
@@ -214,14 +188,7 @@ def _scores(signature: Signature) -> dict[str, Any]:
         {
             "name": {"const": signature.output_name},
             "datatype": {"const": signature.output_type},
-            "shape": {"type": "array", "items": {"type": "integer"}, "minItems": axes, "maxItems": axes},
+            "shape": _list({"type": "integer"}, axes, axes),
             "data": {"type": "array", "items": {"type": "number"}},
         }
-    )
-
-
-def _ends(signature: Signature) -> tuple[float | None, float | None]:
-    low, high = signature.bounds.low, signature.bounds.high
-    return (
-        (None, None) if not isinstance(low, float | int) or not isinstance(high, float | int) else (low, high)
     )

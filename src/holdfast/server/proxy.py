@@ -6,7 +6,7 @@ server.
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,7 +20,7 @@ from holdfast.core.model import Batches, Bounds, Classifier
 from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy, model_argument
 from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.server.protocol_v2 import BINARY, EXTENSIONS, JSON, LENGTH_HEADER, TYPES, Signature, compact
-from holdfast.server.requests import Refused, forwarded
+from holdfast.server.requests import FORWARDED, Refused
 from holdfast.server.upstream import METADATA_BYTES, Connection, KeyRefused, UpstreamAddress, unusable
 
 _NUMBER_BYTES, _REST_BYTES = 64, 1 << 16
@@ -55,6 +55,12 @@ class UpstreamModel:
     def of_labels(self) -> bool:
         """Whether the outputs are class numbers, and not scores."""
         return self.signature.output_type not in _FLOATS
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Data type of the inputs."""
+        dtype = np.dtype(TYPES[self.signature.input_type]).newbyteorder("=")
+        return torch.from_numpy(np.zeros(1, dtype)).dtype
 
     def opened(self) -> "ProxiedModel":
         """Return the model with a connection of its own."""
@@ -115,7 +121,7 @@ def _infer(connection: Connection, upstream: UpstreamModel, x: Tensor, most: int
     content: dict[str, Any] = {"id": request_id, "inputs": [tensor]}
     if signature.output_name:
         content["outputs"] = [{"name": signature.output_name}]
-    headers = [*forwarded()]
+    headers = [*FORWARDED.get()]
     if upstream.binary:
         tail = values.tobytes()
         tensor["parameters"] = {"binary_data_size": len(tail)}
@@ -193,7 +199,9 @@ def read_upstream(
         name = model or _only_model(connection, address.url)
         upstream = _described(connection, address, name, shape, bounds, max_rows)
         signature = upstream.signature
-        x = signature.bounds.clamp(torch.zeros(upstream.batch or 1, *signature.shape)).to(_dtype(signature))
+        x = signature.bounds.clamp(torch.zeros(upstream.batch or 1, *signature.shape)).to(
+            upstream.input_dtype
+        )
         outputs = _infer(connection, upstream, x, _OTHER_BYTES * len(x) + METADATA_BYTES)
     except KeyRefused as error:
         reason = "with a key that the server accepts, if it requires one"
@@ -342,25 +350,13 @@ def _input_shape(sizes: tuple[int, ...], given: tuple[int, ...] | None, where: s
     return sizes
 
 
-def _dtype(signature: Signature) -> torch.dtype:
-    return torch.from_numpy(np.zeros(1, np.dtype(TYPES[signature.input_type]).newbyteorder("="))).dtype
-
-
-def input_dtype(upstream: UpstreamModel) -> torch.dtype:
-    """Return the data type of the inputs of a model."""
-    return _dtype(upstream.signature)
-
-
 def _with_output(
     upstream: UpstreamModel, outputs: list[_Output], name: str | None, rows: int
 ) -> UpstreamModel:
     """Return the model with the output that is returned, from the response to a first request."""
     found = ", ".join(f"{each.name} ({each.datatype})" for each in outputs) or "none"
-    kinds: Callable[[_Output], bool]
-    output = None
-    for kinds in (lambda each: each.datatype in _FLOATS, lambda each: each.datatype in TYPES):
-        matching = [each for each in outputs if kinds(each) and name in (None, each.name)]
-        output = output or next(iter(matching), None)
+    numbers = [each for each in outputs if each.datatype in TYPES and name in (None, each.name)]
+    output = next((each for each in numbers if each.datatype in _FLOATS), next(iter(numbers), None))
     if output is None:
         raise UsageError(
             f"{upstream.address.url} returns the outputs {found}; an output with numbers "

@@ -78,7 +78,8 @@ def _is_address(text: str) -> bool:
 
 
 Headers = tuple[tuple[str, str], ...]
-_HEADERS: ContextVar[Headers] = ContextVar("forwarded_headers", default=())
+FORWARDED: ContextVar[Headers] = ContextVar("forwarded_headers", default=())
+"""headers of clients that a proxied model sends with the requests of this context"""
 _VALUE = re.compile(r"([!-~]([\t -~]*[!-~])?)?")
 
 
@@ -90,13 +91,8 @@ def is_sendable(value: str) -> bool:
 @contextmanager
 def forwarding(headers: Headers) -> Iterator[None]:
     """Context manager in which a proxied model sends these headers with each request."""
-    token = _HEADERS.set(headers)
+    token = FORWARDED.set(headers)
     try:
         yield
     finally:
-        _HEADERS.reset(token)
-
-
-def forwarded() -> Headers:
-    """Return the headers of the current context."""
-    return _HEADERS.get()
+        FORWARDED.reset(token)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.guard.protocol import RequestGuard
+from holdfast.guard.decisions import RequestGuard
 from holdfast.monitoring.accuracy import Reference
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.flagged_inputs import FlaggedInputs

@@ -28,10 +28,9 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import release_of
+from holdfast.guard.decisions import RequestGuard, release_of
 from holdfast.guard.detectors.mahalanobis import LastFeatures
 from holdfast.guard.guard import GuardPipeline
-from holdfast.guard.protocol import RequestGuard
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.states.sqlite import SQLiteState
 from holdfast.rotation.rotating_model import loaded
@@ -40,12 +39,11 @@ from holdfast.server import messages
 from holdfast.server.answering_requests import (
     Answer,
     Answerer,
-    Audit,
     ChainAudit,
     Job,
-    NoAudit,
     Outcome,
     ServedSet,
+    log_requests,
 )
 from holdfast.server.app import ServedModel, application
 from holdfast.server.asgi import UvicornServer
@@ -57,7 +55,6 @@ from holdfast.server.generation import refuse_damaged
 from holdfast.server.keys import KeyFile, Quotas
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
-from holdfast.server.request_log import log_requests
 from holdfast.server.sampled_inputs import Reservoir, SampledInputs
 from holdfast.server.server_setup import WorkerSetup
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
@@ -160,7 +157,7 @@ class Worker:
     def _answerer(self, guard: RequestGuard) -> Answerer:
         """Return the function that answers batches with this guard."""
         setup = self.setup
-        audit: Audit = NoAudit()
+        audit = None
         if self.chain is not None:
             assert setup.audit_key is not None
             audit = ChainAudit(self.chain, setup.audit_key)
@@ -263,9 +260,28 @@ class Worker:
                 self.telemetry.count(name, n=now - before)
             self._observed = counts
 
-    # --- parameter sets
+    # --- messages of the supervisor
 
-    def prepare(self, message: messages.Prepare) -> None:
+    def take(self, message: messages.ToWorker) -> None:
+        """Do what a message of the supervisor states."""
+        match message:
+            case messages.Prepare():
+                self._prepare(message)
+            case messages.Activate():
+                self.answering.served = self._prepared[message.epoch]
+                self._prepared = {}
+            case messages.Serve():
+                self.answering.served = ServedSet(self._pristine, message.name, message.epoch)
+            case messages.AnnounceEnd():
+                self.announce_end()
+            case messages.SendSamples():
+                self.send(self.sampled.answer(message.number))
+            case messages.SampleInputs():
+                self.sampled.limit(message.most_bytes)
+            case messages.Drain():
+                self.drain(last=message.last)
+
+    def _prepare(self, message: messages.Prepare) -> None:
         """Load a parameter set into a copy of the network, and report whether it can serve. The supervisor has tested
         it on the canary inputs.
         """
@@ -277,15 +293,6 @@ class Worker:
             return
         self._prepared[message.epoch] = ServedSet(model, message.name, message.epoch)
         self.send(messages.Loaded(message.epoch))
-
-    def activate(self, epoch: int) -> None:
-        """Serve the prepared set of an epoch from the next batch on."""
-        self.answering.served = self._prepared[epoch]
-        self._prepared = {}
-
-    def serve_as(self, message: messages.Serve) -> None:
-        """Record the opened model under the name of the message."""
-        self.answering.served = ServedSet(self._pristine, message.name, message.epoch)
 
     # --- progress
 
@@ -476,12 +483,14 @@ def _run(tasks: IO[bytes], listener: int, counters: int, send: Send) -> None:
 
 
 def _served(worker: Worker, tasks: IO[bytes]) -> bool:
-    """Take messages until a model or a set serves, and return whether one does."""
+    """Take messages until a model or a set serves, and return whether one does. They are those of the process that
+    started this one.
+    """
     while (content := read_message(tasks)) is not None:
-        message = messages.decoded_by_worker(content)
+        message: messages.ToWorker = pickle.loads(content)  # noqa: S301
         if isinstance(message, messages.Drain):
             return False
-        _take(worker, message)
+        worker.take(message)
         if isinstance(message, messages.Activate | messages.Serve):
             return True
     return False
@@ -490,7 +499,7 @@ def _served(worker: Worker, tasks: IO[bytes]) -> bool:
 def _follow(worker: Worker, tasks: IO[bytes]) -> None:
     while (content := read_message(tasks)) is not None:
         try:
-            _take(worker, messages.decoded_by_worker(content))
+            worker.take(pickle.loads(content))  # noqa: S301
         except (KeyError, ValueError, RuntimeError) as error:
             raise TargetError(f"the supervisor sent an invalid message: {error}") from error
     worker.announce_end()
@@ -499,21 +508,3 @@ def _follow(worker: Worker, tasks: IO[bytes]) -> None:
     # than the drain even if the model hangs.
     time.sleep(seconds(worker.setup.settings.drain, "drain") + _ENDING_S)
     os._exit(1)
-
-
-def _take(worker: Worker, message: messages.ToWorker) -> None:
-    match message:
-        case messages.Prepare():
-            worker.prepare(message)
-        case messages.Activate():
-            worker.activate(message.epoch)
-        case messages.Serve():
-            worker.serve_as(message)
-        case messages.AnnounceEnd():
-            worker.announce_end()
-        case messages.SendSamples():
-            worker.send(worker.sampled.answer(message.number))
-        case messages.SampleInputs():
-            worker.sampled.limit(message.most_bytes)
-        case messages.Drain():
-            worker.drain(last=message.last)

@@ -9,6 +9,7 @@ import os
 import pickle
 import queue
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from holdfast.runs.engine.processes import unshared
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.server import messages
 from holdfast.server.adaptations import Adaptations
+from holdfast.server.asgi import handled_signals
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import AuditFolder
 from holdfast.server.generation import Generation
@@ -37,7 +39,6 @@ from holdfast.server.worker_processes import (
     Inbox,
     WorkerProcess,
     bound_socket,
-    ending_signals,
     hang_up_signals,
 )
 from holdfast.settings.grammar import seconds
@@ -151,7 +152,7 @@ class Supervisor:
         """Supervise until `stop` is called or SIGTERM or SIGINT arrives, then drain. A second signal kills the
         workers.
         """
-        with ending_signals(self._ended_by_signal):
+        with handled_signals(self._ended_by_signal, signal.SIGTERM, signal.SIGINT):
             try:
                 while not self._stopping:
                     self._step()

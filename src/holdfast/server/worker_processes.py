@@ -4,38 +4,27 @@ supervisor.
 
 import math
 import os
+import pickle
 import queue
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from mmap import mmap
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.runs.engine.processes import Child
 from holdfast.runs.store.encryption import KEY_VARIABLE
+from holdfast.server.asgi import handled_signals
 from holdfast.server.generation import Generation
-from holdfast.server.messages import Drain, FailingCheck, Report, ToWorker, encoded_for_worker
+from holdfast.server.messages import Drain, FailingCheck, Report, ToWorker
 from holdfast.server.telemetry import MEMORY_BYTES
-
-
-@contextmanager
-def ending_signals(stop: Callable[[], object]) -> Iterator[None]:
-    """Context manager in which SIGTERM and SIGINT call `stop`."""
-
-    def ended(number: int, frame: FrameType | None) -> None:
-        stop()
-
-    with _handlers({signal.SIGTERM: ended, signal.SIGINT: ended}):
-        yield
 
 
 @contextmanager
@@ -47,7 +36,7 @@ def hang_up_signals(stop: Callable[[], object], swap: Callable[[], object]) -> I
     """
     foreground, ignored = in_foreground(), signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
-    def hung_up(number: int, frame: FrameType | None) -> None:
+    def hung_up() -> None:
         nonlocal foreground
         if not foreground or has_terminal():
             swap()
@@ -56,22 +45,8 @@ def hang_up_signals(stop: Callable[[], object], swap: Callable[[], object]) -> I
         if not ignored:
             stop()
 
-    with _handlers({signal.SIGHUP: hung_up}):
+    with handled_signals(hung_up, signal.SIGHUP):
         yield
-
-
-@contextmanager
-def _handlers(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """Context manager with handlers of signals. In another thread than the main one, signals are not handled."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def has_terminal() -> bool:
@@ -175,7 +150,7 @@ class WorkerProcess:
 
     def send(self, message: ToWorker) -> None:
         """Send a message to it."""
-        self.child.send(encoded_for_worker(message))
+        self.child.send(pickle.dumps(message))
 
     def reported(self, report: Report) -> None:
         """Note its state. What makes no progress counts if the report before stated it too: after a pause of the

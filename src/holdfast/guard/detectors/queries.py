@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch, Lookup
 from holdfast.core.constraints import Norm, allowed
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.outputs import REFUSED
@@ -35,10 +35,6 @@ Fail = Literal["open", "closed"]
 
 BUCKET = 32
 """largest number of clusters for one hash; the oldest are dropped, so that the cost of a query is bounded"""
-
-
-class StateLost(TargetError):
-    """Error for a state of the query detector that cannot be reached or written."""
 
 
 @dataclass(frozen=True)
