@@ -39,8 +39,8 @@ from holdfast.api.monitoring_streams import _refuse_data, _refuse_mixed
 from holdfast.api.plans import assess_request, prover
 from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_keys
 from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
-from holdfast.api.rotate_requests import _loop_settings
 from holdfast.api.rotation_opening import _candidate as rotation_recipe
+from holdfast.api.rotation_opening import loop_settings
 from holdfast.api.serving import _shape, server_setup
 from holdfast.api.verb_settings import (
     Assess,
@@ -1892,9 +1892,7 @@ situation(
 )
 situation(
     "no swaps",
-    lambda every=(), once=False: _loop_settings(
-        rotated(every=list(every)), None, immunising=False, once=once
-    ),
+    lambda every=(), once=False: loop_settings(rotated(every=list(every)), None, immunising=False, once=once),
 )
 situation("a pool on a cluster", rotated, on="ray")
 for name in ("tune", "league", "prune", "augment-policy", "policy", "rslad"):
