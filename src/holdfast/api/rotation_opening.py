@@ -8,7 +8,7 @@ from holdfast.api.checked_settings import check_settings
 from holdfast.api.expecting import range_of_all
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import refuse_code_in_pool, settings_of_pool
-from holdfast.api.reading_settings import OPENED_WITH, items, plain_settings
+from holdfast.api.reading_settings import OPENED_WITH, items
 from holdfast.api.recipe_building import build_recipe, built, functions_in, refuse_unheld, settings_of
 from holdfast.api.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
@@ -58,7 +58,7 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     device = device_of(settings.device)
     name = settings.fit or settings.data or ""
     examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
-    values = plain_settings(settings)
+    values = settings.model_dump(mode="json")
     opening = {key: values[key] for key, _, given in items(settings) if given and key in _OPENING}
     return RotateRequest(
         subject=trainable_subject(subject, device, examples),
