@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import holdfast
-from holdfast.api import rotate_requests
+from holdfast.api import rotation_opening
 from holdfast.api.guard_candidates import candidate_calibrations, refuse_uncalibratable
 from holdfast.api.verb_settings import Calibrate, RotateSettings
 from holdfast.audits.backdoor import audit as backdoor
@@ -142,7 +142,7 @@ def test_needs_of_the_steps_of_a_rotation(folder, tmp_path, monkeypatch):
 
     def refused(message: str, by: str | None = None, **more: object) -> None:
         run = tmp_path / "pool"
-        request = rotate_requests.run_request(
+        request = rotation_opening.run_request(
             RotateSettings(**common, **more), run, by=by, once=True, anyway=True
         )
         with pytest.raises(UsageError, match=message):

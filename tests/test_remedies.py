@@ -34,13 +34,13 @@ from holdfast.api.expecting import range_of_all
 from holdfast.api.guard_candidates import refuse_uncalibratable
 from holdfast.api.guard_opening import guarded_subject
 from holdfast.api.hardening import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
-from holdfast.api.misspelt import refuse_misspelt
 from holdfast.api.monitoring_streams import _refuse_data, _refuse_mixed
 from holdfast.api.plans import assess_request, prover
 from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_keys
+from holdfast.api.python_functions import refuse_misspelt
 from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
-from holdfast.api.rotate_requests import _loop_settings
 from holdfast.api.rotation_opening import _candidate as rotation_recipe
+from holdfast.api.rotation_opening import loop_settings
 from holdfast.api.serving import _shape, server_setup
 from holdfast.api.verb_settings import (
     Assess,
@@ -939,7 +939,7 @@ def backdoor_audited(controls=None, train_controls=None, data=None, **settings):
         train_controls=train_controls,
         **settings,
     )
-    with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
+    with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore)) as audit:
         refuse_unmet(audit.needs)
         return audit
 
@@ -1889,9 +1889,7 @@ situation(
 )
 situation(
     "no swaps",
-    lambda every=(), once=False: _loop_settings(
-        rotated(every=list(every)), None, immunising=False, once=once
-    ),
+    lambda every=(), once=False: loop_settings(rotated(every=list(every)), None, immunising=False, once=once),
 )
 situation("a pool on a cluster", rotated, on="ray")
 for name in ("tune", "league", "prune", "augment-policy", "policy", "rslad"):

@@ -111,7 +111,7 @@ def membership(folder: Path, table: Any) -> Outcome:
 
 def poison(folder: Path, table: Any) -> Outcome:
     settings = holdfast.AuditPoison(**options(folder, clean=table))
-    with prepared_poison(settings, AuditStart(None, resume=False, notify=ignore, command="")) as audit:
+    with prepared_poison(settings, AuditStart(None, resume=False, notify=ignore)) as audit:
         request = audit.request
     return request.data["clean"]["digest"], tuple(request.notes)
 

@@ -74,7 +74,7 @@ def settings(kind: Any, folder: Path, **own: Any) -> Any:
 
 
 def of_audit(audit: AuditVerb) -> AuditRequest:
-    with audit.prepared(AuditStart(None, resume=False, notify=ignore, command="")) as prepared:
+    with audit.prepared(AuditStart(None, resume=False, notify=ignore)) as prepared:
         return prepared.request
 
 

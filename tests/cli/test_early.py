@@ -42,3 +42,12 @@ def test_threads_sleep_while_they_wait_and_torch_is_told_in_time(set_by_the_user
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == f"{stands} False"
+
+
+def test_the_help_of_every_command_imports_no_torch() -> None:
+    code = (
+        "import sys, click; from holdfast.cli.app import verbs; context = click.Context(verbs)\n"
+        "for name in verbs.list_commands(context): verbs.get_command(context, name).get_help(context)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api.misspelt import with_eps
+from holdfast.api.python_functions import with_eps
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
 

@@ -172,3 +172,8 @@ def test_a_form_of_threats_is_one_entry_and_may_name_a_file(monkeypatch):
         parse_threat("table:")
     with pytest.raises(UsageError, match="did you mean 'table'"):
         parse_threat("tabel:x")
+
+
+def test_methods_refuse_arguments_that_they_do_not_document():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'result'"):
+        holdfast.Explain(model="mnist-cnn", data="mnist-mini").run(result=None)

@@ -39,7 +39,7 @@ from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, Opened, Subject
 from holdfast.runs.assess.result import Result
 from holdfast.runs.assess.served_runs import journaled
-from holdfast.runs.engine.progress import Progress
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings.grammar import seconds
 from holdfast.settings.naming import AUTO
 from holdfast.settings.values import address_of
@@ -56,8 +56,10 @@ def measured(
     folder: str | Path | None = None,
     *,
     resume: bool = False,
+    progress: Progress = silent,
+    notify: Notify = ignore,
+    detail: Notify = ignore,
     command: str = "",
-    **reporting: Any,
 ) -> Result:
     """Open the model and the data of an assessment or a certification, and take the steps of the run."""
     place = folder_of(folder, resume=resume)
@@ -71,7 +73,17 @@ def measured(
             attackers=_attackers(settings),
             command=command,
         )
-        result = assess(subject, data, request, run=place, resume=resume, opening=settings.open, **reporting)
+        result = assess(
+            subject,
+            data,
+            request,
+            run=place,
+            resume=resume,
+            progress=progress,
+            opening=settings.open,
+            notify=notify,
+            detail=detail,
+        )
     return replace(result, explaining=partial(_explained, settings))
 
 

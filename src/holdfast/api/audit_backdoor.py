@@ -99,11 +99,9 @@ def prepared_backdoor(settings: AuditBackdoor, start: AuditStart) -> Iterator[Pr
         {**subject.card, "digest": subject.digest},
         {"name": data.name, "digest": data.digest, "n": len(data), **compared, **trained, **streamed},
         request.steps(),
-        tuple(settings.gates),
-        settings.seed,
-        str(device),
-        start.command,
-        (*subject.notes, *notes_of(data, stream)),
+        seed=settings.seed,
+        device=str(device),
+        notes=(*subject.notes, *notes_of(data, stream)),
         writes=settings.trigger_out is not None,
     )
 

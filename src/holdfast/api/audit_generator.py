@@ -1,20 +1,23 @@
 """Opens what an audit of a generator needs: the generator or a file of its samples, its training examples, held-out
-examples, and a network whose features are compared.
+examples, and a network whose features are compared; or three tables, whose columns are compared.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.api import resolve
-from holdfast.api.audit_tables import prepared_tables, selection_notes, tables_of
 from holdfast.api.auditing.generator import AuditGenerator
-from holdfast.api.expecting import first_table, normalisation, notes_of, refuse_other_range, unlabelled
+from holdfast.api.expecting import expected_without_model, notes_of, refuse_other_range, unlabelled
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
 from holdfast.attacks.parts.substitutes import network_for
@@ -26,6 +29,7 @@ from holdfast.audits.generator.audit import (
     parts_of,
     refuse_incomparable,
 )
+from holdfast.audits.generator.tables import TablePart
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
@@ -34,8 +38,10 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.generators.opening import bundled_generators, names_generator, opened_generator
-from holdfast.io.data.arrays import Arrays
-from holdfast.io.data.layouts import Expected, layout_of_images
+from holdfast.io.data.arrays import Arrays, selected_rows
+from holdfast.io.data.layouts import layout_of_images
+from holdfast.io.data.mixed_tables import MixedTables, TableFile, open_mixed
+from holdfast.io.data.tables import SUFFIXES
 from holdfast.io.models.factories import names_code, refuse_without_factory
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.io.models.models import bundled_models
@@ -61,15 +67,13 @@ class _Source:
 def prepared_generator(settings: AuditGenerator, start: AuditStart) -> Iterator[PreparedAudit]:
     """Open the generator and the data of an audit, and yield it."""
     if settings.held_out is not None and (tables := tables_of(settings)) is not None:
-        request, how = prepared_tables(settings, tables, start.command)
+        request, how = prepared_tables(settings, tables)
     else:
-        request, how = opened_audit(settings, start.notify, start.command)
+        request, how = opened_audit(settings, start.notify)
     yield PreparedAudit(request, lambda run: measure(run, how), needs_of(how, settings.gates))
 
 
-def opened_audit(
-    settings: AuditGenerator, notify: Notify, command: str
-) -> tuple[AuditRequest, GeneratorAudit]:
+def opened_audit(settings: AuditGenerator, notify: Notify) -> tuple[AuditRequest, GeneratorAudit]:
     """Open the generator and the data, and return the request and what the audit compares."""
     if settings.held_out is None:
         raise UsageError(
@@ -88,7 +92,10 @@ def opened_audit(
 
     @cache
     def extractor() -> Classifier:
-        return (_trained(batch.to(device), settings, notify) if network is None else network).to(device)
+        if network is not None:
+            return network.to(device)
+        notify(f"training a small network on {len(batch):,} examples, whose features are compared")
+        return trained_extractor(batch.to(device), Draws(settings.seed).at("features")).to(device)
 
     how = GeneratorAudit(
         _of_condition(batch, settings.condition),
@@ -121,11 +128,9 @@ def opened_audit(
         {"name": source.name, "digest": source.digest},
         about,
         how.steps,
-        tuple(settings.gates),
-        settings.seed,
-        str(device),
-        command,
-        (*selection_notes(settings, len(training)), *notes_of(training, held_out), *source.notes),
+        seed=settings.seed,
+        device=str(device),
+        notes=(*selection_notes(settings, len(training)), *notes_of(training, held_out), *source.notes),
     )
     return request, how
 
@@ -161,22 +166,11 @@ def _opened(
     """Open examples whose labels may be missing, in the layout that the network of the features takes. The columns of a
     table are matched with those of the data `first`.
     """
-    if isinstance(source, AuditGenerator):
-        opened = partial(resolve.open_expected, source)
-    else:
-        opened = partial(resolve.open_beside, settings, source)
+    opened = partial(resolve.open_source, settings, source)
     if network is not None:
         properties = replace(unlabelled(settings, network, source, first), needs_labels=False)
         return opened(properties)
-    properties = Expected(
-        class_names=settings.class_names,
-        class_order=settings.class_order,
-        layout=source.layout,
-        normalised=normalisation(settings),
-        lenient=True,
-        needs_labels=False,
-        first=None if first is None else first_table(first),
-    )
+    properties = expected_without_model(settings, source, first)
     data = opened(properties)
     if not isinstance(data, Arrays) or data.reading.stored != "asis" or data.x.ndim not in (3, 4):
         return data
@@ -214,12 +208,6 @@ def _source(settings: AuditGenerator, network: Classifier | None, training: Data
     return _Source(generator.name, generator.digest, draw, generator.notes(settings.seed), generator)
 
 
-def _trained(training: Batch, settings: AuditGenerator, notify: Notify) -> Classifier:
-    """Train the network whose features are compared, on the labels of the training examples."""
-    notify(f"training a small network on {len(training):,} examples, whose features are compared")
-    return trained_extractor(training, Draws(settings.seed).at("features"))
-
-
 def _refuse_unlabelled(training: Batch) -> None:
     """Raise `UsageError` if the training examples have no labels."""
     if bool((training.y == UNLABELLED).any()):
@@ -238,3 +226,103 @@ def trained_extractor(training: Batch, rng: Draws) -> Classifier:
     recipe = Standard(training=Training(epochs=_EPOCHS, batch=_BATCH, weight_decay=0.0, averaging="none"))
     untrained = Classifier(net, bounds=Bounds(low, high)).to(training.x.device)
     return last_of(recipe, untrained, training, ThreatModel(Linf(0.0)), rng.at("training"))
+
+
+_TRAINING, _SAMPLES, _HELD_OUT = range(3)
+
+
+@dataclass(frozen=True)
+class OpenedTables:
+    """The training rows, the synthetic table and the held-out rows."""
+
+    names: tuple[str, ...]
+    tables: MixedTables
+
+    def about(self, place: int) -> dict[str, Any]:
+        """Return the name and the digest of a table."""
+        rows, columns = self.tables.rows[place], repr(self.tables.columns).encode()
+        content = hashlib.sha256(columns + rows.contiguous().numpy().tobytes()).hexdigest()
+        return {"name": self.names[place], "digest": content}
+
+
+def tables_of(settings: AuditGenerator) -> OpenedTables | None:
+    """Return the tables of an audit, or None if the samples or the data are not tables, or if the features of a network
+    are compared.
+    """
+    sources = (
+        settings,
+        beside(settings, settings.model),
+        beside(settings, settings.held_out),
+    )
+    given = [source.data for source in sources]
+    if settings.features is not None or settings.x is not None:
+        return None
+    if not all(isinstance(data, str) and data.endswith(SUFFIXES) for data in given):
+        return None
+    usual = ("train", None, "test")
+    files = [_file(source, split) for source, split in zip(sources, usual, strict=True)]
+    return OpenedTables(tuple(map(str, given)), open_mixed(files, settings.drop))
+
+
+def _file(source: DataSource, usual: str | None) -> TableFile:
+    return TableFile(Path(str(source.data)), source.split, usual, source.separator, source.header)
+
+
+def prepared_tables(settings: AuditGenerator, opened: OpenedTables) -> tuple[AuditRequest, GeneratorAudit]:
+    """Return the request of the audit of a synthetic table, and what it compares."""
+    tables, rng = opened.tables.selected(_TRAINING, _chosen(settings, opened)), Draws(settings.seed)
+    opened = replace(opened, tables=tables)
+    training, samples, held_out = (_batch(x) for x in tables.encoded(_TRAINING))
+    # a random sample, because a file may be sorted
+    names = tuple(column.name for column in tables.columns)
+    chosen = rows_of(samples, settings.samples, rng.at("samples"))
+    others = rows_of(held_out, len(held_out), rng.at("held-out"))
+    how = GeneratorAudit(
+        training,
+        others,
+        settings.samples,
+        lambda: chosen.x,
+        None,
+        torch.device("cpu"),
+        rng.at("parts"),
+        None,
+        (TablePart(names, tables), *parts_of(settings.latent, settings.condition)),
+        (tables.rows[_SAMPLES][chosen.ids], tables.rows[_TRAINING], tables.rows[_HELD_OUT][others.ids]),
+    )
+    refuse_incomparable(how)
+    about = opened.about(_TRAINING) | {"n": len(training)}
+    about["held_out"] = opened.about(_HELD_OUT) | {"n": len(held_out)}
+    request = AuditRequest(
+        "generator",
+        {
+            "samples": settings.samples,
+            "features": None,
+            "drop": list(settings.drop),
+            "latent": settings.latent,
+            "condition": settings.condition,
+            "columns": list(names),
+        },
+        opened.about(_SAMPLES),
+        about,
+        how.steps,
+        seed=settings.seed,
+        notes=(*tables.notes, *selection_notes(settings, len(training))),
+    )
+    return request, how
+
+
+def _chosen(settings: AuditGenerator, opened: OpenedTables) -> NDArray[np.int64]:
+    """Return the numbers of the training rows that the settings select."""
+    n_rows, name = len(opened.tables.rows[_TRAINING]), opened.names[_TRAINING]
+    return selected_rows(n_rows, n=settings.n, sample=settings.sample, seed=settings.seed, name=name)
+
+
+def selection_notes(settings: AuditGenerator, n: int) -> tuple[str, ...]:
+    """Return the note on an audit that knows only `n` of the training examples."""
+    if not settings.selects:
+        return ()
+    return (f"only {n:,} training examples were selected, and copies of the other ones are not found",)
+
+
+def _batch(x: torch.Tensor) -> Batch:
+    return Batch(x, torch.full((len(x),), UNLABELLED), torch.arange(len(x)))

@@ -1,39 +1,49 @@
-"""Opens what an audit of membership needs, and runs it: the model, both data sets, and the training of networks."""
+"""Opens what an audit of membership needs, and runs it: the model, both data sets, and the training of the reference
+networks, in this process, in workers, or on a cluster.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from holdfast.api import expecting, resolve
 from holdfast.api.audited_trainings import Training, open_any_training, trained_like
 from holdfast.api.auditing.membership import AuditMembership
 from holdfast.api.plans import device_of
-from holdfast.api.reference_networks import FUNCTION_TOGETHER, TOGETHER, NetworkTraining, queried
 from holdfast.api.references import beside
 from holdfast.audits.audit import AuditRequest, AuditStart, PreparedAudit
 from holdfast.audits.finding import Images, StoredSteps
 from holdfast.audits.membership import scores
-from holdfast.audits.membership.audit import SCORES, SEEDS, SENT, measure, scores_of, steps
+from holdfast.audits.membership.audit import SCORES, SEEDS, SENT, columns_of, measure, scores_of, steps
 from holdfast.audits.membership.references import (
     Design,
     MembershipAudit,
     ReferenceTraining,
+    Signals,
     first_copies,
+    joined,
     refuse_shared,
+    signals_of,
+    trained_signals,
 )
 from holdfast.audits.membership.report import METRIC, METRIC_FPR, images_of
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
 from holdfast.core.model import Classifier
+from holdfast.core.pieces import Room
 from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.rotation.collecting import rows_of
+from holdfast.rotation.collecting import rows_of, with_fresh_weights
 from holdfast.runs.assess.executors import executor_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
+from holdfast.runs.engine.executor import Measure
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.attempt_training import refuse_untrainable
 
@@ -74,7 +84,7 @@ def prepared_membership(settings: AuditMembership, start: AuditStart) -> Iterato
                 model.classes = model(examples.first(1).x).shape[1]
         how = _how(settings, opened, examples, networks, training)
         _refuse_too_few(settings, how)
-        request = _request(settings, opened, how, training, str(device), start.command)
+        request = _request(settings, opened, how, training, str(device))
 
         def audit(run: Run) -> Images:
             attach(served)
@@ -210,7 +220,6 @@ def _request(
     how: MembershipAudit,
     training: Training | None,
     device: str,
-    command: str,
 ) -> AuditRequest:
     trained: Any = None
     if training is not None:
@@ -229,12 +238,10 @@ def _request(
         {**opened.subject.card, "digest": opened.subject.digest},
         opened.names,
         steps(how),
-        tuple(settings.gates),
-        settings.seed,
-        device,
-        command,
-        opened.notes,
-        how.shards,
+        seed=settings.seed,
+        device=device,
+        notes=opened.notes,
+        shards=how.shards,
     )
 
 
@@ -247,3 +254,70 @@ def _compare_seeds(run: Run, training: Training, model: Classifier, how: Members
         return {"ignored": all(torch.equal(first[name], second[name]) for name in first)}
 
     run.document(SEEDS, compared)
+
+
+TOGETHER, FUNCTION_TOGETHER = 8, 2
+"""numbers of networks that one shard trains: as one network with batched weights, or by a function one after another"""
+
+
+@dataclass(frozen=True)
+class NetworkTraining:
+    """The training of the networks of an audit: by a function or the card of the user, or that of the audit."""
+
+    model: Classifier
+    how: MembershipAudit
+    training: Training | None
+    default: ReferenceTraining
+    device: str
+
+    @contextmanager
+    def opened(self) -> Iterator[Measure]:
+        """Yield the function that trains the networks of a shard, on the device."""
+        here = replace(
+            self,
+            model=self.model.to(self.device),
+            how=replace(self.how, examples=self.how.examples.to(torch.device(self.device))),
+        )
+        yield here.measured
+
+    def in_memory(self) -> "NetworkTraining":
+        """Return the same training with copies of the model and the examples in main memory, from which they are sent
+        to workers.
+        """
+        examples = self.how.examples.to(torch.device("cpu"))
+        return replace(self, model=deepcopy(self.model).cpu(), how=replace(self.how, examples=examples))
+
+    def measured(self, shard: tuple[int, int], room: Room, until: float) -> Columns:
+        """Train the networks of a shard, and return what they say about all examples."""
+        networks, how = range(*shard), self.how
+        inside = how.design.inside()[list(networks)]
+        if self.training is not None:
+            return columns_of(networks, self._called(self.training, networks, inside, room))
+        draws = [how.design.rng.at("network").at(network) for network in networks]
+        fresh = [with_fresh_weights(self.model, each.at("begin"), "own").net for each in draws]
+        nets = [net for net in fresh if isinstance(net, nn.Module)]
+        x, y, output = self.model.preprocess(how.examples.x), how.examples.y, self.model.output
+        signals = trained_signals(nets, x, y, inside, self.default, draws, output, room.progress)
+        return columns_of(networks, signals)
+
+    def _called(self, training: Training, networks: Sequence[int], inside: Tensor, room: Room) -> Signals:
+        results, how = [], self.how
+        for network, mask in zip(networks, inside, strict=True):
+            part = how.examples.take(mask)
+            seed = how.design.rng.at("network").at(network).seed
+            trained = trained_like(training, self.model, part.x, part.y, seed)
+            results.append(queried(trained, how.examples))
+            room.progress(1)
+        return joined(results)
+
+
+def queried(model: Classifier, batch: Batch) -> Signals:
+    """Return what the model says about examples, in pieces. A server limits the rows of its requests itself."""
+    with torch.no_grad():
+        logits = torch.cat([model(piece.x) for piece in batch.split(256)])
+    if (largest := int(batch.y.max())) >= logits.shape[1]:
+        raise UsageError(
+            f"the data have the label {largest}, and the model has {logits.shape[1]} classes; expected labels from 0 "
+            f"to {logits.shape[1] - 1}"
+        )
+    return signals_of(logits, batch.y, labels=model.access == "labels")

@@ -79,11 +79,9 @@ def prepared_poison(settings: AuditPoison, start: AuditStart) -> Iterator[Prepar
         {**subject.card, "digest": subject.digest},
         {"name": data.name, "digest": data.digest, "n": len(data), **compared},
         request.steps(),
-        tuple(settings.gates),
-        settings.seed,
-        str(device),
-        start.command,
-        notes,
+        seed=settings.seed,
+        device=str(device),
+        notes=notes,
         writes=settings.suspects is not None,
     )
     suspects = settings.suspects

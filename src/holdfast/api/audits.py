@@ -7,7 +7,7 @@ the settings of the audit (`holdfast.api.auditing`).
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,24 @@ def _function(name: str, kind: type[AuditVerb]) -> Callable[..., AuditResult]:
     return verb_with(kind)(call)
 
 
+_RUN = """\
+`run` is the folder in which all artefacts are stored, `resume` continues the audit in it, and `progress` is called
+after each step. Returns an `AuditResult` with the `verdict`, "flagged", "not flagged" or "unclear", the measured
+`facts` and `metrics` by name, the `exit_code` of the gates, and `write`, which writes a report. Raises `UsageError`
+for settings, data or a model with which the audit is not possible, and `TargetError` for files that cannot be read."""
+"""last paragraph of the docstring of each function"""
+
+
 def _in_python(kind: type[AuditVerb]) -> str:
-    """Return the help of the command with the names of arguments in place of those on the command line."""
+    """Return the docstring of an audit: the help of the command with the names of arguments in place of those on the
+    command line, and the details of the function.
+    """
     text = kind.about
     for key, metavar in {"model": "MODEL", "data": "DATA", **kind.arguments}.items():
         text = re.sub(rf"\b{metavar}\b", f"`{key}`", text)
-    return re.sub(r"--([a-z][a-z-]*)", lambda match: f"`{match[1].replace('-', '_')}`", text)
+    text = re.sub(r"--([a-z][a-z-]*)", lambda match: f"`{match[1].replace('-', '_')}`", text)
+    _, _, details = cleandoc(kind.__doc__ or "").partition("\n\n")
+    return f"{text}\n\n{details}\n\n{_RUN}"
 
 
 @gradients()
@@ -91,10 +103,10 @@ def run_audit(
     place = folder_of(folder, resume=resume)
     if place is not None:
         refuse_used(place, resume=resume)
-    with settings.prepared(AuditStart(place, resume, notify, command)) as audit:
+    with settings.prepared(AuditStart(place, resume, notify)) as audit:
         refuse_unmet(audit.needs)
         return audited(
-            replace(audit.request, examples=settings.examples),
+            replace(audit.request, gates=tuple(settings.gates), command=command, examples=settings.examples),
             audit.measure,
             place,
             resume=resume,

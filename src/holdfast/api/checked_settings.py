@@ -5,6 +5,7 @@ verbs. The module imports neither torch nor a module that carries out a command.
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from importlib import import_module
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -28,16 +29,20 @@ S = TypeVar("S", bound="Checked")
 
 def carried_out_by(place: str) -> Callable[[F], F]:
     """Return a decorator for a method of settings that a function carries out, whose place is a module and a name, as
-    in `holdfast.api.explain:explained`. The method itself has a signature and a docstring.
+    in `holdfast.api.explain:explained`. The method itself has a signature and a docstring; a call with other arguments
+    raises `TypeError`.
 
     The module imports torch, and these settings; it is imported when the method is called.
     """
     module, _, name = place.partition(":")
 
     def decorated(method: F) -> F:
+        documented = signature(method)
+
         @wraps(method)
         def call(settings: Any, *arguments: Any, **options: Any) -> Any:
-            return getattr(import_module(module), name)(settings, *arguments, **options)
+            given = documented.bind(settings, *arguments, **options)
+            return getattr(import_module(module), name)(*given.args, **given.kwargs)
 
         return cast(F, call)
 

@@ -249,6 +249,19 @@ def expected(
     )
 
 
+def expected_without_model(settings: Opening, source: DataSource, first: Data | None = None) -> Expected:
+    """Return the properties that data must have if no model is called with them, whose labels may be missing."""
+    return Expected(
+        class_names=settings.class_names,
+        class_order=settings.class_order,
+        layout=source.layout,
+        normalised=normalisation(settings),
+        lenient=True,
+        needs_labels=False,
+        first=None if first is None else first_table(first),
+    )
+
+
 def first_table(data: Data) -> FirstTable:
     """Return the columns of a data set, with which those of another table are matched."""
     arrays = data.whole if isinstance(data, Selection) else data

@@ -77,7 +77,7 @@ def hardened_generator(
             f"gen.py:make, its file .safetensors, or one of {', '.join(bundled_generators())}"
         )
     try:
-        request, how = opened_audit(_audit_settings(settings), notify, command)
+        request, how = opened_audit(_audit_settings(settings), notify)
     except NoSplit as error:
         raise NoSplit(f"a generator is trained on the split train of the data: {error.message}") from error
     refuse_unmet(needs_of(how, settings.gates))
@@ -92,6 +92,7 @@ def hardened_generator(
         settings={**request.settings, "recipe": recipe, "budget_s": budget},
         steps=work.steps,
         gates=tuple(settings.gates),
+        command=command,
         examples=settings.examples,
         writes=True,  # the trained generator is read from the stored steps
     )

@@ -40,7 +40,7 @@ from holdfast.recipes.training import distributed
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.runs.assess.request import HardenRequest, Subject
-from holdfast.runs.engine.progress import Notify, ignore, silent
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.harden.attempt_training import copy_of, refuse_untrainable, with_trainable_texts
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.runs.harden.checkpoints import EpochLog, OnEpoch, opened_trackers
@@ -109,17 +109,17 @@ def hardened(
     folder: str | Path | None = None,
     *,
     resume: bool = False,
+    progress: Progress = silent,
+    notify: Notify = ignore,
+    detail: Notify = ignore,
     command: str = "",
     on_epoch: OnEpoch | None = None,
-    notify: Notify = ignore,
     held_out: Batch | None = None,
-    **reporting: Any,
 ) -> Hardened[Any, Any]:
     """Open the model and the data of a hardening, and take the steps of the run. Examples that are equal to one of
     `held_out` are not trained on. A recipe for generators trains a GAN instead.
     """
     if settings.trains_generator:
-        progress = reporting.get("progress", silent)
         return hardened_generator(
             settings, folder, resume=resume, progress=progress, notify=notify, command=command
         )
@@ -144,8 +144,9 @@ def hardened(
                 run=place,
                 resume=resume,
                 log=log,
+                progress=progress,
                 notify=notify,
-                **reporting,
+                detail=detail,
             )
 
 

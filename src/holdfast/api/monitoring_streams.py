@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdfast.api.expecting import expected, first_table, normalisation, notes_of
+from holdfast.api.expecting import expected, expected_without_model, first_table, notes_of
 from holdfast.api.grad_mode import gradients
 from holdfast.api.plans import device_of
 from holdfast.api.references import beside
-from holdfast.api.resolve import open_beside, open_expected, open_named, open_subject
+from holdfast.api.resolve import open_named, open_source, open_subject
 from holdfast.api.verb_settings import Monitor
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.catalogue import SAMPLE_TESTS
@@ -148,18 +148,9 @@ def _open(settings: Monitor, source: DataSource, subject: Subject | None, first:
     if subject is not None:
         properties = expected(settings, subject.model, source, first=first)
     else:
-        properties = Expected(
-            class_names=settings.class_names,
-            class_order=settings.class_order,
-            layout=source.layout,
-            normalised=normalisation(settings),
-            lenient=True,
-            first=None if first is None else first_table(first),
-        )
+        properties = expected_without_model(settings, source, first)
     properties = replace(properties, needs_labels=False, has_threat=False, accepts_missing=True)
-    if source is settings:
-        return open_expected(settings, properties)
-    return open_beside(settings, source, properties)
+    return open_source(settings, source, properties)
 
 
 def _refuse_data(settings: Monitor, reference: Data, stream: Data) -> None:

@@ -120,9 +120,9 @@ def _refuse_settings_of_models(settings: Serve) -> None:
         raise UsageError(
             f"proxy is {settings.proxy}, and the model {settings.model} was given, too; leave one out"
         )
-    keys = ("mean", "std", "data_normalised", "arch", "model_output", "classes")
+    of_models = ("mean", "std", "data_normalised", "arch", "model_output", "classes")
     names = ["every"] if settings.every else []
-    names += [key for key in keys if getattr(settings, key) is not None]
+    names += [key for key in of_models if getattr(settings, key) is not None]
     if names:
         raise UsageError(
             f"{', '.join(names)} belong to a model of this server, and the model is that of {settings.proxy}",

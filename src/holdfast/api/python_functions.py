@@ -1,16 +1,26 @@
-"""Decorators for the functions of the Python interface, whose arguments are the settings of a command."""
+"""Decorators for the functions of the Python interface, whose arguments are the settings of a command, and the refusal
+of arguments that have another name or place, with the right spelling in the message.
+"""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence, Sized
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, cleandoc, signature
+from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from holdfast.api.checked_settings import Checked, VerbSettings
 from holdfast.api.grad_mode import gradients
-from holdfast.api.misspelt import refuse_misspelt
-from holdfast.api.placing import OF_CLUSTERS, Placement
+from holdfast.api.placing import OF_CLUSTERS, CertifyCluster, Placement
+from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import UsageError
+from holdfast.core.names import is_size, size_text, threat_text
+from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.spelling import did_you_mean
+from holdfast.core.threat import ThreatModel
+from holdfast.gates.grammar import with_equality
 from holdfast.settings.groups import (
     DataSource,
     InferenceSource,
@@ -19,6 +29,9 @@ from holdfast.settings.groups import (
     ServerLimits,
     SettingGroup,
 )
+from holdfast.settings.naming import AUTO
+from holdfast.settings.spellings import folded
+from holdfast.threats.parsing import threat_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,3 +133,165 @@ def _refuse_moved(
             raise UsageError(
                 f"{key} is an argument of holdfast.{place}: give holdfast.{place}({argument}, {key}=...) as {argument}"
             )
+
+
+_EPS = ("eps", "epsilon")
+_ATTACKS = ("attack", "attacks")
+_LABELS = ("x", "y")
+_TIMES = ("time", "time_limit", "timeout", "max_time")
+_BUDGETS = ("budget", "time_budget")
+_NORMS = {"linf": 8 / 255, "l2": 0.5, "l1": 10, "l0": 10}
+"""norms with a usual eps of each for images"""
+
+
+def refuse_misspelt(
+    function: str,
+    parameters: Mapping[str, Parameter],
+    args: Sequence[Any],
+    arguments: Mapping[str, Any],
+    moved: Container[str] = (),
+) -> None:
+    """Raise `UsageError` with the right spelling for an argument that the function does not have under this name.
+
+    `args` and `arguments` are those of the call, by position and by name. Names in `moved` are not refused here.
+    """
+    names = list(parameters)
+    given = {**dict(zip(names, args, strict=False)), **arguments}
+    _refuse_labels(function, names, args, arguments)
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key, value in arguments.items():
+        if key in parameters:
+            continue
+        if key in (*_EPS, "norm") and "threat" in parameters:
+            raise _misspelt(function, key, *_of_threat(key, value, given))
+        if key == "gate" and "gates" in parameters:
+            raise _misspelt(function, key, *_of_gate(value))
+        if key in _ATTACKS or (key == "suite" and "attack" in parameters):
+            raise _misspelt(function, key, *_of_attack(parameters, key, value))
+        if key == "steps" and not takes_any:
+            raise _misspelt(function, key, *_of_steps(parameters, key, value, given.get("suite")))
+        if key in _TIMES and (argument := next((name for name in _BUDGETS if name in parameters), None)):
+            text = f"{value}s" if is_size(value) else value
+            raise _misspelt(function, key, *([Remedy(argument, text)] if isinstance(text, str) else []))
+        if key == "epochs" and "recipe" in parameters:
+            raise _misspelt(function, key, *_of_epochs(value, given.get("recipe")))
+        if key in (*OF_CLUSTERS, CertifyCluster.waiting_key) and "on" in parameters:
+            raise UsageError(
+                f"{function} has no argument {key!r}: it is one of holdfast.Ray, as in "
+                f"on=holdfast.Ray({key.removeprefix('cluster_')}=...)"
+            )
+        if key == "output":
+            raise UsageError(
+                f"{function} has no argument {key!r}: write a report of the result, as in result.write('report.html')"
+            )
+        if not takes_any and key not in moved:
+            raise UsageError(f"{function} has no argument {key!r}{did_you_mean(key, parameters)}")
+
+
+def _of_gate(value: object) -> tuple[Remedy, ...]:
+    """Return the argument with the gates of a call."""
+    gates = [value] if isinstance(value, str) else value
+    if not isinstance(gates, list | tuple) or not all(isinstance(gate, str) for gate in gates):
+        return ()
+    return (Remedy("gates", tuple(map(with_equality, gates)), "--gate", repeated=True),)
+
+
+def with_eps(threat: object, eps: object) -> str:
+    """Return the text of a threat with another eps, as in `linf:8/255`."""
+    size, model = size_text(eps) if isinstance(eps, int | float) else str(eps), ThreatModel()
+    with suppress(UsageError):
+        model = threat_of(threat)
+    norm = model.name if model.name in _NORMS else "linf"
+    return threat_text(f"{norm}:{size}", model.goal, model.access, model.queries, model.unit)
+
+
+def _misspelt(function: str, key: str, *remedies: Remedy) -> UsageError:
+    return UsageError(f"{function} has no argument {key!r}", *remedies)
+
+
+def _of_attack(parameters: Mapping[str, Parameter], key: str, attack: Any) -> tuple[Remedy, ...]:
+    """Return the arguments of a function that select attacks, or a training with an attack."""
+    if isinstance(attack, list | tuple) and all(isinstance(each, str) for each in attack):
+        attack = ",".join(attack)
+    value = attack if isinstance(attack, str) else Placeholder("ATTACK", _text_of(attack))
+    if "attack" in parameters:
+        return (Remedy("attack", value),)
+    trained = isinstance(attack, str) and folded(attack) in map(folded, RECIPES)
+    if "recipe" not in parameters:
+        return (Remedy("suite", value),) if "suite" in parameters else (Remedy(key),)
+    recipe = (Remedy("recipe", value, reason="to train with it"),) if trained else ()
+    return (*recipe, Remedy("suite", value, reason="to measure with it"))
+
+
+def _of_threat(key: str, value: object, given: Mapping[str, Any]) -> tuple[Remedy, ...]:
+    """Return the threat of a call whose arguments are a norm, an eps, or both."""
+    if key != "norm" and not is_size(value):
+        return ()
+    if "norm" not in given:
+        return (Remedy("threat", with_eps(given.get("threat"), value)),)
+    name = f"l{re.sub('[^a-z0-9]', '', str(given['norm']).lower()).removeprefix('l')}"
+    if name not in _NORMS:
+        return ()
+    threat = given.get("threat")
+    if key == "norm" and isinstance(threat, str) and threat.startswith(f"{name}:"):
+        return (Remedy("norm"),)
+    eps = next((given[each] for each in _EPS if each in given), _NORMS[name])
+    return (Remedy("threat", with_eps(name, eps)),)
+
+
+def _of_epochs(epochs: object, recipe: object) -> tuple[Remedy, ...]:
+    """Return the recipe of the call with a number of epochs."""
+    if not isinstance(recipe, str | None) or recipe == AUTO or not is_size(epochs):
+        return ()  # an object or a mapping states its own epochs, and `auto` has a budget
+    name = recipe or "pgd"
+    settings = f"{{'use': {name!r}, 'training': {{'epochs': {epochs!r}}}}}"
+    return (Remedy("recipe", Placeholder(f"{{use: {name}, training: {{epochs: {epochs}}}}}", settings)),)
+
+
+def _of_steps(
+    parameters: Mapping[str, Parameter], key: str, steps: object, suite: object
+) -> tuple[Remedy, ...]:
+    """Return the argument of a function that contains the settings of an attack."""
+    place = next((name for name in ("recipe", "suite") if name in parameters), None)
+    if place is None:
+        return (Remedy(key),)
+    name = suite if isinstance(suite, str) else "pgd"
+    settings = f"{{'use': {name!r}, 'steps': {steps!r}}}"
+    return (Remedy(place, Placeholder(f"{{use: {name}, steps: {steps}}}", settings)),)
+
+
+def _text_of(value: object) -> str:
+    """Return the text of an attack, which is a dataclass, as code."""
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text_of, value))}]"
+    if not is_dataclass(value):
+        return repr(value) if isinstance(value, str | Mapping) else "ATTACK"
+    changed = [f for f in fields(value) if getattr(value, f.name) != f.default]
+    settings = ", ".join(f"{f.name}={_of_setting(getattr(value, f.name))}" for f in changed)
+    return f"{type(value).__name__}({settings})"
+
+
+def _of_setting(value: object) -> str:
+    return value.__name__ if isinstance(value, FunctionType) else repr(value)
+
+
+def _refuse_labels(
+    function: str, names: Sequence[str], args: Sequence[Any], arguments: Mapping[str, Any]
+) -> None:
+    """Raise `UsageError` for labels that are given as an argument of their own, or as a part of the inputs."""
+    if names[:2] == ["model", "data"]:
+        third = (
+            args[2] if len(args) > 2 else next((arguments[key] for key in _LABELS if key in arguments), None)
+        )
+        if isinstance(third, Sized) and not isinstance(third, str):
+            raise UsageError(
+                f"{function} has no argument for labels; give inputs and labels as one argument, as in "
+                f"holdfast.{function}(model, (x, y))"
+            )
+    if names[1:3] == ["x", "y"] and len(args) > 2 and isinstance(args[1], tuple) and isinstance(args[2], str):
+        raise UsageError(
+            f"the labels of {function} are {args[2]!r}; give inputs and labels as two arguments, as in "
+            f"holdfast.{function}(model, x, y, {args[2]!r})"
+        )

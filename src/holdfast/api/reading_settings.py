@@ -153,11 +153,6 @@ def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
         yield key, getattr(settings, key), key in settings.model_fields_set
 
 
-def plain_settings(settings: VerbSettings) -> dict[str, Any]:
-    """Return the settings of a command as a dictionary from names to values that JSON can represent."""
-    return settings.model_dump(mode="json")  # model_dump_json refuses names of files that are not UTF-8
-
-
 OPENED_WITH = (
     "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout", "model_output", "classes",
     "class_names", "class_order", "split", "label", "drop", "x", "y", "separator", "header",
@@ -191,8 +186,5 @@ def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
     outside = {
         key for key, field in fields.items() if (flag := flag_of(field)) is not None and not flag.identifies
     }
-    return {
-        key: value
-        for key, value in plain_settings(settings).items()
-        if key not in outside and key != "schema_version"
-    }
+    values = settings.model_dump(mode="json")  # model_dump_json refuses names of files that are not UTF-8
+    return {key: value for key, value in values.items() if key not in outside and key != "schema_version"}

@@ -430,6 +430,13 @@ def with_groups(
     return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
 
 
+def open_source(settings: Opening, source: groups.DataSource, properties: Expected) -> Data:
+    """Open the data of a command, if `source` are its settings, or all examples of other data beside them."""
+    if isinstance(source, Opening):
+        return open_expected(source, properties)
+    return open_beside(settings, source, properties)
+
+
 def open_beside(settings: Opening, source: groups.DataSource, properties: Expected) -> Data:
     """Open all examples of other data than those of the settings, such as training examples that are compared. `n` and
     `sample` do not select from them.

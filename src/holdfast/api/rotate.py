@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.api import rotate_requests
+from holdfast.api import rotation_opening
 from holdfast.api.checked_settings import DataReference, ModelReference
 from holdfast.api.python_functions import verb_with
 from holdfast.api.reading_settings import canonical_settings, given
@@ -30,13 +30,11 @@ from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
 from holdfast.rotation.steps import rotation_run as loop
-from holdfast.rotation.steps import short_steps as exposure
-from holdfast.rotation.steps import short_steps as pool_status
-from holdfast.rotation.steps import short_steps as swapping
+from holdfast.rotation.steps import short_steps
 from holdfast.rotation.steps import train as training
 from holdfast.rotation.steps.admission_gates import Admission
 from holdfast.rotation.steps.collect import Collected
-from holdfast.rotation.steps.draw import By, Drawn
+from holdfast.rotation.steps.draw import By, Drawn, by_named
 from holdfast.rotation.steps.generator_quality import TrainedGenerator
 from holdfast.rotation.steps.rotation_run import Rotated
 from holdfast.rotation.steps.short_steps import Exposed, Swapped
@@ -94,7 +92,7 @@ def collect(
         **given(model=model, data=data, threat=threat, source=source, recipe=recipe, fit=fit, **settings)
     )
     path = path or new_folder("rotate", digest(canonical(canonical_settings(checked))))
-    request = rotate_requests.collect_request(checked, path, resume=resume, expect_head=expect_head)
+    request = rotation_opening.collect_request(checked, path, resume=resume, expect_head=expect_head)
     return collection.collect(request, notify=notify, progress=progress)
 
 
@@ -113,7 +111,7 @@ def train(
     of the code that builds the pool's model.
     """
     checked = RotateSettings(**given(**settings))
-    request = rotate_requests.train_request(_path(pool), checked, expect_head=expect_head)
+    request = rotation_opening.train_request(checked, _opened(pool, expect_head))
     return training.train(request, notify=notify)
 
 
@@ -137,11 +135,18 @@ def draw(
     against examples computed on stolen sets; if there are none, on the serving set or the bases. `resume` continues the
     last draw with its settings.
     """
-    checked = RotateSettings(**given(**settings, immunise=_options(immunise=immunise)))
-    request = rotate_requests.draw_request(
-        _path(pool), checked, sets=sets, by=by, immunising=immunise is not False, resume=resume,
-        expect_head=expect_head
-    )  # fmt: skip
+    checked = RotateSettings(**given(**settings, immunise=None if isinstance(immunise, bool) else immunise))
+    if sets is not None and (type(sets) is not int or sets < 1):
+        raise UsageError(f"sets is {sets!r}; expected a number of candidates of at least 1")
+    method = by_named(by)
+    request = rotation_opening.draw_request(
+        checked,
+        _opened(pool, expect_head),
+        sets=sets,
+        by=method,
+        immunising=immunise is not False,
+        resume=resume,
+    )
     return drawing.draw(request, notify=notify)
 
 
@@ -161,7 +166,7 @@ def admit(
     each set; its `exit_code` is 0 if a candidate was admitted and 4 if none was.
     """
     checked = RotateSettings(**given(**settings))
-    request = rotate_requests.admit_request(_path(pool), checked, expect_head=expect_head)
+    request = rotation_opening.admit_request(checked, _opened(pool, expect_head))
     return admission.admit(request, notify=notify, progress=progress)
 
 
@@ -172,21 +177,21 @@ def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: 
     If `unjudged` is True and no other set waits, a set that was not judged against every stolen set is used. Raises
     `Inconclusive` if no set can serve.
     """
-    return swapping.swap(_opened(pool, expect_head), why, unjudged=unjudged)
+    return short_steps.swap(_opened(pool, expect_head), why, unjudged=unjudged)
 
 
 def expose(pool: PoolLike, name: str, *, why: str, expect_head: str = "") -> Exposed:
     """Record that an attacker may have the parameter set `name`, with the reason `why`. The set never serves again
     after the next swap.
     """
-    return exposure.expose(_opened(pool, expect_head), name, why)
+    return short_steps.expose(_opened(pool, expect_head), name, why)
 
 
 def status(pool: PoolLike, *, expect_head: str = "") -> dict[str, Any]:
     """Verify every entry of the ledger of a pool, and return the state of the pool and its parameter sets as a
     dictionary.
     """
-    return pool_status.status(_opened(pool, expect_head))
+    return short_steps.status(_opened(pool, expect_head))
 
 
 def head(pool: PoolLike, *, expect_head: str = "") -> Head:
@@ -196,7 +201,7 @@ def head(pool: PoolLike, *, expect_head: str = "") -> Head:
     If a later step is called with this digest as `expect_head`, it raises `TargetError` when the ledger does not
     contain that entry, as in an older copy of the folder.
     """
-    return pool_status.head(_opened(pool, expect_head))
+    return short_steps.head(_opened(pool, expect_head))
 
 
 @verb_with(
@@ -221,29 +226,27 @@ def run(
     raises `Inconclusive` if no set is admitted and none waits. If `once` is True, it returns as soon as a set serves
     and enough sets wait. On the command line, this step also creates the pool.
     """
-    checked = RotateSettings(**given(**settings, immunise=_options(immunise=immunise)))
-    request = rotate_requests.resumed_run_request(
-        checked, _path(pool), by=by, immunising=immunise is not False, once=once, expect_head=expect_head
-    )  # fmt: skip
+    checked = RotateSettings(**given(**settings, immunise=None if isinstance(immunise, bool) else immunise))
+    method, opened = by_named(by), _opened(pool, expect_head)
+    request = rotation_opening.run_request(
+        checked,
+        opened.path,
+        pool=opened,
+        by=method,
+        immunising=immunise is not False,
+        once=once,
+        expect_head=expect_head,
+    )
     return loop.run(request, notify=notify, progress=progress)
 
 
-def _options(*, immunise: bool | Options) -> Options | None:
-    return None if isinstance(immunise, bool) else immunise
-
-
-def _path(pool: PoolLike) -> Path:
-    """Return the path of the folder of a pool. Raises `UsageError` for an object of another type."""
-    if isinstance(pool, Pool):
-        return pool.path
-    if not isinstance(pool, str | Path):
-        raise UsageError(f"pool is {kind_of(pool)}; give the path of its folder, as in 'pool/'")
-    return Path(pool)
-
-
 def _opened(pool: PoolLike, expect_head: str) -> Pool:
-    """Open a pool, verify every entry of its ledger, and return it."""
-    return Pool.open(_path(pool), expect_head=expect_head)
+    """Open a pool, verify every entry of its ledger, and return it. Raises `UsageError` for an object that is no pool
+    and no path.
+    """
+    if not isinstance(pool, str | Path | Pool):
+        raise UsageError(f"pool is {kind_of(pool)}; give the path of its folder, as in 'pool/'")
+    return Pool.open(pool.path if isinstance(pool, Pool) else Path(pool), expect_head=expect_head)
 
 
 def _refuse_object(name: str, given_object: object) -> None:

@@ -1,6 +1,6 @@
-"""Converts the settings of `holdfast rotate` to objects: the request of a pool, its model, its data, and the triggers
-of swaps.
-"""
+"""Converts the settings of `holdfast rotate` to the request of each step: opens the pool, its model and its data."""
+
+from pathlib import Path
 
 from holdfast import rotation
 from holdfast.api import hardening, resolve
@@ -8,7 +8,7 @@ from holdfast.api.checked_settings import check_settings
 from holdfast.api.expecting import range_of_all
 from holdfast.api.plans import device_of
 from holdfast.api.pooled import refuse_code_in_pool, settings_of_pool
-from holdfast.api.reading_settings import OPENED_WITH, items, plain_settings
+from holdfast.api.reading_settings import OPENED_WITH, items
 from holdfast.api.recipe_building import build_recipe, built, functions_in, refuse_unheld, settings_of
 from holdfast.api.verb_settings import RotateSettings
 from holdfast.core.errors import UsageError
@@ -18,7 +18,12 @@ from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.steps.admit import AdmitRequest
+from holdfast.rotation.steps.collect import CollectRequest
+from holdfast.rotation.steps.draw import By, DrawRequest
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
+from holdfast.rotation.steps.rotation_run import LoopSettings, RunRequest
+from holdfast.rotation.steps.train import TrainRequest
 from holdfast.rotation.triggers import Trigger
 from holdfast.runs.harden.candidates import Candidate
 from holdfast.settings.grammar import parse_every, seconds
@@ -53,14 +58,14 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     device = device_of(settings.device)
     name = settings.fit or settings.data or ""
     examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
-    values = plain_settings(settings)
+    values = settings.model_dump(mode="json")
     opening = {key: values[key] for key, _, given in items(settings) if given and key in _OPENING}
     return RotateRequest(
         subject=trainable_subject(subject, device, examples),
         threat=threat,
         threat_text=str(settings.threat),
         candidate=_candidate(settings),
-        source=source(settings),
+        source=_source(settings),
         examples=examples,
         seed=settings.seed,
         begins=settings.initialisation,
@@ -139,14 +144,7 @@ def refuse_other_network(recipe: Recipe, name: str) -> None:
         )
 
 
-def budget_s(settings: RotateSettings) -> float | None:
-    """Return the time in seconds for training the first sets of a rotation pool, or None if the recipe's number of
-    epochs applies.
-    """
-    return None if settings.budget is None else seconds(settings.budget, "budget")
-
-
-def source(settings: RotateSettings) -> Source:
+def _source(settings: RotateSettings) -> Source:
     """Return the method by which the parameter sets of a rotation pool are trained, as named in the settings."""
     spec = settings.source
     name = str(spec["use"])
@@ -155,26 +153,94 @@ def source(settings: RotateSettings) -> Source:
     return chosen
 
 
-def codec(settings: RotateSettings) -> Codec:
-    """Return the codec in the settings of a rotation. A codec represents each parameter set by a few numbers."""
-    return built(Codec, settings.codec, "codec", "codec")
-
-
-def diffusion(settings: RotateSettings) -> LatentDiffusion:
-    """Return the diffusion model in the settings of a rotation. It learns the distribution of parameter sets in the
-    low-dimensional form of the codec.
+def _codec_and_diffusion(settings: RotateSettings) -> tuple[Codec, LatentDiffusion]:
+    """Return the parts of the generator in the settings: the codec, which represents each parameter set by a few
+    numbers, and the diffusion model of the distribution of these numbers.
     """
-    return built(LatentDiffusion, settings.generator, "generator", "generator")
+    codec: Codec = built(Codec, settings.codec, "codec", "codec")
+    return codec, built(LatentDiffusion, settings.generator, "generator", "generator")
 
 
-def immunise(settings: RotateSettings) -> Immunise:
-    """Return the settings for immunising a parameter set, which is training against adversarial examples
-    of other sets.
+def _immunise(settings: RotateSettings, *, immunising: bool) -> Immunise | None:
+    """Return the settings of the training against adversarial examples of other sets, if sets are `immunising`."""
+    return built(Immunise, settings.immunise, "immunise", "immunise") if immunising else None
+
+
+def collect_request(
+    settings: RotateSettings, path: Path, *, resume: bool = False, expect_head: str = ""
+) -> CollectRequest:
+    """Return the request for the training of the first parameter sets of a pool, which is created in the folder
+    `path`.
     """
-    return built(Immunise, settings.immunise, "immunise", "immunise")
+    budget_s = None if settings.budget is None else seconds(settings.budget, "budget")
+    return CollectRequest(path, rotate_request(settings), resume, budget_s, settings.n_judged, expect_head)
 
 
-def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
+def train_request(settings: RotateSettings, pool: Pool) -> TrainRequest:
+    """Return the request for the training of a generator of parameter sets of a pool."""
+    return TrainRequest(pool, reopened(pool, settings), *_codec_and_diffusion(settings))
+
+
+def draw_request(
+    settings: RotateSettings,
+    pool: Pool,
+    *,
+    sets: int | None = None,
+    by: By | None = None,
+    immunising: bool = False,
+    resume: bool = False,
+) -> DrawRequest:
+    """Return the request for new parameter sets of a pool; `immunising` states whether they are immunised."""
+    common = reopened(pool, settings)
+    return DrawRequest(pool, common, sets, by, _immunise(settings, immunising=immunising), resume)
+
+
+def admit_request(settings: RotateSettings, pool: Pool) -> AdmitRequest:
+    """Return the request for the verdicts on all new parameter sets of a pool."""
+    common = reopened(pool, settings)
+    return AdmitRequest(pool, common, settings.gates, settings.accept_doubts, settings.n_judged)
+
+
+def run_request(
+    settings: RotateSettings,
+    path: Path,
+    *,
+    pool: Pool | None = None,
+    by: By | None = None,
+    immunising: bool = False,
+    once: bool = False,
+    anyway: bool = False,
+    resume: bool = False,
+    expect_head: str = "",
+) -> RunRequest:
+    """Return the request for all steps of a rotation in the folder `path`. With an existing `pool`, its model and data
+    are opened again; otherwise the pool is created or, with `resume`, continued with the settings.
+    """
+    loop = loop_settings(settings, by, immunising=immunising, once=once)
+    if pool is None:
+        collection = collect_request(settings, path, resume=resume, expect_head=expect_head)
+    else:
+        common = reopened(pool, settings)
+        collection = CollectRequest(path, common, True, n_judged=settings.n_judged, expect_head=expect_head)
+    return RunRequest(collection, loop, *_codec_and_diffusion(settings), once, anyway)
+
+
+def loop_settings(settings: RotateSettings, by: By | None, *, immunising: bool, once: bool) -> LoopSettings:
+    """Return when sets are swapped and how new ones are produced and judged."""
+    triggers = _triggers(settings)
+    if not (triggers or once):
+        raise UsageError(
+            "no condition for swaps is given",
+            Remedy("every", ("50q/principal",), repeated=True),
+            Remedy("every", ("24h",), repeated=True),
+            Remedy("once", True),
+        )
+    immunise = _immunise(settings, immunising=immunising)
+    gates, accepted = settings.gates, settings.accept_doubts
+    return LoopSettings(triggers, settings.min_waiting, immunise, by, gates, accepted, settings.n_judged)
+
+
+def _triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
     """Return the conditions under which the serving set of a rotation is swapped, as listed in the settings."""
     parsed: list[Trigger] = []
     for text in settings.every:

@@ -6,7 +6,9 @@ torch is imported only for the settings of attacks in a configuration.
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from holdfast.api.checked_settings import VERBS, VerbSettings
@@ -20,72 +22,6 @@ from holdfast.settings.grammar import is_folder
 from holdfast.settings.guard_settings import check_guard_settings, is_guard
 from holdfast.settings.naming import AUTO, CARD
 from holdfast.settings.yaml_text import load
-
-_TEMPLATE = """\
-# Settings of `holdfast assess --config holdfast.yaml`. Every key is also a flag, and an argument in Python.
-# Flags take precedence over this file. Check it with: holdfast validate holdfast.yaml
-schema_version: 2
-
-model: {model}        # a bundled name, file.py:factory, a model file (.pt, .onnx, .skops, …), or a URL
-data: {data}          # a bundled or catalogue name, .npz, .csv, .parquet, or a folder of class folders
-n: 200                   # the first 200 examples; leave out for all of them
-
-threat: "linf:0.2"       # what an attacker may change: linf, l2, l1 or l0, and the maximum size
-suite: fast              # the default; standard has the attacks of AutoAttack
-gates:
-  - "clean_accuracy >= 0.95"
-  - "robust_accuracy >= 0.50"
-
-# mean: [0.1307]         # preprocessing is part of the model, so that gradients pass through it
-# std: [0.3081]
-# curve: true            # robust accuracy as a function of eps
-# attacks:               # attacks with settings instead of a suite
-#   - {{use: PGD, steps: 100, restarts: 5}}
-output: [report.html, junit.xml]
-seed: 0
-
-# harden:                # keys of one verb are in a section with its name
-#   recipe: {{use: trades, beta: 6}}
-"""
-
-_GUARD_TEMPLATE = """\
-# Settings of a guard, which decides about requests to a model: holdfast.Guard.from_yaml("guard.yaml").
-# Check this file with: holdfast validate guard.yaml
-schema_version: 1
-
-# observe: a rule records its score. shadow: it also records what it would have done. enforce: it acts, if it was
-# calibrated or its threshold: is given (of queries: its radius:).
-mode: observe
-
-inputs:                  # what the model accepts, without the batch; null where any size is accepted
-  shape: [1, 28, 28]
-  dtype: float32
-  low: 0
-  high: 1
-outputs: logit           # or probability
-
-# Share of benign inputs on which the calibrated rules together may fire. Their thresholds are set by
-#   holdfast calibrate mnist-cnn mnist-mini --guard guard.yaml
-# with the bundled model and digits, or with your model and benign inputs on which it was not trained. The 1,000 digits
-# suffice for 0.0025. Two rules at 0.001 need up to 1,999 inputs, besides a fifth that fits the query detector.
-false_positives: 0.01
-
-rules:                   # a rule that is not named is not evaluated
-  schema: {mode: enforce, action: block}     # shape and data type
-  range: {mode: enforce, action: block}      # NaN, infinity, values outside low and high
-  queries: {action: block, eps: 8/255}       # sequences of similar queries, as attacks with changes up to eps send them
-  # For streams of one scene: queries: {action: block, eps: 8/255, cameras: true}
-  energy: {action: abstain}                  # outputs unlike those of benign inputs
-  # mahalanobis: {action: block, on: inputs, shrinkage: 0.001}  # images unlike benign ones; fitted by the calibration
-  # squeezing: {action: flag, bits: 5, median: 2}      # two further forward passes
-  # stability: {action: flag, sigma: 0.05, draws: 4}   # four further forward passes
-  # Actions: allow, flag, label_only, abstain, delay, block. A rule with a given threshold: is not calibrated.
-
-# defence: {bits: 5, median: 2}   # squeezes of the inputs before the model
-# state: {at: "sqlite:guard-state.sqlite", on_loss: closed}   # of queries; redis://HOST:6379/0 for several machines
-# delay: 1s                       # time by which the action delay delays a response
-# store: {inputs: flagged, folder: guard-inputs, retention_days: 30}   # encrypted; the default is inputs: none
-"""
 
 DIGITS = "mnist-mini"
 DEMO: Mapping[str, Any] = {
@@ -121,8 +57,10 @@ def init(
     """Write a commented configuration file, and return its path: holdfast.yaml, or with `guard` the settings of a
     guard, guard.yaml. An existing file is overwritten only if `force` is true.
     """
-    text = _GUARD_TEMPLATE if guard else _TEMPLATE.format(model=json.dumps(model), data=json.dumps(data))
-    return _written(Path(path or ("guard.yaml" if guard else "holdfast.yaml")), text, force=force)
+    name = "guard.yaml" if guard else "holdfast.yaml"
+    template = resources.files("holdfast.settings").joinpath("templates", name).read_text(encoding="utf-8")
+    text = Template(template).substitute(model=json.dumps(model), data=json.dumps(data))
+    return _written(Path(path or name), text, force=force)
 
 
 def draft_rules(

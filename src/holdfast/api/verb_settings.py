@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from holdfast.api.guards import Calibrated
     from holdfast.api.hardening import ForHardening
     from holdfast.audits.audit import AuditResult, AuditStart, PreparedAudit
-    from holdfast.core.batch import Data
+    from holdfast.core.batch import Batch, Data
     from holdfast.explanation.explained import Explained
     from holdfast.io.doctor import Checkup
     from holdfast.monitoring.monitored import Monitored
@@ -230,10 +230,12 @@ class Harden(
         detail: Notify = ignore,
         command: str = "",
         on_epoch: "OnEpoch | None" = None,
+        held_out: "Batch | None" = None,
     ) -> "Hardened[Any, Any]":
         """Train a new model that is more robust, assess both, and return them. `on_epoch` is called with the
-        measurements of each epoch. The other arguments are those of `Assess.run`. With a recipe for generators, the
-        model and the measurements are a GAN and its audits.
+        measurements of each epoch. Examples that are equal to one of `held_out` are not trained on. The other arguments
+        are those of `Assess.run`. With a recipe for generators, the model and the measurements are a GAN and its
+        audits.
         """
 
 
@@ -392,18 +394,13 @@ class AuditOptions(SettingGroup):
         "not-flagged pass if nothing is flagged; membership and privacy have the metrics membership_tpr_at_1_percent "
         "and epsilon_lower, as in epsilon_lower <= 2. Without a gate, the exit code is 0.",
     )
-    output: Annotated[
-        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
-    ] = Field(
-        default_factory=list,
-        description=REPORT_FILE,
-    )
+    output: groups.ReportFiles = Field(default_factory=list, description=REPORT_FILE)
     kind: ClassVar[str] = ""
     """name of the audit in `holdfast.core.catalogue.AUDITS`"""
     summary: ClassVar[str] = ""
     """what the audit does, in a few words"""
     about: ClassVar[str] = ""
-    """help of the command, and of the Python function"""
+    """help of the command and of the Python function, to which the paragraphs of the class after the first are added"""
     arguments: ClassVar[Mapping[str, str]] = {"model": "MODEL", "data": "DATA"}
     """arguments of the command without an option, and their names in the help"""
     example: ClassVar[str] = "mnist-cnn mnist-mini"

@@ -162,7 +162,6 @@ class AuditStart:
     folder: Path | None
     resume: bool
     notify: Notify
-    command: str
 
 
 @dataclass(frozen=True, repr=False)

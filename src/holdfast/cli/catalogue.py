@@ -2,28 +2,23 @@
 
 import inspect
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from holdfast.attacks.suites import SUITES, VARIANTS, SuiteName
 from holdfast.cli import completing
-from holdfast.cli.options import Command, Voice, with_voice
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from holdfast.cli.options import Command, Voice, plain_table, with_voice
 
 
 @click.command(cls=Command, short_help="list the bundled models and architectures")
 @with_voice
 def models(voice: Voice) -> None:
     """List the bundled models, and the architectures for files that contain only parameters (--arch)."""
-    from rich.table import Table
-
     from holdfast.io.models.architectures import ARCHITECTURES
     from holdfast.io.models.models import bundled_models
 
-    table = Table("name", "description", box=None, pad_edge=False, header_style="bold")
+    table = plain_table("name", "description")
     for name in sorted(bundled_models()):
         table.add_row(name, "bundled model, used by its name")
     for name, factory in sorted(ARCHITECTURES.items()):
@@ -55,13 +50,13 @@ def _list_attacks(voice: Voice) -> None:
     from holdfast.settings.threats_and_attacks import attack_names
 
     console = voice.console()
-    table = _table("name", "other names", "access", "description")
+    table = plain_table("name", "other names", "access", "description")
     for name, cls in sorted(attack_names().items()):
         other_names = str(SPELLINGS.get(name, ""))
         table.add_row(name, other_names, cls.needs, _first_line(cls))
     console.print(table)
     console.print("\nattacks with other settings, by their names in suites")
-    variants = _table("name", "other names", "attack", "suites")
+    variants = plain_table("name", "other names", "attack", "suites")
     for name, of in sorted(VARIANTS.items()):
         if name not in CORRUPTIONS:
             variants.add_row(name, str(SPELLINGS.get(name, "")), of, ", ".join(suites_of(name)))
@@ -69,7 +64,7 @@ def _list_attacks(voice: Voice) -> None:
     console.print(f"\ncommon corruptions: {', '.join(CORRUPTIONS)}")
     console.print(f"\nadded by --adaptive, depending on the raised doubts: {', '.join(ADAPTIVE)}")
     console.print("\nsuites")
-    suites = _table("name", "other names")
+    suites = plain_table("name", "other names")
     for name in SUITES:
         suites.add_row(name, ", ".join(SUITE_SPELLINGS.get(name, ())))
     console.print(suites)
@@ -78,7 +73,7 @@ def _list_attacks(voice: Voice) -> None:
 def _show_suite(voice: Voice, chosen: SuiteName) -> None:
     """Print the names of the attacks of a suite under each norm."""
     click.echo(f"{chosen} is a suite of attacks, for --suite {chosen}\n")
-    table = _table("norm", "attacks")
+    table = plain_table("norm", "attacks")
     for kind, specs in SUITES[chosen].items():
         table.add_row(kind, ", ".join(spec.name for spec in specs))
     voice.console().print(table)
@@ -99,7 +94,7 @@ def _show_attack(voice: Voice, chosen: str) -> None:
     other_names_line = f"other names: {other_names}\n" if other_names else ""
     source = (inspect.getmodule(cls).__doc__ or "").strip()
     click.echo(f"{of}: {_first_line(cls)}\nneeds {_needs(cls.needs)}\n{other_names_line}\n{source}\n")
-    table = _table("setting", "default", "meaning")
+    table = plain_table("setting", "default", "meaning")
     meanings = _meanings(cls)
     for f in fields(cls):
         default = "" if f.default is MISSING else getattr(f.default, "__name__", repr(f.default))
@@ -110,12 +105,6 @@ def _show_attack(voice: Voice, chosen: str) -> None:
 def _needs(access: str) -> str:
     """Return the access that an attack needs, as the words that follow "needs" in the output."""
     return "no access" if access == "none" else access
-
-
-def _table(*headings: str) -> "Table":
-    from rich.table import Table
-
-    return Table(*headings, box=None, pad_edge=False, header_style="bold")
 
 
 def _first_line(documented: Any) -> str:

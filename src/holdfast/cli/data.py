@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from holdfast.cli import completing
-from holdfast.cli.options import Group, Voice, with_voice
+from holdfast.cli.options import Group, Voice, plain_table, with_voice
 from holdfast.core.names import line, path_text
 
 
@@ -30,12 +30,10 @@ def data(context: click.Context) -> None:
 @with_voice
 def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     """List the data sets of the catalogue, and whether each is on this machine."""
-    from rich.table import Table
-
     from holdfast.io.data.data import bundled_data
     from holdfast.io.data_catalogue import data_folder, listed_data_sets
 
-    table = Table("name", "description", "available", box=None, pad_edge=False, header_style="bold")
+    table = plain_table("name", "description", "available")
     for name in bundled_data():
         table.add_row(name, "bundled with the package", "yes")
     for row in listed_data_sets():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from holdfast.cli.options import Group, Voice, with_voice
+from holdfast.cli.options import Group, Voice, plain_table, with_voice
 from holdfast.core.errors import UsageError
 from holdfast.settings.grammar import per_second, seconds
 
@@ -98,8 +98,6 @@ def list_keys(voice: Voice, file: Path, audit: Path | None) -> None:
     With --audit, a principal in the audit, in the log and in alarms can be matched to a key. This needs the file
     DIR.key beside the audit folder.
     """
-    from rich.table import Table
-
     from holdfast.reports.terminal import cell
     from holdfast.server.keys import read_keys
 
@@ -108,7 +106,7 @@ def list_keys(voice: Voice, file: Path, audit: Path | None) -> None:
         from holdfast.server.audit_chain import AuditKey
 
         pseudonym = AuditKey.of(audit, create=False).pseudonym
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     headings = ("name", "scopes", "state", "expires", "rate", "budget", "created")
     for heading in headings if pseudonym is None else ("name", "principal", *headings[1:]):
         table.add_column(heading, no_wrap=True)

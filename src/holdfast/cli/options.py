@@ -17,6 +17,7 @@ from holdfast.core.remedies import Remedy
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from holdfast.settings.groups import Section
 
@@ -188,6 +189,13 @@ class Voice:
             # click's echo bypasses a progress bar and writes into its line
             sys.stderr.write(f"{' ' * indent}{line(text.strip())}\n")
             sys.stderr.flush()
+
+
+def plain_table(*headings: str, title: str | None = None) -> "Table":
+    """Return a table of the library Rich without lines, for `Voice.console`."""
+    from rich.table import Table
+
+    return Table(*headings, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
 
 
 def _remember(field: str) -> Callable[[click.Context, click.Parameter, bool], None]:

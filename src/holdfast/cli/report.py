@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from holdfast.cli.early import refuse_reports
-from holdfast.cli.options import Command, Voice, expecting_head, with_voice
+from holdfast.cli.options import Command, Voice, expecting_head, plain_table, with_voice
 from holdfast.core.catalogue import REPORT_FILE
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
@@ -159,8 +159,6 @@ def runs(voice: Voice, folder: Path) -> None:
     """List the runs, audits and adaptations in FOLDER, oldest first, each with its path, its robust accuracy and its
     state.
     """
-    from rich.table import Table
-
     from holdfast.api.stored import stored_runs
     from holdfast.reports.numbers import percent
     from holdfast.reports.terminal import cell
@@ -169,7 +167,7 @@ def runs(voice: Voice, folder: Path) -> None:
     if not entries:
         voice.say(f"no runs in {folder}")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for heading in ("run", "robust", "state", "verb", "model", "data", "threat", "suite"):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "robust" else "left")
     for entry in entries:

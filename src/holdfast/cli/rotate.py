@@ -1,22 +1,42 @@
-"""The command `holdfast rotate`, which manages a pool of parameter sets, one of which serves at a time."""
+"""The command `holdfast rotate`, which manages a pool of parameter sets, one of which serves at a time.
 
-from collections.abc import Mapping
-from typing import Any
+Each function is one step: its options, its help, and its output. Modules that import torch are imported by the steps.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from holdfast.api.verb_settings import RotateSettings
 from holdfast.cli.assess import settings_from, settings_of_flags
-from holdfast.cli.options import Group, Voice, expecting_head, offered, with_voice
-from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
+from holdfast.cli.options import Group, Voice, expecting_head, offered, plain_table, with_voice
+from holdfast.cli.setting_options import (
+    MODEL_AND_DATA,
+    SETTING,
+    Option,
+    flag_names,
+    options_of,
+    with_named_parts,
+)
 from holdfast.core.errors import UsageError
+from holdfast.core.names import line
 from holdfast.core.remedies import RUN_FOLDER
 
-_JUDGING = options_of(RotateSettings, only=("gates", "accept_doubts"))
-_OF_POOL = options_of(RotateSettings, only=("device", "trust_code", "follow_links"))
+if TYPE_CHECKING:
+    from holdfast.rotation.pool.pool import Pool
+    from holdfast.rotation.steps.admission_gates import Judged
+    from holdfast.rotation.steps.draw import By
+
+_STDOUT = "-"
+_AHEAD = 2
+"""Smallest recommended number of admitted sets that have not served yet, so that a swap is always possible."""
 _LOOP = ("gates", "accept_doubts", "every", "min_waiting")
-_COLLECTING = options_of(RotateSettings, only=[key for key in flag_names(RotateSettings) if key not in _LOOP])
-_COMMANDS_WITH = {
+_OF_POOL = options_of(RotateSettings, only=("device", "trust_code", "follow_links"))
+_USERS = {
     **dict.fromkeys(("codec", "generator"), ("train", "run")),
     **dict.fromkeys(("gates", "accept_doubts"), ("admit", "run")),
     **dict.fromkeys(("every", "min_waiting"), ("run",)),
@@ -24,23 +44,21 @@ _COMMANDS_WITH = {
     "n_judged": ("collect", "admit", "run"),
     "budget": ("collect", "run"),
 }
-"""Commands that use a setting. All commands use the others, which state how the sets of the pool are made."""
+"""Steps that use a setting. All steps use the others, which state how the sets of the pool are made."""
 
-
-def _refuse_unused(command: str, flags: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for a `--set` with a setting that the command does not use. A file may have all settings."""
-    for assignment in flags.get("sets", ()):
-        name = assignment.partition("=")[0].partition(".")[0]
-        if command not in _COMMANDS_WITH.get(name, (command,)):
-            others = " and ".join(f"rotate {user}" for user in _COMMANDS_WITH[name])
-            do = "do" if len(_COMMANDS_WITH[name]) > 1 else "does"
-            raise UsageError(
-                f"--set {name}: rotate {command} does not use {name} ({others} {do}); leave it out"
-            )
-
-
+_POOL = click.argument("pool", type=click.Path())
 _EXPECTING = expecting_head(
     "Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier."
+)
+_FOLDER = (
+    click.option(
+        "--run",
+        "run",
+        type=click.Path(),
+        metavar="DIR",
+        help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>).",
+    ),
+    click.option("--resume", is_flag=True, help="Continue with the pool in --run."),
 )
 _HELP = """\
 Serve several parameter sets in turn, so that a stolen set is soon out of use (Generate to Defend).
@@ -58,106 +76,183 @@ def rotate() -> None:
     """Group of the commands that manage a pool of parameter sets."""
 
 
-@rotate.command(short_help="train the first parameter sets of a pool")
-@offered(*MODEL_AND_DATA)
-@click.option(
-    "--run",
-    "run",
-    type=click.Path(),
-    metavar="DIR",
-    help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>).",
+def _step(
+    name: str, summary: str, *options: Option, settings: tuple[Option, ...] = ()
+) -> Callable[[Callable[..., int]], click.Command]:
+    """Return a decorator that adds a function to the commands of `rotate`.
+
+    The function gets the values of `options` and of `--expect-head`. With `settings`, the options of the settings that
+    the step uses, it also gets the `settings` of `rotate`, which are then read from the options, `--set` and the
+    configuration.
+    """
+
+    def decorated(function: Callable[..., int]) -> click.Command:
+        @with_voice
+        @wraps(function)
+        def command(voice: Voice, **given: Any) -> int:
+            of_file = {"sets", "config", *RotateSettings.model_fields}
+            own = {key: value for key, value in given.items() if key not in of_file}
+            if settings:
+                flags = {key: value for key, value in given.items() if key in of_file}
+                _refuse_unused(name, flags)
+                own["settings"] = (
+                    settings_from(with_named_parts(flags), RotateSettings)
+                    if "model" in flags
+                    else settings_of_flags(flags, RotateSettings)
+                )
+            return function(voice, **own)
+
+        offering = offered(*options, _EXPECTING, *settings, *(SETTING if settings else ()))
+        return rotate.command(name, short_help=summary)(offering(command))
+
+    return decorated
+
+
+def _refuse_unused(step: str, flags: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a `--set` with a setting that the step does not use. A file may have all settings."""
+    for assignment in flags["sets"]:
+        name = assignment.partition("=")[0].partition(".")[0]
+        if step not in _USERS.get(name, (step,)):
+            others = " and ".join(f"rotate {user}" for user in _USERS[name])
+            do = "do" if len(_USERS[name]) > 1 else "does"
+            raise UsageError(f"--set {name}: rotate {step} does not use {name} ({others} {do}); leave it out")
+
+
+def _folder_and_way(settings: RotateSettings, run: str | None, *, resume: bool) -> tuple[Path, str]:
+    """Return the folder of a pool that is created or resumed, and how a stopped step is resumed."""
+    if resume and run is None:
+        raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
+    from holdfast.cli.running import command_line, folder_of_run
+    from holdfast.runs.engine.resuming import way_out
+
+    folder = folder_of_run(settings, run)
+    return folder, way_out(command_line(), folder)
+
+
+def _opened(pool: str, expect_head: str) -> "Pool":
+    from holdfast.rotation.pool.pool import Pool
+
+    return Pool.open(Path(pool), expect_head=expect_head)
+
+
+@_step(
+    "collect",
+    "train the first parameter sets of a pool",
+    *MODEL_AND_DATA,
+    *_FOLDER,
+    settings=options_of(RotateSettings, only=[key for key in flag_names(RotateSettings) if key not in _LOOP]),
 )
-@click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
-@_EXPECTING
-@offered(*_COLLECTING, *SETTING)
-@with_voice
-def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **flags: Any) -> int:
+def collect(
+    voice: Voice, settings: RotateSettings, *, run: str | None, resume: bool, expect_head: str
+) -> int:
     """Train parameter sets of MODEL's architecture on the train split of DATA, and surrogates for transfer.
 
     The surrogates are models of an attacker without any parameters of the pool. A fifth of the examples is held out,
     and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number
     of epochs of its recipe.
     """
-    _refuse_unused("collect", flags)
-    settings = settings_from(with_named_parts(flags), RotateSettings)
-    if resume and run is None:
-        raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
-    from holdfast.cli.rotate_steps import collect as step
+    folder, again = _folder_and_way(settings, run, resume=resume)
+    from holdfast.api import rotation_opening
+    from holdfast.cli.running import progress_bar
+    from holdfast.rotation.steps import collect as collection
+    from holdfast.runs.engine.signals import stoppable
 
-    return step(settings, voice, run=run, resume=resume, expect_head=expect_head)
+    with stoppable(again), progress_bar(voice) as progress:
+        request = rotation_opening.collect_request(settings, folder, resume=resume, expect_head=expect_head)
+        collected = collection.collect(request, again=again, notify=voice.say, progress=progress)
+    accuracy = ", ".join(f"{100 * share:.1f}" for share in collected.accuracy)
+    click.echo(
+        f"{collected.sets} sets of {collected.runs} trainings of {collected.epochs} epochs; "
+        f"accuracy of the bases: {accuracy} %"
+    )
+    voice.say(f"pool: {collected.pool.path}")
+    return 0
 
 
-@rotate.command(short_help="train a generator of parameter sets")
-@click.argument("pool", type=click.Path())
-@_EXPECTING
-@offered(*_OF_POOL, *SETTING)
-@with_voice
-def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
+@_step("train", "train a generator of parameter sets", _POOL, settings=_OF_POOL)
+def train(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str) -> int:
     """Train a codec, which compresses parameter sets, and a latent diffusion model on the collected sets of POOL.
 
     Settings: --set codec.NAME=VALUE and --set generator.NAME=VALUE, as in --set generator.regulariser=hinge. If
     encoding and decoding costs more than 0.3 points of accuracy, no generator is trained (exit code 4).
     """
-    _refuse_unused("train", flags)
-    from holdfast.cli.rotate_steps import train as step
+    from holdfast.api import rotation_opening
+    from holdfast.cli.running import command_line
+    from holdfast.rotation.steps import train as training
+    from holdfast.runs.engine.signals import stoppable
 
-    return step(pool, settings_of_flags(flags, RotateSettings), voice, expect_head=expect_head)
+    again = f"an earlier generator is kept, start again with: {command_line()}"
+    with stoppable(again):
+        request = rotation_opening.train_request(settings, _opened(pool, expect_head))
+        trained = training.train(request, again=again, notify=voice.say)
+    click.echo(
+        f"generator trained on {trained.sets} sets of {trained.parameters:,} parameters in "
+        f"{trained.codec_s + trained.diffusion_s:.0f} s; the codec costs {100 * trained.accuracy_lost:.2f} points of "
+        f"accuracy"
+    )
+    return 0
 
 
-@rotate.command(short_help="generate new candidates")
-@click.argument("pool", type=click.Path())
-@click.option(
-    "--sets", "wanted", type=click.IntRange(1), metavar="N", help="Number of candidates (default: 8)."
+@_step(
+    "draw",
+    "generate new candidates",
+    _POOL,
+    click.option(
+        "--sets", "wanted", type=click.IntRange(1), metavar="N", help="Number of candidates (default: 8)."
+    ),
+    click.option(
+        "--by",
+        type=click.Choice(["generator", "retraining"]),
+        help="Sample from the generator, or train from fresh random weights (default: generator, if there is one).",
+    ),
+    click.option(
+        "--immunise",
+        "immunising",
+        is_flag=True,
+        help="Train each further against examples computed on stolen sets; if there are none, on the serving set or "
+        "the bases.",
+    ),
+    click.option("--resume", is_flag=True, help="Continue the last draw with its settings."),
+    settings=_OF_POOL,
 )
-@click.option(
-    "--by",
-    type=click.Choice(["generator", "retraining"]),
-    help="Sample from the generator, or train from fresh random weights (default: generator, if there is one).",
-)
-@click.option(
-    "--immunise",
-    "immunising",
-    is_flag=True,
-    help="Train each further against examples computed on stolen sets; if there are none, on the serving set or the "
-    "bases.",
-)
-@click.option("--resume", is_flag=True, help="Continue the last draw with its settings.")
-@_EXPECTING
-@offered(*_OF_POOL, *SETTING)
-@with_voice
 def draw(
     voice: Voice,
+    settings: RotateSettings,
     *,
     pool: str,
     wanted: int | None,
-    by: str | None,
+    by: "By | None",
     immunising: bool,
     resume: bool,
     expect_head: str,
-    **flags: Any,
 ) -> int:
     """Add new candidates to POOL. A candidate must be admitted before it may serve."""
-    _refuse_unused("draw", flags)
-    from holdfast.cli.rotate_steps import draw as step
+    from holdfast.api import rotation_opening
+    from holdfast.cli.running import command_line
+    from holdfast.reports.words import amount
+    from holdfast.rotation.steps import draw as drawing
+    from holdfast.runs.engine.signals import stoppable
 
-    return step(
-        pool,
-        settings_of_flags(flags, RotateSettings),
-        voice,
-        wanted=wanted,
-        by=by,
-        immunising=immunising,
-        resume=resume,
-        expect_head=expect_head,
-    )
+    again = f"finished steps are stored; resume with: {command_line()}{'' if resume else ' --resume'}"
+    with stoppable(again):
+        request = rotation_opening.draw_request(
+            settings, _opened(pool, expect_head), sets=wanted, by=by, immunising=immunising, resume=resume
+        )
+        drawn = drawing.draw(request, again=again, notify=voice.say)
+    immunised = f", immunised against {amount(len(drawn.against), 'sets')}" if drawn.against else ""
+    how = "sampled from the generator" if drawn.by == "generator" else "trained from fresh random weights"
+    click.echo(f"{amount(len(drawn.names), 'candidates')} {how}, selected from {drawn.looked_at}{immunised}")
+    voice.say(f"a candidate must be admitted before it may serve: holdfast rotate admit {shlex.quote(pool)}")
+    return 0
 
 
-@rotate.command(short_help="judge candidates, and admit those that pass all gates")
-@click.argument("pool", type=click.Path())
-@_EXPECTING
-@offered(*_JUDGING, *_OF_POOL, *SETTING)
-@with_voice
-def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
+@_step(
+    "admit",
+    "judge candidates, and admit those that pass all gates",
+    _POOL,
+    settings=(*options_of(RotateSettings, only=("gates", "accept_doubts")), *_OF_POOL),
+)
+def admit(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str) -> int:
     """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
 
     Waiting sets that were not judged against every stolen set are judged again.
@@ -168,114 +263,192 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     distinguish equal sets from worse ones, the tolerances on accuracy are widened, and the output states it. Exit code
     0 if a candidate was admitted, 4 if none.
     """
-    _refuse_unused("admit", flags)
-    from holdfast.cli.rotate_steps import admit as step
+    from holdfast.api import rotation_opening
+    from holdfast.cli.running import command_line, progress_bar
+    from holdfast.rotation.steps import admit as admission
+    from holdfast.runs.engine.signals import stoppable
 
-    return step(pool, settings_of_flags(flags, RotateSettings), voice, expect_head=expect_head)
+    again = f"finished steps are stored; resume with: {command_line()}"
+    with stoppable(again), progress_bar(voice) as progress:
+        request = rotation_opening.admit_request(settings, _opened(pool, expect_head))
+        result = admission.admit(request, again=again, notify=voice.say, progress=progress)
+    for judged in result.judged if voice.verbose else ():
+        _show_gates(judged, voice)
+    click.echo(f"{len(result.admitted)} of {len(result.judged)} candidates admitted")
+    if result.kept_out:
+        click.echo(f"holdfast: {line(result.kept_out)}", err=True)
+    return result.exit_code
 
 
-@rotate.command(short_help="replace the serving set by an admitted one")
-@click.argument("pool", type=click.Path())
-@click.option("--why", default="", metavar="TEXT", help="Reason, recorded in the ledger.")
-@click.option(
-    "--unjudged",
-    is_flag=True,
-    help="If no other set waits, use one that was not judged against every stolen set.",
+def _show_gates(judged: "Judged", voice: Voice) -> None:
+    from holdfast.reports.terminal import cell
+
+    table = plain_table("verdict", "gate", "measured", "required", title=f"{judged.name}: {judged.verdict}")
+    for gate in judged.gates:
+        table.add_row(gate.verdict, gate.name, cell(gate.why), gate.bound)
+    for name, estimate in judged.reported.items():
+        measured = f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g}, n = {estimate.n:,})"
+        table.add_row("–", name, measured, "reported, not a gate")
+    voice.console().print(table)
+
+
+@_step(
+    "swap",
+    "replace the serving set by an admitted one",
+    _POOL,
+    click.option("--why", default="", metavar="TEXT", help="Reason, recorded in the ledger."),
+    click.option(
+        "--unjudged",
+        is_flag=True,
+        help="If no other set waits, use one that was not judged against every stolen set.",
+    ),
 )
-@_EXPECTING
-@with_voice
 def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str) -> int:
     """Serve another admitted set of POOL, chosen at random, and retire the serving set.
 
     Exit code 4 if no admitted set waits that was judged against every stolen set.
     """
-    from holdfast.cli.ledger_steps import swap as step
+    from holdfast.rotation.steps import short_steps
 
-    return step(pool, voice, why=why, unjudged=unjudged, expect_head=expect_head)
+    swapped = short_steps.swap(_opened(pool, expect_head), why, unjudged=unjudged)
+    click.echo(f"{swapped.name} serves as epoch {swapped.epoch}")
+    if swapped.unjudged:
+        voice.say(f"note: {short_steps.UNJUDGED}")
+    if swapped.waiting < _AHEAD:
+        voice.say(
+            f"note: number of admitted sets that wait: {swapped.waiting}, and at least {_AHEAD} are recommended; draw "
+            "and admit more before the next swap"
+        )
+    return 0
 
 
-@rotate.command(short_help="show the sets of a pool and their states")
-@click.argument("pool", type=click.Path())
-@click.option(
-    "-o", "--output", multiple=True, metavar="FILE", help="File with suffix .json; - for JSON on stdout."
+@_step(
+    "status",
+    "show the sets of a pool and their states",
+    _POOL,
+    click.option(
+        "-o",
+        "--output",
+        "outputs",
+        multiple=True,
+        metavar="FILE",
+        help="File with suffix .json; - for JSON on stdout.",
+    ),
 )
-@_EXPECTING
-@with_voice
-def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str) -> int:
+def status(voice: Voice, *, pool: str, outputs: tuple[str, ...], expect_head: str) -> int:
     """Show the sets of POOL and their states, after every entry of its ledger was verified."""
-    from holdfast.cli.ledger_steps import status as step
+    for output in outputs:
+        if output != _STDOUT and Path(output).suffix != ".json":
+            raise UsageError(f"-o {output} is not possible for a pool; write -o FILE.json, or - for stdout")
+    from holdfast.reports.numbers import json_text
+    from holdfast.rotation.steps import short_steps
+    from holdfast.runs.store.files import usable, write_atomically
+    from holdfast.runs.store.folder import document
 
-    return step(pool, voice, outputs=output, expect_head=expect_head)
+    overview = short_steps.status(_opened(pool, expect_head))
+    for output in outputs:
+        if output != _STDOUT:
+            with usable(Path(output)):
+                write_atomically(Path(output), document(overview))
+    if _STDOUT in outputs:
+        click.echo(json_text(overview), nl=False)
+    elif not voice.quiet:
+        _show_sets(overview, voice)
+    for note in overview["notes"]:
+        voice.say(f"note: {note}")
+    return 0
 
 
-@rotate.command(short_help="print the digest of the last entry of the ledger")
-@click.argument("pool", type=click.Path())
-@_EXPECTING
-@with_voice
+def _show_sets(overview: Mapping[str, Any], voice: Voice) -> None:
+    from rich.text import Text
+
+    from holdfast.rotation.pool.pool import NAME_DIGITS
+
+    table = plain_table()
+    table.add_column("set", min_width=NAME_DIGITS, no_wrap=True)
+    for name in ("state", "since", "epoch", "answers"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for row in overview["sets"]:
+        epochs = ", ".join(map(str, row["epochs"]))
+        answers = str(row["answers"]) if row["epochs"] else ""
+        why = f"exposed: {row['exposed']}" if row["exposed"] else row["why"]
+        table.add_row(row["name"], row["state"], row["since"][:10], epochs, answers, Text(line(why)))
+    voice.console().print(table)
+    now = overview["serving"]
+    serving = (
+        "no set serves"
+        if now is None
+        else f"{now['name']} serves as epoch {now['epoch']} since {now['since']}"
+    )
+    click.echo(f"{serving}; {len(overview['ahead'])} wait; {overview['entries']} entries, authenticated")
+
+
+@_step("head", "print the digest of the last entry of the ledger", _POOL)
 def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     """Print the digest of the last entry of the ledger of POOL, to be stored outside the folder.
 
     A later command with --expect-head DIGEST refuses the pool if its ledger does not contain that entry. Then the
     folder was replaced by an older copy, which nothing inside the folder can detect.
     """
-    from holdfast.cli.ledger_steps import head as step
+    from holdfast.rotation.steps import short_steps
 
-    return step(pool, voice, expect_head=expect_head)
+    latest = short_steps.head(_opened(pool, expect_head))
+    click.echo(latest.digest)
+    voice.say(
+        f"this is the digest of entry {latest.entries}; store it outside the folder. A later command with "
+        f"--expect-head DIGEST refuses an older copy of the folder"
+    )
+    return 0
 
 
-@rotate.command(short_help="record that an attacker may have a set")
-@click.argument("pool", type=click.Path())
-@click.argument("name", metavar="SET")
-@click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'.")
-@_EXPECTING
-@with_voice
+@_step(
+    "expose",
+    "record that an attacker may have a set",
+    _POOL,
+    click.argument("name", metavar="SET"),
+    click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'."),
+)
 def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) -> int:
     """Record in the ledger of POOL that an attacker may have SET. After the next swap it never serves again."""
-    from holdfast.cli.ledger_steps import expose as step
+    from holdfast.rotation.steps import short_steps
 
-    return step(pool, name, voice, why=why, expect_head=expect_head)
+    exposed = short_steps.expose(_opened(pool, expect_head), name, why)
+    click.echo(f"{name} is listed as exposed: {line(why)}")
+    if exposed.serving:
+        voice.say(f"it is still the serving set; replace it: holdfast rotate swap {shlex.quote(pool)}")
+    if exposed.unjudged:
+        voice.say(
+            f"{exposed.unjudged} waiting sets must be judged again: holdfast rotate admit {shlex.quote(pool)}"
+        )
+    return 0
 
 
-@rotate.command("run", short_help="run all steps, then swap whenever a swap is due")
-@offered(*MODEL_AND_DATA)
-@click.option(
-    "--run",
+@_step(
     "run",
-    type=click.Path(),
-    metavar="DIR",
-    help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>).",
+    "run all steps, then swap whenever a swap is due",
+    *MODEL_AND_DATA,
+    *_FOLDER,
+    click.option(
+        "--by",
+        type=click.Choice(["generator", "retraining"]),
+        help="Sample from the generator, or train from fresh random weights (default: generator, until its sets are "
+        "refused).",
+    ),
+    click.option(
+        "--immunise",
+        "immunising",
+        is_flag=True,
+        help="Train each set further against examples computed on stolen sets.",
+    ),
+    click.option("--once", is_flag=True, help="Exit when a set serves and enough sets wait."),
+    click.option(
+        "--anyway", is_flag=True, help="Begin even if the data or the budget are too small for the gates."
+    ),
+    settings=options_of(RotateSettings),
 )
-@click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
-@click.option(
-    "--by",
-    type=click.Choice(["generator", "retraining"]),
-    help="Sample from the generator, or train from fresh random weights (default: generator, until its sets are "
-    "refused).",
-)
-@click.option(
-    "--immunise",
-    "immunising",
-    is_flag=True,
-    help="Train each set further against examples computed on stolen sets.",
-)
-@click.option("--once", is_flag=True, help="Exit when a set serves and enough sets wait.")
-@click.option(
-    "--anyway", is_flag=True, help="Begin even if the data or the budget are too small for the gates."
-)
-@_EXPECTING
-@offered(*options_of(RotateSettings), *SETTING)
-@with_voice
 def run_(
-    voice: Voice,
-    *,
-    run: str | None,
-    resume: bool,
-    by: str | None,
-    immunising: bool,
-    once: bool,
-    anyway: bool,
-    expect_head: str,
-    **flags: Any,
+    voice: Voice, settings: RotateSettings, *, run: str | None, resume: bool, expect_head: str, **options: Any
 ) -> int:
     """Collect, train, draw, admit and swap; then watch the ledger, swap whenever a swap is due, and generate new sets.
 
@@ -285,19 +458,15 @@ def run_(
     generator is admitted, sets are trained from fresh random weights. If five of those are refused in a row and no set
     waits, the serving set continues to serve, and the exit code is 4.
     """
-    settings = settings_from(with_named_parts(flags), RotateSettings)
-    if resume and run is None:
-        raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
-    from holdfast.cli.rotate_steps import turn
+    folder, again = _folder_and_way(settings, run, resume=resume)
+    from holdfast.api import rotation_opening
+    from holdfast.cli.running import progress_bar
+    from holdfast.rotation.steps import rotation_run
+    from holdfast.runs.engine.signals import stoppable
 
-    return turn(
-        settings,
-        voice,
-        run=run,
-        resume=resume,
-        by=by,
-        immunising=immunising,
-        once=once,
-        anyway=anyway,
-        expect_head=expect_head,
-    )
+    with stoppable(again), progress_bar(voice) as progress:
+        request = rotation_opening.run_request(
+            settings, folder, resume=resume, expect_head=expect_head, **options
+        )
+        rotation_run.run(request, again=again, notify=voice.say, progress=progress)
+    return 0

@@ -50,6 +50,10 @@ class Flag:
     """whether most people use the option, so that `--help` shows it; `--help-all` shows all"""
 
 
+ReportFiles = Annotated[list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)]
+"""Files of reports, in the option `-o`."""
+
+
 class SettingGroup(BaseModel):
     """Base class of groups of related settings, such as those of the data or of the threat model."""
 
@@ -551,12 +555,7 @@ class Reports(SettingGroup):
     baseline: Annotated[values.Given | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
         default=None, description="Run folder for gates that end in `vs baseline`."
     )
-    output: Annotated[
-        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
-    ] = Field(
-        default_factory=list,
-        description=REPORT_FILE,
-    )
+    output: ReportFiles = Field(default_factory=list, description=REPORT_FILE)
 
 
 class Execution(SettingGroup):
@@ -719,12 +718,7 @@ class ExplainOptions(SettingGroup):
         description="Weights of the model after an epoch of its training, for the examples that support a wrong "
         "prediction (TracIn); several may be given.",
     )
-    output: Annotated[
-        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
-    ] = Field(
-        default_factory=list,
-        description=REPORT_FILE,
-    )
+    output: ReportFiles = Field(default_factory=list, description=REPORT_FILE)
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for the explanation of an example that is not to be shown."""
@@ -762,9 +756,4 @@ class MonitorOptions(SettingGroup):
         default_factory=lambda: ["martingale"],
         description=f"Test whose alarm sets the exit code 1: {', '.join(DRIFT_TESTS)} (default: martingale).",
     )
-    output: Annotated[
-        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
-    ] = Field(
-        default_factory=list,
-        description=REPORT_FILE,
-    )
+    output: ReportFiles = Field(default_factory=list, description=REPORT_FILE)

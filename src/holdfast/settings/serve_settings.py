@@ -16,7 +16,7 @@ from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.settings import values
 from holdfast.settings.grammar import seconds
-from holdfast.settings.groups import Flag, SettingGroup
+from holdfast.settings.groups import Flag, ReportFiles, SettingGroup
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -289,9 +289,7 @@ class AdaptOptions(SettingGroup):
         default=False,
         description="Allow the code of the architecture that the server names (file.py:factory).",
     )
-    output: Annotated[
-        list[str], Flag("FILE", short="-o", completion="PATH", identifies=False, common=True)
-    ] = Field(default_factory=list, description=REPORT_FILE)
+    output: ReportFiles = Field(default_factory=list, description=REPORT_FILE)
     canary_time: Annotated[values.WaitingTime, Flag("T")] = Field(
         default="2min",
         description="Time for which the candidate answers a share of the requests, and for which it is watched after "

@@ -551,14 +551,6 @@ def written_fields(cls: type[Any]) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(cls) if f.metadata.get("written", True)]
 
 
-def _recipes() -> list[str]:
-    return [*names("recipes"), AUTO, CARD]
-
-
-def _recipes_of_harden() -> list[str]:
-    return [*_recipes(), *GENERATOR_RECIPES]
-
-
 def _refused_for_sets(value: object) -> object:
     """Return a recipe unchanged. Raises `UsageError` for one that trains generators."""
     name = value.get("use") if isinstance(value, Mapping) else value
@@ -575,12 +567,12 @@ Method = Annotated[str, BeforeValidator(_method)]
 RecipeSpec = Annotated[
     dict[str, Any],
     WrapValidator(lambda value, validated: validated(value) if _is_plain(value) else value),
-    BeforeValidator(_named_spec("recipe", AUTO, _recipes_of_harden)),
+    BeforeValidator(_named_spec("recipe", AUTO, lambda: [*names("recipes"), AUTO, CARD, *GENERATOR_RECIPES])),
 ]
 """Name or settings of a recipe, or a Python object."""
 SetsRecipeSpec = Annotated[
     dict[str, Any],
-    BeforeValidator(_named_spec("recipe", CARD, _recipes)),
+    BeforeValidator(_named_spec("recipe", CARD, lambda: [*names("recipes"), AUTO, CARD])),
     BeforeValidator(_refused_for_sets),
 ]
 SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", lambda: [*SOURCES]))]

@@ -10,7 +10,18 @@ from holdfast.settings.groups import Flag
 
 
 class AuditBackdoor(AuditVerb):
-    """All settings of the command `holdfast audit backdoor`. `data` are clean examples."""
+    """All settings of the command `holdfast audit backdoor`. `data` are clean examples.
+
+    `model` is a network with gradients and trainable weights, and without a detector of its own. `data` are clean
+    examples of at least two classes, on which it should not have been trained; without `n` and `sample`, at most
+    2,000 of them, chosen by `seed`, are used. For each class, the smallest mask and pattern are searched with which
+    98 % of the examples of the other classes are predicted as this class (Wang et al., "Neural Cleanse", S&P 2019).
+    `controls` and `train_controls` exclude each other. `stream` contains inputs of the same shape, which need no
+    labels and are examined by STRIP (Gao et al., ACSAC 2019, arXiv:1902.06531).
+
+    `facts["sizes"]` of the result are the sums of the masks, one for each class. With controls, `facts["p"]` is the
+    probability that a clean network has a trigger whose size is as unusual.
+    """
 
     verb = "audit-backdoor"
     kind = "backdoor"

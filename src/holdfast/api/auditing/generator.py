@@ -16,6 +16,16 @@ from holdfast.settings.groups import Flag
 class AuditGenerator(AuditVerb):
     """All settings of the command `holdfast audit generator`. `model` is a generator or a file of its samples, and
     `data` are its training examples.
+
+    `model` is an object with a method `sample(n, seed)`, which returns n samples as a tensor or an array (n, …),
+    the address of a function that returns such an object, as in "gen.py:make", or a file of samples. `held_out` is
+    required, and has the shape and the range of values of `data`. Samples in bytes are divided by 255. Without
+    `features`, the labels of `data` are needed, for the training of a network whose features are compared. Files of
+    tables are compared column by column instead.
+
+    `metrics` of the result contains `frechet`, the Fréchet distance of the features, and `copy_rate` and
+    `near_copy_rate`, the shares of the samples that equal a training example or are nearer to one than 99 % of the
+    held-out examples.
     """
 
     verb = "audit-generator"

@@ -46,6 +46,17 @@ class AuditMembership(
 ):
     """All settings of the command `holdfast audit membership`. `data` are the training examples of `model` if
     `non_members` are given, and otherwise the examples of which a training procedure gets random halves.
+
+    A training function `fit(x, y, seed)` gets `x` (n, …) after the preprocessing of `model` and `y` (n,) as
+    tensors, and returns a network with the same number of classes. It is called `references` times; without it,
+    networks are trained with Adam for `epochs` epochs, which needs a `model` with gradients. The attacks are those
+    of Carlini et al. (LiRA, S&P 2022, arXiv:2112.03570), Zarifzadeh et al. (RMIA, ICML 2024, arXiv:2312.03262) and
+    others. The result is flagged if the interval of the true-positive rate at `fpr` is above `fpr`, and unclear if
+    members and non-members differ in kind, or if attacks without reference networks do not find more.
+
+    `facts["tpr"]` of the result is the share of the members that are found at the false-positive rate `fpr`, and
+    `metrics` contains `membership_tpr_at_1_percent`, which needs 1,000 non-members. A rate for which fewer than ten
+    false positives are expected is refused.
     """
 
     verb = "audit-membership"

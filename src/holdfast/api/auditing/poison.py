@@ -11,8 +11,18 @@ from holdfast.settings.groups import Flag
 
 
 class AuditPoison(AuditVerb):
-    """All settings of the command `holdfast audit poison`. `data` are the examples that are audited, and `model` is the
-    network that is trained on them.
+    """All settings of the command `holdfast audit poison`. `data` are the examples that are audited, and `model` is
+    the network that is trained on them.
+
+    `model` is the network that is trained on the data; its weights are not used. Four copies with random weights
+    are trained for four epochs each: one on all examples, and three without a third of them each. Examples are
+    scored by the features of these networks (Tran et al., 2018, arXiv:1811.00636; Chen et al., 2018,
+    arXiv:1811.03728), by the label that other networks predict (Northcutt et al., 2021, arXiv:1911.00068), and by
+    their loss (Li et al., 2021, arXiv:2110.11571). Wrong labels are found as well. `clean` must have the same
+    classes and shape as `data`, which need at least two classes.
+
+    `facts["suspects"]` of the result is the number of suspect examples, and `suspects` names a .csv file with a row
+    for each.
     """
 
     verb = "audit-poison"

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 class AuditPrivacy(TrainingFunctionSource, AuditVerb):
     """All settings of the command `holdfast audit privacy`. `data` are the training examples, and `model` is a network
     of the architecture that is trained on them.
+
+    `train` is a function `fit(x, y, seed)`, which gets `x` (n, …) after the preprocessing of `model` and `y` (n,)
+    as tensors, and returns the trained network, or a folder that `harden` wrote. The bound follows from guesses
+    about which canaries were in one training (Steinke et al., NeurIPS 2023, arXiv:2305.08846). Equal rows of `data`
+    are counted, because the claim is for one row.
+
+    `metrics["epsilon_lower"]` of the result is the lower bound for one row, at the claimed `delta`.
     """
 
     verb = "audit-privacy"
@@ -94,11 +101,9 @@ class AuditPrivacy(TrainingFunctionSource, AuditVerb):
             {**subject.card, "digest": subject.digest},
             {"name": examples.name, "digest": examples.digest, "n": len(data), "shape": data.example_shape},
             (LOSSES,),
-            tuple(self.gates),
-            self.seed,
-            str(device),
-            start.command,
-            (*subject.notes, *split_notes),
+            seed=self.seed,
+            device=str(device),
+            notes=(*subject.notes, *split_notes),
         )
         train = partial(trained_like, training, model)
         yield PreparedAudit(request, lambda run: measure(run, train, data, model, how))
