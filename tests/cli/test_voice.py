@@ -58,9 +58,9 @@ def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: 
 
 
 def test_lines_of_a_hardening_are_written_for_each_epoch_and_repeated_where_nothing_happens(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    set_limit, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(running, "_REPEATED_S", 0.02)
+    set_limit("holdfast.cli.running._REPEATED_S", 0.02)
     said = []
 
     def repeated() -> bool:
