@@ -145,7 +145,7 @@ def test_five_refusals_in_a_row_end_the_call(tmp_path):
 
 
 def test_a_call_without_candidates_or_with_a_claim_beyond_it_is_refused(tmp_path):
-    pool = begun(tmp_path / "pool")
+    pool = begun(tmp_path / "pool", bases=(0,))
     with pytest.raises(UsageError, match="holdfast rotate draw"):
         admit(pool, terms(), transfer_attacker=QUICK)
     with pytest.raises(UsageError, match="an admission can test transfer_success"):

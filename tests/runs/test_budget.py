@@ -94,7 +94,15 @@ MACHINES = {
 }
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param(
+            name, marks=() if name in ("slow at first", "one epoch and a part") else pytest.mark.slow
+        )
+        for name in MACHINES
+    ],
+)
 def test_training_and_planning_use_the_budget(machine):
     cost, how, budget_s = MACHINES[machine]
     recipe = PGDTraining(steps=2, training=replace(HOW, **how))
@@ -147,6 +155,7 @@ def test_plans_are_made_again_between_the_checkpoints_within_an_epoch(monkeypatc
         assert last_of(tmp_path / "killed").plans == last_of(tmp_path / "whole").plans
 
 
+@pytest.mark.slow
 def test_evaluations_of_short_epochs_take_a_tenth_of_the_time_and_the_last_one_is_made(tmp_path):
     found = hardened(lambda calls, now: 8, *RECIPES["short epochs"], run=tmp_path / "r")
     first, *others = [point.epoch for point in found.curve]
@@ -257,6 +266,7 @@ def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch
     assert next(plans, None) is None
 
 
+@pytest.mark.slow
 def test_a_budget_below_an_epoch_is_refused_with_one_that_suffices_unless_it_is_wanted_anyway():
     recipe = PGDTraining(steps=2, training=replace(HOW, batch=4))
 
