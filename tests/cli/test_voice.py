@@ -2,7 +2,8 @@
 
 import io
 import re
-import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -24,28 +25,23 @@ class Terminal(io.StringIO):
         return True
 
 
-def fake_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """What stands for the standard error of a command."""
-    found = Terminal()
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    """A terminal in place of the standard error of a command."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "stderr", found)
-    return found
+    with redirect_stderr(Terminal()) as terminal:
+        yield terminal
 
 
-def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    terminal = fake_terminal(monkeypatch)
+def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(terminal: Terminal) -> None:
     with progress_bar(Voice()):
         Voice().say("a set is drawn")
     assert not terminal.buffer.getvalue(), "nothing goes round the bar"
     assert re.search(r"starting.*\r\x1b\[2Ka set is drawn\n", terminal.getvalue(), re.DOTALL)
 
 
-def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = fake_terminal(monkeypatch)
-
+def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(terminal: Terminal) -> None:
     def stands() -> bool:
         Voice().say("a set is drawn")
         return "1/12 run 1" in terminal.getvalue().rpartition("a set is drawn")[2]
