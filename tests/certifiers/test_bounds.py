@@ -295,8 +295,7 @@ def test_bounds_on_windows_are_those_of_the_whole_value(
 
 
 def test_substitutions_that_end_early_leave_the_other_bounds_as_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-    set_limit,
+    without_cuts: Callable[[], None], set_limit: Callable[[str, object], None]
 ) -> None:
     model, x = network("deep residual")
     graph = traced(model, x).to(torch.float64)

@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 
 import pytest
@@ -26,16 +25,15 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """A terminal in place of the standard error of a command."""
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 100 columns, to which tests redirect the standard error."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    with redirect_stderr(Terminal()) as terminal:
-        yield terminal
+    return Terminal()
 
 
 def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(terminal: Terminal) -> None:
-    with progress_bar(Voice()):
+    with redirect_stderr(terminal), progress_bar(Voice()):
         Voice().say("a set is drawn")
     assert not terminal.buffer.getvalue(), "nothing goes round the bar"
     assert re.search(r"starting.*\r\x1b\[2Ka set is drawn\n", terminal.getvalue(), re.DOTALL)
@@ -46,7 +44,7 @@ def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(terminal: Ter
         Voice().say("a set is drawn")
         return "1/12 run 1" in terminal.getvalue().rpartition("a set is drawn")[2]
 
-    with progress_bar(Voice()) as progress:
+    with redirect_stderr(terminal), progress_bar(Voice()) as progress:
         progress(Step("run 1", 1, 12, 1, 2, 0, 0))
         until(stands)  # the bar is drawn anew ten times a second
         progress(Step("run 1", 1, 12, 2, 2, 0, 0))
