@@ -24,6 +24,7 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from fork_server import ForkServer
     from shelf import Shelf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,18 +83,25 @@ def _start_processes_by(monkeypatch: pytest.MonkeyPatch, starting: object) -> No
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _copies_of_a_process() -> Iterator[None]:
+def _copies_of_a_process() -> Iterator["ForkServer | None"]:
     """Start limited processes and workers as copies of one that has imported torch; `new_processes` undoes this."""
     if sys.platform != "linux":
-        yield
+        yield None
         return
     from fork_server import ForkServer
 
     server = ForkServer()
     with pytest.MonkeyPatch.context() as patch:
         _start_processes_by(patch, server)
-        yield
+        yield server
     server.close()
+
+
+@pytest.fixture
+def started_copies(_copies_of_a_process: "ForkServer | None") -> None:
+    """The process that is copied runs before the test changes paths and folders."""
+    if _copies_of_a_process is not None:
+        _copies_of_a_process.start()
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_every_worker_makes_the_surrogates_ready(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_folder_nothing_is_left(monkeypatch, temporary_files, tmp_path):
+def test_without_a_folder_nothing_is_left(started_copies, monkeypatch, temporary_files, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     result = assess(subject(), data(), asked(workers=1))
     assert result.folder is None
@@ -159,7 +159,9 @@ def test_a_split_in_a_worker_is_recorded(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_imports_nothing_from_the_current_folder_but_what_a_script_there_does(tmp_path, monkeypatch):
+def test_a_worker_imports_nothing_from_the_current_folder_but_what_a_script_there_does(
+    started_copies, tmp_path, monkeypatch
+):
     hostile = "from pathlib import Path\nPath('RAN').touch()\nraise ImportError\n"
     for name in ("torch.py", "random.py", "pickle.py", "holdfast.py", "sitecustomize.py"):
         (tmp_path / name).write_text(hostile)
