@@ -194,7 +194,8 @@ class ForkServer:
     def __init__(self):
         self._process = None
 
-    def _connected(self):
+    def start(self):
+        """Start the server if it does not run."""
         if self._process is None or self._process.poll() is not None:
             self._folder = tempfile.mkdtemp(prefix="fork-")
             self._address = str(Path(self._folder) / "socket")
@@ -216,6 +217,9 @@ class ForkServer:
             )
             atexit.register(self.close)
             assert self._process.stdout.readline() == b"ready\n"
+
+    def _connected(self):
+        self.start()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self._address)
         return connection

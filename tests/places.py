@@ -1,4 +1,4 @@
-"""Fixtures that fix what comes from the operating system in a rotation: where collections and draws are drawn."""
+"""Fixtures of rotations: fixed random places in place of those of the operating system, and replaced steps."""
 
 import itertools
 import secrets
@@ -8,12 +8,33 @@ import pytest
 
 from holdfast.rotation.steps import contents, draw
 
+SECRET = {"place": 7}
+"""secret random number from which pools are collected"""
+
+
+@pytest.fixture
+def another_secret():
+    """Pools are collected from another secret."""
+    SECRET["place"] = 8
+    yield
+    SECRET["place"] = 7
+
+
+@pytest.fixture
+def replace_step(monkeypatch):
+    """A function that replaces a step of a rotation, such as `collect`, `train`, `draw` or `admit`."""
+
+    def replace_step(name, step):
+        monkeypatch.setattr(f"holdfast.rotation.steps.rotation_run.{name}", step)
+
+    return replace_step
+
 
 @pytest.fixture(scope="session", autouse=True)
 def collections_from_one_place():
     """Every pool is collected from the same secret, in whatever order tests run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: 7))
+        patch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: SECRET["place"]))
         yield
 
 

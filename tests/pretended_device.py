@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DEVICE, CPU = torch.device("lazy"), torch.device("cpu")
 
 aten = torch.ops.aten
-_BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default}
-"""operations whose tensors may be on several devices"""
+_BETWEEN_DEVICES = {"aten::copy_", "aten::_to_copy"}
+"""names of operations whose tensors may be on several devices"""
 _INDEXING = {
     aten.index.Tensor,
     aten.index_put.default,
@@ -77,10 +77,10 @@ def _mapped(value, change):
 
 def _refuse_several_devices(function, tensors):
     others = [each for each in tensors if not isinstance(each, Pretended)]
-    if not others or len(others) == len(tensors) or function in _BETWEEN_DEVICES:
+    if not others or len(others) == len(tensors) or function.name() in _BETWEEN_DEVICES:
         return
     on_device = isinstance(tensors[0], Pretended)
-    in_place = function._schema.name.endswith("_") and not on_device
+    in_place = function.name().split(".")[0].endswith("_") and not on_device
     takes_numbers = torch.Tag.pointwise in function.tags or function in _OF_NUMBERS
     if takes_numbers and not in_place and all(not each.dim() for each in others):
         return

@@ -31,8 +31,8 @@ def test_a_setting_whose_network_or_images_are_absent_is_a_note(monkeypatch):
             raise Absent("not fetched yet")
         return torch.zeros(n, 1), torch.zeros(n)
 
-    monkeypatch.setattr(networks, "network", only_here)
-    monkeypatch.setattr(networks, "images", only_digits)
+    for name, loaded in {"network": only_here, "images": only_digits}.items():
+        monkeypatch.setattr(networks, name, loaded)
     notes = []
     settings = (("gone", 0.1), ("letters", 0.2), ("digits", 0.3, "more"))
     found = [(net.name, len(x), len(y), *rest) for net, x, y, *rest in networks.present(settings, 5, notes)]
@@ -45,20 +45,24 @@ def test_what_shows_nothing_is_absent_for_the_reasons_that_were_noted():
         record.Outcome([], [], {}, notes=["one: not here", "two: not here either", "one: not here"])
 
 
-def test_a_note_is_written_once(monkeypatch, tmp_path):
+@pytest.fixture
+def folder_of_records(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_a_note_is_written_once(folder_of_records):
     claim = record.Claim("a <= 1", 0.5, 1.0)
     at = record.write("row", "what", record.Outcome([], [claim], {}, notes=["absent", "slow", "absent"]))
     assert json.loads(at.with_suffix(".json").read_text())["notes"] == ["absent", "slow"]
     assert at.read_text().count("- absent") == 1
 
 
-def test_a_row_may_stand_on_the_newest_record_of_another(monkeypatch, tmp_path):
-    monkeypatch.setattr(record, "FOLDER", tmp_path)
+def test_a_row_may_stand_on_the_newest_record_of_another(folder_of_records):
     with pytest.raises(Absent, match="^there is no record of row; make it first, by --only row$"):
         record.newest("row")
     for name in ("2026-01-02-row", "2026-01-10-row", "2026-02-01-best-row"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"made": name}))
+        (folder_of_records / f"{name}.json").write_text(json.dumps({"made": name}))
     assert record.newest("row") == {"made": "2026-01-10-row"}
 
 
@@ -106,8 +110,8 @@ def test_a_part_of_the_measurement_on_an_accelerator_runs_on_a_processor(part, d
     assert rows and all(row["ok"] for row in rows)
 
 
-def test_without_an_accelerator_nothing_is_measured(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sys.argv", ["gpu", "--record", str(tmp_path / "gpu.json")])
+def test_without_an_accelerator_nothing_is_measured(monkeypatch, command_line, capsys, tmp_path):
+    command_line(["gpu", "--record", str(tmp_path / "gpu.json")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 2
     assert "torch finds no accelerator" in capsys.readouterr().err and not list(tmp_path.iterdir())

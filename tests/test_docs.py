@@ -470,7 +470,6 @@ def test_every_picture_is_of_the_newest_record():
 @pytest.mark.parametrize("row", RECIPES, ids=lambda row: row["recipe"].strip("`"))
 def test_a_recipe_costs_and_cites_what_its_row_states(row, monkeypatch):
     name = row["recipe"].strip("`")
-    monkeypatch.setattr("holdfast.recipes.dp_sgd.noise_multiplier", lambda *_: 1.0)
     recipe = build_recipe({"use": name, **({"others": "l2:1"} if name == "multi-norm" else {})})
     assert row["class"].strip("`") == type(recipe).__name__
     cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])

@@ -27,6 +27,8 @@ NAMES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in MODULES
 }
+HOMES = holdfast._homes()
+"""module of each exported name"""
 ATTACK_MODULES = {entry.module for entry in ATTACKS.values()}
 NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
 
@@ -68,7 +70,7 @@ def test_every_export_is_what_its_home_defines():
     for name in holdfast.__all__:
         value = getattr(holdfast, name)
         if name != "__version__":
-            assert value.__module__ == holdfast._homes()[name], f"{name} is defined in {value.__module__}"
+            assert value.__module__ == HOMES[name], f"{name} is defined in {value.__module__}"
 
 
 def test_exports_homes_and_the_imports_of_type_checkers_agree():
@@ -77,9 +79,8 @@ def test_exports_homes_and_the_imports_of_type_checkers_agree():
     seen = {
         a.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names
     }
-    homes = holdfast._homes()
-    assert seen == {name: homes[name] for name in seen} and not {*holdfast._HOMES} - {*seen}
-    assert {*homes, "__version__"} == set(holdfast.__all__) == set(dir(holdfast))
+    assert seen == {name: HOMES[name] for name in seen} and not {*holdfast._HOMES} - {*seen}
+    assert {*HOMES, "__version__"} == set(holdfast.__all__) == set(dir(holdfast))
 
 
 def test_an_unknown_attribute_names_the_known_ones():

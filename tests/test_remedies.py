@@ -8,8 +8,8 @@ do it, and the call is repeated. `carried_out` records which remedies of the cod
 import ast
 import dataclasses
 import importlib
+import inspect
 import json
-import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
@@ -196,7 +196,7 @@ def recorded(created: list[tuple[tuple[str, int], Remedy | Install]]):
     def recording(kind):
         def initialise(self, *args, **more):
             before[kind](self, *args, **more)
-            frame = sys._getframe(1)
+            frame = inspect.currentframe()
             while frame is not None and not frame.f_code.co_filename.startswith(str(SOURCE)):
                 frame = frame.f_back
             if frame is not None:

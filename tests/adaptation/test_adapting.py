@@ -115,6 +115,14 @@ def served(tmp_path_factory):
         yield server, url, file, folder
 
 
+@contextmanager
+def worse_on_live_requests():
+    """The candidate is worse than the served model on the requests that are compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
+        yield
+
+
 @pytest.mark.slow
 def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     server, url, file, folder = served
@@ -132,8 +140,7 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     flipped = settings(url, folder, data=str(tmp_path / "flipped.npz")).run(tmp_path / "flipped")
     assert flipped.steps[-1].step == "quarantine" and "labels" in flipped.reason and unchanged()
     # a canary that is worse than the served model
-    with monkeypatch.context() as patched:
-        patched.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
+    with worse_on_live_requests():
         worse = settings(url, folder).run(tmp_path / "canary")
     assert worse.outcome == "not promoted" and worse.reason == "as a canary, it is worse" and unchanged()
     assert server.status()["canary"]["state"] == "none"
@@ -160,9 +167,8 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
 
     # a rollback after the promotion
     serving_now = file.read_bytes()
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, worse_on_live_requests():
         patched.setattr(adapting._Adaptation, "_canary", lambda self: (self._extend_guard(), {})[1])
-        patched.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
         back = settings(url, folder, seed=1).run(tmp_path / "back")
     assert (back.outcome, back.reason) == ("rolled back", "after the promotion, it is worse")
     assert (

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import holdfast
-from adaptation.test_adapting import CODE, GUARD, SHAPE, examples, settings
-from holdfast.api import adapting_pools, live_pairs
+from adaptation.test_adapting import CODE, GUARD, SHAPE, examples, settings, worse_on_live_requests
+from holdfast.api import adapting_pools
 from holdfast.api.serving import server_setup
 from holdfast.api.verb_settings import Serve
 from holdfast.cli.app import run as command
@@ -151,9 +151,8 @@ def test_a_candidate_becomes_a_set_of_the_pool_or_not(folder, tmp_path, monkeypa
 
         # a set that is worse on live requests is replaced by another admitted one, and never serves again
         holdfast.rotate.admit(pool, trust_code=True)
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched, worse_on_live_requests():
             patched.setattr(adapting_pools.AdaptedPool, "measure", lambda self, pairs: {})
-            patched.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
             back = settings(url, tmp_path, seed=2).run(tmp_path / "back")
         assert (back.outcome, back.reason) == ("rolled back", "after the promotion, it is worse")
         withdrawn = pool.ledger.member(back.steps[-2].facts["set"])

@@ -39,12 +39,18 @@ class Server:
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def opened(monkeypatch):
+    """The model of a file, of whatever content."""
+    opened = SimpleNamespace(digest="new")
+    monkeypatch.setattr(adapting._Adaptation, "_opened", lambda self, path, settings: opened)
+    return opened
+
+
+@pytest.fixture
+def run(tmp_path, opened):
     """A run whose candidate passed all steps before the promotion."""
     file, folder = tmp_path / "model.safetensors", tmp_path / "run"
     file.write_bytes(b"old")
-    opened = SimpleNamespace(digest="new")
-    monkeypatch.setattr(adapting._Adaptation, "_opened", lambda self, path, settings: opened)
     begun = {"set": "old", "model": str(file), "digest": "old", "settings": {}}
     with open_journal(folder, {"server": "http://a"}, resume=False) as journal:
         journal.keep("candidate.safetensors", b"new")
@@ -56,11 +62,9 @@ def run(tmp_path, monkeypatch):
         )
 
 
-def test_settings_of_the_server_that_could_name_code_are_not_used(run, monkeypatch):
+def test_settings_of_the_server_that_could_name_code_are_not_used(run, opened):
     adaptation, _, file = run
-    monkeypatch.setattr(
-        adapting._Adaptation, "_opened", lambda self, path, settings: SimpleNamespace(digest="old")
-    )
+    opened.digest = "old"
     adaptation.port = Server(file, data="other.py:load", trust_code=True, mean=[0.5])
     assert adaptation._described()["settings"] == {"model": str(file), "mean": [0.5]}
 
@@ -129,11 +133,9 @@ def test_the_guard_accepts_the_served_model_at_every_moment(run, monkeypatch):
         ("unparsed", "is not a calibration"),
     ],
 )
-def test_files_of_others_and_calibrations_elsewhere_are_refused(place, reason, run, monkeypatch, tmp_path):
+def test_files_of_others_and_calibrations_elsewhere_are_refused(place, reason, run, opened, tmp_path):
     adaptation, _, file = run
-    monkeypatch.setattr(
-        adapting._Adaptation, "_opened", lambda self, path, settings: SimpleNamespace(digest="old")
-    )
+    opened.digest = "old"
     adaptation.settings = Adapt(canary_time="1s", trust_code=True)
     shared, guard, calibration = (
         tmp_path / "shared",

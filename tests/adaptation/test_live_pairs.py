@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.api import live_pairs
 from holdfast.api.live_pairs import LivePairs, Side, read_samples
 from holdfast.core.errors import TargetError
 from holdfast.guard.decisions import Action, Mode
@@ -175,8 +174,8 @@ def test_failures_that_cannot_be_repeated(failing, names, fault):
     assert fault or "its process failed on inputs of the client a" in facts["notes"][0]
 
 
-def test_a_time_of_watching_ends_with_a_fault(monkeypatch):
-    monkeypatch.setattr(live_pairs, "_POLL_S", 0.01)
+def test_a_time_of_watching_ends_with_a_fault(set_limit):
+    set_limit("holdfast.api.live_pairs._POLL_S", 0.01)
     quiet = pairs(side(sure), side(sure), arrays(CLIENTS))
     facts = quiet.watched(0.05, lambda status: "")
     assert (facts["pairs"], facts["refused"]) == (120, 0) and "ends" not in facts

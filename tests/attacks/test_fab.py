@@ -199,7 +199,8 @@ def test_a_point_on_the_plane_is_not_drawn_back(norm):
     x = clean.clone()
     x[0, 0] = 0.9
     model = network(shape=(9,))
-    on_it = FAB()._step(x, clean, torch.zeros(1, dtype=torch.float64), normal, norm(), model)
+    step = FAB()._step
+    on_it = step(x, clean, torch.zeros(1, dtype=torch.float64), normal, norm(), model)
     torch.testing.assert_close(on_it, x, rtol=0, atol=1e-6)
-    beside = FAB()._step(x, clean, torch.full((1,), 0.4, dtype=torch.float64), normal, norm(), model)
+    beside = step(x, clean, torch.full((1,), 0.4, dtype=torch.float64), normal, norm(), model)
     assert (beside - x).abs().max() > 0.01

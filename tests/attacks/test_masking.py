@@ -7,6 +7,7 @@ from torch import nn
 import holdfast
 from holdfast.attacks.parts.feature_search import masking
 from holdfast.io.models.architectures import ARCHITECTURES
+from hooks import hooks_of
 
 
 class Function(nn.Module):
@@ -97,4 +98,4 @@ def test_looking_leaves_everything_as_it_was():
     before = torch.random.get_rng_state()
     masking(net, X)
     assert (torch.random.get_rng_state() == before).all()
-    assert all(not module._forward_hooks for module in net.modules())
+    assert not hooks_of(net)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.attacks.parts import fast_networks
 from holdfast.attacks.parts.fast_networks import StemConv2d, quicken_stems, quickened
 from holdfast.core.model import Classifier
 
@@ -45,9 +44,11 @@ def test_its_gradient_is_that_of_the_convolution(geometry, channels, layout):
     torch.testing.assert_close(slope(quick, x), slope(plain, x), rtol=1e-12, atol=1e-12)
 
 
-def test_pieces_give_the_gradient_of_the_whole(monkeypatch):
+def test_pieces_give_the_gradient_of_the_whole(set_limit):
     plain, quick = pair(3, **GEOMETRIES[0])
-    monkeypatch.setattr(fast_networks, "_COLUMNS", 3 * 16 * 3 * 30)  # three examples at a time, then one
+    set_limit(
+        "holdfast.attacks.parts.fast_networks._COLUMNS", 3 * 16 * 3 * 30
+    )  # three examples at a time, then one
     x = drawn(7, 3, 12, 11)
     torch.testing.assert_close(slope(quick, x), slope(plain, x), rtol=1e-12, atol=1e-12)
 

@@ -9,6 +9,7 @@ import torch
 
 import holdfast
 from benchmarks.forging import accepted_fields, rechain
+from conclusions import concluding
 from holdfast.api.auditing.generator import AuditGenerator
 from holdfast.audits.audit import AuditRequest, audited, is_audit, judged, open_audit
 from holdfast.audits.finding import Finding, Picture, Table
@@ -53,9 +54,10 @@ def concluded(steps):
 
 
 @pytest.fixture(autouse=True)
-def conclusion(monkeypatch):
+def conclusion():
     """An audit of one stage and one document."""
-    monkeypatch.setattr("holdfast.audits.audit.conclusion_of", lambda kind: concluded)
+    with concluding(concluded):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,7 @@ def test_a_stored_audit_is_reported_listed_and_verified(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished audit, which tests copy and change."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.audits.audit.conclusion_of", lambda kind: concluded)
+    with concluding(concluded):
         run = tmp_path_factory.mktemp("audit") / "run"
         audited(REQUEST, measure, run)
     return run

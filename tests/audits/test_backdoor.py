@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import holdfast
 from benchmarks.forging import accepted_fields
-from holdfast.audits.backdoor import audit, measurements
+from holdfast.audits.backdoor import audit
 from holdfast.audits.backdoor.audit import BackdoorRequest, measure
 from holdfast.audits.backdoor.conclusion import finding_of
 from holdfast.audits.backdoor.controls import (
@@ -189,8 +189,8 @@ def test_the_lowest_ratio_is_not_flagged_within_the_spread_of_the_controls(poiso
 
 
 @pytest.mark.slow
-def test_a_further_clean_network_is_below_the_limit_as_often_as_stated(monkeypatch):
-    monkeypatch.setattr("holdfast.audits.backdoor.controls.OUTSIDE", 0.05)
+def test_a_further_clean_network_is_below_the_limit_as_often_as_stated(set_limit):
+    set_limit("holdfast.audits.backdoor.controls.OUTSIDE", 0.05)
     rng, below = torch.Generator().manual_seed(0), 0
     for _ in range(4000):
         logs = torch.randn(21, generator=rng) / 10
@@ -307,8 +307,8 @@ def test_an_untrained_control_is_left_out_and_named(batch, folder, sizes, poison
 
 
 @pytest.mark.slow
-def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch):
-    monkeypatch.setattr(measurements, "GROUP", 2)
+def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch, set_limit):
+    set_limit("holdfast.audits.backdoor.measurements.GROUP", 2)
     asked, model = request(batch, folder), Classifier(trained(100, poisoned=True))
     run = Run(asked.steps())
     searched = []
@@ -347,6 +347,12 @@ def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, 
     cache.path.write_text("{")
     with pytest.raises(TargetError, match="delete it"):
         cache.read()
+
+
+@pytest.fixture
+def quick_inversion(monkeypatch):
+    """Audits from the command line search for triggers in few steps."""
+    monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
 
 
 @pytest.fixture
@@ -432,7 +438,9 @@ def arrays(batch):
 
 
 @pytest.mark.slow
-def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monkeypatch, capsys):
+def test_the_command_flags_and_writes_the_trigger(
+    arrays, folder, tmp_path, monkeypatch, quick_inversion, capsys
+):
     from holdfast.cli.app import run as command
     from holdfast.io.data.trigger_files import read_trigger
 
@@ -445,7 +453,6 @@ def test_the_command_flags_and_writes_the_trigger(arrays, folder, tmp_path, monk
     np.savez(tmp_path / "data.npz", x=arrays[0], y=arrays[1])
     x, y = digits(40, seed=9)
     np.savez(tmp_path / "stream.npz", x=np.concatenate([x, stamp(x)]), y=np.concatenate([y, y]))
-    monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
     words = ["audit", "backdoor", str(tmp_path / "model.safetensors"), str(tmp_path / "data.npz")]
     words += ["--arch", f"{tmp_path / 'net.py'}:make", "--controls", str(folder), "-g", "no-backdoor"]
     words += ["--trigger-out", str(tmp_path / "found.npz"), "--stream", str(tmp_path / "stream.npz")]
@@ -473,10 +480,9 @@ def test_python_trains_controls_on_the_rest_of_the_data(arrays, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_trained_controls_are_used_again(tmp_path, monkeypatch):
+def test_trained_controls_are_used_again(tmp_path, monkeypatch, set_limit, quick_inversion):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("holdfast.api.audit_backdoor.CLEAN", 200)
-    monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
+    set_limit("holdfast.api.audit_backdoor.CLEAN", 200)
     x, y = digits(8000)
     first = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
     assert first.facts["controls"] == 20 and first.facts["class"] == TARGET

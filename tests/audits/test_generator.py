@@ -11,7 +11,6 @@ from torch import nn
 import holdfast
 from benchmarks.forging import accepted_fields
 from holdfast.audits.audit import open_audit
-from holdfast.audits.generator import audit
 from holdfast.audits.generator.copies import copies, frechet_distance, kernel_distance, label_entropy, quality
 from holdfast.cli.app import run as command
 from holdfast.core.errors import TargetError, UsageError
@@ -193,8 +192,8 @@ def test_samples_that_cannot_be_compared_are_refused(answer, kind, message):
         audited(Broken(answer))
 
 
-def test_the_quality_compares_a_part_of_many_training_examples(monkeypatch):
-    monkeypatch.setattr(audit, "COMPARED", 300)
+def test_the_quality_compares_a_part_of_many_training_examples(set_limit):
+    set_limit("holdfast.audits.generator.audit.COMPARED", 300)
     result = audited(Points())
     assert "each compared with 300 training examples" in result.content["tables"][0]["note"]
     assert result.metrics["copy_rate"].value < 0.05

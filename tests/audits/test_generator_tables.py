@@ -3,7 +3,6 @@
 import csv
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,10 +118,10 @@ def audited(paths, name, **settings):
 
 
 @pytest.mark.slow
-def test_a_flagged_audit_without_a_gate_names_a_command_that_fails(paths, tmp_path, capsys, monkeypatch):
+def test_a_flagged_audit_without_a_gate_names_a_command_that_fails(paths, tmp_path, capsys, command_line):
     words = ["audit", "generator", paths["copies"], paths["train"], "--held-out", paths["test"]]
     words += ["--latent", "0", "--run", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["holdfast", *words])
+    command_line(["holdfast", *words])
     assert run(words) == 0
     shown = capsys.readouterr().err
     note = next(line for line in shown.splitlines() if line.startswith("note: no gate was set"))

@@ -69,10 +69,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def short(set_limit):
     """A training of few updates."""
-    monkeypatch.setattr(hardening, "EPOCHS", 2)
-    monkeypatch.setattr(hardening, "USUAL", 6)
+    set_limit("holdfast.audits.generator.hardening.EPOCHS", 2)
+    set_limit("holdfast.audits.generator.hardening.USUAL", 6)
 
 
 def hardened(place, factory="make", recipe="robust-gan", **settings):

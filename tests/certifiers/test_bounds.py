@@ -269,12 +269,20 @@ def test_every_value_is_inside_its_bounds(name: str, constraint: Linf | L2 | L1)
             assert (inside[index] <= high[:1]).all(), graph.node(index).operation
 
 
+@pytest.fixture
+def without_cuts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function after whose call bounds are substituted back to the input, without an early end."""
+    return lambda: monkeypatch.setattr("holdfast.certifiers.bounds.crown.cuts", lambda *_: [])
+
+
 @pytest.mark.parametrize("name", ["windows", "convolutions", "deep residual"])
-def test_bounds_on_windows_are_those_of_the_whole_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_on_windows_are_those_of_the_whole_value(
+    name: str, monkeypatch: pytest.MonkeyPatch, without_cuts: Callable[[], None]
+) -> None:
     model, x = network(name)
     graph = traced(model, x).to(torch.float64)
     assert any(len(frames(graph, index, 0)) > 1 for index in graph.bounded)
-    monkeypatch.setattr("holdfast.certifiers.bounds.crown.cuts", lambda *_: [])
+    without_cuts()
     for constraint in (Linf(0.02), L2(0.1)):
         region = region_of(x, constraint, Bounds()).to(torch.float64)
         by_windows = relaxed(graph, region)
@@ -287,15 +295,15 @@ def test_bounds_on_windows_are_those_of_the_whole_value(name: str, monkeypatch: 
 
 
 def test_substitutions_that_end_early_leave_the_other_bounds_as_they_are(
-    monkeypatch: pytest.MonkeyPatch,
+    without_cuts: Callable[[], None], set_limit: Callable[[str, object], None]
 ) -> None:
     model, x = network("deep residual")
     graph = traced(model, x).to(torch.float64)
     region = region_of(x, Linf(0.01), Bounds()).to(torch.float64)
-    monkeypatch.setattr("holdfast.certifiers.bounds.crown._MANY", 1)
+    set_limit("holdfast.certifiers.bounds.crown._MANY", 1)
     assert any(cuts(graph, index) for index in graph.bounded)
     ended = relaxed(graph, region)
-    monkeypatch.setattr("holdfast.certifiers.bounds.crown.cuts", lambda *_: [])
+    without_cuts()
     complete = relaxed(graph, region)
     inside = graph.values(points(region))
     for index in graph.bounded:
@@ -560,8 +568,8 @@ class Centred(nn.Module):
         (Centred(), "batch dimension"),
         (Hidden(), "cannot be recorded"),
         (Moved(), "batch dimension"),
-        (Clamped(), "aten._softmax"),
-        (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 3)), "aten._softmax"),
+        (Clamped(), "_softmax"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 3)), "_softmax"),
     ],
     ids=["branching", "product", "centred", "hidden", "moved", "clamped", "softmax inside"],
 )

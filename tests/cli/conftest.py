@@ -1,3 +1,8 @@
 """Fixtures of the command line's tests."""
 
-from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
+from places import (  # noqa: F401 (fixtures)
+    another_secret,
+    collections_from_one_place,
+    draws_by_count,
+    replace_step,
+)

@@ -24,7 +24,6 @@ LOOKED_AT = sum(SIZES) + 2 * 8
 def elsewhere(tmp_path, monkeypatch):
     """An empty current folder with the examples in it, in which nothing waits for the disk."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     np.savez("data.npz", x=X, y=Y)
 
 
@@ -173,8 +172,8 @@ def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys)
         assert 0 < len(server.sizes) < sent
 
 
-def test_what_was_sent_again_stands_in_the_notes(capsys, monkeypatch):
-    monkeypatch.setattr("holdfast.io.remote.http_client._FIRST_WAIT_S", 0.001)
+def test_what_was_sent_again_stands_in_the_notes(capsys, set_limit):
+    set_limit("holdfast.io.remote.http_client._FIRST_WAIT_S", 0.001)
     with Server([None] * 12 + [(429, {"Retry-After": "0"}), 503]) as server:
         assert run(words(server, *BLACK_BOX, "-o", "-")) == 0
         content = json.loads(capsys.readouterr().out)

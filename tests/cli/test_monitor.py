@@ -12,17 +12,13 @@ import holdfast
 from holdfast.cli.app import run
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError
-from holdfast.monitoring import watching
-from holdfast.monitoring.watching import Power
 from holdfast.reports import monitoring as reported
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, power_of_tests):
     """A folder with streams of a table, and a power without simulations, which tests/monitoring/ has."""
     monkeypatch.chdir(tmp_path)
-    power = Power("inputs: feature 0", 0.3, None, None, errors=False)
-    monkeypatch.setattr(watching, "power_of", lambda *arguments: power)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1100, 3)).astype(np.float32)
     np.savez("reference.npz", x=x[:600], y=np.zeros(600, int))

@@ -12,7 +12,6 @@ import safetensors.torch
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps import rotation_run as loop
 from holdfast.rotation.steps import train as training
 from holdfast.rotation.steps.collect import Collected
 
@@ -179,8 +178,8 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     assert run([*words, "--every", "24h", "--accept-doubt", "odd"]) == 2
 
 
-def test_run_refuses_data_and_budgets_that_are_too_small_before_it_trains(capsys, monkeypatch):
-    monkeypatch.setattr(loop, "train", lambda *given, **more: pytest.fail("nothing may be trained"))
+def test_run_refuses_data_and_budgets_that_are_too_small_before_it_trains(capsys, replace_step):
+    replace_step("train", lambda *given, **more: pytest.fail("nothing may be trained"))
     words = ["rotate", "run", *COLLECT[2:8], "--run", "small", "--once", "--immunise", "--budget", "1s"]
     assert run(words) == 2
     said = capsys.readouterr().err
@@ -193,7 +192,7 @@ def test_run_refuses_data_and_budgets_that_are_too_small_before_it_trains(capsys
     assert "a budget of 1 s is too small" in said and said.count("expected total time") == 1
 
 
-def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeypatch):
+def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, replace_step):
     held = Pool.open(Path("pool"))
     held.drop("generator")
 
@@ -201,17 +200,17 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
         raise UsageError("it is learned")
 
     collected = Collected(1, 4, 3, (1.0,), (1.0,) * 4, held)
-    monkeypatch.setattr(loop, "collect", lambda *given, **more: collected)
-    monkeypatch.setattr(loop, "train", learn)
+    replace_step("collect", lambda *given, **more: collected)
+    replace_step("train", learn)
     words = ["rotate", "run", *COLLECT[2:8], "--source", "seeds", "--run", "pool", "--resume", "--once"]
     assert run(words) == 2
     assert "it is learned" in capsys.readouterr().err
 
 
-def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, monkeypatch):
+def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, replace_step):
     Pool.open(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(loop.RotationLoop, "fill", lambda self: seen.append(self.settings.by))
+    replace_step("RotationLoop.fill", lambda self: seen.append(self.settings.by))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
     assert run([*words, "--set", "codec.dims=1"]) == 0
     said = capsys.readouterr().err
@@ -223,19 +222,19 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
 
 
 @pytest.mark.parametrize("by", ["retraining", "generator"])
-def test_run_makes_sets_as_it_is_asked_to(pool, capsys, monkeypatch, by):
+def test_run_makes_sets_as_it_is_asked_to(pool, capsys, replace_step, by):
     Pool.open(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(loop.RotationLoop, "fill", lambda self: seen.append(self.settings.by))
-    monkeypatch.setattr(loop, "train", lambda *given, **more: seen.append("learned"))
+    replace_step("RotationLoop.fill", lambda self: seen.append(self.settings.by))
+    replace_step("train", lambda *given, **more: seen.append("learned"))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--by", by]
     assert run(words) == 0
     assert seen == (["retraining"] if by == "retraining" else ["learned", "generator"])
 
 
-def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):
+def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch, command_line):
     words = ["rotate", "train", "pool", *QUICK]
-    monkeypatch.setattr("sys.argv", ["holdfast", *words])
+    command_line(["holdfast", *words])
     monkeypatch.setattr(training, "train", lambda *given, **more: signal.raise_signal(signal.SIGINT))
     assert run(words) == 130
     said = capsys.readouterr().err

@@ -29,7 +29,6 @@ X, Y = examples(48)
 def elsewhere(tmp_path, monkeypatch):
     """An empty current folder with the examples in it, in which nothing waits for the disk."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda handle: None)
     np.savez("data.npz", x=X, y=Y)
 
 

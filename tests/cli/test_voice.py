@@ -2,7 +2,7 @@
 
 import io
 import re
-import sys
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -24,33 +24,27 @@ class Terminal(io.StringIO):
         return True
 
 
-def fake_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """What stands for the standard error of a command."""
-    found = Terminal()
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 100 columns, to which tests redirect the standard error."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "stderr", found)
-    return found
+    return Terminal()
 
 
-def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    terminal = fake_terminal(monkeypatch)
-    with progress_bar(Voice()):
+def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(terminal: Terminal) -> None:
+    with redirect_stderr(terminal), progress_bar(Voice()):
         Voice().say("a set is drawn")
     assert not terminal.buffer.getvalue(), "nothing goes round the bar"
     assert re.search(r"starting.*\r\x1b\[2Ka set is drawn\n", terminal.getvalue(), re.DOTALL)
 
 
-def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = fake_terminal(monkeypatch)
-
+def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(terminal: Terminal) -> None:
     def stands() -> bool:
         Voice().say("a set is drawn")
         return "1/12 run 1" in terminal.getvalue().rpartition("a set is drawn")[2]
 
-    with progress_bar(Voice()) as progress:
+    with redirect_stderr(terminal), progress_bar(Voice()) as progress:
         progress(Step("run 1", 1, 12, 1, 2, 0, 0))
         until(stands)  # the bar is drawn anew ten times a second
         progress(Step("run 1", 1, 12, 2, 2, 0, 0))
@@ -58,9 +52,9 @@ def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: 
 
 
 def test_lines_of_a_hardening_are_written_for_each_epoch_and_repeated_where_nothing_happens(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    set_limit, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(running, "_REPEATED_S", 0.02)
+    set_limit("holdfast.cli.running._REPEATED_S", 0.02)
     said = []
 
     def repeated() -> bool:

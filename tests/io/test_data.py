@@ -227,14 +227,14 @@ def test_a_member_that_declares_more_than_it_holds_is_refused_before_memory_is_a
         open_data(str(tmp_path / "bomb.npz"))
 
 
-def test_a_bomb_is_refused_by_how_much_it_shrank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("holdfast.io.data.npz._SMALL", 10**6)
+def test_a_bomb_is_refused_by_how_much_it_shrank(set_limit, tmp_path: Path) -> None:
+    set_limit("holdfast.io.data.npz._SMALL", 10**6)
     np.savez_compressed(
         tmp_path / "bomb.npz", x=np.zeros((6000, 28, 28), np.uint8), y=np.zeros(6000, np.int64)
     )
     with pytest.raises(TargetError, match="a decompression bomb"):
         open_data(str(tmp_path / "bomb.npz"))
-    monkeypatch.setattr("holdfast.io.data.npz._RATIO", 1000)
+    set_limit("holdfast.io.data.npz._RATIO", 1000)
     assert len(open_data(str(tmp_path / "bomb.npz")))
 
 
@@ -393,7 +393,7 @@ def test_a_label_that_is_no_whole_number_among_numbers_is_shown(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_is_read_as_csv_is(tmp_path: Path, process_limits, set_limit) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     columns = {"a": [0.5, 0.25, 1.0], "b": [True, False, True], "kind": [1, 0, 1]}
@@ -405,8 +405,8 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pa.table({"a": pa.repeat(pa.scalar(0.5), 3_000_000), "y": [0] * 3_000_000}), tmp_path / "b.parquet"
     )
     assert (tmp_path / "b.parquet").stat().st_size < 100_000
-    monkeypatch.setattr("holdfast.io.limited.calling.HERE.limited", True)
-    monkeypatch.setattr("holdfast.io.limited.tables.MAX_CELLS", 5_000_000)
+    process_limits(True)
+    set_limit("holdfast.io.limited.tables.MAX_CELLS", 5_000_000)
     with pytest.raises(TargetError, match="has 3,000,000 rows of 2 columns or more; at most 5,000,000 cells"):
         open_data(str(tmp_path / "b.parquet"), label="y")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")

@@ -445,7 +445,7 @@ def test_an_estimator_of_a_file_starts_no_processes(tmp_path: Path, monkeypatch)
         raise RuntimeError("a process was started")
 
     for backend in ("LokyBackend", "ThreadingBackend"):
-        monkeypatch.setattr(f"joblib._parallel_backends.{backend}.configure", started)
+        monkeypatch.setattr(f"joblib.parallel.{backend}.configure", started)
     both = FeatureUnion([("a", StandardScaler()), ("b", MinMaxScaler())], n_jobs=3)
     estimator = make_pipeline(both, logistic()).fit
     with joblib.parallel_backend("sequential"):

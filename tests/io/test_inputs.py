@@ -23,18 +23,12 @@ from holdfast.core.per_example import WithMissing, with_missing, without_missing
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
-from holdfast.io.limited import calling
 from holdfast.runs.harden.attempt_training import training_notes
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 5, 4, 3), dtype=np.uint8)
 Y = np.arange(12) % 3
 X = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch):
-    monkeypatch.setattr(calling.HERE, "limited", True)  # without a process for each file, which takes seconds
 
 
 def encoded(image: np.ndarray) -> bytes:

@@ -36,7 +36,7 @@ def table(path: Path, row: bytes, rows: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are those of POSIX")
-def test_a_parser_ends_at_its_limits_and_the_message_names_the_option(tmp_path: Path, monkeypatch):
+def test_a_parser_ends_at_its_limits_and_the_message_names_the_option(tmp_path: Path, monkeypatch, set_limit):
     monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")
     with pytest.raises(
         TargetError, match=r"more than (1 s of CPU time|5 s) to read .* HOLDFAST_READ_SECONDS=600"
@@ -44,7 +44,7 @@ def test_a_parser_ends_at_its_limits_and_the_message_names_the_option(tmp_path: 
         open_data(table(tmp_path / "long.csv", b"0.25,1\n", 20_000_000), label="label")
     monkeypatch.delenv("HOLDFAST_READ_SECONDS")
     address = table(tmp_path / "t.csv", b"0.25,1\n", 300_000)
-    monkeypatch.setattr("holdfast.io.data.tables.LIMITS", Limits(copies=0, spare_bytes=2**24))
+    set_limit("holdfast.io.data.tables.LIMITS", Limits(copies=0, spare_bytes=2**24))
     with pytest.raises(TargetError, match=r"more than the 17 MB that .* HOLDFAST_READ_MEMORY=16GB"):
         open_data(address, label="label", n=5)
     monkeypatch.setenv("HOLDFAST_READ_MEMORY", "2 GB")
@@ -93,8 +93,8 @@ def test_data_beside_an_onnx_model_count_as_its_size(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("holdfast.io.limited.tables._SMALL", 2**20)
+def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, set_limit):
+    set_limit("holdfast.io.limited.tables._SMALL", 2**20)
     path = tmp_path / "t.csv.gz"
     path.write_bytes(gzip.compress(b"a,label\n" + b"1,0\n" * 600_000))
     with pytest.raises(TargetError, match=r"inflates to more than 1 MB: a bomb .* HOLDFAST_READ_MEMORY"):
@@ -125,14 +125,14 @@ def test_names_of_columns_are_short_and_few_are_shown(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
+def test_labels_are_short_and_few(tmp_path: Path, set_limit):
     with pytest.raises(TargetError, match=r"column 'label' .* a text of more than 1,000 characters"):
         open_data(table(tmp_path / "t.csv", b"1," + b"a" * 1001 + b"\n", 2), label="label")
     (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,horse\n")
-    monkeypatch.setattr("holdfast.io.limited.tables.MOST_CHARACTERS", 7)
+    set_limit("holdfast.io.limited.tables.MOST_CHARACTERS", 7)
     with pytest.raises(TargetError, match=r"has 2 different texts or more, of more than 7 characters in all"):
         open_data(str(tmp_path / "t.csv"), label="label")
-    monkeypatch.setattr("holdfast.io.data.labels.MOST_NAMES", 1)
+    set_limit("holdfast.io.data.labels.MOST_NAMES", 1)
     (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,dog\n")
     with pytest.raises(TargetError, match="2 different text labels; at most 1 classes were expected"):
         open_data(str(tmp_path / "t.csv"), label="label")
@@ -163,8 +163,8 @@ def test_names_of_classes_are_short_in_all(tmp_path: Path, accepted_up_to):
         ),
     ],
 )
-def test_rows_that_take_no_space_in_the_file_take_none_in_memory(tmp_path: Path, monkeypatch, x, y, says):
-    monkeypatch.setattr("holdfast.io.data.labels.MOST_TEXTS", 2)
+def test_rows_that_take_no_space_in_the_file_take_none_in_memory(tmp_path: Path, set_limit, x, y, says):
+    set_limit("holdfast.io.data.labels.MOST_TEXTS", 2)
     np.savez(tmp_path / "d.npz", x=x, y=y)
     with pytest.raises(TargetError, match=says):
         open_data(str(tmp_path / "d.npz"))
@@ -223,12 +223,12 @@ def test_arguments_of_a_configuration_make_no_larger_network_than_the_file_holds
         open_model(str(path), arch="mlp", model_args=asked)
 
 
-def test_images_that_shrank_too_much_are_no_data(tmp_path: Path, monkeypatch):
+def test_images_that_shrank_too_much_are_no_data(tmp_path: Path, set_limit):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (600, 600)).save(tmp_path / name / "x.png")
     assert len(open_data(str(tmp_path))) == 2
-    monkeypatch.setattr("holdfast.io.data.pictures._SMALL", 2**20)
+    set_limit("holdfast.io.data.pictures._SMALL", 2**20)
     with pytest.raises(TargetError, match=r"2 images of .* MB, which take 2\.2 MB .* HOLDFAST_READ_MEMORY"):
         open_data(str(tmp_path))
 
@@ -342,9 +342,9 @@ def test_arrays_and_tables_are_read_up_to_their_size(tmp_path: Path, accepted_up
         )
 
 
-def test_a_configuration_is_short_and_its_numbers_have_64_bits(monkeypatch):
+def test_a_configuration_is_short_and_its_numbers_have_64_bits(set_limit):
     text = f"seed: {2**63 - 1}"
-    monkeypatch.setattr("holdfast.settings.yaml_text.MAX_CHARACTERS", len(text))
+    set_limit("holdfast.settings.yaml_text.MAX_CHARACTERS", len(text))
     assert parse_yaml(text, "holdfast.yaml") == {"seed": 2**63 - 1}
     with pytest.raises(
         UsageError, match="is too large for a whole number .line 1.; give one of at most 64 bits"

@@ -974,8 +974,8 @@ def test_default_exports_of_scikit_learn_answer_as_in_onnxruntime(
     assert opened.access == ("labels" if kind == "binary SVC" else "scores")
 
 
-def test_a_giant_made_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holdfast.io.limited.calling.HERE.limited", False)
+def test_a_giant_made_of_nothing_is_refused(tmp_path: Path, process_limits) -> None:
+    process_limits(False)
     nodes = [node("ConstantOfShape", "huge", "z"), node("ReduceSum", "z", "s"), node("Add", "x s", "y")]
     path = write(tmp_path / "m.onnx", nodes, {"huge": ints(2**20, 2**20)}, shape=(N, 5))
     with pytest.raises(TargetError, match="asks for far more memory than its size"):
@@ -992,34 +992,30 @@ def test_a_missing_extra_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.
         open_model(address)
 
 
-def test_constants_that_the_file_computes_are_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_constants_that_the_file_computes_are_bounded(tmp_path: Path, set_limit) -> None:
     nodes = [
         node("Flatten", "x", "flat"),
         node("ConstantOfShape", "shape", "zeros"),
         node("Add", "flat zeros", "y"),
     ]
     path = write(tmp_path / "m.onnx", nodes, {"shape": np.array([1, 8])}, shape=(N, 8))
-    monkeypatch.setattr("holdfast.io.onnx.building.MAX_COMPUTED", 32)
+    set_limit("holdfast.io.onnx.building.MAX_COMPUTED", 32)
     assert open_model(str(path)).access == "gradients"
-    monkeypatch.setattr("holdfast.io.onnx.building.MAX_COMPUTED", 31)
+    set_limit("holdfast.io.onnx.building.MAX_COMPUTED", 31)
     assert (
         "computed constants of more than 31 bytes, in the node 'y', cannot be imported"
         in open_model(str(path)).notes[0]
     )
 
 
-def test_a_slice_that_runs_backwards_names_few_places(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slice_that_runs_backwards_names_few_places(tmp_path: Path, set_limit) -> None:
     whole = {
         name: np.array([number]) for name, number in (("from", -1), ("to", -(2**62)), ("axis", 1), ("by", -1))
     }
     path = write(tmp_path / "m.onnx", [node("Slice", "x from to axis by", "y")], whole, shape=(N, 8))
-    monkeypatch.setattr("holdfast.io.onnx.shaping._MOST_PLACES", 8)
+    set_limit("holdfast.io.onnx.shaping._MOST_PLACES", 8)
     assert open_model(str(path)).access == "gradients"
-    monkeypatch.setattr("holdfast.io.onnx.shaping._MOST_PLACES", 7)
+    set_limit("holdfast.io.onnx.shaping._MOST_PLACES", 7)
     assert (
         "Slice of 8 places from the end, in the node 'y', cannot be imported"
         in open_model(str(path)).notes[0]

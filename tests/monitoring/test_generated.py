@@ -11,17 +11,13 @@ import holdfast
 from holdfast.cli.app import run
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.monitoring import watching
 from holdfast.monitoring.generated import Copies, SampleTests, Threshold
-from holdfast.monitoring.watching import Power
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, power_of_tests):
     """A folder of its own, and a power without simulations, which test_monitoring.py has."""
     monkeypatch.chdir(tmp_path)
-    power = Power("inputs: feature 0", 0.3, None, None, errors=False)
-    monkeypatch.setattr(watching, "power_of", lambda *arguments: power)
 
 
 def points(n: int, seed: int) -> torch.Tensor:

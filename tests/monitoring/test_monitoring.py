@@ -13,7 +13,7 @@ from scipy.stats import ks_2samp
 from benchmarks.drift_streams import varied
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.draws import Draws
-from holdfast.monitoring import martingale, watching, windows
+from holdfast.monitoring import martingale, windows
 from holdfast.monitoring.accuracy import Predictions, expected_accuracy, isotonic, measured_accuracy
 from holdfast.monitoring.series import Adwin, PageHinkley
 from holdfast.monitoring.signals import Observed, Observer, Signals
@@ -116,8 +116,7 @@ def test_p_values_of_mmd_are_uniform_without_a_shift_and_smallest_with_one():
     assert windows.permutation_p_value(tied, 30, Draws(0)) > 0.05
 
 
-def test_a_stationary_stream_raises_no_alarm_and_a_short_one_states_what_a_test_needs(monkeypatch):
-    monkeypatch.setattr(watching, "power_of", lambda *arguments: None)
+def test_a_stationary_stream_raises_no_alarm_and_a_short_one_states_what_a_test_needs(power_of_tests):
     results = watch(REFERENCE, [OBSERVER(observed(240, seed=5))], seed=0)
     states = {result.name: result.state for result in results}
     assert states == {
@@ -139,8 +138,7 @@ def test_power_is_the_smallest_shift_that_is_found():
     assert power.errors
 
 
-def test_a_change_within_the_reference_is_stated(monkeypatch):
-    monkeypatch.setattr(watching, "power_of", lambda *arguments: None)
+def test_a_change_within_the_reference_is_stated(power_of_tests):
     changing = Signals(REFERENCE.names, REFERENCE.values.copy(), REFERENCE.views)
     changing.values[200:, 1] += 20.0
     stream = OBSERVER(observed(40, seed=5))

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from importlib import util
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import DPSGD
-from holdfast.recipes import dp_sgd as recipe_module
 from holdfast.recipes.dp_sgd import noise_multiplier, refuse_unclippable, spent_epsilon
-from holdfast.recipes.training.fit import _Loop
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.recipe import facts_of
 from holdfast.testing import fakes
@@ -76,17 +73,14 @@ def test_noise_has_the_stated_size_also_without_examples():
     assert float(model.net.weight.grad.std()) == pytest.approx(0.6, rel=0.03)
 
 
-def test_every_example_is_in_a_batch_with_the_same_probability(monkeypatch):
+def test_every_example_is_in_a_batch_with_the_same_probability(before_updates, noise_multiplier_of_one):
     sizes, rows = [], []
-    updated = _Loop._update
 
-    def update(self, epoch, step, examples):
+    def begin(loop, epoch, step, examples):
         sizes.append(len(examples))
         rows.append(examples.ids)
-        return updated(self, epoch, step, examples)
 
-    monkeypatch.setattr(_Loop, "_update", update)
-    monkeypatch.setattr(recipe_module, "noise_multiplier", lambda *_: 1.0)
+    before_updates(begin)
     how = replace(SHORT, epochs=20, batch=10)
     list(DPSGD(delta=1e-3, training=how)(fakes.network(1).requires_grad_(), batch(40), THREAT, rng=Draws(0)))
     assert len(sizes) == 80 and len(set(sizes)) > 5
@@ -163,13 +157,11 @@ def test_networks_whose_gradients_cannot_be_clipped_are_refused(layers, message)
         (DPSGD(delta=1e-3, training=replace(SHORT, class_weights=(1.0,) * 4)), "class_weights"),
     ],
 )
-def test_settings_without_a_guarantee_are_refused(recipe, message, monkeypatch):
-    monkeypatch.setattr(recipe_module, "noise_multiplier", lambda *_: 1.0)
+def test_settings_without_a_guarantee_are_refused(recipe, message, noise_multiplier_of_one):
     with pytest.raises(UsageError, match=message):
         recipe(fakes.network(1).requires_grad_(), batch(40), THREAT, rng=Draws(0))
 
 
-def test_the_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(util, "find_spec", lambda name: None)
+def test_the_missing_extra_is_named(not_installed):
     with pytest.raises(UsageError, match=r'pip install "holdfast-ml\[privacy\]"'):
         refuse_unclippable(fakes.network(1).requires_grad_(), batch())

@@ -14,7 +14,7 @@ from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import STATE, without_prefix
 from holdfast.io.data.loaders import as_data
-from holdfast.recipes import GeneratedData, Standard, generated
+from holdfast.recipes import GeneratedData, Standard
 from holdfast.recipes.generated import FileSamples, copies
 from holdfast.recipes.training import fit
 from holdfast.recipes.training.fit import Saving
@@ -43,10 +43,10 @@ def squares(n=256):
 
 
 @pytest.fixture
-def untrained_accepted(monkeypatch):
+def untrained_accepted(set_limit):
     """A generator that was hardly trained counts as usable."""
-    monkeypatch.setattr(generated, "_FEW", 0.0)
-    monkeypatch.setattr(generated, "_ALIKE", 0.0)
+    set_limit("holdfast.recipes.generated._FEW", 0.0)
+    set_limit("holdfast.recipes.generated._ALIKE", 0.0)
 
 
 @pytest.mark.parametrize("method", ["pgd", "trades"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import holdfast
+from conclusions import concluding
 from holdfast.adaptation.adapted import Adapted
 from holdfast.adaptation.journal import Adaptation, Step, open_journal
 from holdfast.api.annexes import Annex, annex_of
@@ -141,8 +142,7 @@ def concluded(steps):
 @pytest.fixture(scope="module", autouse=True)
 def conclusion():
     """An audit of one stage, whose finding consists of other texts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.audits.audit.conclusion_of", lambda kind: concluded)
+    with concluding(concluded):
         yield
 
 

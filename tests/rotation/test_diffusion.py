@@ -57,6 +57,7 @@ def test_it_is_what_diffusers_does(sampler):
     denoiser = gaussian(how)
     drawn = rng.at("steps").normal(IDS[:16], 100, 3)
     x = rng.at("first").normal(IDS[:16], 3)
+    products = [*scheduler.alphas_cumprod.tolist(), 1.0]  # the last one is that before the first step
     for t in scheduler.timesteps.tolist():
         noise = denoiser(x, torch.full((16,), t))
         stepped = scheduler.step(noise, t, x, generator=None)
@@ -64,7 +65,8 @@ def test_it_is_what_diffusers_does(sampler):
             x = stepped.prev_sample
             continue
         mean = _mean(scheduler, noise, t, x)
-        x = mean + scheduler._get_variance(t).sqrt() * drawn[:, t] if t else mean
+        variance = (1 - products[t - 1]) / (1 - products[t]) * (1 - products[t] / products[t - 1])
+        x = mean + variance**0.5 * drawn[:, t] if t else mean
     torch.testing.assert_close(
         getattr(how, sampler)(denoiser, IDS[:16], 3, rng, **({"steps": 100} if sampler == "ddim" else {})),
         x,

@@ -12,6 +12,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.rotation import Distilled, Immunise
 from holdfast.rotation.collecting import trained_from_fresh_weights
 from holdfast.rotation.distilling import watched
+from hooks import hooks_of
 from rotation.problem import THREAT, accuracy, examples, network, task
 
 DISTILLED = Distilled(examples=300)
@@ -67,7 +68,7 @@ def test_the_same_draws_make_the_same_and_the_sets_stay_as_they_are():
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(value.grad is None for value in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not hooks_of(model)
 
 
 def test_without_a_set_or_an_eps_there_is_nothing_to_make(seeds):
@@ -124,4 +125,4 @@ def test_no_hook_is_left_where_something_fails():
     model = network()
     with pytest.raises(ZeroDivisionError), watched(model):
         raise ZeroDivisionError
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not hooks_of(model)

@@ -1,13 +1,9 @@
-"""Flushing to the disk guards against power cuts, which no test makes; without it the runs of a test are quick."""
+"""Fixtures of rotations."""
 
-import os
-
-import pytest
-
-from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
+from places import (  # noqa: F401 (fixtures)
+    another_secret,
+    collections_from_one_place,
+    draws_by_count,
+    replace_step,
+)
 from runs.collected_pool import collected, pool  # noqa: F401 (fixtures)
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)

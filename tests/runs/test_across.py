@@ -16,7 +16,6 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.loaders import as_data
 from holdfast.reports.transfer import across_rows
-from holdfast.runs.assess import preparation
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harness.kinds.transfers import MATRIX, _permuted, paired
@@ -103,19 +102,17 @@ def test_a_run_keeps_it_tells_it_again_and_books_what_it_asked(tmp_path):
 
 
 @pytest.mark.slow
-def test_batches_and_resumption_change_nothing_of_it(tmp_path, monkeypatch):
+def test_batches_and_resumption_change_nothing_of_it(tmp_path):
     asked = carrying(elsewhere())
     whole = assess(subject(), data(), asked, run=tmp_path / "whole")
     assert shares(assess(subject(), data(), replace(asked, batch_size=7, shard_size=9))) == shares(whole)
-    from holdfast.runs.harness.kinds import transfers as module
 
-    def stops(*arguments):
-        raise KeyboardInterrupt
+    def stop(step):
+        if step.stage == "across":
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_transferred", stops)
-    with pytest.raises(BaseException):  # noqa: B017, PT011
-        assess(subject(), data(), asked, run=tmp_path / "cut")
-    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        assess(subject(), data(), asked, run=tmp_path / "cut", progress=stop)
     assess(subject(), data(), asked, run=tmp_path / "cut", resume=True)
     assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
 
@@ -126,8 +123,8 @@ def test_other_data_is_another_run(tmp_path):
         assess(subject(), data(), carrying(elsewhere(seed=6)), run=tmp_path / "run", resume=True)
 
 
-def test_the_sample_is_bounded_and_as_large_of_each(monkeypatch):
-    monkeypatch.setattr(preparation, "MATRIX_ROWS", 11)
+def test_the_sample_is_bounded_and_as_large_of_each(set_limit):
+    set_limit("holdfast.runs.assess.preparation.MATRIX_ROWS", 11)
     assert len(assess(subject(), data(), carrying(elsewhere())).evidence.across["turned"]) == 11
     few = assess(subject(), data(), carrying(elsewhere(n=7)))
     assert few.evidence.across["control"].shape == (7, 2, 2)

@@ -42,7 +42,6 @@ def judged(tmp_path_factory):
     """A pool with an exposed base, and what became of four candidates; their names by what they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY_VARIABLE, "5a" * 32)
-        patch.setattr("os.fsync", lambda handle: None)
         pool = begun(tmp_path_factory.mktemp("pool") / "pool")
         stolen = pool.ledger.members[0].name
         pool.expose(stolen, "a laptop was lost")
@@ -146,7 +145,7 @@ def test_five_refusals_in_a_row_end_the_call(tmp_path):
 
 
 def test_a_call_without_candidates_or_with_a_claim_beyond_it_is_refused(tmp_path):
-    pool = begun(tmp_path / "pool")
+    pool = begun(tmp_path / "pool", bases=(0,))
     with pytest.raises(UsageError, match="holdfast rotate draw"):
         admit(pool, terms(), transfer_attacker=QUICK)
     with pytest.raises(UsageError, match="an admission can test transfer_success"):
@@ -204,9 +203,19 @@ def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
 
 
 @pytest.fixture
-def waits(tmp_path, monkeypatch):
-    """A pool with a base, a copy of it and another set, both admitted, and judges who let in what is no copy."""
-    monkeypatch.setattr(_Admitting, "_judged", let_in)
+def judge(monkeypatch):
+    """A function that replaces the judgement of a candidate, which takes seconds; it admits what is no copy."""
+
+    def set_judge(judged):
+        monkeypatch.setattr(_Admitting, "_judged", judged)
+
+    set_judge(let_in)
+    return set_judge
+
+
+@pytest.fixture
+def waits(tmp_path, judge):
+    """A pool with a base, a copy of it and another set, both admitted."""
     pool = begun(tmp_path / "pool", bases=(0,))
     names = {
         "copy": pool.add(state(nearby(trained(0), 1e-9)), {}),
@@ -218,8 +227,9 @@ def waits(tmp_path, monkeypatch):
 
 
 def let_in(admitting, name):
-    exposed = admitting._exposed(name)
-    same = duplicate_gate(admitting.weights(name), admitting._weights_by_name(exposed), admitting._names)
+    exposed = tuple(exposed_for(admitting.pool, name))
+    weights = {exposed_name: admitting.weights(exposed_name) for exposed_name in exposed}
+    same = duplicate_gate(admitting.weights(name), weights, [*admitting.weights(name)])
     return Judged(
         name, "refused" if same else "admitted", (), same.description if same else "holds", "", exposed
     )
@@ -238,7 +248,7 @@ def test_what_waits_is_judged_again_by_what_leaked_since(waits):
     assert Pool.open(pool.path).ledger.member(names["other"]).why == "holds"
 
 
-def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(waits, monkeypatch):
+def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(waits, judge):
     pool, base, names = waits
     pool.ledger.retire(names["copy"])
     pool.expose(names["copy"], "laptop stolen")
@@ -250,13 +260,13 @@ def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(wai
             pool.expose(base, "another one")
         return found
 
-    monkeypatch.setattr(_Admitting, "_judged", judged)
+    judge(judged)
     found = admit(pool, terms(), transfer_attacker=QUICK, notify=heard.append)
     assert "another set was listed as stolen in the meantime, so this one is judged again" in heard[1]
     assert found.judged[0].against == (names["copy"], base) and pool.unjudged == ()
 
 
-def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, monkeypatch):
+def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, judge):
     pool, base, names = waits
     pool.ledger.retire(names["other"])
     pool.expose(base, "laptop stolen")
@@ -266,7 +276,7 @@ def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, monkeyp
         pool.swap(unjudged=True)
         return let_in(self, name)
 
-    monkeypatch.setattr(_Admitting, "_judged", judged)
+    judge(judged)
     assert admit(pool, terms(), transfer_attacker=QUICK, notify=heard.append).judged == ()
     assert pool.serving.name == names["copy"]
     assert f"note: {names['copy']} is serving already, so the verdict refused is not recorded: " in heard[1]

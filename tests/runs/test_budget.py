@@ -10,7 +10,7 @@ from holdfast.core.errors import Interrupted, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.recipes.training.fit import Training
-from holdfast.recipes.training.follow_up import MOST_RAISED, RAISED, OverfittingGuard
+from holdfast.recipes.training.follow_up import MOST_RAISED, RAISED
 from holdfast.runs.harden import attempt_training, candidates, checkpoints
 from holdfast.runs.harden.candidates import Evaluation
 from holdfast.runs.harden.checkpoints import LAST, saved
@@ -94,7 +94,15 @@ MACHINES = {
 }
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param(
+            name, marks=() if name in ("slow at first", "one epoch and a part") else pytest.mark.slow
+        )
+        for name in MACHINES
+    ],
+)
 def test_training_and_planning_use_the_budget(machine):
     cost, how, budget_s = MACHINES[machine]
     recipe = PGDTraining(steps=2, training=replace(HOW, **how))
@@ -147,6 +155,7 @@ def test_plans_are_made_again_between_the_checkpoints_within_an_epoch(monkeypatc
         assert last_of(tmp_path / "killed").plans == last_of(tmp_path / "whole").plans
 
 
+@pytest.mark.slow
 def test_evaluations_of_short_epochs_take_a_tenth_of_the_time_and_the_last_one_is_made(tmp_path):
     found = hardened(lambda calls, now: 8, *RECIPES["short epochs"], run=tmp_path / "r")
     first, *others = [point.epoch for point in found.curve]
@@ -159,13 +168,13 @@ def test_evaluations_of_short_epochs_take_a_tenth_of_the_time_and_the_last_one_i
     assert sum(point.forwards for point in found.curve) == pytest.approx(n_passes * found.card["epochs"])
 
 
-def test_what_a_guard_has_undone_counts_in_the_budget(monkeypatch):
+def test_what_a_guard_has_undone_counts_in_the_budget(set_guard_accuracy):
     """As often as it may, a guard objects to the updates of a whole epoch."""
 
     def right(guard, steps):
         return 0.1 if steps > 1 and int(guard.learner.state[RAISED]) < MOST_RAISED else 0.9
 
-    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    set_guard_accuracy(right)
     found = hardened(lambda calls, now: 150, SingleStep(training=replace(HOW, batch=16)), 1200, LONG_S)
     assert found.curve[-1].dearer == 2.5
     assert 0.85 <= found.card["cost"]["budget_used"] <= 1.0
@@ -206,7 +215,7 @@ RECIPES = {
 
 
 @pytest.fixture
-def overfitting(monkeypatch):
+def overfitting(set_guard_accuracy):
     """Once eps has grown, a single step is overfitted to, until another one is added."""
 
     def right(guard, steps):
@@ -216,7 +225,7 @@ def overfitting(monkeypatch):
         )
         return 0.1 if steps > 1 and not raised and grown else 0.9
 
-    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    set_guard_accuracy(right)
 
 
 def last_of(run):
@@ -257,6 +266,7 @@ def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch
     assert next(plans, None) is None
 
 
+@pytest.mark.slow
 def test_a_budget_below_an_epoch_is_refused_with_one_that_suffices_unless_it_is_wanted_anyway():
     recipe = PGDTraining(steps=2, training=replace(HOW, batch=4))
 

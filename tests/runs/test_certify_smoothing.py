@@ -3,6 +3,7 @@ statistical certificates and attacks are judged by their probability.
 """
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -76,13 +77,10 @@ def test_a_smoothed_certificate_that_was_edited_is_refused(tmp_path, whole, colu
         open_run(run)
 
 
-def test_a_resumed_run_has_the_same_bytes(tmp_path, whole, monkeypatch):
+def test_a_resumed_run_has_the_same_bytes(tmp_path, whole):
     run, _ = whole
-    honest = ReadySmoothing.__call__
-    monkeypatch.setattr(ReadySmoothing, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with certifying(interrupted), pytest.raises(KeyboardInterrupt):
         assess(smoothed_subject(subject(), HOW), data(), order(), run=tmp_path / "run")
-    monkeypatch.setattr(ReadySmoothing, "__call__", honest)
     again = replace(HOW, sigma=0.3)
     with pytest.raises(UsageError, match="another configuration and another model"):
         assess(
@@ -96,7 +94,15 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-def certifying(chosen):
+@contextmanager
+def certifying(method):
+    """Let smoothing certify examples by another method."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReadySmoothing, "__call__", method)
+        yield
+
+
+def wrong_for(chosen):
     """A method that also certifies the examples with some ids."""
     honest = ReadySmoothing.__call__
 
@@ -113,12 +119,12 @@ def broken_ids(eps):
 
 
 @pytest.mark.slow
-def test_one_contradiction_is_listed_and_many_end_the_run(monkeypatch):
+def test_one_contradiction_is_listed_and_many_end_the_run():
     eps = 0.3
     broken = broken_ids(eps)
     assert len(broken) > 12
-    monkeypatch.setattr(ReadySmoothing, "__call__", certifying(broken[:1]))
-    result = assess(smoothed_subject(subject(), HOW), data(), order(eps=eps, gates=()))
+    with certifying(wrong_for(broken[:1])):
+        result = assess(smoothed_subject(subject(), HOW), data(), order(eps=eps, gates=()))
     evidence, row = result.evidence, result.evidence["id"] == broken[0]
     assert evidence["contradicted"].nonzero()[:, 0].tolist() == row.nonzero()[:, 0].tolist()
     assert evidence["success"][row].all()
@@ -127,9 +133,7 @@ def test_one_contradiction_is_listed_and_many_end_the_run(monkeypatch):
     results = result.summary()["certification"]
     assert results["rows"][-1]["undecided"] == results["unknown"]
 
-    monkeypatch.undo()
-    monkeypatch.setattr(ReadySmoothing, "__call__", certifying(broken))
-    with pytest.raises(UnsoundProof, match="more than by chance"):
+    with certifying(wrong_for(broken)), pytest.raises(UnsoundProof, match="more than by chance"):
         assess(smoothed_subject(subject(), HOW), data(), order(eps=eps, gates=()))
 
 

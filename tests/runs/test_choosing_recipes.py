@@ -8,7 +8,6 @@ from torch import nn
 import holdfast
 from holdfast.core.errors import Interrupted, UsageError
 from holdfast.core.model import Classifier
-from holdfast.recipes import generated
 from holdfast.recipes.generated import COMPARED
 
 RECIPES = {
@@ -39,9 +38,10 @@ def run(spec, **more):
     return holdfast.harden(network(), (X[:60], Y[:60]), "linf:0.06", spec, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_stopped_run_ends_with_the_same_bytes_and_the_card_has_what_was_chosen(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(generated, "_ALIKE", 0.0)  # a generator of twenty updates
+def test_a_stopped_run_ends_with_the_same_bytes_and_the_card_has_what_was_chosen(tmp_path, name, set_limit):
+    set_limit("holdfast.recipes.generated._ALIKE", 0.0)  # a generator of twenty updates
     whole = run(RECIPES[name], run=tmp_path / "whole")
 
     def stop(step):

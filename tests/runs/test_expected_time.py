@@ -10,7 +10,6 @@ from holdfast.attacks.costs import expected_passes
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.threat import ThreatModel
 from holdfast.rotation.steps.admit import ExpectedTime
-from holdfast.runs.assess import expected_time
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.expected_time import (
     CountedAttack,
@@ -104,14 +103,13 @@ def test_the_time_of_a_run_follows_from_its_batches_waves_and_surviving_examples
     assert stages(on_all, on_all=((150.0, 100.0),)).of(1000, limit_s=7.0) == pytest.approx(7 + full)
 
 
-def test_steps_are_timed_on_two_batches_or_on_few_examples_of_a_slow_model(monkeypatch):
-    now, rows = [0.0], []
-    monkeypatch.setattr(expected_time.time, "perf_counter", lambda: now[0])
+def test_steps_are_timed_on_two_batches_or_on_few_examples_of_a_slow_model(clock):
+    rows = []
     for each_s, batches in ((1e-4, {8, 128}), (1.0, {8})):
 
         def model(x, ids, each_s=each_s):
             rows.append(len(x))
-            now[0] += 1e-3 + each_s * len(x)
+            clock.now += 1e-3 + each_s * len(x)
             return torch.zeros(len(x), 3) - x.flatten(1)[:, :3]
 
         rows.clear()

@@ -134,7 +134,7 @@ def test_a_feature_that_states_the_groups_stays_a_feature(folder):
         result = holdfast.assess(
             model,
             holdfast.open_data("fitted.csv", label="y", drop=drop),
-            threat="linf:0.01",
+            threat="linf:0.01,queries=20",
             suite="square",
             doubts=False,
             groups=column,
@@ -145,7 +145,7 @@ def test_a_feature_that_states_the_groups_stays_a_feature(folder):
 
 def test_a_number_that_a_fitted_model_does_not_know_is_no_feature(folder):
     model = LogisticRegression().fit(FRAME[["a", "b", "c", "d"]], Y)
-    settings = {"threat": "linf:0.01", "suite": "square", "doubts": False, "groups": "old"}
+    settings = {"threat": "linf:0.01,queries=20", "suite": "square", "doubts": False, "groups": "old"}
     result = holdfast.assess(model, holdfast.open_data("t.csv", label="y", drop=["sex"]), **settings)
     assert list(result.evidence.data["features"]) == ["a", "b", "c", "d"]
 

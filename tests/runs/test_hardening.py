@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +35,6 @@ from holdfast.recipes import (
     PolicyTraining,
     SingleStep,
     Standard,
-    dp_sgd,
 )
 from holdfast.recipes.training.fit import Training, fit
 from holdfast.recipes.training.follow_up import RAISED, OverfittingGuard
@@ -44,7 +42,7 @@ from holdfast.reports.formats.md import escaped
 from holdfast.runs.assess.expected_time import StageTimes, StepTime, StepTimes
 from holdfast.runs.assess.request import HardenRequest
 from holdfast.runs.engine.identity import code_digest
-from holdfast.runs.harden import assessment_budget, candidates
+from holdfast.runs.harden import candidates
 from holdfast.runs.harden import harden as hardening
 from holdfast.runs.harden.assessment_budget import AssessmentTimes
 from holdfast.runs.harden.attempt_training import copy_of
@@ -63,9 +61,9 @@ JUDGE = fakes.order(fakes.FAST, gates=(), shard_size=fakes.N)
 
 
 @pytest.fixture(autouse=True)
-def _enough_held_out(monkeypatch):
+def _enough_held_out(set_limit):
     """The data of the tests leave fewer held-out examples than a warning asks for."""
-    monkeypatch.setattr(candidates, "_FEW", 0)
+    set_limit("holdfast.runs.harden.candidates._FEW", 0)
 
 
 def training(n=600, seed=5):
@@ -154,11 +152,11 @@ def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_on
 
 
 @pytest.mark.slow
-def test_a_guard_that_asked_for_another_step_is_on_the_card(monkeypatch):
+def test_a_guard_that_asked_for_another_step_is_on_the_card(set_guard_accuracy):
     def right(guard, steps):
         return 0.1 if steps > 1 and not int(guard.learner.state[RAISED]) else 0.9
 
-    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    set_guard_accuracy(right)
     found = harden(trainable(), training(n=1200), fakes.data(), wish(SingleStep(training=HOW)))
     assert found.curve[-1].dearer == 1.5
     assert any(note.endswith("so the guard asked for another one once") for note in found.notes)
@@ -182,8 +180,18 @@ def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_
             harden(trainable(), training(), fakes.data(), other, run=tmp_path / "r", resume=True)
 
 
+@pytest.fixture
+def set_hardware(monkeypatch):
+    """A function that sets the description of the machine."""
+
+    def set_hardware(text):
+        monkeypatch.setattr(hardening, "hardware", lambda *on: text)
+
+    return set_hardware
+
+
 @pytest.mark.slow
-def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp_path, set_hardware):
     def stop(step):
         if step.stage.startswith("training") and step.done == 2:
             raise Interrupted("stopped", signal_number=2)
@@ -191,12 +199,12 @@ def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp
     with pytest.raises(Interrupted):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
     here = json.loads((tmp_path / "r/run.json").read_text())["hardware"]
-    monkeypatch.setattr(hardening, "hardware", lambda *on: "another machine")
+    set_hardware("another machine")
     found = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True)
     assert found.card["hardware"] == f"{here}, then another machine"
     assert [point.hardware for point in found.curve] == [here, here, "another machine"]
     chain = (tmp_path / "r/chain.jsonl").read_bytes()
-    monkeypatch.setattr(hardening, "hardware", lambda *on: "a third one")
+    set_hardware("a third one")
     again = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True)
     assert again.card == found.card
     assert (tmp_path / "r/chain.jsonl").read_bytes() == chain
@@ -305,7 +313,7 @@ class Noting(torch.nn.Linear):
 
 def test_extra_state_that_is_no_tensor_and_lazy_layers_are_refused():
     net = torch.nn.Sequential(Noting(fakes.FEATURES, fakes.CLASSES).double())
-    with pytest.raises(TargetError, match=r"net\.0\._extra_state of the model is a dict.* register_buffer"):
+    with pytest.raises(TargetError, match=r"net\.0\.\w*extra_state of the model is a dict.* register_buffer"):
         harden(fakes.subject(net), training(), fakes.data(), wish())
     lazy = torch.nn.Sequential(torch.nn.LazyLinear(fakes.CLASSES).double())
     with pytest.raises(TargetError, match=r"net\.0\.weight is UninitializedParameter"):
@@ -425,13 +433,8 @@ def test_batches_that_were_halved_stay_so_when_the_run_is_stopped_in_the_same_ep
     assert [point.batch for point in whole.curve] == [64, 64, 16]
 
 
-@pytest.fixture
-def _without_opacus(monkeypatch):
-    monkeypatch.setattr(dp_sgd, "noise_multiplier", lambda *_: 1.0)
-
-
 @pytest.mark.parametrize("budget_s", [1e-6, 1e6])
-@pytest.mark.usefixtures("_without_opacus")
+@pytest.mark.usefixtures("noise_multiplier_of_one")
 def test_a_budget_that_a_recipe_cannot_use_is_refused_whatever_its_size(budget_s):
     for recipe in (DPSGD(delta=1e-4, training=HOW), PolicyTraining(passes=1.0, training=HOW)):
         with pytest.raises(UsageError, match="budget of time"):
@@ -439,7 +442,7 @@ def test_a_budget_that_a_recipe_cannot_use_is_refused_whatever_its_size(budget_s
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_without_opacus")
+@pytest.mark.usefixtures("noise_multiplier_of_one")
 def test_the_card_of_a_private_training_states_what_its_budget_means_for_equal_rows(tmp_path):
     batch, heard = training(), []
     x = batch.x.clone()
@@ -478,24 +481,24 @@ def hardening_rate(found: Hardened) -> float:
     return 0.01 / 4 * (1 - done) / 0.7
 
 
-class Exploding(torch.nn.Sequential):
-    """No number any more after so many forwards in train mode."""
+def exploding(most):
+    """A network whose outputs, and those of its copies, are NaN after `most` forward passes in training mode."""
+    seen = []
 
-    seen, most = 0, 12
+    class Exploding(torch.nn.Sequential):
+        def forward(self, x):
+            if self.training:
+                seen.append(len(x))
+            return super().forward(x) * (float("nan") if self.training and len(seen) > most else 1.0)
 
-    def forward(self, x):
-        if self.training:
-            type(self).seen += 1
-        return super().forward(x) * (float("nan") if self.training and self.seen > self.most else 1.0)
+    return Exploding(*fakes.network(1)).requires_grad_()
 
 
 @pytest.mark.parametrize(
     "most, said", [(12, "the best of the 1 epochs before is in"), (3, "no epoch had been")]
 )
-def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, monkeypatch, most, said):
-    monkeypatch.setattr(Exploding, "seen", 0)
-    monkeypatch.setattr(Exploding, "most", most)
-    net = Exploding(*fakes.network(1)).requires_grad_()
+def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, most, said):
+    net = exploding(most)
     with pytest.raises(LostLoss, match=f"update [0-9]+ of epoch {1 + (most > 8)} on.*{said}"):
         harden(fakes.subject(net), training(), fakes.data(), wish(), run=tmp_path / "r")
     made = tmp_path / "r/checkpoints/model.safetensors"
@@ -504,20 +507,16 @@ def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, mon
         assert safetensors.torch.load_file(made).keys() == net.state_dict().keys()
 
 
-def test_a_lost_loss_keeps_what_was_trained_where_nobody_named_a_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(Exploding, "seen", 0)
-    net = Exploding(*fakes.network(1)).requires_grad_()
+def test_a_lost_loss_keeps_what_was_trained_where_nobody_named_a_folder(temporary_files):
+    net = exploding(12)
     with pytest.raises(LostLoss, match="the best of the 1 epochs before is in") as caught:
         harden(fakes.subject(net), training(), fakes.data(), wish())
-    (made,) = tmp_path.glob("holdfast-*/run/checkpoints/model.safetensors")
+    (made,) = temporary_files.glob("holdfast-*/run/checkpoints/model.safetensors")
     assert repr(str(made)) in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
+def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(temporary_files, tmp_path):
     def fail(step):
         if step.stage.startswith("training") and step.done == 2:
             raise OSError("the disk is gone")
@@ -631,9 +630,9 @@ def test_a_recipe_of_which_no_epoch_fits_into_what_is_left_is_not_trained(object
     )
 
 
-def test_assessments_use_fewer_examples_where_they_would_take_longer_than_they_may(monkeypatch, tmp_path):
-    monkeypatch.setattr(assessment_budget, "_LEAST", 10)
-    monkeypatch.setattr(candidates, "_FEW", 100)
+def test_assessments_use_fewer_examples_where_they_would_take_longer_than_they_may(set_limit, tmp_path):
+    set_limit("holdfast.runs.harden.assessment_budget._LEAST", 10)
+    set_limit("holdfast.runs.harden.candidates._FEW", 100)
     heard, run = [], tmp_path / "r"
     found = harden(
         trainable(), training(), fakes.data(), wish(assess_budget_s=1e-6), run=run, notify=heard.append
@@ -865,7 +864,7 @@ def test_surrogates_are_in_eval_mode_and_frozen_whatever_they_were():
 
 
 @pytest.mark.slow
-def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch):
+def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch, set_guard_accuracy):
     """Ten steps break all as soon as much may be changed, as they do of a network that is not hardened yet."""
     recipe, threat = SingleStep(training=replace(HOW, epochs=1, batch=8)), ThreatModel(Linf(0.3))
     model, data = trainable().model, training(n=1200)
@@ -873,7 +872,7 @@ def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch):
     def right(guard, steps):
         return 0.1 if steps > 1 and guard.learner.with_current_eps.threat.constraint.eps > 0.01 else 0.9
 
-    monkeypatch.setattr(OverfittingGuard, "_right", right)
+    set_guard_accuracy(right)
     (whole,) = recipe(model, data, threat, rng=Draws(0))
     assert whole.measured["dearer"] > 1
     held, holds = [], OverfittingGuard.passes

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from conclusions import concluding
 from holdfast.adaptation.journal import open_journal
 from holdfast.audits.audit import AuditRequest, audited
 from holdfast.audits.finding import Finding
@@ -104,18 +105,15 @@ def test_files_of_an_earlier_version_become_private_when_they_are_written_again(
     assert mode(run / "chain.jsonl") == 0o600
 
 
-def test_audits_are_their_owners_alone(tmp_path, monkeypatch):
+def test_audits_are_their_owners_alone(tmp_path):
     about = {"name": "a", "digest": "0" * 64}
 
     def measure(run):
         run.stage("scores", lambda: SHARD)
         return lambda: {"a": torch.rand(1, 1, 8, 8)}
 
-    def unclear(kind):
-        return lambda steps: Finding("unclear", "nothing was measured")
-
-    monkeypatch.setattr("holdfast.audits.audit.conclusion_of", unclear)
-    audited(AuditRequest("poison", {}, about, about, ("scores",)), measure, tmp_path / "a")
+    with concluding(lambda steps: Finding("unclear", "nothing was measured")):
+        audited(AuditRequest("poison", {}, about, about, ("scores",)), measure, tmp_path / "a")
     assert not open_to_others(tmp_path / "a")
 
 

@@ -29,17 +29,16 @@ def private(monkeypatch, name="a", members=(), primary=7, others=()):
     """The group of every file has this name and these members, and is the primary group of the owner `a` and of
     `others`.
     """
-    import grp
-    import pwd
-
-    monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=name, gr_mem=list(members)))
-    monkeypatch.setattr(
-        pwd,
-        "getpwuid",
-        lambda uid: SimpleNamespace(pw_name="a", pw_gid=os.getegid() if primary == 7 else primary),
-    )
-    users = [SimpleNamespace(pw_name=user, pw_gid=os.getegid()) for user in ("a", *others)]
-    monkeypatch.setattr(pwd, "getpwall", lambda: [*users, SimpleNamespace(pw_name="c", pw_gid=12345)])
+    own = os.getegid()
+    users = [SimpleNamespace(pw_name=user, pw_gid=own) for user in ("a", *others)]
+    users.append(SimpleNamespace(pw_name="c", pw_gid=12345))
+    databases = {
+        "grp.getgrgid": lambda gid: SimpleNamespace(gr_name=name, gr_mem=list(members)),
+        "pwd.getpwuid": lambda uid: SimpleNamespace(pw_name="a", pw_gid=own if primary == 7 else primary),
+        "pwd.getpwall": lambda: users,
+    }
+    for function, answer in databases.items():
+        monkeypatch.setattr(function, answer)
 
 
 def test_files_and_folders_of_the_user_are_accepted_also_through_links(file, tmp_path):

@@ -302,8 +302,7 @@ holdfast.assess("mnist-cnn", "mnist-mini", run={str(tmp_path / "whole")!r}, **ho
 # --- without a cluster
 
 
-def test_ray_that_is_missing_is_named_with_the_extra(monkeypatch):
-    monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None)
+def test_ray_that_is_missing_is_named_with_the_extra(not_installed):
     with pytest.raises(UsageError, match=r'needs Ray.*pip install "holdfast-ml\[scale\]"'):
         imported_ray()
 

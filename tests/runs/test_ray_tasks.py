@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.engine import ray_node, ray_tasks, ray_worker
+from holdfast.runs.engine import ray_node, ray_worker
 from holdfast.runs.engine.ray_cluster import RayOptions
 from holdfast.runs.store.folder import open_run_folder
 from holdfast.runs.store.verify import verify
@@ -87,11 +87,15 @@ def fake(monkeypatch):
     def reported(paths, device, threads=None):
         return {**report((), device, threads), **(made.change if threads else {})}
 
-    monkeypatch.setattr(ray_tasks, "connected", connected)
-    monkeypatch.setattr(ray_tasks, "on_node", lambda node: None)
-    monkeypatch.setattr(ray_tasks.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(ray_node, "fetched", lambda reference: reference.content)
-    monkeypatch.setattr(ray_node, "report", reported)
+    replacements = {
+        "holdfast.runs.engine.ray_tasks.connected": connected,
+        "holdfast.runs.engine.ray_tasks.on_node": lambda node: None,
+        "holdfast.runs.engine.ray_node.fetched": lambda reference: reference.content,
+        "holdfast.runs.engine.ray_node.report": reported,
+        "time.sleep": lambda seconds: None,
+    }
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(name, replacement)
     yield made
     ray_worker.CURRENT.close()
 
@@ -184,11 +188,11 @@ def test_a_node_that_joins_with_other_versions_is_refused_by_its_first_task(fake
         assess(subject(), data(), on_fake())
 
 
-def test_a_node_that_is_alive_must_report_its_versions(fake, monkeypatch):
+def test_a_node_that_is_alive_must_report_its_versions(fake, set_limit):
     fake.silent[:] = ["lost"]  # for a moment, as while a worker is started
     assess(subject(), data(), on_fake())
     assert not fake.silent
-    monkeypatch.setattr(ray_tasks, "_NOTICED_S", 0.0)
+    set_limit("holdfast.runs.engine.ray_tasks._NOTICED_S", 0.0)
     fake.silent[:] = ["lost"] * 9
     with pytest.raises(
         TargetError, match=r"node quiet \(0+\) does not report its versions \(its task is lost\)"
@@ -197,13 +201,13 @@ def test_a_node_that_is_alive_must_report_its_versions(fake, monkeypatch):
     assert fake.silent  # it was refused before the first shard
 
 
-def test_a_node_that_cannot_fetch_objects_is_asked_again_for_a_while(fake, monkeypatch):
-    monkeypatch.setattr(ray_tasks, "_NOTICED_S", 0.0)
+def test_a_node_that_cannot_fetch_objects_is_asked_again_for_a_while(fake, set_limit):
+    set_limit("holdfast.runs.engine.ray_tasks._NOTICED_S", 0.0)
     fake.silent[:] = ["unfetched"] * 9
     fake.faults[:] = ["unfetched"] * 9  # a node that joins later
     assess(subject(), data(), on_fake())
     assert not fake.silent and not fake.faults
-    monkeypatch.setattr(ray_tasks, "_FETCHED_S", 0.0)
+    set_limit("holdfast.runs.engine.ray_tasks._FETCHED_S", 0.0)
     fake.silent[:] = ["unfetched"] * 9
     with pytest.raises(
         TargetError, match=r"node quiet \(0+\) could not fetch an object of this process in 0 s; look"
@@ -216,10 +220,10 @@ def test_a_node_that_cannot_fetch_objects_is_asked_again_for_a_while(fake, monke
 
 
 @pytest.mark.slow
-def test_a_node_that_died_before_its_report_is_skipped(fake, one, monkeypatch, tmp_path):
+def test_a_node_that_died_before_its_report_is_skipped(fake, one, tmp_path):
     fake.silent[:] = ["lost"]
     asked_for = iter([fake.nodes(), []])
-    monkeypatch.setattr(fake, "nodes", lambda: next(asked_for))
+    fake.nodes = lambda: next(asked_for)
     assess(subject(), data(), on_fake(), run=tmp_path / "run")
     assert settled(tmp_path / "run") == settled(one)
 
@@ -247,17 +251,17 @@ def test_too_few_cpus_are_waited_for(fake):
     assert said == ["the Ray cluster has 1 of 2 CPUs that 2 workers need; waiting for more, at most 1 s"]
 
 
-def test_a_cluster_that_loses_all_its_cpus_is_noticed(fake, monkeypatch):
-    monkeypatch.setattr(ray_tasks, "_LOOKED_S", 0.0)
-    whole = Fake.finished
+def test_a_cluster_that_loses_all_its_cpus_is_noticed(fake, set_limit):
+    set_limit("holdfast.runs.engine.ray_tasks._LOOKED_S", 0.0)
+    whole = fake.finished
 
-    def finished(self, references, timeout_s):
+    def finished(references, timeout_s):
         if references[0].content[0] is not ray_node.measured:
-            return whole(self, references, timeout_s)
-        self.cpus = 0.0
+            return whole(references, timeout_s)
+        fake.cpus = 0.0
         return []
 
-    monkeypatch.setattr(Fake, "finished", finished)
+    fake.finished = finished
     with pytest.raises(TargetError, match="has 0 of 1 CPUs"):
         assess(subject(), data(), on_fake(timeout_s=0.1))
     assert len(fake.cancelled) == 2

@@ -104,8 +104,8 @@ def test_a_finished_run_is_told_again_without_measuring(whole, monkeypatch):
         raise AssertionError("measured again")
 
     first = assess(subject(), data(), order(), run=whole, resume=True)
-    monkeypatch.setattr("holdfast.runs.assess.measuring.ShardMeasure.__call__", refused)
-    monkeypatch.setattr("holdfast.runs.assess.probes.run_probes", refused)
+    for name in ("measuring.ShardMeasure.__call__", "probes.run_probes"):
+        monkeypatch.setattr(f"holdfast.runs.assess.{name}", refused)
     before = settled(whole)
     again = assess(subject(), data(), order(), run=whole, resume=True)
     assert again.exit_code == first.exit_code

@@ -47,9 +47,8 @@ def test_collects_every_run_and_the_surrogates(collected):
 
 
 @pytest.mark.slow
-def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path, monkeypatch):
+def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path, another_secret):
     assert contents.secret(Pool.open(collected[0])).key == 7, "what the operating system gave, in these tests"
-    monkeypatch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: 8))
     other = steps.create(tmp_path / "pool", terms())
     steps.collect(other, terms())
     one = Pool.open(collected[0])
@@ -134,12 +133,22 @@ def test_a_run_that_went_astray_is_refused(tmp_path):
         steps.collect(steps.create(tmp_path / "pool", lost), lost)
 
 
+@pytest.fixture
+def set_pace(monkeypatch):
+    """A function that sets the seconds of an update and the updates of an epoch, in place of measured ones."""
+
+    def set_pace(update_s, per_epoch):
+        monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(update_s, per_epoch))
+
+    return set_pace
+
+
 @pytest.mark.slow
-def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
+def test_a_budget_says_how_many_epochs(tmp_path, set_pace):
     short = terms(Seeds(2))
     heard = []
     pool = steps.create(tmp_path / "pool", short)
-    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 100))
+    set_pace(0.01, 100)
     found = steps.collect(pool, short, budget_s=50.0, notify=heard.append)
     assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
     assert "the gates need" in heard[0] and "for a budget of 50 s" in heard[1]
@@ -150,9 +159,9 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
     assert steps.collect(pool, short, budget_s=50.0) == found == steps.collect(pool, short)
 
 
-def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):
+def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, set_pace):
     pool = steps.create(tmp_path / "pool", terms())
-    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 3000))
+    set_pace(0.01, 3000)
     with pytest.raises(UsageError, match="6 models must be trained, 4 of them surrogates.*budget='4min'"):
         steps.collect(pool, terms(), budget_s=20.0)
 
@@ -251,8 +260,8 @@ def test_trains_anew_where_asked_to_or_without_a_generator(pool):
 
 
 @pytest.mark.slow
-def test_a_generator_that_draws_nothing_that_works_says_so(pool, monkeypatch):
-    monkeypatch.setattr(draw, "_POINT", -1.0)
+def test_a_generator_that_draws_nothing_that_works_says_so(pool, set_limit):
+    set_limit("holdfast.rotation.steps.draw._POINT", -1.0)
     with pytest.raises(
         Inconclusive, match="none of 64 generated sets reaches an accuracy of .* by='retraining'"
     ):

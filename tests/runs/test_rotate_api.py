@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from holdfast.cli.app import run as command
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.rotation import AnswersPerPrincipal
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps import rotation_run as loop
 from rotation.problem import examples, network
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
@@ -27,7 +25,6 @@ TRUSTED = {"trust_code": True, "device": "cpu"}
 def place(tmp_path, monkeypatch):
     """The current folder, with a model and data."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     (tmp_path / "net.py").write_text(NET)
     train, test = examples(0, 2_000), examples(1, 64)
     np.savez(
@@ -107,7 +104,7 @@ def test_the_steps_in_python_and_on_the_command_line_give_the_same(place, capsys
 
 
 @pytest.mark.slow
-def test_run_finishes_the_collection_and_ends_when_enough_sets_wait(monkeypatch):
+def test_run_finishes_the_collection_and_ends_when_enough_sets_wait(replace_step):
     seen = []
     collect("pool")
 
@@ -117,7 +114,7 @@ def test_run_finishes_the_collection_and_ends_when_enough_sets_wait(monkeypatch)
             self.pool.admit(name)
         self._serve_first()
 
-    monkeypatch.setattr(loop.RotationLoop, "fill", fill)
+    replace_step("RotationLoop.fill", fill)
     rotated = holdfast.rotate.run(
         "pool",
         every=["50q/principal"],

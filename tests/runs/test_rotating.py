@@ -1,10 +1,9 @@
 """The address `rotating:POOL`, and the table of attackers of a pool on a problem that is learned in a second."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
-from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps import attackers, contents, draw, train
+from holdfast.rotation.steps import attackers, contents
 from holdfast.rotation.steps.alternatives import Alternatives, doubt, hardened
 from holdfast.rotation.steps.attackers import ATTACKERS, AcrossSwaps, AttackerTable, Means
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
@@ -44,11 +43,11 @@ INSTEAD = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unflushed():
+def lenient_limits():
+    """A generator that was trained for a short time is accepted, and so is each set that it draws."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        patch.setattr(train, "_LOST", 0.2)  # of what was trained for so short a time
-        patch.setattr(draw, "_POINT", 1.0)  # any draw does, for its place is drawn anew in every run
+        for name, value in {"train._LOST": 0.2, "draw._POINT": 1.0}.items():
+            patch.setattr(f"holdfast.rotation.steps.{name}", value)
         yield
 
 
@@ -102,14 +101,36 @@ def serving(pool):
     return pool
 
 
+class Interrupted(AcrossSwaps):
+    """A search that is interrupted."""
+
+    def __call__(self, *given, **more):
+        raise ZeroDivisionError
+
+
+class Unused(tuple):
+    """Numbers of generated sets that must not be read, because their row is measured already."""
+
+    __slots__ = ()
+
+    def __iter__(self):
+        raise AssertionError("the attacker with the generator was measured again")
+
+
 @pytest.fixture
-def quick(monkeypatch):
-    """What the table is measured with, and how often that happened."""
+def means():
+    """The means of the attackers."""
+    return SimpleNamespace(now=MEANS)
+
+
+@pytest.fixture
+def quick(monkeypatch, means):
+    """The pools of which a table of attackers was made, which are measured with few resources."""
     found = []
 
     def table(pool, terms):
         found.append(pool.path)
-        return AttackerTable(pool, terms, MEANS)
+        return AttackerTable(pool, terms, means.now)
 
     monkeypatch.setattr(attackers, "AttackerTable", table)
     return found
@@ -249,33 +270,28 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
 
 
 @pytest.mark.slow
-def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):
+def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, means, tmp_path):
     of = settings(serving, collected[0], adaptive=True)
-    monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
+    means.now = replace(MEANS, query_search=Interrupted(queries=12, every=5))
     with pytest.raises(ZeroDivisionError):
         of.run(tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert [row["attacker"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
-    monkeypatch.undo()
-    monkeypatch.setattr(attackers, "AttackerTable", partial(AttackerTable, means=MEANS))
-    monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
+    means.now = replace(MEANS, draws=Unused())
     of.run(tmp_path / "run", resume=True)
     after = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert after["complete"] and after["rows"][0]["share"] == before["rows"][0]["share"]
 
 
 @pytest.mark.slow
-def test_rows_from_before_something_leaked_are_measured_anew(
-    serving, collected, quick, tmp_path, monkeypatch
-):
+def test_rows_from_before_something_leaked_are_measured_anew(serving, collected, quick, means, tmp_path):
     of, run = settings(serving, collected[0], adaptive=True), tmp_path / "run"
     first, second = contents.bases(serving)[:2]
     serving.expose(first, "laptop stolen")
-    monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
+    means.now = replace(MEANS, query_search=Interrupted(queries=12, every=5))
     with pytest.raises(ZeroDivisionError):
         of.run(run)
-    monkeypatch.undo()
-    monkeypatch.setattr(attackers, "AttackerTable", partial(AttackerTable, means=MEANS))
+    means.now = MEANS
     serving.expose(second, "another stolen")
     rows = of.run(run, resume=True).summary()["rotation"]["rows"]
     by = {row["attacker"]: row["has"] for row in rows}

@@ -27,7 +27,6 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data import streamed
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import Source, as_data, in_order, index_order
 from holdfast.io.data.streamed import Streamed, open_by_index, training_data
@@ -95,18 +94,18 @@ def test_bytes_are_converted_as_in_memory():
     assert torch.equal(opened(Bytes(data)).first(9).x, as_data(x, data.y).read(0, 9).x)
 
 
-def test_data_larger_than_a_share_of_the_memory_are_read_by_index(monkeypatch, tmp_path):
+def test_data_larger_than_a_share_of_the_memory_are_read_by_index(set_limit, tmp_path):
     data = training()
     np.save(tmp_path / "x.npy", data.x.float().numpy())
     given = as_data(np.load(tmp_path / "x.npy", mmap_mode="r"), data.y)
     whole = training_data(given)
     assert isinstance(whole, Batch)
-    monkeypatch.setattr(streamed, "IN_MEMORY_BYTES", 1_000)
+    set_limit("holdfast.io.data.streamed.IN_MEMORY_BYTES", 1_000)
     read = training_data(given)
     assert isinstance(read, Streamed) and "would take 0.0 GiB in memory" in read.notes[0]
     assert digest_of(read) == digest_of(whole)
     assert torch.equal(read.take(read.ids % 3 == 1).x, whole.take(whole.ids % 3 == 1).x)
-    monkeypatch.setattr("holdfast.recipes.atta.IN_MEMORY_BYTES", 1_000)
+    set_limit("holdfast.recipes.atta.IN_MEMORY_BYTES", 1_000)
     model = Classifier(fakes.network(1).float())
     with pytest.raises(UsageError, match="atta stores a perturbation of each of 600 examples"):
         ATTA()(model, read, ThreatModel(holdfast.Linf(0.1)), rng=Draws(0))

@@ -93,32 +93,26 @@ def test_a_run_keeps_its_matrix_and_tells_it_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatch):
+def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path):
     asked = with_surrogates(other(), other(2, "third"))
     whole = assess(subject(), data(), asked)
     small = assess(subject(), data(), replace(asked, batch_size=7, shard_size=9))
     assert shares(small) == shares(whole)
     assess(subject(), data(), asked, run=tmp_path / "whole")
-    from holdfast.runs.harness.kinds.transfers import TransferMatrix
 
-    real, calls = TransferMatrix.piece, []
-
-    def stops(*arguments, **more):
-        calls.append(1)
-        if len(calls) == 2:
+    def stop(step):
+        if step.stage == "transfer" and 0 < step.done < step.of:
             raise KeyboardInterrupt
-        return real(*arguments, **more)
 
-    monkeypatch.setattr(TransferMatrix, "piece", stops)
-    with pytest.raises(BaseException):  # noqa: B017, PT011
-        assess(subject(), data(), asked, run=tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        assess(subject(), data(), asked, run=tmp_path / "cut", progress=stop)
     assess(subject(), data(), asked, run=tmp_path / "cut", resume=True)
     assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_the_sample_is_bounded_and_seeded(monkeypatch):
-    monkeypatch.setattr("holdfast.runs.harness.kinds.transfers.MATRIX_ROWS", 11)
+def test_the_sample_is_bounded_and_seeded(set_limit):
+    set_limit("holdfast.runs.harness.kinds.transfers.MATRIX_ROWS", 11)
     found = assess(subject(), data(), with_surrogates(other(), shard_size=5))
     ids = found.evidence.transfer["id"]
     assert len(ids) == 11

@@ -19,7 +19,7 @@ def turner(of, *triggers, keep=2, **more):
 
 
 @pytest.fixture
-def generous(monkeypatch):
+def generous(replace_step):
     """An admission that takes every candidate."""
 
     def admit(request, **given):
@@ -29,11 +29,11 @@ def generous(monkeypatch):
             of.admit(name, against=[one.name for one in of.ledger.exposed()])
         return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
 
-    monkeypatch.setattr(watching, "admit", admit)
+    replace_step("admit", admit)
 
 
 @pytest.fixture
-def strict(monkeypatch):
+def strict(replace_step):
     """One that takes none."""
 
     def admit(request, **given):
@@ -44,19 +44,19 @@ def strict(monkeypatch):
         judged = tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found)
         return Admission(judged, ())
 
-    monkeypatch.setattr(watching, "admit", admit)
+    replace_step("admit", admit)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
-def test_the_first_admitted_set_serves_before_the_others_are_trained(pool, monkeypatch):
+def test_the_first_admitted_set_serves_before_the_others_are_trained(pool, replace_step):
     one, draw, drawn = turner(pool, by="retraining"), watching.draw, []
 
     def recorded(request, **given):
         drawn.append((pool.serving is not None, request.sets))
         return draw(request, **given)
 
-    monkeypatch.setattr(watching, "draw", recorded)
+    replace_step("draw", recorded)
     one.fill()
     assert drawn == [(False, 1), (True, 2)]
     assert pool.serving.epoch == 1 and len(pool.ahead) == 2
@@ -83,7 +83,7 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
-def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatch):
+def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, replace_step):
     turner(pool).fill()
     one, draw, admit, served = turner(pool, keep=4), watching.draw, watching.admit, []
 
@@ -98,8 +98,8 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatc
         served.append(pool.serving.epoch)
         return admit(*given, **more)
 
-    monkeypatch.setattr(watching, "draw", drawn)
-    monkeypatch.setattr(watching, "admit", admitted)
+    replace_step("draw", drawn)
+    replace_step("admit", admitted)
     assert one.check()
     assert served[:2] == [1, 2], "it swapped before what was drawn was judged"
     assert len(pool.ahead) == 3 and one.check() and len(pool.ahead) == 4
@@ -107,7 +107,7 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
-def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):
+def test_time_counts_from_when_the_ledger_says(pool, replace_step):
     one = turner(pool, Elapsed(3600))
     one.fill()
     assert one.check() and pool.serving.epoch == 1
@@ -121,12 +121,12 @@ def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):
             cls.hours = 0  # the set that is swapped in has not served for two hours
             return later
 
-    monkeypatch.setattr(watching, "datetime", Later)
+    replace_step("datetime", Later)
     assert one.check() and pool.serving.epoch == 2
 
 
 @pytest.fixture
-def begun(pool, monkeypatch, strict):
+def begun(pool, strict):
     """A turner whose first set serves and whose second waits, before admissions refuse everything; what it says."""
     for name in ("first", "second"):
         (drawn,) = steps.draw(pool, terms(), 1).names
@@ -165,7 +165,7 @@ def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):
 
 
 @pytest.mark.slow
-def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
+def test_what_was_admitted_serves_although_too_few_were(pool, replace_step):
     left = iter([True] + [False] * 99)
 
     def admit(request, **given):
@@ -175,7 +175,7 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
             (of.admit if verdict == "admitted" else of.refuse)(name, "it was judged")
         return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())
 
-    monkeypatch.setattr(watching, "admit", admit)
+    replace_step("admit", admit)
     with pytest.raises(
         Inconclusive, match="remains the serving set, in epoch 1, and 0 admitted sets are waiting"
     ):

@@ -1,6 +1,7 @@
 """Whoever measures the shards, and however often one of them dies, the bytes are the same."""
 
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -38,7 +39,7 @@ def asked(**changes):
 
 def called_by(name):
     """Whether a function of that name is on the stack."""
-    frame = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != name:
         frame = frame.f_back
     return frame is not None
@@ -115,9 +116,8 @@ def test_every_worker_makes_the_surrogates_ready(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_folder_nothing_is_left(monkeypatch, tmp_path):
+def test_without_a_folder_nothing_is_left(started_copies, monkeypatch, temporary_files, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
     result = assess(subject(), data(), asked(workers=1))
     assert result.folder is None
     assert "folder" not in result.about
@@ -160,12 +160,15 @@ def test_a_split_in_a_worker_is_recorded(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_imports_nothing_from_the_current_folder_but_what_a_script_there_does(tmp_path, monkeypatch):
+def test_a_worker_imports_nothing_from_the_current_folder_but_what_a_script_there_does(
+    started_copies, tmp_path, monkeypatch
+):
     hostile = "from pathlib import Path\nPath('RAN').touch()\nraise ImportError\n"
     for name in ("torch.py", "random.py", "pickle.py", "holdfast.py", "sitecustomize.py"):
         (tmp_path / name).write_text(hostile)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    for folder in (str(tmp_path), ""):
+        monkeypatch.syspath_prepend(folder)
     assess(subject(), data(), asked(workers=1))
     assert not (tmp_path / "RAN").exists()
     assert not {"", str(tmp_path)} & set(import_path())
@@ -254,7 +257,7 @@ class Talkative(torch.nn.Module):
 @pytest.mark.slow
 def test_pipes_of_a_worker_are_its_own(one, tmp_path, monkeypatch, new_processes):
     (tmp_path / "sitecustomize.py").write_text("print('printed by Python before the worker starts')\n")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assess(subject(Talkative()), data(), asked(doubts="all", workers=1), run=tmp_path / "run")
     assert settled(tmp_path / "run") == settled(one)

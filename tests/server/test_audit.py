@@ -308,8 +308,7 @@ DAMAGED = (
 )
 
 
-def test_damaged_folders_are_refused_as_such(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+def test_damaged_folders_are_refused_as_such(tmp_path):
     path, outcomes = foreign(tmp_path / "audit", []), []
     contents = [
         {

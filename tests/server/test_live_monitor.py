@@ -54,8 +54,7 @@ def outcome(x, name, action=Action.ALLOW):
 
 
 @pytest.fixture
-def live(monkeypatch):
-    monkeypatch.setattr(LiveMonitor, "_measure_power", lambda self: None)  # which takes seconds
+def live(power_of_tests):
     records, warnings = [], []
     monitor = LiveMonitor(
         reference(), lambda kind, **facts: records.append((kind, facts)), Telemetry(), warnings.append
@@ -66,10 +65,16 @@ def live(monkeypatch):
     monitor.close()
 
 
+def reservoir_of_all(compared, n):
+    """The sample of a worker, of which the next `n` inputs are a part."""
+    reservoir = Reservoir(compared)
+    reservoir._tokens = n
+    return reservoir
+
+
 def reported(x, names, action=Action.ALLOW):
     """The report of a worker that answered one request for each row of `x`, and sampled all of them."""
-    reservoir = Reservoir(reference())
-    reservoir._tokens = len(x)
+    reservoir = reservoir_of_all(reference(), len(x))
     reservoir.add(
         [outcome(row[None], name, action) for row, name in zip(x, names, strict=True)],
     )
@@ -100,8 +105,8 @@ def test_too_many_requests_are_left_out_and_counted():
     assert (len(content.predictions), content.left_out) == (2000, 250)
 
 
-def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_worker, "_REPORT_S", 1000.0)
+def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp_path, set_limit):
+    set_limit("holdfast.server.server_worker._REPORT_S", 1000.0)
     sent = []
     prepared = replace(setup(tmp_path).worker, monitor=reference())
     worker = server_worker.Worker(
@@ -114,9 +119,7 @@ def test_a_worker_of_a_pool_does_not_report_observations_as_often_as_answers(tmp
     assert sent == ["Report", "Observations", "Report"]
 
 
-def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(monkeypatch):
-    monkeypatch.setattr(LiveMonitor, "_measure_power", lambda self: None)
-
+def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(power_of_tests):
     # probabilities near 1 and far below 1e-7, whose differences 32-bit numbers do not contain
     def seen(x):
         return Observed(x, 40 * NETWORK(x), None, None)
@@ -124,10 +127,9 @@ def test_requests_like_the_reference_raise_no_alarm_if_the_model_is_certain(monk
     certain = Reference.of(seen(samples(800)), Draws(0).at("monitor"), "reference", None, "small")
     monitor = LiveMonitor(certain, lambda kind, **facts: None, Telemetry(), lambda text: None)
     monitor.start()
-    reservoir = Reservoir(certain)
     try:
         for part in torch.split(samples(320, 1), 40):
-            reservoir._tokens = len(part)
+            reservoir = reservoir_of_all(certain, len(part))
             rows = [row[None] for row in part]
             answered = [
                 Outcome(Job(Incoming(row, "client", "r")), None, Answer(40 * NETWORK(row))) for row in rows
@@ -174,8 +176,8 @@ def test_labels_are_compared_with_the_predictions(live):
     assert live.summary()["expected"]["n"] == 2
 
 
-def test_predictions_of_large_requests_are_forgotten_earlier(live, monkeypatch):
-    monkeypatch.setattr("holdfast.server.live_monitor._REMEMBERED", 10)
+def test_predictions_of_large_requests_are_forgotten_earlier(live, set_limit):
+    set_limit("holdfast.server.live_monitor._REMEMBERED", 10)
     for name in "abc":
         entry = [name, [0] * 4, [0.5] * 4, False]
         live.received(Observations(b"", [entry, entry]), canary=False)
@@ -206,8 +208,7 @@ def embedded(net, observer=None):
 
 def report_of(net, compared, x):
     """The report of a worker that sampled all inputs, with their embeddings."""
-    reservoir = Reservoir(compared)
-    reservoir._tokens = len(x)
+    reservoir = reservoir_of_all(compared, len(x))
     jobs = [Job(Incoming(row[None], "client", f"r{k}")) for k, row in enumerate(x)]
     reservoir.add(
         [
@@ -218,8 +219,7 @@ def report_of(net, compared, x):
     return reservoir.taken()
 
 
-def test_a_change_of_embeddings_alone_raises_an_alarm(monkeypatch):
-    monkeypatch.setattr(LiveMonitor, "_measure_power", lambda self: None)
+def test_a_change_of_embeddings_alone_raises_an_alarm(power_of_tests):
     net, other = deep(0), deep(1)
     compared = embedded(net)
     assert "embeddings: feature 7" in compared.signals.names
@@ -256,8 +256,7 @@ def replace_network(net, other):
     return Mixed()
 
 
-def test_the_reference_follows_the_model_in_the_file(monkeypatch):
-    monkeypatch.setattr(LiveMonitor, "_measure_power", lambda self: None)
+def test_the_reference_follows_the_model_in_the_file(power_of_tests):
     nets, warnings = [deep(0), deep(1)], []
     first = embedded(nets[0])
 

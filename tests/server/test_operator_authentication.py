@@ -266,7 +266,7 @@ def test_a_client_begins_a_new_session_after_a_restart_of_the_server(served, tmp
         port.get("/status")
 
 
-def test_revoked_and_expired_keys_get_an_answer_that_states_so(served, tmp_path, monkeypatch):
+def test_revoked_and_expired_keys_get_an_answer_that_states_so(served, tmp_path, set_limit):
     server, keys, _ = served
     with pytest.raises(UsageError, match="does not accept the key: the key has expired"):
         OperatorPort(server.url, keys["old"]).get("/status")
@@ -274,7 +274,7 @@ def test_revoked_and_expired_keys_get_an_answer_that_states_so(served, tmp_path,
         OperatorPort(server.url, keys["infer"]).get("/status")
     with pytest.raises(UsageError, match="needs a key: the header Authorization is missing"):
         OperatorPort(server.url).get("/status")
-    monkeypatch.setattr("holdfast.server.keys._CHECK_S", 0.0)
+    set_limit("holdfast.server.keys._CHECK_S", 0.0)
     key = add_key(tmp_path / "keys.json", "op", ["admin"])
     with Server(tmp_path) as other:
         port = OperatorPort(other.url, key)
@@ -410,9 +410,9 @@ def test_a_run_is_not_approved_with_a_key_that_posted_it(served, tmp_path):
         ),
     ],
 )
-def test_slow_and_large_requests_do_not_hold_a_connection(first, then, status, tmp_path, monkeypatch):
-    monkeypatch.setattr("holdfast.server.operator_authentication._BODY_S", 0.2)
-    monkeypatch.setattr("holdfast.server.admin._HEADER_S", 0.2)
+def test_slow_and_large_requests_do_not_hold_a_connection(first, then, status, tmp_path, set_limit):
+    set_limit("holdfast.server.operator_authentication._BODY_S", 0.2)
+    set_limit("holdfast.server.admin._HEADER_S", 0.2)
     with Server(tmp_path, keys=False) as server:
         begun = time.monotonic()
         with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:

@@ -85,7 +85,7 @@ def test_a_worker_cannot_shorten_the_memory_of_its_metrics():
         os.ftruncate(file.fileno(), 0)
 
 
-def test_a_stand_in_whose_thread_begins_after_its_end_accepts_no_connection(monkeypatch):
+def test_a_stand_in_whose_thread_begins_after_its_end_accepts_no_connection(monkeypatch, set_limit):
     ended, start_server = threading.Event(), asyncio.start_server
 
     async def late(*args, **settings):
@@ -93,7 +93,7 @@ def test_a_stand_in_whose_thread_begins_after_its_end_accepts_no_connection(monk
         return await start_server(*args, **settings)
 
     monkeypatch.setattr(asyncio, "start_server", late)
-    monkeypatch.setattr("holdfast.server.stand_in._READ_S", 0.01)
+    set_limit("holdfast.server.stand_in._READ_S", 0.01)
     with bound_socket("127.0.0.1", 0) as listener:
         stand_in = StandIn(listener, Telemetry())
         stand_in.end()

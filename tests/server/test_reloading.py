@@ -265,9 +265,10 @@ def test_a_damaged_model_is_refused():
 
 @pytest.mark.slow
 def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monkeypatch):
-    worker, terminal = WorkerSetup(stuck, "small", (FEATURES,), set_name="file"), [True]
-    monkeypatch.setattr(signals, "has_terminal", lambda: terminal[0])
-    monkeypatch.setattr(signals, "in_foreground", lambda: True)
+    worker = WorkerSetup(stuck, "small", (FEATURES,), set_name="file")
+    process = {"has_terminal": True, "in_foreground": True}
+    for name in ("has_terminal", "in_foreground"):
+        monkeypatch.setattr(signals, name, lambda name=name: process[name])
     server = Supervisor(ServerSetup(worker, reloadable=True))
     # a test run under nohup inherits that the signal is ignored, and such a server does not end
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -276,14 +277,14 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
             os.kill(os.getpid(), signal.SIGHUP)
             until(lambda: server._step() or server.status()["model"]["reload"] == "running")
             assert not server.status()["draining"]
-            terminal[0] = False
+            process["has_terminal"] = False
             os.kill(os.getpid(), signal.SIGHUP)
             until(lambda: server.status()["draining"])
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
     # the terminal of a process in the background may be closed without a report to it
-    monkeypatch.setattr(signals, "in_foreground", lambda: False)
+    process["in_foreground"] = False
     server = Supervisor(ServerSetup(worker, reloadable=True))
     with server.hang_ups():
         os.kill(os.getpid(), signal.SIGHUP)

@@ -37,8 +37,8 @@ def outcome(x, principal, *, failed=False, reached=True):
 
 
 @pytest.fixture
-def sampled(monkeypatch):
-    monkeypatch.setattr(sampled_inputs, "_SPACING_S", 0.0)
+def sampled(set_limit):
+    set_limit("holdfast.server.sampled_inputs._SPACING_S", 0.0)
     sampled = SampledInputs()
     sampled.limit(10 * ROW)
     return sampled

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 
+from disk import failing
 from holdfast.core.errors import TargetError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.pool.pool import Pool
@@ -218,7 +219,7 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(live, monkeypatch):
     serving = prepared.first()
     prepared.answered(serving.epoch, {"alice": 3, "": 2})
     with monkeypatch.context() as patched:
-        patched.setattr(Pool, "answered", lambda *args: (_ for _ in ()).throw(TargetError("full")))
+        failing(patched, 1, ("write",))
         prepared.write(now=True)
     assert prepared.alarm == "error"
     prepared.write(now=True)

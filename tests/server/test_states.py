@@ -20,7 +20,6 @@ import torch
 
 from holdfast.core.errors import TargetError
 from holdfast.guard.detectors.queries import QueryDetector, StateLimits, SteadyClock, Wanted
-from holdfast.guard.states import sqlite as sqlite_state
 from holdfast.guard.states.memory import MemoryState
 from holdfast.guard.states.redis import RedisState
 from holdfast.guard.states.spending import Allowance, Charge
@@ -89,9 +88,9 @@ def test_all_states_give_the_scores_of_the_memory(state_of):
 
 
 @pytest.mark.parametrize("recent", [0, 50, 10_000])
-def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, monkeypatch, recent):
+def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, set_limit, recent):
     """Each has an index of the file in memory, whose newest entries are merged after `recent` ones."""
-    monkeypatch.setattr("holdfast.guard.states.sqlite._RECENT", recent)
+    set_limit("holdfast.guard.states.sqlite._RECENT", recent)
     opened = [SQLiteState(tmp_path / "state.db") for _ in range(2)]
     alone = QueryDetector(KEY, MemoryState(), SHAPE)
     several = [QueryDetector(KEY, state, SHAPE) for state in opened]
@@ -106,9 +105,9 @@ def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, monkeypatch
         assert [d.repeat for d in first.details] == [d.repeat for d in second.details]
 
 
-def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch):
+def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch, set_limit):
     """Each query near a full bucket drops some, within a transaction for which other processes wait."""
-    monkeypatch.setattr("holdfast.guard.states.sqlite._RECENT", 40)
+    set_limit("holdfast.guard.states.sqlite._RECENT", 40)
     index, pairs, chance = HashIndex(), dict[int, list[int]](), random.Random(0)
     copies, merge = [], HashIndex._merge
     monkeypatch.setattr(HashIndex, "_merge", lambda each: (copies.append(each), merge(each)))
@@ -125,8 +124,8 @@ def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch):
     assert index.rows(np.arange(30)) == {each: [999] for each in hashes} and len(index) == 5
 
 
-def test_the_index_in_memory_does_not_keep_dropped_queries(tmp_path, monkeypatch):
-    monkeypatch.setattr("holdfast.guard.states.sqlite._STALE", 0)
+def test_the_index_in_memory_does_not_keep_dropped_queries(tmp_path, set_limit):
+    set_limit("holdfast.guard.states.sqlite._STALE", 0)
     state = SQLiteState(tmp_path / "state.db", StateLimits(clusters=20, digests=20))
     detector, other = QueryDetector(KEY, state, SHAPE), SQLiteState(tmp_path / "state.db")
     x = torch.rand(600, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -264,9 +263,9 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path):
 def test_a_lost_file_is_reported_and_handled(tmp_path, fail, caplog):
     path = Path(tmp_path / "state.db")
     state = SQLiteState(path, fail=fail, wait_s=0.05)
-    detector, blocker = QueryDetector(KEY, state, SHAPE), SQLiteState(path)
-    blocker._db.execute("BEGIN EXCLUSIVE")
-    with caplog.at_level(logging.WARNING):
+    detector = QueryDetector(KEY, state, SHAPE)
+    with closing(sqlite3.connect(path)) as blocker, caplog.at_level(logging.WARNING):
+        blocker.execute("BEGIN EXCLUSIVE")
         result = detector.examine(images(2), ["", ""], 0.0)
         grant = state.spend([Charge("client", 1, Allowance())], 0.0)[0]
     assert result.scores.tolist() == ([0, 0] if fail == "open" else [float("inf")] * 2)
@@ -277,8 +276,8 @@ def test_a_lost_file_is_reported_and_handled(tmp_path, fail, caplog):
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
 @pytest.mark.parametrize("how", ["removed", "replaced", "emptied"])
 @pytest.mark.parametrize("fail", ["open", "closed"])
-def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fail, caplog, monkeypatch):
-    monkeypatch.setattr("holdfast.guard.states.sqlite._RETRY_S", 0.0)
+def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fail, caplog, set_limit):
+    set_limit("holdfast.guard.states.sqlite._RETRY_S", 0.0)
     path = tmp_path / "state.db"
     state = SQLiteState(path, fail=fail)
     detector, attack = QueryDetector(KEY, state, SHAPE), variants(images(1), 20)
@@ -286,7 +285,8 @@ def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fa
     file = Path(f"{path}{suffix}")
     if how == "emptied" and suffix:
         pytest.skip("SQLite itself empties the files beside it")
-    state._db.execute("PRAGMA wal_checkpoint")
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint")
     detector.score(attack[18:19], [""], 0.0)
     if how == "replaced":
         shutil.copy(file, tmp_path / "copy")
@@ -335,9 +335,9 @@ def test_a_link_in_place_of_the_file_is_not_followed(tmp_path, target):
     assert elsewhere.exists() == (target == "present")
 
 
-def test_a_lost_and_emptied_server_is_reported(tmp_path, monkeypatch, caplog):
+def test_a_lost_and_emptied_server_is_reported(tmp_path, set_limit, caplog):
     pytest.importorskip("redis", reason="the package redis is not installed")
-    monkeypatch.setattr("holdfast.guard.states.redis._RETRY_S", 0.0)
+    set_limit("holdfast.guard.states.redis._RETRY_S", 0.0)
     with redis_server(tmp_path) as (url, start, stop), caplog.at_level(logging.INFO):
         state = RedisState(url, fail="open")
         detector, attack = QueryDetector(KEY, state, SHAPE), variants(images(1), 20)
@@ -365,8 +365,8 @@ def test_after_a_checkpoint_the_log_is_written_from_its_beginning(tmp_path):
     assert spend(100) < size
 
 
-def test_the_log_stays_short_although_other_processes_only_check_the_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(sqlite_state, "_LONGEST_LOG", 200_000)
+def test_the_log_stays_short_although_other_processes_only_check_the_state(tmp_path, set_limit):
+    set_limit("holdfast.guard.states.sqlite._LONGEST_LOG", 200_000)
     path, sizes, nothing = tmp_path / "state.db", [], Wanted(np.empty((0, 0), np.uint64), (), ())
     states = [SQLiteState(path) for _ in range(2)]
     until = time.monotonic() + 60  # a checkpoint takes seconds on a busy disk, while the log grows

@@ -141,8 +141,8 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attributes)))
 
 
-def test_a_session_begins_with_the_key_and_ends_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("holdfast.server.keys._CHECK_S", 0.0)
+def test_a_session_begins_with_the_key_and_ends_with_it(tmp_path, set_limit):
+    set_limit("holdfast.server.keys._CHECK_S", 0.0)
     visitor = logged_in(supervisor(tmp_path), tmp_path)
     cookie = visitor.post("/ui/login", data={"key": "x", "token": token(visitor.get("/ui").text)})
     assert cookie.status_code == 401 and "the key is not valid" in cookie.text

@@ -94,10 +94,10 @@ def test_bootstrap_is_the_same_on_every_call_and_close_to_the_exact_interval():
     assert (estimate.low, estimate.high) == pytest.approx(clopper_pearson(75, 300), abs=0.01)
 
 
-def test_bootstrap_in_chunks_is_the_bootstrap_in_one(monkeypatch):
+def test_bootstrap_in_chunks_is_the_bootstrap_in_one(set_limit):
     values = torch.linspace(0, 1, 57, dtype=torch.float64) ** 2
     whole = mean(values)
-    monkeypatch.setattr("holdfast.statistics.intervals._CHUNK", 57 * 300)
+    set_limit("holdfast.statistics.intervals._CHUNK", 57 * 300)
     assert mean(values) == whole
 
 

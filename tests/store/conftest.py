@@ -1,15 +1,9 @@
-"""Flushing to the disk guards against power cuts, which no test makes; without it the runs of a test are quick."""
+"""A disk that is full."""
 
-import os
 import subprocess
 import sys
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """Append-only logs: no record can be changed, removed, added, moved or cut off without being noticed."""
 
 import json
-import os
 
 import pytest
 
+from disk import failing
 from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError
 from holdfast.runs.store.append_log import AppendLog, Head, LogForm, LogReader
@@ -128,15 +128,9 @@ def test_an_incomplete_last_line_is_no_record_and_is_removed_by_a_writer(tmp_pat
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_full_disk_leaves_the_records_before(tmp_path, monkeypatch, call):
     log = written(tmp_path)
-    whole, real = log.path.read_bytes(), getattr(os, call)
-
-    def full(handle, *data):
-        if data:
-            real(handle, data[0][: len(data[0]) // 2])
-        raise OSError(28, "No space left on device")
-
+    whole = log.path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
+        failing(patch, 1, (call,))
         with pytest.raises(TargetError, match="the disk is full"):
             log.add({"kind": "late"})
     assert log.path.read_bytes() == whole and log.entries == 3

@@ -76,10 +76,10 @@ def test_a_file_that_is_cut_short_is_noticed(cut):
         columns.decode(data[: cut % len(data)], "x")
 
 
-def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
+def test_a_file_of_another_version_or_kind_is_refused(monkeypatch, set_limit):
     with pytest.raises(TargetError, match="not a column file"):
         columns.decode(b"PK\x03\x04 a zip, for once", "x")
-    monkeypatch.setattr(columns, "_VERSION", 2)
+    set_limit("holdfast.runs.store.columns._VERSION", 2)
     newer = columns.encode(EXAMPLE, {})
     monkeypatch.undo()
     with pytest.raises(TargetError, match="schema version 2; this version reads 1"):

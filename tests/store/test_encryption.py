@@ -55,18 +55,18 @@ def test_another_key_is_told_from_a_corrupt_file(tmp_path):
         SEAL.open(OTHER.seal(b"", "x"), "x", tmp_path / "x")
 
 
-def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
+def test_a_file_of_another_version_or_kind_is_refused(monkeypatch, set_limit):
     with pytest.raises(TargetError, match="'x' is not an encrypted file"):
         SEAL.open(b"PK\x03\x04 a zip, for once" * 5, "x")
-    monkeypatch.setattr(encryption, "_VERSION", 2)
+    set_limit("holdfast.runs.store.encryption._VERSION", 2)
     newer = SEAL.seal(b"", "x")
     monkeypatch.undo()
     with pytest.raises(TargetError, match="version 2; this version reads 1"):
         SEAL.open(newer, "x")
 
 
-def test_what_one_file_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(encryption, "_MOST_BYTES", 3)
+def test_what_one_file_cannot_hold_is_refused(set_limit):
+    set_limit("holdfast.runs.store.encryption._MOST_BYTES", 3)
     assert SEAL.open(SEAL.seal(b"123", "x"), "x") == b"123"
     with pytest.raises(UsageError, match="'x' has 4 bytes; at most 3"):
         SEAL.seal(b"1234", "x")

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from disk import failing
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Seconds
@@ -384,11 +385,8 @@ def test_an_incomplete_time_is_ignored_and_the_next_one_is_not(tmp_path):
 
 
 def test_a_full_disk_under_the_times_is_stated(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with leased(tmp_path) as lease, monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
+        failing(patch, 1, ("write",))
         with pytest.raises(TargetError, match="disk is full: .*times.jsonl.*resume=True"):
             lease.begin("clean", 0)
 

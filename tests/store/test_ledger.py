@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disk import failing
 from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.rotation.pool.ledger import HEAD, LedgerHead, utc_now
@@ -561,12 +562,8 @@ def test_the_files_are_their_owners_alone(ledger, tmp_path):
 def test_a_full_disk_leaves_the_old_state(ledger, tmp_path, monkeypatch, call):
     served(ledger, "one")
     before = (tmp_path / "ledger.jsonl").read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
+        failing(patch, 1, (call,))
         with pytest.raises(TargetError, match="the disk is full: .*ledger.jsonl"):
             ledger.expose("one", "stolen")
     assert (tmp_path / "ledger.jsonl").read_bytes() == before

@@ -1,6 +1,5 @@
 """Pools of parameter sets: sealed, swapped by one entry, refused when anything does not hold, whole after any kill."""
 
-import errno
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from disk import failing
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.rotation.pool.pool_manifest import is_complete, verify_pool
 from holdfast.runs.store import Pool
@@ -468,26 +468,14 @@ def test_what_a_killed_writer_had_not_yet_entered_is_swept_away_and_no_other_fil
 # --- full disks
 
 
-def failing(monkeypatch, at):
-    calls = iter(range(1, 10**6))
-
-    def counted(real):
-        def call(*args, **kwargs):
-            if next(calls) == at:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in ("open", "write", "fsync", "replace"):
-        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+CALLS = ("open", "write", "fsync", "replace")
 
 
 @pytest.mark.parametrize("at", range(1, 13))
 def test_a_full_disk_leaves_the_old_pool_or_the_new(pool, monkeypatch, at):
     before = pool.ledger.states
     with monkeypatch.context() as patch:
-        failing(patch, at)
+        failing(patch, at, CALLS)
         with pytest.raises(TargetError, match="the disk is full"):
             pool.add(weights(5), {})
     left = [path.name for path in (pool.path / "sets").glob("*.new")]  # a full disk is not filled further
@@ -502,7 +490,7 @@ def test_a_full_disk_leaves_the_old_pool_or_the_new(pool, monkeypatch, at):
 def test_a_swap_that_finds_the_disk_full_leaves_what_serves(pool, monkeypatch):
     old = pool.serving
     with monkeypatch.context() as patch:
-        failing(patch, 2)
+        failing(patch, 2, CALLS)
         with pytest.raises(TargetError, match="the disk is full"):
             pool.swap()
     assert pool.serving == Pool.open(pool.path).serving == old

@@ -13,6 +13,7 @@ from torch import nn
 
 import holdfast
 import test_report_browser
+from conclusions import concluding
 from holdfast.adaptation.journal import open_journal
 from holdfast.attacks import FGSM, PGD
 from holdfast.audits.audit import AuditRequest, audited
@@ -245,10 +246,11 @@ def test_an_altered_run_is_refused_with_the_reason(runs):
 
 
 @pytest.fixture
-def concluded(monkeypatch):
+def concluded():
     """An audit whose finding does not depend on steps."""
     found = Finding("flagged", f"{HOSTILE} found", tables=[Table("scores", ["class", "score"], [["0", 1.5]])])
-    monkeypatch.setattr("holdfast.audits.audit.conclusion_of", lambda kind: lambda steps: found)
+    with concluding(lambda steps: found):
+        yield
 
 
 def _others(root):
