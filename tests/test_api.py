@@ -259,7 +259,7 @@ def test_only_and_skip_choose_from_the_suite():
         holdfast.assess(network(), (X, Y), "linf:0.1", "quick", skip=["sprint"])
 
 
-def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
+def test_without_an_eps_only_the_smallest_change_is_measured():
     with pytest.raises(UsageError, match="l2 has no eps, .* give suite='minimum-norm'"):
         holdfast.assess(network(), (X, Y), "l2")
     found = holdfast.assess(network(), (X, Y), "l2", "minimum-norm", doubts=False, only=["alma"])
@@ -385,7 +385,7 @@ def test_to_resume_needs_a_folder(verb):
         verb(network(), (X, Y), "linf:0.1", resume=True)
 
 
-def test_a_run_of_a_python_model_resumes_and_knows_it_by_its_weights(tmp_path):
+def test_a_run_of_a_python_model_resumes_and_identifies_it_by_its_weights(tmp_path):
     run = tmp_path / "run"
     first = holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, run=run)
     assert (
@@ -472,7 +472,7 @@ def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
     assert len(set(said[0].split())) == 3
 
 
-def test_progress_is_told_to_whoever_asks():
+def test_progress_is_reported_to_a_given_function():
     steps: list[Step] = []
     holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, progress=steps.append)
     assert {(step.stage, step.title) for step in steps} == {
@@ -537,7 +537,7 @@ def test_attacks_may_come_from_a_generator():
     assert torch.equal(found, wanted)
 
 
-def test_inputs_of_half_a_word_are_widened_and_a_network_of_them_is_told_how():
+def test_half_precision_inputs_are_widened_and_networks_of_them_refused_with_a_remedy():
     half = X.half()
     found = holdfast.assess(network(), (half, Y), "linf:0.1", ATTACKS).evidence["success"]
     assert torch.equal(

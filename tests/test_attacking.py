@@ -182,7 +182,7 @@ def test_attacks_that_learn_transfer_and_random_models(net):
     assert random.success.float().mean() > 0.3
 
 
-def test_what_cannot_work_is_refused_with_the_way_out(net):
+def test_settings_that_cannot_work_are_refused_with_a_remedy(net):
     scores = Classifier(net.forward, access="scores")
     for attack, options, says in (
         (
@@ -228,7 +228,7 @@ def test_a_goal_is_a_class_by_its_number_or_its_name(net):
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_gradients_that_are_switched_off_inside_the_model_are_told(net, off):
+def test_gradients_that_the_model_disables_are_reported(net, off):
     def cut(x):
         with off():
             return net(x)

@@ -14,7 +14,7 @@ from benchmarks.rows import standard
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_says_what_it_shows_and_measures(row):
+def test_every_row_states_what_it_shows_and_measures(row):
     module = importlib.import_module(f"benchmarks.rows.{ROWS[row]}")
     assert module.WHAT
     assert callable(module.measured)
@@ -40,7 +40,7 @@ def test_a_setting_whose_network_or_images_are_absent_is_a_note(monkeypatch):
     assert notes == ["gone: not trained yet", "letters: not fetched yet"]
 
 
-def test_what_shows_nothing_is_absent_for_the_reasons_that_were_noted():
+def test_a_row_without_results_is_absent_for_the_noted_reasons():
     with pytest.raises(Absent, match="^one: not here; two: not here either$"):
         record.Outcome([], [], {}, notes=["one: not here", "two: not here either", "one: not here"])
 

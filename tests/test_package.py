@@ -250,7 +250,7 @@ def test_an_attack_and_a_function_read_in_one_sitting(path):
             assert n_lines <= limit, f"{node.name} has {n_lines} lines; at most {limit}"
 
 
-def test_no_module_bears_the_name_of_a_verb():
+def test_no_module_has_the_name_of_a_verb():
     verbs = (
         "assess harden certify rotate audit explain serve monitor adapt compare report verify init validate"
     )

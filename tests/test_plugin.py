@@ -87,11 +87,11 @@ def message(outcome, test):
 
 
 @pytest.mark.slow
-def test_a_robust_model_passes_and_its_result_comes_back(outcome):
+def test_a_robust_model_passes_and_its_result_is_returned(outcome):
     assert "3 failed, 2 passed" in outcome, outcome
 
 
-def test_what_broke_a_model_is_told(outcome):
+def test_the_attack_that_broke_a_model_is_named(outcome):
     said = message(outcome, "test_broken")
     assert "AssertionError: robust accuracy under linf:0.3 is 0, 95 % interval 0 to" in said
     assert "n = 60: none of it meets 0.5 (fail)" in said
@@ -101,7 +101,7 @@ def test_what_broke_a_model_is_told(outcome):
     assert "plugin.py" not in said  # the way through the plugin is nobody's concern
 
 
-def test_too_few_examples_are_unclear_and_say_so(outcome):
+def test_too_few_examples_are_unclear_with_a_reason(outcome):
     said = message(outcome, "test_few")
     assert "(unclear)" in said
     assert "more examples than 20 narrow the interval" in said

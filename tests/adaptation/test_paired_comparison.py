@@ -41,7 +41,7 @@ def test_a_candidate_is_worse_or_not(clients, worse):
     assert comparison(*clients).worse is worse
 
 
-def test_what_one_client_alone_shows_is_named():
+def test_flags_of_a_single_client_are_named():
     found = comparison((900, 0, 0), (0, 0, 100), (0, 0, 100))
     assert not found.worse and found.alone == ("a",)
     assert comparison((9, 0, 100), (9, 0, 100), (0, 0, 100)).alone == ()

@@ -149,7 +149,7 @@ def test_gradients_that_are_no_numbers_stay_out(net, norm):
     assert allowed(norm(0.05), x_adv, batch.x, model.bounds).all()
 
 
-def test_what_an_example_gets_does_not_depend_on_its_company():
+def test_results_of_an_example_do_not_depend_on_its_batch():
     model = network()
     batch = labelled(model, examples())
     threat, attack = ThreatModel(L2(0.4)), APGD(loss=dlr, steps=12, targets=2)

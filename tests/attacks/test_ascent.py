@@ -25,7 +25,7 @@ def climbed(steps, **options):
     return ascend(MODEL, BATCH, BATCH.x, margin_loss, BALL, steps=steps, step_size=0.01, **options)
 
 
-def test_the_best_point_comes_with_its_margin():
+def test_the_best_point_is_returned_with_its_margin():
     x, height = climbed(8)
     torch.testing.assert_close(margin(MODEL(x), BATCH), height)
     assert (height <= margin(MODEL(BATCH.x), BATCH)).all()
@@ -44,14 +44,14 @@ def test_the_last_point_is_the_end_of_the_path():
 
 
 @pytest.mark.parametrize("keep, forwards", [("best", 6), ("last", 5)])
-def test_the_cost_is_what_it_says(keep, forwards):
+def test_the_stated_cost_is_the_measured_cost(keep, forwards):
     meter = Metered(MODEL, BATCH, ThreatModel(BALL))
     ascend(meter, BATCH, BATCH.x, cross_entropy, BALL, steps=5, step_size=0.001, drop=False, keep=keep)
     assert (meter.spent.queries == forwards).all()
     assert (meter.spent.backwards == 5).all()
 
 
-def test_who_is_broken_leaves_and_who_stands_goes_on():
+def test_broken_examples_leave_and_surviving_examples_remain():
     meter = Metered(MODEL, BATCH, ThreatModel(BALL))
     _, height = ascend(meter, BATCH, BATCH.x, margin_loss, BALL, steps=10, step_size=0.01)
     queries = meter.spent.queries
@@ -73,7 +73,7 @@ def test_schedules_have_one_length():
         assert cosine(0, steps) == 2 and cosine(steps, steps) == pytest.approx(0)
 
 
-def test_momentum_goes_on_where_the_gradient_vanishes():
+def test_momentum_moves_the_input_where_the_gradient_vanishes():
     class Step(nn.Module):
         """A slope up to 0.5 that is flat beyond."""
 

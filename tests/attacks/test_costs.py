@@ -60,7 +60,7 @@ def test_there_are_attacks_of_every_need():
 
 @pytest.mark.parametrize("kind", ASKING, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("batches", [None, Batches(4)], ids=["any", "fixed"])
-def test_an_attack_asks_for_no_more_rows_than_its_settings_say(kind, batches):
+def test_an_attack_uses_at_most_the_queries_of_its_settings(kind, batches):
     settings = {"queries": 30} if "queries" in kind.__dataclass_fields__ else {}
     sent, most = run(kind(**settings), batches)
     assert most is not None and 0 < sent <= most
@@ -68,7 +68,7 @@ def test_an_attack_asks_for_no_more_rows_than_its_settings_say(kind, batches):
         assert most == 3 * 30
 
 
-def test_only_a_budget_says_what_an_attack_of_steps_asks_for():
+def test_the_queries_of_an_attack_with_steps_follow_from_a_budget_only():
     threat = ThreatModel(Linf(0.1))
     assert most_queries(attacks.PGD(), threat) is None
     assert most_rows(attacks.PGD(), threat, 5, Passes(5)) is None
@@ -80,7 +80,7 @@ def test_only_a_budget_says_what_an_attack_of_steps_asks_for():
 
 @pytest.mark.parametrize("shards", [(), (10,), (6, 4), (3, 3, 3, 1)])
 @pytest.mark.parametrize("size", [1, 4, 7])
-def test_however_examples_lie_in_the_shards_no_more_rows_are_sent(shards, size):
+def test_the_number_of_rows_does_not_depend_on_the_shards(shards, size):
     passes, draw = Passes(3, Batches(size), shards), torch.Generator().manual_seed(0)
     for n in range(11):
         most = passes.once(n)

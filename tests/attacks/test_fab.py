@@ -117,7 +117,7 @@ def test_a_run_that_is_not_broken_at_a_look_ends():
     assert (metered.spent.backwards == 10).all()
 
 
-def test_what_ends_near_to_the_ball_goes_on_from_there(monkeypatch):
+def test_a_result_near_the_ball_is_the_start_of_the_next_attack(monkeypatch):
     model = network(rippled=True)
     batch, threat = labelled(model, examples(n=200)), ThreatModel(L1(0.2))
     attack = FAB(steps=3, targets=1, eta=1.6, refine=2)

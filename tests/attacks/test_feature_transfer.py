@@ -204,7 +204,7 @@ def test_a_successful_query_is_returned():
 
 
 @pytest.mark.parametrize("passes, rationed", [(300, 300), (2000, 300)], ids=["within", "beyond"])
-def test_what_it_broke_in_a_ration_is_returned(passes, rationed):
+def test_examples_that_were_broken_within_a_part_of_the_budget_are_returned(passes, rationed):
     """The ration counts a backward pass for each evaluation with a gradient, and may end the attack early."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -39,7 +39,7 @@ def case():
 
 @pytest.mark.slow
 @EACH
-def test_breaks_what_it_has_never_seen_more_than_noise_does(case, attack, constraint):
+def test_a_learned_attack_breaks_new_examples_more_often_than_noise(case, attack, constraint):
     model, batch, other = case
     threat = ThreatModel(constraint)
     evidence = measure(model, [batch], [attack], threat, fit=other)
@@ -87,7 +87,7 @@ def test_reaches_a_class(case):
     assert evidence["success"].double().mean() > 0.5
 
 
-def test_never_learns_on_what_is_judged(case):
+def test_a_learned_attack_is_not_learned_on_judged_examples(case):
     model, batch, _ = case
     threat = ThreatModel(Linf(0.2))
     with pytest.raises(UsageError, match="not judged"):

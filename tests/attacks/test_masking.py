@@ -37,7 +37,7 @@ X = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     ],
     ids=["cut", "switches", "ripples"],
 )
-def test_a_stage_that_lets_no_honest_gradient_pass_is_found(stage, name):
+def test_a_stage_without_a_correct_gradient_is_found(stage, name):
     found = masking(nn.Sequential(Function(stage), head()), X)
     assert [way.name for way in found.replacements] == [name]
     assert not found.steps
@@ -89,11 +89,11 @@ def test_what_is_declared_is_taken_and_not_looked_into():
     ],
     ids=["plain", "norm", "pooled", "noisy", "residual"],
 )
-def test_honest_networks_have_nothing_to_go_round(net):
+def test_networks_without_masking_have_no_stage_to_replace(net):
     assert not masking(net, X)
 
 
-def test_looking_leaves_everything_as_it_was():
+def test_the_search_for_masking_changes_nothing():
     net = nn.Sequential(Function(torch.Tensor.detach), head())
     before = torch.random.get_rng_state()
     masking(net, X)

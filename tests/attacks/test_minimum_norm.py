@@ -120,7 +120,7 @@ def test_under_l0_the_changes_that_matter_stay():
 
 
 @pytest.mark.parametrize("attack, kind", ATTACKS, ids=name)
-def test_with_an_eps_the_same_point_comes_back_or_one_inside_the_ball(attack, kind):
+def test_with_an_eps_the_same_point_is_returned_or_one_inside_the_ball(attack, kind):
     model = network()
     batch = labelled(model, examples())
     free = attack(model, batch, ThreatModel(kind(math.inf)), rng=Draws(0))
@@ -180,7 +180,7 @@ def test_the_scale_of_the_inputs_does_not_matter(scale):
 
 
 @pytest.mark.parametrize("case", WITHIN_EPS, ids=repr)
-def test_what_looks_for_no_smallest_change_says_so_where_there_is_no_eps(case):
+def test_attacks_that_search_for_no_smallest_change_are_refused_without_an_eps(case):
     model, batch, _ = problem(case)
     threat = ThreatModel(case.norm(torch.inf), access=case.attack.needs, queries=50)
     with pytest.raises(UsageError, match="has no eps"):

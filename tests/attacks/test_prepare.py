@@ -168,7 +168,7 @@ def test_a_function_is_attacked_as_it_is():
     assert quickened(model, images()) == (model, ())
 
 
-def test_agreement_is_relative_to_the_largest_logit_and_knows_nan():
+def test_agreement_is_relative_to_the_largest_logit_and_handles_nan():
     one = torch.tensor([[100.0, 0.0, torch.nan]])
     assert agrees(one, torch.tensor([[100.0, 0.009, torch.nan]]))
     assert not agrees(one, torch.tensor([[100.0, 0.011, torch.nan]]))

@@ -34,7 +34,7 @@ def test_more_queries_come_nearer_to_the_exact_distance():
     assert (many <= 1.01 * exact).all() and (many >= 0.999 * exact).all()
 
 
-def test_labels_alone_are_asked_and_never_more_often_than_allowed():
+def test_only_labels_are_queried_within_the_budget():
     model = network(0)
     batch = labelled(model, examples(0, n=12))
     for queries in (1, 7, 40):

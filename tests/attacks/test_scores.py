@@ -53,7 +53,7 @@ def test_the_estimate_points_along_the_gradient(noise):
     assert (torch.cosine_similarity(found, weight.to(found)) > 0.9).all()
 
 
-def test_a_point_that_is_asked_on_the_way_counts_inside_the_ball_alone():
+def test_a_queried_point_counts_only_inside_the_ball():
     model = Constant((0.0, 1.0))
     batch = Batch(torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64), torch.arange(3))
     for eps, kept in ((1.0, True), (1e-3, False)):
@@ -89,7 +89,7 @@ def test_sparse_rs_changes_as_many_places_as_allowed_to_sides_of_the_box(per, ep
      (SparseRS(), L0)],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_what_stands_to_the_end_is_asked_nearly_all_and_never_more(attack, norm, queries):
+def test_surviving_examples_get_nearly_all_queries_and_never_more(attack, norm, queries):
     batch = Batch(torch.full((3, 3, 4, 4), 0.5), torch.zeros(3, dtype=torch.int64), torch.arange(3))
     model = Classifier(Constant((1.0, 0.0)))
     threat = ThreatModel(norm(1.0), queries=queries, access="scores")

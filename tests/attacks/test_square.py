@@ -119,7 +119,7 @@ def test_a_broken_example_leaves():
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=repr)
-def test_what_an_example_gets_does_not_depend_on_its_company(norm):
+def test_results_of_an_example_do_not_depend_on_its_batch(norm):
     model = network()
     batch = labelled(model, examples())
     whole = Square(queries=100)(model, batch, ThreatModel(norm), rng=RNG)

@@ -68,7 +68,7 @@ def test_a_resized_image_is_smaller_somewhere_on_an_empty_ground_and_each_for_it
     assert below.min() >= -2
 
 
-def test_halving_goes_towards_the_lower_side_of_the_box():
+def test_a_split_continues_on_the_lower_side_of_the_box():
     x = torch.tensor([[1.0, -1.0, 0.0]])
     torch.testing.assert_close(halved_view(x, 2, Bounds(-1.0, 1.0)), torch.tensor([[-0.5, -1.0, -0.75]]))
 
@@ -116,11 +116,11 @@ def test_examples_of_a_like_model_turn_the_target(attack, norm):
     assert turned > (target(noise).argmax(1) != batch.y).double().mean() + 0.1
 
 
-def test_without_an_eps_it_has_nowhere_to_stop():
+def test_an_attack_without_an_eps_is_refused():
     with pytest.raises(UsageError, match="eps"):
         made(Transfer(), examples(0, n=2), [network(0)], Linf())
 
 
-def test_without_a_surrogate_it_says_how_to_name_one():
+def test_a_missing_surrogate_is_refused_with_a_remedy():
     with pytest.raises(UsageError, match="surrogates="):
         made(Transfer(), examples(0, n=2), [])

@@ -222,12 +222,12 @@ def test_a_student_follows_its_teacher_for_usual_latent_vectors_only():
         ("classifier", "robust-gan", {}, "expected a generator"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(place, factory, recipe, settings, message):
+def test_settings_that_cannot_be_trained_are_refused(place, factory, recipe, settings, message):
     with pytest.raises(HoldfastError, match=message):
         hardened(place, factory, recipe, **settings)
 
 
-def test_a_classifier_and_a_generator_are_told_apart(place):
+def test_a_generator_is_distinguished_from_a_classifier(place):
     with pytest.raises(
         UsageError, match="'mnist-cnn', and distil trains a generator; .* mnist-diffusion, mnist-gan"
     ):

@@ -171,7 +171,7 @@ def test_a_model_that_refuses_noise_is_smoothed_with_clamping():
         ({}, L1(0.3), "threat='l2:0.3', whose ball contains that of l1:0.3"),
     ],
 )
-def test_what_cannot_be_certified_is_refused_with_the_way_out(settings, threat, message):
+def test_models_that_cannot_be_certified_are_refused_with_a_remedy(settings, threat, message):
     model, batch, _ = linear()
     with pytest.raises(UsageError, match=message):
         Smoothing(**{"sigma": SIGMA, **settings}).ready(model, batch, ThreatModel(threat))

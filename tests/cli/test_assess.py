@@ -162,7 +162,7 @@ def test_a_suite_without_an_eps_shows_what_each_attack_found(capsys):
     assert capsys.readouterr().out == shown
 
 
-def test_time_that_ran_out_is_told_by_attack_with_its_meaning(capsys):
+def test_an_expired_time_is_reported_for_each_attack_with_its_meaning(capsys):
     words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--time-budget", "0.001s", "-o", "r.html"]
     assert run(words) == 0
     said = capsys.readouterr()
@@ -172,7 +172,7 @@ def test_time_that_ran_out_is_told_by_attack_with_its_meaning(capsys):
     assert Path("r.html").read_text().count("not run</td>") == 1
 
 
-def test_time_that_ran_out_is_told_once_where_a_doubt_tells_it(capsys):
+def test_an_expired_time_is_reported_once_if_a_doubt_states_it(capsys):
     asked = [word for word in QUICK if word != "--no-doubts"]
     assert run(["assess", "mnist-cnn", "mnist-mini", *asked, "--time-budget", "0.001s"]) == 0
     said = capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_time_that_ran_out_is_told_once_where_a_doubt_tells_it(capsys):
     assert "doubt not-exhausted open: Time ran out" in said
 
 
-def test_a_run_that_is_not_there_to_go_on_with_is_told(capsys):
+def test_a_resume_without_a_run_is_refused(capsys):
     words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--run", "r", "--resume"]
     said = "note: 'r' contains no run to resume, so a new run is started"
     assert run(words) == 0
@@ -221,7 +221,7 @@ def test_a_finished_run_is_reported_again_and_compares_with_another(capsys):
     assert line.split()[1:5] == [f"{100 * measured:.1f}", "%", "exit", "0"]
 
 
-def test_a_comparison_under_two_threats_says_so_first(capsys):
+def test_a_comparison_under_two_threats_begins_with_a_note(capsys):
     for eps in ("0.1", "0.2"):
         words = ["assess", "mnist-cnn", "mnist-mini", "-n", "8", "-t", f"linf:{eps}", "--suite", "quick"]
         assert run([*words, "--no-doubts", "--run", eps]) == 0
@@ -385,7 +385,7 @@ def test_reports_and_exit_code_do_not_need_a_reader(claim: str, code: int, close
 @pytest.mark.parametrize(
     "words", [["attacks"], ["attacks", "pgd"], ["--help"], ["report", "--help"], ["runs"]]
 )
-def test_what_nobody_reads_is_no_failed_gate(words: list[str]):
+def test_a_closed_output_is_no_failed_gate(words: list[str]):
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

@@ -279,7 +279,7 @@ def test_one_clear_message(words, code, named, capsys):
 
 
 @pytest.mark.parametrize("model", ["m.py:nan", "m.py:constant"])
-def test_a_model_that_says_nothing_is_broken_and_doubted(model, capsys):
+def test_a_model_with_non_finite_outputs_is_broken_and_doubted(model, capsys):
     assert run(with_model(model, "--gate", "robust_accuracy >= 0.0")) in (0, 4)
     assert "doubt" in capsys.readouterr().err
 
@@ -290,7 +290,7 @@ def test_one_image_and_one_class_are_measured(data):
 
 
 @pytest.mark.parametrize("data", ["one.npz", "good.npz"])
-def test_a_model_that_refuses_some_batch_sizes_is_measured_and_told(data, capsys):
+def test_a_model_that_refuses_some_batch_sizes_is_measured_with_a_note(data, capsys):
     assert run(["assess", "m.py:not_for_one", data, *ASSESS[5:]]) == 0
     said = "the model does not accept all batch sizes; each batch is padded to a multiple of 2"
     assert f"note: {said}" in capsys.readouterr().err
@@ -357,7 +357,7 @@ for words in {SLIPS!r}:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_before_the_run_is_told_too(name, code):
+def test_a_signal_before_the_run_is_reported(name, code):
     words = [*with_model("m.py:stopped", "--model-args", f"by={name}")]
     ended = subprocess.run(
         [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=300
@@ -385,7 +385,7 @@ def test_a_signal_before_the_settings_are_read_fits_the_command(more, said, monk
         assert capsys.readouterr().err.endswith(said)
 
 
-def test_a_run_that_is_resumed_without_its_model_is_told_the_command_that_made_it(capsys):
+def test_a_resume_without_the_model_is_refused_with_the_command_of_the_run(capsys):
     assert run([*ASSESS, "--no-doubts", "--run", "r"]) == 0
     capsys.readouterr()
     assert run(["assess", "--run", "r", "--resume"]) == 2
@@ -403,7 +403,7 @@ def test_a_signal_in_a_command_that_keeps_no_run_names_none(monkeypatch, capsys)
     assert capsys.readouterr().err.endswith("holdfast: stopped by SIGINT; start it again\n")
 
 
-def test_a_configuration_that_lies_here_is_offered(capsys):
+def test_a_configuration_in_the_current_folder_is_suggested(capsys):
     assert run(["init", "-q"]) == 0
     for command in ("assess", "doctor"):
         assert run([command]) == 2
@@ -416,7 +416,7 @@ def test_a_configuration_that_lies_here_is_offered(capsys):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_while_reports_are_written_says_how_to_have_them(name, code, monkeypatch, capsys):
+def test_a_signal_while_reports_are_written_states_how_to_resume(name, code, monkeypatch, capsys):
     def told(*_, **__):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(60)

@@ -25,12 +25,12 @@ def test_the_nearest_file_is_offered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", [None, "mnist-cnn", "https://host/model.pt", "."])
-def test_what_is_there_or_no_file_is_left_to_the_floors_below(address) -> None:
+def test_existing_paths_and_names_that_are_no_files_are_passed_on(address) -> None:
     refuse_missing_file(address)
 
 
 @pytest.mark.parametrize("set_by_the_user, stands", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_sleep_while_they_wait_and_torch_is_told_in_time(set_by_the_user, stands) -> None:
+def test_waiting_threads_sleep_and_the_setting_precedes_torch(set_by_the_user, stands) -> None:
     code = (
         "import atexit, os, sys; from holdfast.cli import main; "
         "atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)); main(['--version'])"

@@ -90,7 +90,7 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path_and_a_finished_run_is
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights(tmp_path):
+def test_a_training_that_is_killed_repeatedly_resumes_to_the_same_weights(tmp_path):
     words = [*PGD, "--set", "recipe.training.epochs=8", *JUDGED]
     found = killed(words, tmp_path, 2)
     assert found["kills"] == 2  # each within a training that was not done
@@ -98,7 +98,7 @@ def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights(tmp
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run():
+def test_a_signal_during_an_assessment_states_how_to_resume_the_whole_run():
     words = [*PGD, "-n", "1000", "--suite", "standard", "--run", "r"]
     started = subprocess.Popen([sys.executable, "-m", "holdfast", *words], stderr=subprocess.PIPE, text=True)
     while started.poll() is None and not list(Path("r/before").glob("*.json")):
@@ -131,7 +131,7 @@ def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run
         (["-o", "hardened"], "-o hardened has no suffix; write -o hardened/ for a folder"),
     ],
 )
-def test_what_cannot_be_is_refused(capsys, words, said):
+def test_impossible_values_are_refused(capsys, words, said):
     assert run(["harden", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", *JUDGED, *words]) == 2
     assert said in capsys.readouterr().err
 
@@ -200,7 +200,7 @@ def test_the_command_names_the_columns_of_a_table(capsys):
     [({"a": (0, 1), "b": (0, 2)}, ["--bounds", "@FILE"]), ((0, 2), []), (None, [])],
     ids=["of each feature", "of all", "none"],
 )
-def test_the_command_asks_for_bounds_that_the_file_of_the_model_lacks(bounds, flags):
+def test_the_command_requires_bounds_if_the_file_has_none(bounds, flags):
     settings = Harden(
         model="net.py:make", data="t.csv", threat="linf:0.1", **({} if bounds is None else {"bounds": bounds})
     )

@@ -36,7 +36,7 @@ def words(server, *more, path="/v2/models/small", queries=60):
 BLACK_BOX = ("--suite", "black-box", "--no-doubts", "-q")
 
 
-def test_what_a_server_says_gives_the_terminal_no_orders(capsys):
+def test_texts_of_a_server_have_no_control_characters_in_the_terminal(capsys):
     with Server(["orders"]) as server:
         template = ("--http-request", '{"instances": $x}', "--http-response", "predictions")
         assert run(words(server, *BLACK_BOX, *template, path="/predict")) == 3
@@ -49,7 +49,7 @@ def rows(path):
     return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
-def test_the_evidence_accounts_for_every_row_that_the_server_was_asked_for(capsys):
+def test_the_evidence_counts_every_row_that_was_sent(capsys):
     with Server() as server:
         assert run(words(server, *BLACK_BOX, "-o", "-", "-o", "r.csv")) == 0
         content = json.loads(capsys.readouterr().out)
@@ -67,7 +67,7 @@ def test_the_evidence_accounts_for_every_row_that_the_server_was_asked_for(capsy
 
 
 @pytest.mark.parametrize("more", [(), ("--batch-size", "5", "--http-max-rows", "2")], ids=["whole", "pieces"])
-def test_no_example_is_asked_for_more_often_than_its_budget(more):
+def test_no_example_gets_more_queries_than_its_budget(more):
     with Server() as server:
         assert run(words(server, *BLACK_BOX, "-o", "r.csv", *more, queries=50)) == 0
         asked = server.asked(X, RADIUS)
@@ -156,7 +156,7 @@ def test_a_run_whose_server_dies_resumes_to_what_an_undisturbed_one_finds(capsys
     assert "had no response when the run was stopped" in notes["cut"] and "stopped" not in notes["whole"]
 
 
-def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys):
+def test_a_run_resumes_after_a_server_that_refused_an_input_is_corrected(capsys):
     refused = (*BLACK_BOX, "--run", "cut", "--on-refused", "stop")
     with Server() as server:
         port = server.port
@@ -172,7 +172,7 @@ def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys)
         assert 0 < len(server.sizes) < sent
 
 
-def test_what_was_sent_again_stands_in_the_notes(capsys, set_limit):
+def test_repeated_requests_are_in_the_notes(capsys, set_limit):
     set_limit("holdfast.io.remote.http_client._FIRST_WAIT_S", 0.001)
     with Server([None] * 12 + [(429, {"Retry-After": "0"}), 503]) as server:
         assert run(words(server, *BLACK_BOX, "-o", "-")) == 0
@@ -183,7 +183,7 @@ def test_what_was_sent_again_stands_in_the_notes(capsys, set_limit):
         assert len(server.rows) == LOOKED_AT + content["cost"]["forwards"]
 
 
-def test_a_secret_is_in_nothing_that_is_written_or_said(capsys, monkeypatch):
+def test_a_secret_is_in_no_file_and_no_message(capsys, monkeypatch):
     monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "hunter2hunter2")
     header = ("--header", "Authorization: env:HOLDFAST_TEST_TOKEN")
     with Server() as server:

@@ -68,7 +68,7 @@ def test_a_threat_that_is_no_ball(threat, attacks, says):
 
 
 @pytest.mark.slow
-def test_a_patch_is_learned_once_and_its_cost_is_told():
+def test_a_patch_is_learned_once_and_its_cost_is_reported():
     patch = ["--set", "attacks=[{use: AdversarialPatch, steps: 30, batch: 50, examples: 200}]"]
     content = assessed("mnist-cnn", "mnist-mini", "-n", "50", "--threat", "patch:9x9,at=centre", *patch)
     (attack,) = content["attacks"]
@@ -139,7 +139,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--transform", "noise=3"], "at most 1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_one_clear_error(flags, said, capsys):
+def test_impossible_settings_are_one_clear_error(flags, said, capsys):
     np.savez("other.npz", x=np.zeros((4, 1, 8, 8), np.float32), y=np.arange(4))
     assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "4", *flags]) == 2
     assert said in capsys.readouterr().err

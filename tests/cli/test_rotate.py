@@ -126,7 +126,7 @@ def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_befor
     assert run(["verify", "pool"]) == 3, "a key that is not the pool's"
 
 
-def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
+def test_stored_attacks_and_judgements_are_readable_for_the_owner_only(pool):
     Pool.open(Path("pool")).drop("generator")
     assert run(["rotate", "draw", "pool", "--sets", "1"]) == 0
     assert run(["rotate", "admit", "pool", "--set", "n_judged=20"]) in (0, 4)
@@ -222,7 +222,7 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, re
 
 
 @pytest.mark.parametrize("by", ["retraining", "generator"])
-def test_run_makes_sets_as_it_is_asked_to(pool, capsys, replace_step, by):
+def test_run_makes_sets_by_the_given_method(pool, capsys, replace_step, by):
     Pool.open(Path("pool")).drop("generator")
     seen = []
     replace_step("RotationLoop.fill", lambda self: seen.append(self.settings.by))
@@ -232,7 +232,7 @@ def test_run_makes_sets_as_it_is_asked_to(pool, capsys, replace_step, by):
     assert seen == (["retraining"] if by == "retraining" else ["learned", "generator"])
 
 
-def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch, command_line):
+def test_a_stopped_training_states_the_whole_command(pool, capsys, monkeypatch, command_line):
     words = ["rotate", "train", "pool", *QUICK]
     command_line(["holdfast", *words])
     monkeypatch.setattr(training, "train", lambda *given, **more: signal.raise_signal(signal.SIGINT))
@@ -242,7 +242,7 @@ def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeyp
     assert said.endswith("pool --set codec.steps=400 --set generator.steps=200\n")
 
 
-def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
+def test_a_finished_collection_reports_its_sets_again(pool, capsys):
     assert run([*COLLECT, "--run", "pool/", "--resume"]) == 0
     assert "8 sets of 2 trainings of 3 epochs" in capsys.readouterr().out
 
@@ -277,7 +277,7 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "swop"], 2, "swop"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_said(pool, capsys, words, code, says):
+def test_impossible_settings_are_reported(pool, capsys, words, code, says):
     assert run(words) == code
     said = capsys.readouterr().err
     assert re.search(says, said), said

@@ -73,7 +73,7 @@ def test_doubts_take_at_most_as_many_rows_as_the_suite(capsys, metadata, n, quer
     assert measured["randomness"]["n"] > 0
 
 
-def test_a_doubt_that_would_take_too_many_rows_is_not_measured_and_says_what_to_do(capsys):
+def test_a_doubt_that_needs_too_many_rows_is_not_measured_and_names_a_remedy(capsys):
     with Server() as server:
         assert served(server, "-q", "-n", "9", "-o", "-", queries=30) == 0
     doubts = {doubt["name"]: doubt for doubt in json.loads(capsys.readouterr().out)["doubts"]}
@@ -119,7 +119,7 @@ def test_an_attack_that_nothing_bounds_is_named():
 
 
 @pytest.mark.parametrize("size", [None, 8, 32, 40, 100])
-def test_a_dry_run_sends_at_most_64_rows_and_says_how_many(capsys, size):
+def test_a_dry_run_sends_at_most_64_rows_and_states_their_number(capsys, size):
     metadata = None if size is None else fixed(size)
     with Server(metadata=metadata) as server:
         assert served(server, "--dry-run") == 0
@@ -150,7 +150,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(capsys):
 
 
 @pytest.mark.parametrize("size", [None, 8, 32, 40, 100])
-def test_doctor_sends_at_most_64_rows_and_says_how_many(capsys, size):
+def test_doctor_sends_at_most_64_rows_and_states_their_number(capsys, size):
     with Server(metadata=None if size is None else fixed(size)) as server:
         assert served(server, verb="doctor") == 0
         out = " ".join(capsys.readouterr().out.split())
@@ -209,7 +209,7 @@ def found_by_doctor(net, x=None, y=None, batches=EVERY):
     return findings
 
 
-def test_doctor_tells_draws_at_random_from_outputs_that_depend_on_the_batch():
+def test_doctor_distinguishes_random_outputs_from_outputs_that_depend_on_the_batch():
     calls = []
 
     def drawing(x):
@@ -220,7 +220,7 @@ def test_doctor_tells_draws_at_random_from_outputs_that_depend_on_the_batch():
     assert found_by_doctor(lambda x: x[:, :3] + 0.1 * x[:1, :1])["state"].level == "problem"
 
 
-def test_doctor_tries_as_many_readings_as_rows_are_left_for_and_says_that_others_were_not_tried():
+def test_doctor_tries_the_readings_that_its_rows_allow_and_names_the_others():
     dark = torch.rand(80, 6, generator=torch.Generator().manual_seed(0)) / 30
     y = dark[:, :3].argmax(1)
 

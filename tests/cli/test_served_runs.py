@@ -154,7 +154,7 @@ def test_a_journal_that_was_cut_or_changed_is_refused_by_name(stopped, capsys):
         assert len(stopped.rows) == len(fresh.rows)
 
 
-def test_a_full_disk_ends_the_run_and_it_goes_on_with_space(stopped, capsys, monkeypatch):
+def test_a_full_disk_ends_a_run_that_resumes_once_there_is_space(stopped, capsys, monkeypatch):
     full = OSError(28, "No space left on device")
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -168,7 +168,7 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_with_space(stopped, capsys, mon
     assert report("r")["served"]["rows"] + report("r")["served"]["unanswered"] >= len(stopped.rows) > sent
 
 
-def test_a_token_that_expires_stops_the_run_and_a_new_one_goes_on(capsys, monkeypatch):
+def test_an_expired_token_stops_the_run_and_a_new_one_resumes_it(capsys, monkeypatch):
     monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "old-token")
     header = ("--header", "Authorization: env:HOLDFAST_TEST_TOKEN", "--run", "r")
     with Server(key=lambda: "old-token" if len(server.rows) < 200 else "new-token") as server:

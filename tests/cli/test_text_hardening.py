@@ -97,7 +97,7 @@ def test_the_new_model_opens_again_and_its_run_is_verified_and_reported(model, c
         ("network", ("--recipe", "masked-words", "--set", "recipe.mask=a b"), "one word was expected"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(model, flags, message, capsys):
+def test_settings_that_cannot_be_trained_are_refused(model, flags, message, capsys):
     assert harden(model, *flags) in (2, 3)
     assert message in capsys.readouterr().err
 

@@ -31,7 +31,7 @@ def test_vat_learns_from_examples_without_labels_and_counts_the_others():
 
 
 @pytest.mark.slow
-def test_a_run_says_under_which_norms_it_trained():
+def test_a_run_states_the_norms_of_its_training():
     others = ["--recipe", "multi-norm", "--set", "recipe.others=l2:1.5,l1:10", "--set", "recipe.steps=1"]
     assert run([*HARDEN, *SHORT, *others, "--run", "r"]) == 0
     config = json.loads(Path("r/run.json").read_text())["config"]

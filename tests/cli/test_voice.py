@@ -32,7 +32,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal()
 
 
-def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(terminal: Terminal) -> None:
+def test_a_message_replaces_the_line_of_the_progress_bar(terminal: Terminal) -> None:
     with redirect_stderr(terminal), progress_bar(Voice()):
         Voice().say("a set is drawn")
     assert not terminal.buffer.getvalue(), "nothing goes round the bar"

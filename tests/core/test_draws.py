@@ -36,7 +36,7 @@ def test_a_place_is_a_hash_of_the_place_before_it():
     assert Draws(7).at("start") == Draws(int.from_bytes(named, "little"))
 
 
-def test_places_are_told_apart():
+def test_places_are_distinguished():
     rng = Draws(0)
     places = [
         rng,

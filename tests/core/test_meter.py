@@ -68,7 +68,7 @@ def test_the_budget_is_never_exceeded_by_one_even_where_a_batch_crosses_it(queri
     assert meter.spent.queries.max() == queries
 
 
-def test_an_example_that_is_asked_twice_in_one_call_pays_twice():
+def test_an_example_that_is_queried_twice_in_one_call_counts_twice():
     meter, _, _ = metered(queries=3)
     meter(X[[0, 0]], IDS[[0, 0]])
     with pytest.raises(BudgetSpent):
@@ -158,7 +158,7 @@ def test_dead_gradients_of_the_first_pass_are_noted():
     assert meter.spent.dead.tolist() == [False, True, True, False]
 
 
-def test_what_is_spent_is_a_copy():
+def test_the_spent_times_are_a_copy():
     meter, _, _ = metered()
     before = meter.spent
     meter(X)

@@ -22,7 +22,7 @@ def test_preprocessing_is_channel_by_channel():
     torch.testing.assert_close(Classifier(nn.Flatten(), mean=(0.5,))(X), (X - 0.5).flatten(1))
 
 
-def test_it_is_a_model_and_asks_nothing_of_the_ids():
+def test_a_rotation_is_a_model_that_needs_no_ids():
     model = Classifier(nn.Flatten())
     assert isinstance(model, Model)
     assert torch.equal(model(X, torch.tensor([5, 6, 7])), model(X))
@@ -105,7 +105,7 @@ NO_MEMORY = (
 
 
 @pytest.mark.parametrize("error", [MemoryError(), *map(RuntimeError, NO_MEMORY)], ids=lambda e: str(e)[:50])
-def test_running_out_of_memory_stays_what_it_is(error):
+def test_an_error_of_missing_memory_is_not_converted(error):
     def greedy(x):
         raise error
 

@@ -105,7 +105,7 @@ def test_products_alone_are_narrow_and_logits_are_not():
         assert net.net(images().x).dtype == torch.float32
 
 
-def test_a_training_that_is_stopped_goes_on_to_the_same_bytes_whatever_it_computes_in():
+def test_a_stopped_training_resumes_to_the_same_bytes_in_each_precision():
     how = {"precision": "bfloat16", "layout": "channels-last"}
     whole = checkpoints(**how)
     assert apart(checkpoints(after=whole[0], **how), whole) == 0

@@ -67,7 +67,7 @@ def test_the_skip_connection_keeps_its_gradient_where_the_branch_hands_its_input
     )
 
 
-def test_what_the_network_says_and_the_network_itself_stay_as_they_are():
+def test_logits_and_weights_of_the_network_are_unchanged():
     net = blocks()
     plain = slope(net)
     preferring = holdfast.skipped(net, "*.branch", decay=0.2)

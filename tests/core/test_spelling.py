@@ -22,7 +22,7 @@ def test_one_letter_too_few_or_too_many_is_a_slip(name):
         assert suggestion(written, NAMES) == f"did you mean {name!r}?"
 
 
-def test_nothing_is_offered_where_nothing_is_near():
+def test_no_name_is_suggested_if_none_is_similar():
     assert suggestion("zebra", NAMES) == suggestion("", NAMES) == suggestion("linf", ()) == ""
 
 

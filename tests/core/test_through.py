@@ -23,7 +23,7 @@ def view_of(net, **settings):
     return View(Classifier(net), ways, **settings)
 
 
-def test_a_stage_is_itself_until_somebody_goes_round_it():
+def test_a_stage_is_unchanged_until_it_is_replaced():
     net = nn.Sequential(holdfast.through(torch.round), nn.Linear(2, 2))
     view = view_of(net)
     torch.testing.assert_close(view(X), net(X), rtol=0, atol=0)
@@ -39,7 +39,7 @@ def test_a_stand_in_gives_the_gradient_and_nothing_else():
     assert slope(view, X).tolist() == [[6, 6], [6, 6]]
 
 
-def test_what_is_put_in_the_place_of_another_is_exact():
+def test_replaced_layers_are_exact():
     value, other = torch.tensor([0.1, 1e-9, 3e7]), torch.tensor([1e8, 1.0, 0.1], requires_grad=True)
     assert (instead(value, other) == value).all()
 

@@ -37,7 +37,7 @@ def test_all_probes_together_keep_to_the_budget_and_none_runs_on_too_few(batches
 
 @pytest.mark.parametrize("randomised", [False, True])
 @pytest.mark.parametrize("batches", [None, Batches(4)])
-def test_a_probe_asks_for_no_more_rows_than_was_computed(batches, randomised):
+def test_a_probe_sends_at_most_the_computed_number_of_rows(batches, randomised):
     model, n, threat = network(), 7, ThreatModel(Linf(0.01), access="scores", queries=30)
     batch, passes, rows = labelled(model, examples(n=n)), Passes(n, batches), []
     for probe in probes_for(threat, (Square(), RayS())):
@@ -66,7 +66,7 @@ def test_an_attack_that_nothing_bounds_is_not_run_again():
     assert found.examples == {} and "queries=1000" in found.reasons["again"]
 
 
-def test_doubts_say_what_was_not_run_and_on_how_few_examples_others_were():
+def test_doubts_name_missing_attacks_and_small_samples():
     allotment = Allotment(
         {"noise": 9}, {"noise": 20, "again": 20, "steadiness": 20}, {"again": "A", "steadiness": "S"}
     )

@@ -150,7 +150,7 @@ def raised(module, **options):
 
 
 @pytest.mark.slow
-def test_an_honest_network_raises_nothing(net):
+def test_a_network_without_masking_raises_no_doubt(net):
     result = findings(net)
     assert [doubt.name for doubt in result.doubts] == [
         name for name, test in doubt_tests().items() if test.conclude
@@ -305,18 +305,18 @@ def test_constant_compares_outputs_of_inputs_and_not_margins(scores, labels, sta
     assert {doubt.name: doubt.state for doubt in found.doubts}["constant"] == state
 
 
-def test_probabilities_are_told_from_logits(net):
+def test_probabilities_are_distinguished_from_logits(net):
     assert "probabilities" in raised(Changed(net, after=nn.Softmax(1)), only={"steadiness"})
 
 
-def test_nan_is_told(net):
+def test_nan_is_reported(net):
     def holes(logits):
         return torch.where(torch.arange(len(logits))[:, None] == 3, torch.nan, logits)
 
     assert "nan" in raised(Changed(net, after=Function(holes)), only={"steadiness"})
 
 
-def test_a_gradient_that_lies_is_shattered(net):
+def test_a_misleading_gradient_is_reported_as_shattered(net):
     """Ripples far shorter than any step: steep everywhere, and going nowhere."""
     ripples = Function(lambda x: x + 0.005 * torch.sin(4000 * x))
     assert "shattered" in raised(Changed(net, before=ripples), only={"gradients"})
@@ -394,7 +394,7 @@ def test_what_breaks_a_standing_example_keeps_to_the_budget_of_the_threat(net, a
 
 
 @pytest.mark.parametrize(("queries", "counted"), [(1, False), (2, True), (20, True), (None, True)])
-def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(net, queries, counted):
+def test_a_probe_beyond_the_query_budget_raises_no_doubt_about_the_suite(net, queries, counted):
     model, batch = Classifier(net), patterns(80, seed=2)
     threat = ThreatModel(Linf(0.3), queries=queries)
     columns = evidence_columns(
@@ -409,7 +409,7 @@ def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(n
 
 
 @pytest.mark.slow
-def test_probes_say_how_much_they_ask(net):
+def test_probes_state_their_numbers_of_queries(net):
     model, batch = Classifier(net), patterns(80, seed=2)
     columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
     _, spent = probe_all(model, batch, columns, ThreatModel(Linf(0.01)))

@@ -55,7 +55,7 @@ def test_an_item_reads_digits_and_names_its_paper(item, digits, twin):
     assert "20" in item.source
 
 
-def test_names_are_told_apart():
+def test_names_are_distinguished():
     assert (
         len({item.name for item in (*ITEMS, *DISCRETE, *SLOW)})
         == len(ITEMS) + len(DISCRETE) + 1
@@ -108,7 +108,7 @@ def exhibited(shown):
     return (EXHIBIT,)
 
 
-def test_the_table_and_the_file_say_the_same(monkeypatch, tmp_path):
+def test_the_table_and_the_file_agree(monkeypatch, tmp_path):
     monkeypatch.setattr(running, "exhibition", exhibited)
     place = tmp_path / "g.json"
     done = CliRunner().invoke(verbs, ["demo", "--gallery", "-o", str(place)])

@@ -213,7 +213,7 @@ def test_the_adaptive_run_tries_several_weights_and_only_on_a_detector():
 
 
 @pytest.mark.slow
-def test_nothing_is_measured_of_who_has_no_detector_or_another_goal():
+def test_a_model_without_a_detector_or_with_another_goal_is_not_measured():
     model, batch, _, _ = problem()
     bare = assessed(sides, batch)
     aimed = assessed(model, batch, threat=ThreatModel(Linf(EPS), goal=1))
@@ -229,7 +229,7 @@ def test_nothing_is_measured_of_who_has_no_detector_or_another_goal():
 
 
 @pytest.mark.slow
-def test_a_pair_without_a_say_is_no_detector():
+def test_a_pair_without_a_decision_is_no_detector():
     _, batch, _, _ = problem()
     found = assessed(
         with_detector(sides, lambda x: torch.zeros(len(x), dtype=x.dtype), LIMIT), batch
@@ -264,7 +264,7 @@ def test_batches_make_no_difference():
 
 
 @pytest.mark.slow
-def test_the_example_of_the_documentation_prints_what_it_says(capsys):
+def test_the_example_of_the_documentation_prints_its_stated_output(capsys):
     page = (Path(__file__).parents[2] / "docs" / "concepts" / "adaptive.md").read_text(encoding="utf-8")
     code, printed = re.search(
         r"```python\n(import holdfast\n.*?)```\n\n```text\n(.*?)```", page, re.DOTALL

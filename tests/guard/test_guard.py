@@ -56,7 +56,7 @@ def problem(eps=0.2):
 
 
 @pytest.mark.parametrize("access", ["gradients", "scores"])
-def test_what_stands_is_what_no_accepted_input_turns_wrong(access):
+def test_an_example_survives_if_no_accepted_input_is_misclassified(access):
     model, batch, accepted, stands = problem()
     attacks = [PGD(steps=60, restarts=4)] if access == "gradients" else [Square(queries=1500)]
     evidence = measure(Classifier(model), [batch], attacks, ThreatModel(Linf(0.2), access=access))
@@ -76,7 +76,7 @@ def test_labels_alone_lead_to_accepted_wrong_inputs():
     assert (evidence["adversarial_prediction"][fallen] == 1 - batch.y[fallen]).all()
 
 
-def test_who_does_not_know_the_detector_breaks_fewer():
+def test_an_attacker_without_the_detector_breaks_fewer():
     model, batch, accepted, stands = problem()
     threat = ThreatModel(Linf(0.2))
     evidence = measure(Classifier(model), [batch], [Unaware()], threat)
@@ -118,7 +118,7 @@ def test_a_goal_is_to_be_accepted_as_a_class():
 
 
 @pytest.mark.parametrize("threshold, scale", [(0.5, 1.0), (0.5, 0.25), (-0.5, 4.0)])
-def test_a_detector_may_say_yes_or_no_or_count(threshold, scale):
+def test_a_detector_may_return_a_decision_or_a_score(threshold, scale):
     _, batch, accepted, _ = problem()
 
     def whole(x):
@@ -187,7 +187,7 @@ def test_doubts_and_gates_see_the_pair():
 
 
 @pytest.mark.slow
-def test_an_adaptive_attack_goes_round_what_masks_the_pair():
+def test_an_adaptive_attack_replaces_the_stage_that_masks_the_gradient_of_a_pair():
     _, batch, _, stands = problem()
     masked = with_detector(lambda x: sides(rounded(x)), lambda x: offset(rounded(x)), LIMIT)
     given, arms = as_data(batch.x, batch.y), (Member("BPDA", APGD(steps=60)),)
@@ -252,7 +252,7 @@ def test_classes_are_counted_without_the_rejection():
     assert 0 < evidence["rejected"].sum() < N
 
 
-def test_what_cannot_be_meant_is_refused():
+def test_impossible_settings_are_refused():
     with pytest.raises(UsageError, match="expected a network and a detector"):
         with_detector(sides, 3.0, LIMIT)
     with pytest.raises(UsageError, match="scale is 0"):

@@ -131,7 +131,7 @@ def tensor(data, shape, datatype):
 OIP = Shaped("x")
 
 
-def test_the_protocol_says_whether_numbers_are_whole():
+def test_the_protocol_states_whether_numbers_are_integers():
     assert read(tensor([1, 0], [2, 1], []), form=OIP, expected=2, declared=True) == [[1.0], [0.0]]
     assert read(tensor([1, 0], [2, 1], "FP32"), form=OIP, expected=2) == [[1.0], [0.0]]
     with pytest.raises(TargetLost, match="one integer per row"):
@@ -251,7 +251,7 @@ def test_the_beginning_of_an_answer_is_cut_after_its_secrets_are_masked():
         ("$x_one_last", True, True),
     ],
 )
-def test_a_template_says_how_the_rows_are_written(request_, one, last):
+def test_a_template_decides_how_rows_are_written(request_, one, last):
     form = Template.of(request_, None)
     assert (form.one, form.channels_last) == (one, last)
     x = torch.rand(1, 3, 2, 1)

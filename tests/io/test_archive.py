@@ -36,7 +36,7 @@ def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP
 
 
 @pytest.mark.slow
-def test_a_state_dict_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_a_state_dict_is_read_back_exactly(tmp_path: Path) -> None:
     state = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict()
     for legacy in (False, True):
         torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
@@ -188,7 +188,7 @@ def test_a_tensor_far_larger_than_its_file_meets_the_memory_limit(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2], 7], ids=repr)
-def test_a_file_without_tensors_says_what_it_holds(content: object) -> None:
+def test_a_file_without_tensors_is_refused_with_its_content(content: object) -> None:
     with pytest.raises(TypeError, match="contains"):
         state_dict(content)
 
@@ -208,7 +208,7 @@ def test_torchscript_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_sparse_tensor_whose_indices_lie_outside_of_it_is_refused_before_it_is_made_dense(tmp_path):
+def test_a_sparse_tensor_with_indices_outside_is_refused_before_it_is_made_dense(tmp_path):
     def coo(index):
         return torch.sparse_coo_tensor(torch.tensor([[index]]), torch.ones(1), (4,), check_invariants=False)
 

@@ -158,7 +158,7 @@ def test_the_binary_version_of_cifar_is_fetched(server: Server, monkeypatch: pyt
     assert np.array_equal((batch.x.permute(0, 2, 3, 1).numpy() * 255).round(), images[10:])
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_download_continues_at_its_last_byte(server: Server, tmp_path: Path) -> None:
     content = RNG.bytes(3_000_000)
     server.files["f.bin"] = content
     remote = RemoteFile(server.url("f.bin"), md5(content))
@@ -197,7 +197,7 @@ def test_a_complete_part_is_checked_and_taken(server: Server, tmp_path: Path) ->
     assert (tmp_path / "f.bin").read_bytes() == b"all of it"
 
 
-def test_what_cannot_be_fetched_is_said(
+def test_a_failed_download_is_reported(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TargetError, match="answered 404"):

@@ -78,7 +78,7 @@ def test_a_single_misfit_among_many_is_seen(tmp_path: Path) -> None:
     assert found["accuracy"][0] == "good"
 
 
-def test_a_table_is_told_to_scale_its_features() -> None:
+def test_a_table_with_unscaled_features_gets_advice_to_scale_them() -> None:
     x = torch.arange(40.0).view(20, 2)
     found = said(holdfast.doctor(lambda x: x, (x, torch.ones(20, dtype=torch.long))))
     level, way_out = found["range"]
@@ -97,7 +97,7 @@ def test_the_range_of_a_table_with_missing_values_is_that_of_the_values_present(
     assert f'"1": [{"1, 39" if last == 39 else "0, 0"}]' in way_out
 
 
-def test_a_model_that_writes_into_its_input_is_told_so() -> None:
+def test_a_model_that_writes_into_its_input_is_reported() -> None:
     digits = open_data("mnist-mini").read(0, 40)
 
     def model(x):
@@ -165,7 +165,7 @@ def test_a_reading_that_a_weak_network_refuses_ends_nothing(kind: str) -> None:
     assert any(finding.check == "accuracy" for finding in holdfast.doctor(model, (batch.x, batch.y)))
 
 
-def test_a_network_that_is_right_is_not_said_to_meet_data_that_do_not_fit() -> None:
+def test_an_accurate_network_raises_no_doubt_about_its_data() -> None:
     model = Classifier(lambda x: x, bounds=Bounds(-10, 10))
     y = torch.arange(60) % 4
     batch = Batch(torch.nn.functional.one_hot(y, 4).float(), y, torch.arange(60))
@@ -225,7 +225,7 @@ def test_normalising_twice_is_named_on_either_side() -> None:
     assert "normalisation" not in said(holdfast.doctor(colourful, (x, y)))
 
 
-def test_no_alternative_is_believed_where_outputs_change_between_calls() -> None:
+def test_no_alternative_is_used_if_outputs_change_between_calls() -> None:
     x = torch.rand(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     y, calls = colourful(x).argmax(1), []
 

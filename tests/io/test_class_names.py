@@ -114,7 +114,7 @@ def test_the_order_of_names_is_used_where_it_is_unambiguous(
         assert class_numbers(found, Expected(), classes, "data", "class folders") == tuple(found)
 
 
-def test_a_refusal_of_the_order_says_each_thing_once() -> None:
+def test_a_refusal_of_an_order_names_each_cause_once() -> None:
     with pytest.raises(TargetError) as refused:
         class_numbers(["1", "10", "2"], Expected(), 3, "photos", "class folders")
     assert refused.value.message == (

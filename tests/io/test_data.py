@@ -213,7 +213,7 @@ def test_damaged_archives_are_named(tmp_path: Path) -> None:
         open_data(str(tmp_path / "empty.npz"))
 
 
-def test_a_member_that_declares_more_than_it_holds_is_refused_before_memory_is_asked_for(
+def test_a_member_with_a_false_size_is_refused_before_memory_is_allocated(
     tmp_path: Path,
 ) -> None:
     file = io.BytesIO()

@@ -259,7 +259,7 @@ def test_an_estimator_is_not_hardened():
         holdfast.harden(logistic().fit(X, Y), (SHOWN, CLASS[JUDGED]), "linf:0.1")
 
 
-def test_a_run_knows_an_estimator_by_what_it_was_fitted_to():
+def test_the_digest_of_an_estimator_depends_on_what_it_was_fitted_to():
     one, same, other = (
         DecisionTreeClassifier(random_state=0).fit(X[rows], Y[rows]) for rows in (FIT, FIT, slice(0, 200))
     )

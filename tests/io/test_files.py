@@ -33,7 +33,7 @@ from holdfast.settings.yaml_text import load
 
 
 @pytest.mark.parametrize("wanted", [existing, readable_file])
-def test_what_is_not_there_is_refused_with_the_nearest_name_or_the_place(wanted, tmp_path: Path) -> None:
+def test_a_missing_name_is_refused_with_the_nearest_one_or_the_place(wanted, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"x")
     with pytest.raises(
         TargetError, match=r"^model '.*wieghts.pt' does not exist \(did you mean '.*weights.pt'"

@@ -193,7 +193,7 @@ IN_PASSING = {
 
 
 @pytest.mark.parametrize("script, waits, said", IN_PASSING.values(), ids=IN_PASSING)
-def test_what_fails_in_passing_is_asked_again_and_noted(script, waits, said):
+def test_temporary_failures_are_retried_and_noted(script, waits, said):
     with Server(script) as server:
         timeout_s = 0.05 if script == ["slow"] else 2.0
         found, waited = opened(server, "/predict", **TEMPLATE, timeout_s=timeout_s)
@@ -230,7 +230,7 @@ def test_an_answer_that_was_cut_is_no_idle_connection():
         assert waits == [0.5]
 
 
-def test_waits_grow_to_a_bound_and_the_last_failure_is_told():
+def test_waits_grow_to_a_bound_and_the_last_failure_is_reported():
     with Server([503] * 20) as server:
         found, waits = opened(server, retries=8)
         with pytest.raises(TargetLost, match=r"503 Service Unavailable: .* \(sent 9 times\)"):
@@ -250,7 +250,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("trouble, said", LOST.values(), ids=LOST)
-def test_what_will_not_pass_is_not_asked_again(trouble, said):
+def test_permanent_failures_are_not_retried(trouble, said):
     with Server([trouble, trouble]) as server:
         found, waits = opened(server)
         with pytest.raises(TargetLost, match=said):
@@ -263,7 +263,7 @@ def test_what_is_no_json_is_shown_in_the_end():
         asked(opened(server, retries=1)[0])
 
 
-def test_a_date_says_how_long_to_wait():
+def test_a_date_in_retry_after_is_converted_to_seconds():
     past = {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}
     with Server([(503, past), (503, {"Retry-After": "soon"})]) as server:
         found, waits = opened(server)
@@ -304,7 +304,7 @@ def test_what_is_no_number_is_broken_as_of_any_other_model():
     assert not np.isnan(scores).all()
 
 
-def test_a_refusal_before_the_end_of_a_large_request_is_heard():
+def test_a_refusal_before_the_end_of_a_large_request_is_received():
     with Server(["refuse_unread"]) as server:
         remote = Remote(hosts=("127.0.0.1",), retries=0)
         client = Client(allowed_address(server.url(), remote.hosts), remote)
@@ -312,7 +312,7 @@ def test_a_refusal_before_the_end_of_a_large_request_is_heard():
             client.request("/predict", b"1" * 10**7)
 
 
-def test_a_server_that_is_not_there_is_said_at_once(server):
+def test_an_unreachable_server_is_reported_at_once(server):
     server.stop()
     waits = []
     with pytest.raises(TargetLost, match=r"cannot be reached \(ConnectionRefusedError"):
@@ -450,7 +450,7 @@ def test_templates_that_are_refused(server, request_, said):
     assert said in str(refused.value)
 
 
-def test_a_path_that_leads_nowhere_says_what_is_there(server):
+def test_an_unknown_path_is_refused_with_the_existing_ones(server):
     with pytest.raises(TargetLost, match="has no 'scores', but the keys predictions"):
         asked(opened(server, "/predict", request='{"instances": $x}', response="scores")[0])
     with pytest.raises(TargetLost, match="but numbers or text were expected"):
@@ -478,7 +478,7 @@ def test_other_addresses_and_models_are_refused(server):
         opened(server)
 
 
-def test_a_server_that_describes_nothing_is_asked_all_the_same(server):
+def test_a_server_without_a_description_is_queried(server):
     server.metadata.update(inputs=[], outputs=None)
     found, _ = opened(server)
     np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)

@@ -122,7 +122,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
         ("a_class", {}, TargetError, "returned the class Linear; a torch.nn.Module or a function"),
     ],
 )
-def test_what_is_wrong_with_a_factory_is_said(
+def test_errors_of_a_factory_are_explained(
     code: Path, factory: str, arguments: dict[str, str], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -148,7 +148,7 @@ def test_a_network_or_a_function_will_do(tmp_path: Path) -> None:
         open_model(str(tmp_path / "w.pt"), arch=f"{path}:doubled")
 
 
-def test_a_function_is_the_same_wherever_its_file_lies(tmp_path: Path) -> None:
+def test_the_digest_of_a_function_does_not_depend_on_the_place_of_its_file(tmp_path: Path) -> None:
     code = (
         "import torch\nclass Net:\n    def __init__(self, k): self.k = k\n"
         "    def __call__(self, x): return self.k * x\n"
@@ -272,7 +272,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
         ("layout", {}),
     ],
 )
-def test_what_a_file_says_of_its_network_has_one_form(tmp_path: Path, key: str, value: object) -> None:
+def test_the_description_of_a_network_in_a_file_has_one_form(tmp_path: Path, key: str, value: object) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1)}, path, {"holdfast": json.dumps({key: value})})
     with pytest.raises(
@@ -291,7 +291,7 @@ def test_what_a_file_says_of_its_network_has_one_form(tmp_path: Path, key: str, 
         ("mnist-cn", "no bundled model 'mnist-cn'"),
     ],
 )
-def test_what_cannot_be_opened_is_refused_by_name(address: str, message: str) -> None:
+def test_a_model_that_cannot_be_opened_is_refused_by_name(address: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         open_model(address)
 

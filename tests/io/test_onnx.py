@@ -580,7 +580,7 @@ def test_unknown_settings_are_named_too(tmp_path: Path) -> None:
     assert "Resize of mode cubic, half_pixel, round_prefer_floor, in the node 'a', cannot" in opened.notes[0]
 
 
-def test_one_of_several_outputs_is_taken_and_said(tmp_path: Path) -> None:
+def test_one_of_several_outputs_is_chosen_and_reported(tmp_path: Path) -> None:
     nodes = [node("Gemm", "x w", "y"), node("ArgMax", "y", "label", axis=1, keepdims=0)]
     opened = open_model(
         write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3)}, shape=(N, 5), outputs=["label", "y"])
@@ -982,7 +982,7 @@ def test_a_giant_made_of_nothing_is_refused(tmp_path: Path, process_limits) -> N
         open_model(path)
 
 
-def test_a_missing_extra_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_refused_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = linear_model(tmp_path / "m.onnx")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UsageError, match=r'pip install "holdfast-ml\[onnx\]"'):

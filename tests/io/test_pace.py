@@ -32,7 +32,7 @@ def test_requests_begin_at_the_rate_and_are_spread_again_after_a_pause():
     assert begun[6:] == [4.0, 4.2, 4.4, 4.6, 4.8, 5.0]
 
 
-def test_a_pause_that_comes_while_a_request_waits_holds_for_it_too():
+def test_a_pause_also_applies_to_a_waiting_request():
     clock = Clock()
 
     def sleep(seconds):
@@ -48,7 +48,7 @@ def test_a_pause_that_comes_while_a_request_waits_holds_for_it_too():
     assert round(clock.now() - 100.0, 6) == 2.5
 
 
-def test_the_request_that_was_told_to_wait_does_not_wait_twice():
+def test_a_request_with_retry_after_does_not_wait_twice():
     clock = Clock()
     pace = RequestPace(None, clock.now, clock.sleep)
     until = pace.pause(7.0)

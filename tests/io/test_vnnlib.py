@@ -79,7 +79,7 @@ def satisfied(query, x, y):
         ("(<= (+ X_0 X_1 Y_0) 1.0)", (0.5, 1), (-0.4, 0), False),
     ],
 )
-def test_conditions_mean_what_smt_lib_says(tmp_path, condition, x, y, expected):
+def test_conditions_have_the_meaning_of_smt_lib(tmp_path, condition, x, y, expected):
     assert satisfied(opened(tmp_path, BOUNDED + f"(assert {condition})"), x, y) is expected
 
 

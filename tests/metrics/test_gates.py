@@ -171,7 +171,7 @@ def test_one_function_decides_the_exit_code(verdicts, code):
     assert exit_code(verdicts) == code
 
 
-def test_a_judgement_says_why():
+def test_a_judgement_has_a_reason():
     run = evidence(success=torch.zeros(60, dtype=torch.bool))
     passed = judge(parse("robust_accuracy >= 0.5"), run, NONE)
     assert passed.verdict == "pass"
@@ -207,7 +207,7 @@ def test_a_gate_on_mce_names_the_corruptions_under_which_the_baseline_makes_no_e
 @pytest.mark.parametrize(
     "text", ["transfer_success <= 0.5 of static", "churn <= 0.03", "sibling_transfer <= 0.2"]
 )
-def test_a_gate_on_sets_that_take_turns_is_for_those_who_admit_them(text):
+def test_gates_on_rotated_sets_belong_to_admissions(text):
     claim = parse(text)
     assert claim.versus == ("static" if "static" in text else None)
     with pytest.raises(UsageError, match="holdfast rotate admit POOL"):

@@ -71,7 +71,7 @@ def test_the_names_are_the_catalogue():
     assert set(PAIRED) == PAIRED_NAMES
 
 
-def test_every_value_lies_in_its_interval_and_names_its_n():
+def test_every_value_is_in_its_interval_and_has_its_n():
     run = evidence(distance=torch.linspace(0, 1, 60))
     found = estimates(run, baseline=evidence(seed=1))
     corrupted = {*ACCURACIES, "corruption_error_rate", "worst_corruption", "mce"}
@@ -105,7 +105,7 @@ def test_accuracies():
     assert shares.robustness_score(run).value == pytest.approx(2 / (60 / 48 + 60 / robust))
 
 
-def test_a_wrong_example_is_never_robust_whatever_its_success_says():
+def test_a_misclassified_example_is_never_robust():
     run = evidence(success=torch.zeros(60, dtype=torch.bool))
     assert shares.robust_accuracy(run).value == shares.clean_accuracy(run).value
     run = evidence(success=torch.ones(60, dtype=torch.bool))

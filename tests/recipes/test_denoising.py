@@ -122,7 +122,7 @@ def test_harden_puts_a_denoiser_in_front_and_returns_both(tmp_path):
     assert found.before["clean_accuracy"].value == 1
 
 
-def test_what_has_no_denoiser_is_refused_with_the_way_out():
+def test_an_input_without_a_denoiser_is_refused_with_a_remedy():
     model, data = stripes()
     with pytest.raises(UsageError, match="put an untrained one in front"):
         next(Denoising()(model, data, ThreatModel(L2(0.5)), rng=Draws(0)))

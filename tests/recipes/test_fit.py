@@ -102,7 +102,7 @@ def test_the_average_lies_between_the_weights_on_the_way():
     assert (mean - ended).norm() < (begun - ended).norm()
 
 
-def test_a_loss_that_is_lost_says_where():
+def test_a_loss_that_is_not_finite_is_reported_with_its_update():
     net = linear()
 
     def loss(batch, x):
@@ -123,7 +123,7 @@ def test_windows_are_the_images_moved():
         assert torch.equal(found[row], padded[row, :, d : d + 5, r : r + 4])
 
 
-def test_augmentation_is_for_images_and_goes_by_the_place():
+def test_augmentation_is_for_images_and_depends_on_the_place_of_the_draw():
     images = Batch(torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64), torch.arange(6))
     one, other = (augmented(images, "crop-flip", Draws(seed)).x for seed in (0, 1))
     assert one.shape == images.x.shape
@@ -134,7 +134,7 @@ def test_augmentation_is_for_images_and_goes_by_the_place():
         augmented(data(), "shift", Draws(0))
 
 
-def test_what_was_moved_goes_back_but_for_what_went_out_of_sight():
+def test_a_shift_is_undone_except_for_pixels_outside_of_the_image():
     x, unseen = torch.rand(3, 2, 5, 4), torch.rand(3, 2, 5, 4)
     moved = Moves(2, torch.tensor([2, 0, 3]), torch.tensor([2, 4, 1]), torch.tensor([True, False, True]))
     found = moved.back(moved.of(x), unseen)

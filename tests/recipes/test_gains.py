@@ -69,7 +69,7 @@ def test_layers_are_held_to_the_bound(constraint):
         assert found["net.0"] == pytest.approx(0.5, rel=1e-9)
 
 
-def test_what_is_within_the_bound_stays_to_the_last_bit():
+def test_values_within_the_bound_are_unchanged_to_the_last_bit():
     model, x = net(), torch.rand(2, 1, 6, 6).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for order in ("linf", "l1", "l2"):

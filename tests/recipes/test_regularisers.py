@@ -117,7 +117,7 @@ def test_llr_finds_the_point_farthest_from_the_tangent_on_its_side():
     assert found == pytest.approx(exact.item(), rel=1e-6)
 
 
-def test_llr_asks_nothing_of_a_loss_that_is_linear():
+def test_llr_adds_nothing_to_a_linear_loss():
     batch = Batch(data().x, torch.zeros(8, dtype=torch.int64), torch.arange(8))
     model = linear(torch.zeros(2, 4, dtype=torch.float64))
     assert penalty(LLR(), learner(model), batch)[0] == pytest.approx(0.0, abs=1e-12)
@@ -134,7 +134,7 @@ def test_margin_training_takes_off_what_the_ball_needs(constraint, length):
     assert value.item() == pytest.approx(exact.item())
 
 
-def test_margin_training_knows_that_preprocessing_stretches():
+def test_margin_training_accounts_for_the_scale_of_preprocessing():
     batch, plain = data(classes=3), linear(torch.eye(3, 4, dtype=torch.float64))
     scaled = Classifier(plain.net, bounds=plain.bounds, std=[0.5])
     ratio = Batch(0.5 * batch.x, batch.y, batch.ids)  # which the network sees as the others are
@@ -165,7 +165,7 @@ def test_the_new_model_of_a_lipschitz_constraint_is_within_it(constraint):
     assert max(gains(model, batch.x, constraint).values()) <= 2.0 * 1.01
 
 
-def test_under_l2_it_goes_on_exactly_for_what_the_power_iteration_knows_is_kept():
+def test_under_l2_the_training_resumes_with_the_state_of_the_power_iteration():
     model, batch = fakes.network(1).requires_grad_(), fakes.labelled(fakes.network(), fakes.examples(n=26))
     recipe, threat = LipschitzConstraint(gain=2.0, training=SHORT), ThreatModel(L2(0.05))
     first, *_, last = recipe(model, batch, threat, rng=Draws(0))

@@ -113,7 +113,7 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, teacher_of, message):
         distilled(teacher_of)
 
 
-def test_a_missing_teacher_is_asked_for(teacher):
+def test_a_missing_teacher_is_refused(teacher):
     with pytest.raises(UsageError, match="learns from a robust teacher") as refused:
         distilled("")
     assert [remedy.argument for remedy in refused.value.remedies] == ["recipe.teacher", "recipe"]

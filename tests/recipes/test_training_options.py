@@ -104,7 +104,7 @@ def test_swa_is_that_mean_where_fewer_epochs_are_left_than_were_planned():
     ],
     ids=str,
 )
-def test_a_weight_without_a_slope_decays_by_what_its_optimizer_is_used_to_or_what_is_said(said, each):
+def test_a_weight_without_a_gradient_decays_by_the_default_or_given_rate(said, each):
     def level(batch, x):
         logits = 0 * net(x)
         return logits.sum(), hits(logits, batch.y)
@@ -127,7 +127,7 @@ def test_a_weight_without_a_slope_decays_by_what_its_optimizer_is_used_to_or_wha
     ],
     ids=str,
 )
-def test_each_option_changes_the_weights_and_goes_on_exactly(option):
+def test_each_option_changes_the_weights_and_resumes_exactly(option):
     recipe = PGDTraining(steps=2, training=replace(SHORT, **option))
     model, some = normed(), images()
     whole = list(recipe(model, some, THREAT, rng=Draws(0)))
@@ -138,7 +138,7 @@ def test_each_option_changes_the_weights_and_goes_on_exactly(option):
     assert not same(usual, whole[-1])
 
 
-def test_a_mixed_image_holds_a_box_of_another_and_the_label_goes_by_its_area():
+def test_a_mixed_image_contains_a_box_of_another_and_its_label_the_share_of_the_area():
     n = 40
     x = torch.arange(n, dtype=torch.float64)[:, None, None, None].expand(n, 1, 9, 8).clone()
     batch, shares = Batch(x, torch.arange(n), torch.arange(n)), []

@@ -90,7 +90,7 @@ def test_free_spends_no_length_on_what_the_box_has_cut():
     torch.testing.assert_close(moved, torch.tensor([0.0, 0.0, 0.3]).double().expand(4, 3))
 
 
-def test_a_perturbation_that_the_box_has_cut_comes_back():
+def test_a_perturbation_that_was_clipped_is_restored():
     net = torch.nn.Linear(3, 2).double()
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
@@ -200,7 +200,7 @@ def test_a_curriculum_begins_with_the_first_error_and_ends_with_all_steps_beyond
         assert (after > before).sum() > 20
 
 
-def test_a_friendly_attack_goes_by_the_statistics_of_the_whole_batch_while_few_of_it_go():
+def test_an_early_stopped_attack_keeps_the_statistics_of_the_whole_batch():
     norm = torch.nn.BatchNorm1d(3, affine=False).double()
     net = Classifier(torch.nn.Sequential(norm, linear(1.0).net), bounds=WIDE).train()
     some, constraint = data(), Linf(0.05)
@@ -298,7 +298,7 @@ def test_mart_stays_a_number_where_the_rival_is_certain():
     assert value.isfinite()
 
 
-def test_the_mean_predictions_of_ikl_move_once_an_update_however_often_the_loss_is_asked():
+def test_the_mean_predictions_of_ikl_are_updated_once_in_each_update():
     net = fakes.network(1).requires_grad_()
     some = fakes.labelled(fakes.network(), fakes.examples(n=24))
     recipes = (IKL(steps=1, training=replace(STILL, awp=share)) for share in (0.0, 1e-9))
@@ -375,7 +375,7 @@ def test_ikl_weighs_gaps_by_class_means_at_a_temperature():
     torch.testing.assert_close(held.state["seen"], torch.stack((own, even[1])))
 
 
-def test_hat_asks_its_helper_at_the_attack_what_is_right_beyond_it():
+def test_hat_takes_labels_of_its_helper_beyond_the_attack():
     net, helper, some = linear(-2.0), linear(0.5), data()
     near = some.x + NEAR
     recipe = HAT(beta=2.0, gamma=0.7, beyond=3.0)
@@ -390,7 +390,7 @@ def test_hat_asks_its_helper_at_the_attack_what_is_right_beyond_it():
     assert found.item() == pytest.approx(exact.item())
 
 
-def test_atta_goes_on_where_it_was_in_the_epoch_before():
+def test_atta_begins_at_the_perturbation_of_the_epoch_before():
     recipe, some, net = ATTA(steps=1, step=0.4), data(), linear()
     held = Learner(net, twin(net), ThreatModel(EPS), {"kept": torch.zeros(8, 3, dtype=torch.float16)})
     rows, corner = torch.arange(8), (0.2 * W.sign()).expand(8, 3)

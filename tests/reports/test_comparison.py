@@ -46,7 +46,7 @@ def _shown(content, suffix=""):
     return rendered(report, suffix) if suffix else body(report, colour=False)
 
 
-def test_pairs_count_who_changed_sides(first):
+def test_pairs_count_the_examples_whose_verdict_changed(first):
     content = _compared(first, _changed(first, lost=30, gained=4))
     paired = content["paired"]["robust_accuracy"]
     assert (paired["only_first"], paired["only_second"]) == (30, 4)
@@ -99,14 +99,14 @@ def test_runs_without_a_shared_example_are_refused(first):
         _compared(first, made.evidence(50, seed=9, gallery=0))
 
 
-def test_what_makes_the_runs_different_questions_is_said(first):
+def test_differences_between_compared_runs_are_stated(first):
     second = dataclasses.replace(first, suite="quick@1", doubts=())
     notes = _compared(first, second)["notes"]
     assert "suite differs: standard@1 in the first run, quick@1 in the second" in notes
     assert "doubts are open in the first run: black-box" in notes
 
 
-def test_another_threat_is_said_before_any_number(first):
+def test_another_threat_is_stated_before_any_number(first):
     weaker = ThreatModel(Linf(0.1), access="scores", queries=10)
     content = _compared(first, dataclasses.replace(first, threat=weaker))
     said = (
@@ -133,7 +133,7 @@ def test_another_threat_is_said_before_any_number(first):
         (30, 4, "in the first: −6.5 points (95 % interval −9.3 to −3.6, exact McNemar p = 6.2e−06)"),
     ],
 )
-def test_the_exact_test_decides_where_the_interval_says_otherwise(first, lost, gained, said):
+def test_the_exact_test_decides_if_the_interval_disagrees(first, lost, gained, said):
     content = _compared(first, _changed(first, lost, gained))
     assert said in content["headline"]
     at_odds = "the interval does not contain 0, but the exact test decides" in content["headline"]
@@ -149,7 +149,7 @@ def test_runs_without_robust_accuracy_compare_the_rest(first):
         assert "clean" in _shown(content, suffix).lower() or suffix == ".xml"
 
 
-def test_every_output_says_the_same(first, tmp_path):
+def test_all_outputs_agree(first, tmp_path):
     content = _compared(first, _changed(first, lost=30, gained=4))
     for suffix in names("reports"):
         path = write(comparison.comparison_report(content), tmp_path / f"compared{suffix}")
@@ -164,7 +164,7 @@ def test_every_output_says_the_same(first, tmp_path):
     assert "and 10 more" in shown
 
 
-def test_a_person_reads_the_same_metrics_as_of_one_run(first):
+def test_a_report_of_several_runs_has_the_metrics_of_one_run(first):
     content = _compared(first, _changed(first, lost=30, gained=4))
     assert {"attack_success_rate", "perturbation_linf"} <= set(content["metrics"])
     content["metrics"]["perturbation_linf"][0]["value"] = "inf"

@@ -21,7 +21,7 @@ def test_whatever_makes_the_attacks_quick_is_a_detail():
     }
 
 
-def test_no_sentence_is_said_twice():
+def test_no_sentence_is_repeated():
     fast, late = "convolutions run channels last", "time ran out: PGD finished none"
     doubts = [{"state": "raised", "message": late}, {"state": "clear", "message": "other"}]
     summary = {"notes": ["a note", late, "other"], "details": [fast], "doubts": doubts}

@@ -115,7 +115,7 @@ def test_the_headline_states_which_doubts_of_a_passed_gate_were_not_measured():
     assert upper.endswith("Doubts that were not measured: chance.")
 
 
-def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_output():
+def test_every_report_states_a_doubt_in_sentences_and_advises_by_the_declared_output():
     doubt = Doubt("zero-gradient", "raised", 0.5, 0.01, 4, "2 of 4 are flat; see there")
     flat = made.evidence(n=8, doubts=(doubt, replace(doubt, name="noise", message="draws break 1 of 4")))
     content = made.summarised(replace(flat, model={**flat.model, "output": "probability"}))
@@ -129,7 +129,7 @@ def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_outp
     assert all(f"<dd>{part}" in made.page(content) for part in (*says, *advice))
 
 
-def test_the_page_says_once_why_doubts_were_not_measured(failing):
+def test_the_page_states_once_why_doubts_were_not_measured(failing):
     said = "it needs gradients, and the model gives scores only"
     names = ("zero-gradient", "scale", "shattered")
     hidden = tuple(Doubt(name, "not applicable", message=said) for name in names)
@@ -166,7 +166,7 @@ def test_csv_is_one_row_an_example(failing, evidence, tmp_path):
         assert (row["distance_linf"] == "inf") == (row["robust"] == "true")
 
 
-def test_terminal_says_the_same_without_colour(failing, accepted):
+def test_the_terminal_has_the_same_text_without_colour(failing, accepted):
     plain, coloured = (made.on_terminal(failing, colour=colour) for colour in (False, True))
     assert "\x1b" not in plain
     assert "\x1b" in coloured
@@ -180,7 +180,7 @@ def test_terminal_says_the_same_without_colour(failing, accepted):
     assert "Accepted because: an adaptive run is on file" in made.stated(accepted)
 
 
-def test_what_an_attack_left_untried_is_said_with_its_risk(failing):
+def test_examples_that_an_attack_did_not_try_are_reported_with_their_risk(failing):
     square = failing["attacks"][-1]
     said = f"(95 % confidence, if none is easier to break): Square {square['not_tried']['n']} (8.9 %)"
     plain = made.on_terminal(failing)
@@ -239,7 +239,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_is_said_with_the_way_out(failing, evidence, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_a_remedy(failing, evidence, tmp_path, monkeypatch):
     full = os.open("/dev/full", os.O_WRONLY)
     target = tmp_path / ".part"
     target.touch()
@@ -283,7 +283,7 @@ def test_checking_an_output_needs_neither_torch_nor_a_renderer():
     assert done.stdout.strip() == "[]"
 
 
-def test_csv_goes_to_any_text_file(failing, evidence):
+def test_csv_is_written_to_any_text_file(failing, evidence):
     from holdfast.reports.formats.csv import write_rows
 
     file = io.StringIO()

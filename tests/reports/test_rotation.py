@@ -67,7 +67,7 @@ def test_the_table_is_in_every_report():
     assert "A1 is slowed." in made.page(content) and "A1 is slowed." in made.markdown(content)
 
 
-def test_what_a_pool_says_is_shown_and_never_obeyed():
+def test_texts_of_a_pool_are_shown_and_never_interpreted():
     content = summarised(document())
     for text in (made.page(content), made.notebook(content), made.markdown(content)):
         assert "<script>alert" not in text and "\x1b" not in text
@@ -76,7 +76,7 @@ def test_what_a_pool_says_is_shown_and_never_obeyed():
 
 
 @pytest.mark.parametrize("rotation", [None, document(complete=False), document(rows=[])])
-def test_without_a_whole_table_nothing_is_said(rotation):
+def test_an_incomplete_table_has_no_conclusion(rotation):
     content = summarised(rotation)
     jsonschema.validate(json.loads(made.report(content, ".json")), summary_schema())
     assert content["rotation"] is None

@@ -74,7 +74,7 @@ def test_every_summary_follows_the_published_schema_and_survives_strict_json(cas
     assert "Infinity" not in made.report(content, ".json")
 
 
-def test_a_run_that_says_nothing_of_itself_still_makes_a_page():
+def test_a_run_without_a_description_has_a_page():
     evidence = dataclasses.replace(made.evidence(), model={}, data={}, suite="")
     content = _check(made.summary(evidence, metrics=made.measured(evidence)))
     assert "Reproduce" in made.page(content)
@@ -170,7 +170,7 @@ def test_without_an_eps_no_attack_leaves_a_share():
     assert not content["per_class"]
 
 
-def test_an_attack_without_an_eps_is_told_by_what_it_found():
+def test_an_attack_without_an_eps_is_reported_by_its_distances():
     evidence = _minimum_norm()
     content = made.summarised(evidence)
     for attack in content["attacks"]:
@@ -280,7 +280,7 @@ def test_numbers_that_are_not_finite_stand_as_words_and_come_back():
     assert strict("\udcff") == "\\udcff"
 
 
-def test_numbers_read_as_people_write_them():
+def test_numbers_are_read_in_their_usual_notations():
     assert percent(0.415) == "41.5 %"
     assert percent(1.0) == "100.0 %"
     assert percent(0.9999) == "99.99 %"
@@ -293,7 +293,7 @@ def test_numbers_read_as_people_write_them():
     assert count_text(2113000) == "2,113,000"
 
 
-def test_threat_is_told_in_words():
+def test_a_threat_is_described_in_words():
     told = made.summarised(_targeted())["threat"]["description"]
     assert "at most 0.2" in told[0]
     assert "class 3" in told[1]
@@ -351,7 +351,7 @@ def test_the_transfer_matrix_is_in_every_report():
     assert any("surrogate models: nets/" in sentence for sentence in content["threat"]["description"])
 
 
-def test_what_carries_across_data_is_in_every_report():
+def test_the_transfer_to_other_data_is_in_every_report():
     g = torch.Generator().manual_seed(0)
     turned = torch.rand(200, 2, 2, generator=g) < torch.tensor([[0.9, 0.3], [0.1, 0.8]])
     others = ({"name": "sets/<b>.npz", "digest": "ef" * 32, "n": 300},)
@@ -374,7 +374,7 @@ def test_what_carries_across_data_is_in_every_report():
     assert said in made.markdown(content)
 
 
-def test_without_other_data_nothing_is_said_of_it():
+def test_reports_without_other_data_do_not_mention_it():
     content = _check(made.summarised(made.evidence()))
     assert (content["data_transfer"], content["other_data"]) == (None, [])
     assert "across data" not in made.page(content) + made.on_terminal(content)

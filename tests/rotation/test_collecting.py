@@ -53,14 +53,14 @@ def test_sets_of_one_run_are_neighbours_and_those_of_two_are_strangers():
     assert far.max() < distances[~same].min()
 
 
-def test_a_tail_goes_on_where_it_stands():
+def test_an_average_of_the_tail_resumes():
     short = collect(Basins(seeds=1, sets=2, every=2), task(epochs=1), rng=Draws(0))
     long = collect(Basins(seeds=1, sets=4, every=2), task(epochs=1), rng=Draws(0))
     for name, value in short.tensors.items():
         torch.testing.assert_close(long.tensors[name][:2], value)
 
 
-def test_a_tail_makes_as_many_updates_as_are_asked_of_little_data():
+def test_an_average_of_the_tail_has_the_given_number_of_updates_on_little_data():
     job = task()
     small = replace(job, data=examples(n=100))  # three batches of 32
     counted = []
@@ -101,7 +101,7 @@ def test_a_kick_has_its_rank_and_its_size():
     assert (added.norm() / job.model.net[5].weight.norm()).item() == pytest.approx(0.5, rel=1e-3)
 
 
-def test_batch_norm_goes_by_the_parameters_that_it_has():
+def test_batch_norm_is_read_by_its_parameters():
     job = task(norm=True)
     model = trained_from_fresh_weights(job, Draws(0))
     strange = put(job.model, weights_of(model), job.data)

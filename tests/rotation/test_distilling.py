@@ -49,7 +49,7 @@ def test_they_stay_in_their_ball_and_come_near_the_features_of_another(seeds, co
     assert after.mean() < 0.8 * before.mean()
 
 
-def test_each_goes_to_one_of_the_exposed_sets(seeds):
+def test_each_example_is_compared_with_one_of_the_exposed_sets(seeds):
     data = examples()
     made = DISTILLED(seeds, data, THREAT, rng=Draws(1))
     own, other = (

@@ -87,7 +87,7 @@ def test_noise_on_latents_makes_the_decoder_steady(members, embedding):
 
 
 @pytest.mark.slow
-def test_draws_lie_among_the_collection_and_some_work(members, generator):
+def test_drawn_sets_are_near_the_collection_and_some_are_accurate(members, generator):
     drawn = generator.drawn(40, Draws(7))
     again = generator.drawn(40, Draws(7))
     assert all(torch.equal(value, again.tensors[name]) for name, value in drawn.tensors.items())
@@ -129,7 +129,7 @@ def test_the_printed_sign_pulls_and_the_others_push(members, embedding):
     assert far(regulariser="hinge", weight=10.0, margin=1e-9) == pytest.approx(off, rel=1e-3)
 
 
-def test_what_diverges_is_no_generator(members, embedding):
+def test_a_generator_that_diverges_is_refused(members, embedding):
     with pytest.raises(
         LostLoss, match=r"the diffusion, in update \d+ is NaN .* smaller learning rate than 1e\+30"
     ):

@@ -38,7 +38,7 @@ def broken(target: Classifier, source: Classifier, eps: float) -> float:
 
 
 @pytest.mark.slow
-def test_what_leaked_breaks_less_than_before(seeds):
+def test_an_exposed_set_breaks_fewer_than_before(seeds):
     old, fresh = seeds
     job = task()
 
@@ -81,7 +81,7 @@ def test_examples_are_made_of_training_inputs_within_their_ball_and_shared_out(s
 
 
 @pytest.mark.slow
-def test_what_serves_is_frozen_and_can_be_trained_on_and_against():
+def test_the_served_model_is_frozen_and_can_be_used_in_trainings():
     job = task(norm=True)
     served = loaded(job.model, trained_from_fresh_weights(job, Draws(1)).net.state_dict(), "served")
     exposed = trained_from_fresh_weights(job, Draws(2)).train()

@@ -99,7 +99,7 @@ def test_gradients_reach_the_input_and_no_weight():
     assert all(weight.requires_grad for weight in trained.parameters())
 
 
-def test_nothing_in_an_answer_tells_the_epoch():
+def test_an_answer_does_not_reveal_the_epoch():
     sets = pool()
     model = rotating(sets)
     first = model(X)
@@ -188,7 +188,7 @@ def test_a_set_that_is_not_in_order_leaves_the_old_one_serving(kind):
     assert model.live == ("c", 3)
 
 
-def test_a_first_set_that_is_not_in_order_serves_nobody():
+def test_a_first_set_that_fails_its_checks_does_not_serve():
     sets = pool()
     sets.changed["a"] = spoiled(put_nan)
     with pytest.raises(TargetError, match="set 'a' .*1.weight"):
@@ -210,7 +210,7 @@ def test_a_store_that_fails_leaves_the_old_set_serving():
     assert torch.equal(model(X), sets.models["a"](X))
 
 
-def test_an_epoch_never_comes_back():
+def test_an_epoch_is_never_repeated():
     sets = pool()
     model = rotating(sets)
     swap(model, sets, "b")
@@ -231,7 +231,7 @@ def test_canaries_are_needed_and_known():
         RotatingModel(fakes.network(), lambda: Live("a", 1, fakes.network().net.state_dict(), "abc"), X)
 
 
-def test_a_canary_knows_classes_and_no_logits():
+def test_a_canary_compares_classes_and_no_logits():
     model = fakes.network(0)
     known = canary(model, X)
     assert known == canary(lambda x, ids=None: model(x) * (1 + 1e-6), X)
@@ -271,7 +271,7 @@ class Sharing(nn.Linear):
         return self
 
 
-def test_what_cannot_be_swapped_is_named():
+def test_models_that_cannot_be_swapped_are_named():
     with pytest.raises(TargetError, match="no parameters to swap; give a network"):
         loaded(Classifier(lambda x: x.flatten(1)), {}, "a")
     with pytest.raises(TargetError, match="LazyLinear|Uninitialized"):
@@ -440,7 +440,7 @@ def test_what_one_principal_got_is_exact_under_threads(restless):
 # --- counts, and who keeps which set
 
 
-def test_answers_that_could_not_be_written_down_are_told_again():
+def test_answers_that_could_not_be_stored_are_reported_again():
     sets, written = pool(), []
     model = rotating(sets)
     model.answer(X[:3], principal="p")
@@ -524,7 +524,7 @@ def names(model, sets, principal):
     return "".join(name for name, one in sets.models.items() if torch.equal(one(X[:1]), found))
 
 
-def test_a_principal_keeps_its_set_until_it_has_had_its_answers():
+def test_a_principal_keeps_its_set_until_the_limit_of_its_answers():
     sets = pool()
     model = rotating(sets, sticky=AnswersPerPrincipal(5))
     assert names(model, sets, "p") == "a"

@@ -60,6 +60,6 @@ def test_noisy_copies_leave_the_weights_alone_and_differ_from_them(models):
     assert not torch.allclose(found["SWAG"], found["MI"], atol=0.02)
 
 
-def test_a_thief_of_nothing_at_all_is_refused():
+def test_an_attacker_without_stolen_sets_is_refused():
     with pytest.raises(UsageError, match="give at least one model"):
         TransferAttacker().crafted([], examples(5, 60), THREAT, rng=Draws(1))

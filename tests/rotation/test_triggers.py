@@ -36,12 +36,12 @@ class Clock:
         (exposed, Counters(alarm="near duplicates"), Counters(exposure="laptop stolen"), "laptop stolen"),
     ],
 )
-def test_a_trigger_tells_why_from_its_limit_on(trigger, before, after, why):
+def test_a_trigger_gives_its_reason_from_its_limit_on(trigger, before, after, why):
     assert trigger(before) == ""
     assert re.search(why, trigger(after))
 
 
-def test_all_reasons_are_told_in_the_order_of_the_triggers():
+def test_all_reasons_are_given_in_the_order_of_the_triggers():
     assert due_triggers(ALL, Counters()) == ()
     told = due_triggers(ALL, Counters(70, 90_000.0, "near duplicates", "laptop stolen"))
     assert [why.split()[0] for why in told] == ["one", "the", "alarm:", "listed"]
@@ -64,7 +64,7 @@ def test_a_watch_counts_from_the_swap_and_forgets_what_was_raised_before_it():
     assert watch.due(0) == ("the set has served for 86400 s, of at most 86400",)
 
 
-def test_a_watch_goes_on_after_a_restart():
+def test_a_watch_resumes_after_a_restart():
     clock = Clock()
     watch = Watch([Elapsed(60)], clock, served_s=50.0)
     assert not watch.due(0)

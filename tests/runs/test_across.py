@@ -48,7 +48,7 @@ def test_other_data_may_be_of_another_type_than_the_model_takes():
     assert found.evidence.across["turned"].shape == (N, 2, 2)
 
 
-def test_a_change_turns_what_the_model_says_another_thing_of_once_it_bears_it():
+def test_an_image_counts_as_turned_if_the_change_alters_its_prediction():
     model, bounds = Classifier(network()), Bounds()
     found = assess(subject(), data(), carrying(elsewhere(n=N)))
     rng, threat = Draws(3).at("stage", "across"), ThreatModel(Linf(0.06), surrogates=(model,))
@@ -87,7 +87,7 @@ def test_pairs_do_not_go_by_the_order_of_the_files():
 
 
 @pytest.mark.slow
-def test_a_run_keeps_it_tells_it_again_and_books_what_it_asked(tmp_path):
+def test_a_run_stores_and_reports_the_measurement_and_counts_its_queries(tmp_path):
     asked = carrying(elsewhere(), elsewhere(seed=6))
     kept = assess(subject(), data(), asked, run=tmp_path / "run")
     assert (tmp_path / "run" / "across.safetensors").is_file()
@@ -130,7 +130,7 @@ def test_the_sample_is_bounded_and_as_large_of_each(set_limit):
     assert few.evidence.across["control"].shape == (7, 2, 2)
 
 
-def test_where_the_model_shows_no_gradient_changes_are_made_on_surrogates():
+def test_changes_are_made_on_surrogates_if_the_model_has_no_gradient():
     other = Subject(Classifier(network(1)), "b" * 64, {"name": "other", "how": "python"})
     asked = carrying(elsewhere(), threat=BLIND, members=(), attacked=False)
     transfer = replace(asked.plan, members=(MATRIX,))

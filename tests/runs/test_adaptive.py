@@ -47,7 +47,7 @@ def states(result):
 
 
 @pytest.mark.slow
-def test_a_masked_model_falls_to_what_its_doubts_call_for():
+def test_a_masked_model_is_broken_by_the_attacks_that_its_doubts_recommend():
     naive, adaptive = (
         assess(masked(), data(), adaptive_order(arms=chosen, gates=("robust_accuracy >= 0.7",)))
         for chosen in ((), ARMS)
@@ -79,7 +79,7 @@ def test_an_answered_doubt_lets_a_gate_pass():
 
 
 @pytest.mark.slow
-def test_under_l2_an_answer_stands_on_a_search_for_the_smallest_change():
+def test_under_l2_an_answer_follows_from_a_search_for_the_smallest_change():
     """Where climbing inside the ball leaves four of five surviving."""
     by_suite = {
         suite: holdfast.assess(
@@ -93,7 +93,7 @@ def test_under_l2_an_answer_stands_on_a_search_for_the_smallest_change():
     assert adaptive.metrics["robust_accuracy"].value <= fast.metrics["robust_accuracy"].value
 
 
-def test_an_honest_model_has_no_adaptive_attack():
+def test_a_model_without_masking_has_no_adaptive_attack():
     result = assess(subject(), data(), adaptive_order(threat=holdfast.ThreatModel(Linf(1e-3))))
     assert [record.name for record in result.attacks] == ["PGD"]
     assert "no doubt requires an adaptive attack, so none was run" in result.evidence.notes
@@ -237,7 +237,7 @@ def test_a_model_that_raises_far_from_the_data_is_attacked_near_them():
     assert {check.name for check in result.evidence.answer_checks} >= {"whole-box"}
 
 
-def test_what_time_cuts_off_answers_nothing():
+def test_an_attack_that_the_time_limit_ends_gives_no_answer():
     result = assess(masked(), data(), adaptive_order(time_budget_s=0.0))
     assert "answered" not in states(result).values()
 
@@ -302,7 +302,7 @@ def test_a_shattered_gradient_is_answered_round_it_or_on_average_alone():
         assert told.state == state
 
 
-def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
+def test_a_suite_is_not_exhausted_if_a_probe_breaks_more():
     doubts, because = (Doubt("not-exhausted", "raised"),), {"Search": ("not-exhausted",)}
     assert with_answers(doubts, {"Search": ran()}, because, bypassed=True, survivor_broken=True) == doubts
     assert (
@@ -319,7 +319,7 @@ def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
         ({"suite": "corruptions", "threat": "corruptions:1"}, "leave out adaptive"),
     ],
 )
-def test_what_adaptive_attacks_cannot_go_with_is_said(settings, says):
+def test_settings_that_exclude_adaptive_attacks_are_refused(settings, says):
     x, y = torch.rand(4, 12), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(UsageError, match=says):
         holdfast.assess(network().float(), (x, y), **{"threat": "linf:0.1", **settings}, adaptive=True)

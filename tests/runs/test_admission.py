@@ -89,7 +89,7 @@ def test_a_set_that_holds_against_what_leaked_is_admitted_with_its_canary(judged
 
 
 @pytest.mark.slow
-def test_what_was_admitted_can_be_served_by_whoever_holds_the_pool_alone(judged):
+def test_an_admitted_set_can_be_served_from_the_pool_alone(judged):
     pool, names, _, _ = judged
     member, inputs = pool.ledger.member(names["good"]), pool.kept("canaries").columns["x"]
 
@@ -101,7 +101,7 @@ def test_what_was_admitted_can_be_served_by_whoever_holds_the_pool_alone(judged)
 
 
 @pytest.mark.slow
-def test_a_copy_of_what_leaked_is_refused_by_what_its_thief_makes(judged):
+def test_a_copy_of_a_stolen_set_is_refused_by_attacks_on_the_stolen_set(judged):
     pool, names, stolen, found = judged
     refused = gates(found, names["copy"])
     assert refused["theft"].verdict == "fail" and refused["theft of static"].verdict == "fail"
@@ -119,7 +119,7 @@ def test_sets_whose_numbers_are_not_like_others_are_refused_by_name(judged):
 
 
 @pytest.mark.slow
-def test_each_gate_stands_on_runs_whose_columns_say_what_became_of_each_example(judged):
+def test_each_gate_follows_from_runs_with_columns_for_each_example(judged):
     pool, names, _, _ = judged
     runs = {path.name.rsplit("-", 1)[0]: path for path in (pool.path / "admission" / names["good"]).iterdir()}
     assert {"a0-a1-0-1000", "a3-0-200", "white-box-0-1000"} <= {*runs}
@@ -188,7 +188,7 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
+def test_unclear_gates_are_judged_on_twice_as_many_examples_while_there_are_more(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     name = pool.add(state(trained(6)), {})
     found = admit(pool, terms(1_000), claims=["churn <= 0.02"], transfer_attacker=QUICK, n_judged=250)
@@ -209,7 +209,7 @@ def judge(monkeypatch):
     def set_judge(judged):
         monkeypatch.setattr(_Admitting, "_judged", judged)
 
-    set_judge(let_in)
+    set_judge(admit_unless_equal)
     return set_judge
 
 
@@ -226,7 +226,7 @@ def waits(tmp_path, judge):
     return pool, pool.ledger.members[0].name, names
 
 
-def let_in(admitting, name):
+def admit_unless_equal(admitting, name):
     exposed = tuple(exposed_for(admitting.pool, name))
     weights = {exposed_name: admitting.weights(exposed_name) for exposed_name in exposed}
     same = duplicate_gate(admitting.weights(name), weights, [*admitting.weights(name)])
@@ -235,7 +235,7 @@ def let_in(admitting, name):
     )
 
 
-def test_what_waits_is_judged_again_by_what_leaked_since(waits):
+def test_waiting_sets_are_judged_again_after_an_exposure(waits):
     pool, base, names = waits
     with pytest.raises(UsageError, match="contains no candidate"):
         admit(pool, terms(), transfer_attacker=QUICK)
@@ -248,14 +248,14 @@ def test_what_waits_is_judged_again_by_what_leaked_since(waits):
     assert Pool.open(pool.path).ledger.member(names["other"]).why == "holds"
 
 
-def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(waits, judge):
+def test_a_set_that_is_exposed_during_a_judgement_counts_before_the_admission(waits, judge):
     pool, base, names = waits
     pool.ledger.retire(names["copy"])
     pool.expose(names["copy"], "laptop stolen")
     heard = []
 
     def judged(self, name):
-        found = let_in(self, name)
+        found = admit_unless_equal(self, name)
         if len(heard) == 1:  # only the expected time so far
             pool.expose(base, "another one")
         return found
@@ -266,7 +266,7 @@ def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(wai
     assert found.judged[0].against == (names["copy"], base) and pool.unjudged == ()
 
 
-def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, judge):
+def test_a_set_that_serves_meanwhile_keeps_serving_and_its_verdict_is_reported(waits, judge):
     pool, base, names = waits
     pool.ledger.retire(names["other"])
     pool.expose(base, "laptop stolen")
@@ -274,7 +274,7 @@ def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, judge):
 
     def judged(self, name):
         pool.swap(unjudged=True)
-        return let_in(self, name)
+        return admit_unless_equal(self, name)
 
     judge(judged)
     assert admit(pool, terms(), transfer_attacker=QUICK, notify=heard.append).judged == ()
@@ -347,13 +347,13 @@ def verdicts(found, accepted=None, claims=()):
     return {one.name: one.verdict for one in given}
 
 
-def test_the_way_out_is_of_what_kept_sets_out():
+def test_the_remedy_names_the_gate_that_refused_sets():
     lost, stolen = (Judged("one", "refused", (), "", gate) for gate in ("clean accuracy", "theft of static"))
     assert "reduce the loss" in Admission((lost, lost), ()).kept_out
     assert "--by retraining" in Admission((lost, stolen), ()).kept_out
 
 
-def test_what_swaps_lose_does_not_add_up():
+def test_the_accuracy_loss_of_swaps_does_not_accumulate():
     """A set as good as an incumbent that is worse than the bases were would pass, were it compared with that alone."""
     assert verdicts(seen())["clean accuracy"] == verdicts(seen())["robust accuracy"] == "pass"
     assert verdicts(seen(changed=24, lost=24))["clean accuracy"] == "fail"
@@ -414,7 +414,7 @@ def test_a_theft_may_bring_half_of_what_the_incumbent_loses():
         (120, 120, "fail"),  # rotation does nothing, whether anything was stolen or not
     ],
 )
-def test_where_a_thief_of_nothing_has_half_already_a_theft_may_bring_hardly_more(theft, nothing, says):
+def test_a_theft_may_add_little_where_half_is_broken_without_it(theft, nothing, says):
     assert verdicts(seen(theft, nothing, before=100))["theft of static"] == says
 
 
@@ -436,7 +436,7 @@ def test_of_several_looks_each_needs_more_so_that_all_of_them_hold_together():
     assert seen(looks=3).confidence("transfer") == pytest.approx(1 - 0.05 / 3)
 
 
-def test_the_examples_say_how_many_looks_there_are(tmp_path):
+def test_the_number_of_examples_decides_the_number_of_looks(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     measuring = SetMeasurements(pool, TransferExamples(pool, terms(1_000), QUICK))
     one = _Admitting(measuring, Run(()), (), {}, 250, print)

@@ -67,7 +67,7 @@ def same(one: Evidence, other: Evidence):
     ],
     ids=["suite", "list", "targeted", "smallest", "budget", "full", "no-time"],
 )
-def test_what_is_read_back_is_what_was_measured(tmp_path, asked):
+def test_stored_values_are_read_back_exactly(tmp_path, asked):
     if asked.plan.threat.goal is not None:
         asked = replace(asked, gates=())
     if asked.plan.smallest:
@@ -88,7 +88,7 @@ def test_a_run_finds_what_the_harness_finds():
     torch.testing.assert_close(run["distance_l2"], direct["distance_l2"])
 
 
-def test_the_model_comes_back_as_it_was():
+def test_the_model_is_unchanged_afterwards():
     net = network().train()
     given = subject(net)
     given.model.train()
@@ -98,7 +98,7 @@ def test_the_model_comes_back_as_it_was():
 
 
 @pytest.mark.slow
-def test_progress_goes_forward_and_ends_complete():
+def test_progress_increases_and_ends_complete():
     steps = []
     result = assess(subject(), data(), order(doubts="all"), progress=steps.append)
     places = [(step.place, step.done) for step in steps]
@@ -111,7 +111,7 @@ def test_progress_goes_forward_and_ends_complete():
     assert steps[-1].place == steps[-1].of_stages == 5
 
 
-def test_time_that_ran_out_is_told_and_doubted(tmp_path):
+def test_an_expired_time_is_reported_and_raises_a_doubt(tmp_path):
     asked = order(
         time_budget_s=1e-9, doubts="all", gates=("robust_accuracy >= 0.01", "clean_accuracy >= 0.1")
     )
@@ -131,7 +131,7 @@ def test_time_that_ran_out_is_told_and_doubted(tmp_path):
     same(again.evidence, result.evidence)
 
 
-def test_a_finished_run_that_is_told_again_without_its_gates_keeps_its_verdict(tmp_path):
+def test_a_finished_run_that_is_reported_again_without_its_gates_keeps_its_verdict(tmp_path):
     failed = assess(subject(), data(), order(FAST, gates=("robust_accuracy >= 0.99",)), run=tmp_path / "run")
     again = assess(subject(), data(), order(FAST, gates=()), run=tmp_path / "run", resume=True)
     assert again.exit_code == failed.exit_code == open_run(tmp_path / "run").exit_code == 1
@@ -245,7 +245,7 @@ def test_an_eps_beyond_the_box_is_refused(norm, farthest):
         assess(subject(), data(), order(FAST, threat=ThreatModel(norm(1.01 * farthest))))
 
 
-def test_the_extent_knows_bounds_of_each_feature_and_pixels():
+def test_the_extent_states_bounds_of_each_feature_and_of_pixels():
     bounds = Bounds(torch.zeros(FEATURES), torch.arange(FEATURES).float())
     x = uniform(1, FEATURES)
     assert extent(Linf(), x, bounds) == FEATURES - 1
@@ -401,7 +401,7 @@ def test_a_data_frame_holds_what_the_columns_and_the_csv_hold(tmp_path):
     assert written["broken_by"].map(stages).fillna("").equals(found["broken_by"].fillna(""))
 
 
-def test_without_pandas_a_data_frame_says_what_to_install(monkeypatch):
+def test_without_pandas_a_data_frame_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError, match="to_pandas.. needs pandas.*pip install pandas"):
         assess(subject(), data(), order(FAST)).to_pandas()
@@ -442,7 +442,7 @@ def test_a_notebook_shows_gates_doubts_with_what_to_do_and_examples():
 
 
 @pytest.mark.slow
-def test_an_accepted_doubt_stands_beside_the_verdict(tmp_path):
+def test_an_accepted_doubt_is_shown_beside_the_verdict(tmp_path):
     def soft():
         return subject(torch.nn.Sequential(network(), torch.nn.Softmax(1)))
 
@@ -506,7 +506,7 @@ def test_a_new_folder_is_not_there_yet(tmp_path):
 
 
 @pytest.mark.parametrize("classes, notes", [(2, 2), (3, 2), (4, 1), (10, 0)])
-def test_too_few_classes_for_a_loss_or_for_targets_are_told(classes, notes):
+def test_too_few_classes_for_a_loss_or_for_targets_are_reported(classes, notes):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(FEATURES, classes).double())
     examples = as_data(uniform(6, FEATURES).double(), torch.arange(6) % 2)
     asked = order(Member("APGD-T", APGD(loss=dlr, steps=2, targets=9)), suite="", attacked=False)
@@ -556,7 +556,7 @@ def test_every_metric_that_a_run_brings_may_be_gated():
     assert len(assess(subject(), data(), order(curve=(SMALLEST,), gates=gates)).gates) == len(brought) > 20
 
 
-def test_every_successful_input_is_kept_where_asked(tmp_path):
+def test_every_successful_input_is_stored_on_request(tmp_path):
     given, asked = subject(), order(keep_adversarial=True)
     result = assess(given, data(), asked, run=tmp_path / "run")
     found = result.adversarial

@@ -237,7 +237,7 @@ def last_of(run):
 @pytest.mark.slow
 @pytest.mark.usefixtures("overfitting")
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_stopped_run_goes_on_to_the_same_plans_and_weights(tmp_path, name):
+def test_a_stopped_run_resumes_to_the_same_plans_and_weights(tmp_path, name):
     def stop(step):
         if step.stage.startswith("training") and step.done >= 3:
             raise Interrupted("stopped", signal_number=2)

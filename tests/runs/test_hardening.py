@@ -120,7 +120,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     whole = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "whole")
     steps = []
 
@@ -152,7 +152,7 @@ def test_patience_ends_a_training_that_gets_no_better_and_going_on_ends_it_at_on
 
 
 @pytest.mark.slow
-def test_a_guard_that_asked_for_another_step_is_on_the_card(set_guard_accuracy):
+def test_an_added_step_of_the_guard_is_on_the_card(set_guard_accuracy):
     def right(guard, steps):
         return 0.1 if steps > 1 and not int(guard.learner.state[RAISED]) else 0.9
 
@@ -163,7 +163,7 @@ def test_a_guard_that_asked_for_another_step_is_on_the_card(set_guard_accuracy):
 
 
 @pytest.mark.slow
-def test_another_recipe_seed_or_threat_is_another_run_and_only_that_is_said(tmp_path):
+def test_another_recipe_seed_or_threat_is_another_run_and_the_only_difference_that_is_named(tmp_path):
     def asked(name, recipe, eps=0.06, seed=0):
         one = Candidate(name, recipe, settings_of(recipe))
         threat = ThreatModel(Linf(eps))
@@ -191,7 +191,7 @@ def set_hardware(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_elsewhere_says_where_each_part_of_it_was_trained(tmp_path, set_hardware):
+def test_a_run_that_resumes_on_another_machine_states_the_machine_of_each_part(tmp_path, set_hardware):
     def stop(step):
         if step.stage.startswith("training") and step.done == 2:
             raise Interrupted("stopped", signal_number=2)
@@ -223,7 +223,7 @@ def test_code_that_decides_what_is_learned_is_part_of_what_makes_two_runs_the_sa
 
 
 @pytest.mark.slow
-def test_a_nested_run_that_is_gone_is_missed(tmp_path):
+def test_a_missing_nested_run_is_refused(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     (tmp_path / "r/after").rename(tmp_path / "elsewhere")
     with pytest.raises(TargetError, match=r"after' is missing, but 'after\.json' contains its chain"):
@@ -295,7 +295,7 @@ def test_a_recipe_that_lacks_a_setting_is_refused_before_anything_is_measured():
     assert told == []
 
 
-def test_what_cannot_be_trained_is_refused():
+def test_settings_that_cannot_be_trained_are_refused():
     frozen = fakes.subject(fakes.network().requires_grad_(False))
     with pytest.raises(UsageError, match="all 4 parameters are frozen"):
         harden(frozen, training(), fakes.data(), wish())
@@ -367,7 +367,7 @@ class Rounding(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_a_model_that_passes_no_gradient_back_to_its_input_has_it_said_on_the_card():
+def test_a_model_without_an_input_gradient_is_noted_on_the_card():
     said = "no gradient reaches any of the first 8 held-out examples"
     for first, notes in ((Rounding(), 1), (torch.nn.Identity(), 0)):
         net = torch.nn.Sequential(first, *fakes.network(1)).requires_grad_()
@@ -395,7 +395,7 @@ class Greedy(torch.nn.Sequential):
 
 
 @pytest.mark.slow
-def test_where_memory_runs_out_batches_are_halved_and_the_training_goes_on():
+def test_batches_of_a_training_are_halved_if_memory_runs_out():
     net = Greedy(*fakes.network(1)).requires_grad_()
     found = harden(fakes.subject(net), training(), fakes.data(), wish())
     assert {point.batch for point in found.curve} == {16}
@@ -462,7 +462,7 @@ def test_the_card_of_a_private_training_states_what_its_budget_means_for_equal_r
     assert verify(tmp_path / "r").complete
 
 
-def test_where_memory_runs_out_for_a_single_example_it_is_said():
+def test_a_training_without_memory_for_one_example_is_refused():
     class Full(Greedy):
         def forward(self, x):
             if self.training:
@@ -497,7 +497,7 @@ def exploding(most):
 @pytest.mark.parametrize(
     "most, said", [(12, "the best of the 1 epochs before is in"), (3, "no epoch had been")]
 )
-def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, most, said):
+def test_the_best_model_is_kept_if_the_loss_is_not_finite(tmp_path, most, said):
     net = exploding(most)
     with pytest.raises(LostLoss, match=f"update [0-9]+ of epoch {1 + (most > 8)} on.*{said}"):
         harden(fakes.subject(net), training(), fakes.data(), wish(), run=tmp_path / "r")
@@ -507,7 +507,7 @@ def test_where_the_loss_is_no_number_the_best_model_so_far_is_kept(tmp_path, mos
         assert safetensors.torch.load_file(made).keys() == net.state_dict().keys()
 
 
-def test_a_lost_loss_keeps_what_was_trained_where_nobody_named_a_folder(temporary_files):
+def test_a_training_with_a_non_finite_loss_keeps_its_best_model_without_a_named_folder(temporary_files):
     net = exploding(12)
     with pytest.raises(LostLoss, match="the best of the 1 epochs before is in") as caught:
         harden(fakes.subject(net), training(), fakes.data(), wish())
@@ -516,7 +516,7 @@ def test_a_lost_loss_keeps_what_was_trained_where_nobody_named_a_folder(temporar
 
 
 @pytest.mark.slow
-def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(temporary_files, tmp_path):
+def test_a_run_without_a_named_folder_is_kept_until_it_finishes(temporary_files, tmp_path):
     def fail(step):
         if step.stage.startswith("training") and step.done == 2:
             raise OSError("the disk is gone")
@@ -603,13 +603,13 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("values", "stands"), [((0.9, 0.4), "SingleStep"), ((0.4, 0.9), "PGDTraining")])
-def test_of_what_doubts_object_to_what_holds_best_stands(objecting, values, stands):
+def test_the_most_robust_of_the_doubted_recipes_is_chosen(objecting, values, stands):
     objecting[0].update(zip(("checked", "checked-2"), (("one-step", value) for value in values), strict=True))
     assert harden(trainable(), training(), fakes.data(), BOTH).card["recipe"] == stands
 
 
 @pytest.mark.slow
-def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_path):
+def test_an_accepted_doubt_remains_accepted_after_a_resume(objecting, tmp_path):
     objecting[0]["checked"] = ("one-step", 0.4)
     accepting = replace(
         BOTH, assessment=replace(BOTH.assessment, accepted={"one-step": "as it is known to be"})
@@ -958,7 +958,7 @@ def test_other_surrogates_are_another_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_said_of_the_judging_is_on_the_card(tmp_path):
+def test_notes_of_the_assessment_are_on_the_card(tmp_path):
     asked = wish()
     judged = replace(asked, assessment=replace(asked.assessment, time_budget_s=1e-9))
     found = harden(trainable(), training(), fakes.data(), judged)

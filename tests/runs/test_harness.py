@@ -82,7 +82,7 @@ def concluded(plan, model, batch, room=256, context=CONTEXT):
 # --- judging
 
 
-def test_success_is_what_the_bare_model_says_of_what_came_back():
+def test_success_is_decided_by_the_plain_model_on_the_returned_inputs():
     def lose(model, batch, threat, rng):
         """Breaks everything on the way and returns the clean inputs."""
         model(threat.constraint.sample(batch, model.bounds, rng), batch.ids)
@@ -95,7 +95,7 @@ def test_success_is_what_the_bare_model_says_of_what_came_back():
     assert evidence.attacks[0].surviving_after == 30
 
 
-def test_an_attack_cannot_speak_for_itself():
+def test_an_attack_does_not_decide_its_own_success():
     """It may call whatever it likes a success; there is nowhere to say so."""
 
     @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def test_the_evidence_is_the_worst_case_of_each_example():
     assert evidence.gallery["id"].tolist() == [1, 3, 5, 7]
 
 
-def test_later_attacks_get_only_who_still_stands():
+def test_later_attacks_get_only_the_surviving_examples():
     model, batch, act = some_broken(3)
     first, second = Doing(act), Doing(leave)
     measure(model, [batch], [first, second], ThreatModel(Linf(0.2)))
@@ -150,14 +150,14 @@ def test_later_attacks_get_only_who_still_stands():
     assert second.seen == [[7, 9, 5, 8]]
 
 
-def test_a_full_plan_gives_every_attack_everybody():
+def test_a_full_plan_runs_every_attack_on_all_examples():
     model, batch, act = some_broken(3)
     first, second = Doing(act), Doing(leave)
     concluded(Plan(members_of([first, second]), ThreatModel(Linf(0.2)), full=True), model, batch)
     assert second.seen == first.seen
 
 
-def test_who_is_wrong_from_the_start_is_not_attacked():
+def test_misclassified_examples_are_not_attacked():
     wrong = Batch(BATCH.x, torch.where(BATCH.ids % 2 == 0, BATCH.y, (BATCH.y + 1) % 4), BATCH.ids)
     attack = Doing(leave)
     evidence = measure(MODEL, [wrong], [attack], THREAT)
@@ -177,7 +177,7 @@ def test_nan_and_a_tie_count_against_the_model():
 # --- goals and distances
 
 
-def test_a_goal_leaves_out_who_cannot_be_led_there_and_must_be_reached():
+def test_a_goal_excludes_examples_of_its_class_and_must_be_predicted():
     seen = []
 
     def aim(model, batch, threat, rng):
@@ -202,7 +202,7 @@ def test_another_class_than_the_goal_is_no_success():
     assert evidence["eligible"].all() and not evidence["success"].any()
 
 
-def test_minimum_norm_plans_measure_everybody_without_an_eps():
+def test_minimum_norm_plans_measure_all_examples_without_an_eps():
     oracle, batch = linear_problem(3)
     exact = oracle.distance(batch.x, batch.y, L2())
     eps = exact.median().item()
@@ -214,7 +214,7 @@ def test_minimum_norm_plans_measure_everybody_without_an_eps():
     assert plan.members[1].attack.seen == [batch.ids.tolist()]
 
 
-def test_of_minimum_norm_attacks_the_closest_speaks_for_an_example():
+def test_the_smallest_distance_of_minimum_norm_attacks_counts_for_an_example():
     oracle, batch = linear_problem(3)
     far, near = DDN(steps=2), DDN(steps=60)
     for members, closest in (([far, near], 1), ([near, far], 0)):
@@ -238,7 +238,7 @@ def test_unsolved_examples_are_infinitely_far():
 # --- budgets and access
 
 
-def test_what_an_attack_had_found_when_its_budget_ran_out_counts():
+def test_results_of_an_attack_before_its_budget_ran_out_count():
     threat = ThreatModel(Linf(0.2), queries=7)
     evidence = measure(MODEL, [BATCH], [PGD(steps=40, drop=False)], threat)
     assert evidence["success"].any()
@@ -295,7 +295,7 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
         ),
     ],
 )
-def test_the_way_out_of_what_is_hidden_helps(members, threat, target, says):
+def test_the_remedy_for_a_hidden_gradient_works(members, threat, target, says):
     with pytest.raises(UsageError, match=says):
         refuse_what_is_hidden(Plan(members_of(members), threat), target)
 
@@ -322,7 +322,7 @@ def test_first_success_counts_the_queries_of_the_attacks_before():
     assert (evidence["first_success"] <= evidence["queries"]).all()
 
 
-def test_a_point_that_was_never_asked_about_falls_when_all_was_asked():
+def test_a_point_without_queries_is_decided_after_all_queries():
     jump = Doing(lambda m, b, t, r: (m(b.x, b.ids), t.constraint.project(1 - b.x, b.x, m.bounds))[1])
     evidence = measure(MODEL, [BATCH], [jump], ThreatModel(Linf(0.5)))
     won = evidence["success"] & evidence["correct"]
@@ -433,7 +433,7 @@ def test_a_model_that_draws_does_so_from_the_run_s_seed_and_puts_torch_s_state_b
     assert "right_probability" not in measure(MODEL, [BATCH], [], THREAT)
 
 
-def test_the_model_comes_back_as_it_was_even_after_an_error():
+def test_the_model_is_unchanged_after_an_error():
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.Dropout(0.5)).double()
     net[1].weight.requires_grad_(False)
     model = Classifier(net).train()
@@ -486,7 +486,7 @@ def test_settings_are_plain_values():
     assert settings(PGD(steps=3))["steps"] == 3
 
 
-def test_what_few_classes_change_is_noted():
+def test_a_change_of_few_classes_is_noted():
     plan = Plan((Member("APGD-T", PGD(loss=dlr)), Member("PGD", PGD(loss=cross_entropy))), THREAT)
     notes = [step.notes for step in plan.outline(2).steps]
     assert notes == [(), ("DLR needs 3 classes; with 2 the margin is used instead",), ()]

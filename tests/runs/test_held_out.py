@@ -76,7 +76,7 @@ def test_a_class_without_examples_is_named():
         harden(trainable(), data.take(data.y == 0), fakes.data(), wish())
 
 
-def test_a_look_at_a_network_that_knows_nothing_yet_is_timed_as_one_at_a_network_that_holds():
+def test_an_evaluation_is_timed_as_that_of_a_robust_network():
     model, data = trainable().model, training()
     data = data.labelled((model(data.x).argmax(1) + 1) % fakes.CLASSES)
     assert held_out_accuracies(model, data, harmless(THREAT)) == (0.0, 0.0)
@@ -96,7 +96,7 @@ def test_a_class_keeps_an_example_to_train_on_whichever_choose():
     assert len(drawn) == 3
 
 
-def test_a_class_that_is_left_out_with_what_judges_it_is_said():
+def test_a_class_without_examples_to_judge_it_is_reported():
     data = training()
     rare = data.labelled(torch.where(data.ids == 17, 3, data.y.clamp(max=2)))
     judged = as_data(data.x[10:20], fakes.data().read(0, 10).y)
@@ -126,7 +126,7 @@ class Narrow(torch.nn.Sequential):
 
 
 @pytest.mark.slow
-def test_where_memory_runs_out_in_a_look_the_look_is_halved_and_the_batch_stays():
+def test_an_evaluation_without_memory_is_halved_and_the_batch_remains():
     net = Narrow(*fakes.network(1)).requires_grad_()
     whole = harden(trainable(), training(1_000), fakes.data(), wish())
     found = harden(fakes.subject(net), training(1_000), fakes.data(), wish())
@@ -186,7 +186,7 @@ def sorted_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_judged_examples_are_drawn_by_the_seed_where_nobody_says_which(tmp_path):
+def test_judged_examples_are_drawn_by_the_seed_without_a_choice(tmp_path):
     path = sorted_file(tmp_path)
 
     def judged(**more):
@@ -198,7 +198,7 @@ def test_judged_examples_are_drawn_by_the_seed_where_nobody_says_which(tmp_path)
     assert judged(n=700).ids.tolist() == list(range(700))
 
 
-def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_no_split(tmp_path):
+def test_errors_of_other_training_data_are_explained_without_a_hint_at_their_split(tmp_path):
     path, csv = sorted_file(tmp_path), tmp_path / "more.csv"
     csv.write_text("a,b\n1,0\n")
 
@@ -235,7 +235,7 @@ def test_the_checkpoint_of_a_certified_training_is_that_of_which_most_is_proved(
     assert any("50.0 %" in note for note in found.card["notes"])
 
 
-def test_what_is_proved_of_a_linear_network_is_what_no_attack_can_break():
+def test_proved_examples_of_a_linear_network_are_those_that_no_attack_breaks():
     net = torch.nn.Linear(fakes.FEATURES, 2).double()
     held, wide = training(300), Bounds(-10.0, 10.0)
     held = replace(held, y=(net(held.x).argmax(1) + (held.ids % 5 == 0)) % 2)

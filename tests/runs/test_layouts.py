@@ -152,7 +152,7 @@ def test_outputs_of_a_random_network_count_as_equal_for_equal_inputs() -> None:
     assert tuple(assessed(noisy, x, np.zeros(20, np.int64)).evidence.data["shape"]) == (1, 8, 8)
 
 
-def test_the_model_comes_back_in_its_mode_and_with_its_statistics() -> None:
+def test_the_model_keeps_its_mode_and_its_statistics() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), conv).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     holdfast.doctor(net, (np.random.default_rng(0).random((20, 8, 8, 3), np.float32), np.zeros(20, np.int64)))
@@ -160,7 +160,7 @@ def test_the_model_comes_back_in_its_mode_and_with_its_statistics() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_patches_lie_on_images_whose_network_takes_the_channels_last() -> None:
+def test_patches_are_placed_on_images_with_the_channels_last() -> None:
     x = np.random.default_rng(0).random((20, 8, 8, 3), np.float32)
     with torch.no_grad():
         y = last(torch.from_numpy(x)).argmax(1).numpy()

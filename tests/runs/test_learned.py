@@ -19,7 +19,7 @@ def wanted(**changes):
     return replace(order(FAST, LEARNED, attacked=False, **changes), fit=data(60, seed=2))
 
 
-def test_is_learned_once_and_found_again(tmp_path, monkeypatch):
+def test_a_learned_attack_is_learned_once_and_read_again(tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assess(subject(), data(), wanted(), run=whole)
 
@@ -47,12 +47,12 @@ def test_other_examples_are_another_run(tmp_path):
         assess(subject(), data(), replace(wanted(), fit=data(60, seed=3)), run=run, resume=True)
 
 
-def test_is_left_out_where_time_runs_out(tmp_path):
+def test_a_learned_attack_is_omitted_if_time_runs_out(tmp_path):
     result = assess(subject(), data(), wanted(time_budget_s=1e-9), run=tmp_path / "run")
     assert any("Universal" in note and "finished none" in note for note in result.evidence.notes)
 
 
-def test_may_be_learned_on_examples_of_another_type_than_the_model_takes():
+def test_an_attack_may_be_learned_on_examples_of_another_type_than_the_model_takes():
     batch = data(60, seed=2).read(0, 60)
     found = assess(subject(), data(), replace(wanted(), fit=as_data(batch.x.float(), batch.y)))
     assert [record.name for record in found.attacks][-1] == "Universal"

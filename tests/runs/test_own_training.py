@@ -434,7 +434,7 @@ class Failing(Broken):
         raise ConnectionError("no server")
 
 
-def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(tmp_path):
+def test_a_tracker_that_fails_is_reported_once_and_does_not_end_the_training(tmp_path):
     said, failing = [], Failing()
     log = EpochLog(trackers={"mlflow:http://a": Broken(), "wandb:b": failing}, notify=said.append)
     found = harden(

@@ -201,7 +201,7 @@ def test_a_node_that_is_alive_must_report_its_versions(fake, set_limit):
     assert fake.silent  # it was refused before the first shard
 
 
-def test_a_node_that_cannot_fetch_objects_is_asked_again_for_a_while(fake, set_limit):
+def test_a_node_that_cannot_fetch_objects_gets_its_task_again_for_a_while(fake, set_limit):
     set_limit("holdfast.runs.engine.ray_tasks._NOTICED_S", 0.0)
     fake.silent[:] = ["unfetched"] * 9
     fake.faults[:] = ["unfetched"] * 9  # a node that joins later

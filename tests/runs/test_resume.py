@@ -69,7 +69,7 @@ def test_a_kill_at_any_call_to_the_disk_changes_no_byte(tmp_path):
 
 @forks
 @pytest.mark.slow
-def test_a_hardening_that_is_killed_at_a_call_to_the_disk_comes_to_the_same_bytes(tmp_path):
+def test_a_hardening_that_is_killed_at_a_call_to_the_disk_resumes_to_the_same_bytes(tmp_path):
     assert killed(tmp_path, "hardening", 13)["calls"] > 100
 
 
@@ -99,7 +99,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, whole, st
         shutil.rmtree(run)
 
 
-def test_a_finished_run_is_told_again_without_measuring(whole, monkeypatch):
+def test_a_finished_run_is_reported_again_without_measuring(whole, monkeypatch):
     def refused(*_, **__):
         raise AssertionError("measured again")
 
@@ -165,7 +165,7 @@ def test_the_refusal_shows_what_differs(whole):
         (order(batch_size=7, full=True), "(batch_size: none → 7; full: false → true)"),
     ],
 )
-def test_the_refusal_names_each_leaf_as_a_person_would_write_it(whole, asked, said):
+def test_the_refusal_names_each_setting_in_the_notation_of_the_user(whole, asked, said):
     with pytest.raises(UsageError, match=re.escape(f"another configuration {said}")):
         assess(subject(), data(), asked, run=whole, resume=True)
 
@@ -186,7 +186,7 @@ def test_a_used_folder_is_refused(whole, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         TargetError, match=r"file/run.*a file is in its path; give run=DIR for another folder"
@@ -258,7 +258,7 @@ def stop_at(run, stage, shard=0, signal_number=None):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_run_and_says_how_to_go_on(tmp_path, whole, number):
+def test_a_signal_stops_the_run_and_states_how_to_resume(tmp_path, whole, number):
     run, handlers = tmp_path / "run", [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     error = stop_at(run, "2-pgd-again", signal_number=number)
     assert error.signal_number == number
@@ -279,7 +279,7 @@ def test_the_way_to_go_on_is_the_command_that_was_given(tmp_path):
         assess(subject(), data(), asked, run=tmp_path / "run", progress=progress)
 
 
-def test_where_a_run_lies_is_no_part_of_the_command():
+def test_the_folder_of_a_run_is_no_part_of_its_command():
     assert repeatable("holdfast assess m d --run r --resume -n 5") == "holdfast assess m d -n 5"
     assert repeatable("holdfast assess m d --run=r") == "holdfast assess m d"
     assert repeatable("holdfast harden m d --log csv:a -n 5 --log=csv:b") == "holdfast harden m d -n 5"
@@ -349,7 +349,7 @@ class Greedy(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path):
+def test_a_batch_is_halved_if_memory_runs_out(tmp_path):
     run = tmp_path / "run"
     result = assess(subject(Greedy(9)), data(), order(batch_size=16), run=run)
     plain = assess(subject(), data(), order(batch_size=16))

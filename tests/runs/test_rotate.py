@@ -47,7 +47,7 @@ def test_collects_every_run_and_the_surrogates(collected):
 
 
 @pytest.mark.slow
-def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path, another_secret):
+def test_the_seed_does_not_determine_the_collection(collected, tmp_path, another_secret):
     assert contents.secret(Pool.open(collected[0])).key == 7, "what the operating system gave, in these tests"
     other = steps.create(tmp_path / "pool", terms())
     steps.collect(other, terms())
@@ -67,7 +67,7 @@ def test_nothing_that_judges_is_trained_on():
     assert not torch.equal(of.held_out.ids, terms(seed=1).held_out.ids)
 
 
-def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_seen_what_judges():
+def test_a_pool_that_starts_from_the_given_model_notes_that_it_may_have_been_trained_on_held_out_examples():
     assert not terms().notes
     assert "may have been trained on the held-out examples" in terms(Subset(("0.",), sets=2)).notes[-1]
 
@@ -102,7 +102,7 @@ def test_a_pool_of_other_terms_does_not_go_on(pool, other):
         steps.create(pool.path, other, resume=True)
 
 
-def test_another_model_is_told_by_its_name_and_a_short_digest():
+def test_another_model_is_named_with_a_short_digest():
     told = {}
     for name, mean, figure in (("net", None, "1"), ("other", [0.5], "2")):
         known = {
@@ -123,11 +123,11 @@ def test_another_model_is_told_by_its_name_and_a_short_digest():
     )
 
 
-def test_an_ended_collection_is_told_again(pool, collected):
+def test_a_finished_collection_is_reported_again(pool, collected):
     assert steps.collect(pool, terms()) == collected[1]
 
 
-def test_a_run_that_went_astray_is_refused(tmp_path):
+def test_a_run_that_diverged_is_refused(tmp_path):
     lost = terms(lr=1e6, epochs=1)
     with pytest.raises(TargetError, match="the loss is not finite"):
         steps.collect(steps.create(tmp_path / "pool", lost), lost)
@@ -144,7 +144,7 @@ def set_pace(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_budget_says_how_many_epochs(tmp_path, set_pace):
+def test_a_budget_decides_the_number_of_epochs(tmp_path, set_pace):
     short = terms(Seeds(2))
     heard = []
     pool = steps.create(tmp_path / "pool", short)
@@ -159,7 +159,7 @@ def test_a_budget_says_how_many_epochs(tmp_path, set_pace):
     assert steps.collect(pool, short, budget_s=50.0) == found == steps.collect(pool, short)
 
 
-def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, set_pace):
+def test_a_budget_below_one_epoch_is_refused_with_one_that_suffices(tmp_path, set_pace):
     pool = steps.create(tmp_path / "pool", terms())
     set_pace(0.01, 3000)
     with pytest.raises(UsageError, match="6 models must be trained, 4 of them surrogates.*budget='4min'"):
@@ -249,7 +249,7 @@ def test_immunises_against_what_is_exposed_else_what_serves_else_the_bases(pool)
     assert against() == (leaked,)
 
 
-def test_trains_anew_where_asked_to_or_without_a_generator(pool):
+def test_sets_are_trained_anew_on_request_or_without_a_generator(pool):
     found = steps.draw(pool, terms(), 1, by="retraining")
     assert found.by == "retraining" and pool.ledger.member(found.names[0]).bases == ()
     assert accuracy(terms().of_set(pool, found.names[0]), terms().held_out) > 0.9
@@ -260,7 +260,7 @@ def test_trains_anew_where_asked_to_or_without_a_generator(pool):
 
 
 @pytest.mark.slow
-def test_a_generator_that_draws_nothing_that_works_says_so(pool, set_limit):
+def test_a_generator_without_accurate_sets_is_inconclusive(pool, set_limit):
     set_limit("holdfast.rotation.steps.draw._POINT", -1.0)
     with pytest.raises(
         Inconclusive, match="none of 64 generated sets reaches an accuracy of .* by='retraining'"
@@ -269,7 +269,7 @@ def test_a_generator_that_draws_nothing_that_works_says_so(pool, set_limit):
 
 
 @pytest.mark.slow
-def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
+def test_an_interrupted_draw_resumes(pool, monkeypatch):
     whole = draw._Drawing._store
     monkeypatch.setattr(
         draw._Drawing,
@@ -297,7 +297,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     assert pool.candidates == found.names
 
 
-def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
+def test_a_finished_draw_is_reported_again_and_not_repeated(pool):
     found, entries = steps.draw(pool, terms(), 2), pool.ledger.entries
     heard = []
     assert steps.draw(pool, terms(), resume=True, notify=heard.append) == found
@@ -348,7 +348,7 @@ def test_a_generator_of_another_architecture_is_refused(pool):
 
 
 @pytest.mark.slow
-def test_a_generator_that_went_astray_does_not_replace_one_that_works(pool):
+def test_a_generator_that_diverged_does_not_replace_an_earlier_one(pool):
     before = pool.kept("generator").digest
     far = replace(DIFFUSION, regulariser="away", weight=1e6, steps=50)
     with pytest.raises(
@@ -362,7 +362,7 @@ def test_a_generator_that_went_astray_does_not_replace_one_that_works(pool):
 # --- status
 
 
-def test_status_is_plain_and_tells_no_secret(pool):
+def test_status_is_plain_json_without_secrets(pool):
     name = steps.draw(pool, terms(), 1).names[0]
     pool.admit(name)
     now = pool.swap(why="first")

@@ -172,7 +172,7 @@ def test_another_set_is_another_model(serving, collected):
     assert after.card["epoch"] == 2 and before.digest != after.digest
 
 
-def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
+def test_a_pool_without_a_serving_set_is_refused_with_a_remedy(pool, collected):
     of = settings(pool, collected[0])
     with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
         subject_of(of)
@@ -250,7 +250,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
 
 
 @pytest.mark.parametrize("recipe", [Standard(), SingleStep()], ids=lambda one: type(one).__name__)
-def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, monkeypatch):
+def test_alternatives_are_trained_for_the_same_number_of_passes(serving, collected, recipe, monkeypatch):
     terms, passes, forward = collected[1], [], Classifier.forward
     terms = replace(terms, candidate=replace(terms.candidate, recipe=trained_as(recipe, terms.training)))
     live = terms.of_set(serving, serving.serving.name)
@@ -270,7 +270,7 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
 
 
 @pytest.mark.slow
-def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, means, tmp_path):
+def test_rows_that_were_measured_before_a_kill_are_kept(serving, collected, quick, means, tmp_path):
     of = settings(serving, collected[0], adaptive=True)
     means.now = replace(MEANS, query_search=Interrupted(queries=12, every=5))
     with pytest.raises(ZeroDivisionError):
@@ -327,7 +327,7 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     assert any("collected for another threat model" in note for note in summary["notes"])
 
 
-def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick):
+def test_a_threat_that_the_table_does_not_cover_is_reported(serving, collected, quick):
     of = settings(serving, collected[0], adaptive=True, threat="l0:3", attacks=None, suite="fast", n=4)
     summary = of.run().summary()
     assert summary["rotation"] is None
@@ -369,7 +369,7 @@ def test_words_go_by_the_interval_and_by_the_white_box():
     }  # fmt: skip
 
 
-def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
+def test_an_interval_that_decides_nothing_is_unclear_and_not_unaffected():
     few = {"value": 0.07, "low": 0.03, "high": 0.14, "n": 99}
     known = [{"attacker": who, "share": few if who == "A1" else share(0.23)} for who in ATTACKERS]
     found = with_effects(known)
@@ -381,7 +381,7 @@ def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
     assert "A1 is unclear because there are too few inputs" in protection_verdict(found)
 
 
-def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protection():
+def test_no_protection_is_not_concluded_for_a_robust_set_or_a_wide_interval():
     nothing = [{"attacker": who, "share": share(0.0)} for who in ATTACKERS]
     assert protection_verdict(with_effects(nothing)).startswith(
         "white-box attacks on the serving set break nothing"
@@ -393,7 +393,7 @@ def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protec
     ) and "A1 is unclear" in protection_verdict(with_effects(known))
 
 
-def test_a_thief_is_compared_with_what_his_own_attacks_do_to_the_set_itself():
+def test_an_attacker_with_a_stolen_set_is_compared_with_the_same_attacks_on_the_serving_set():
     known = [
         {"attacker": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))}
         for who in ATTACKERS
@@ -404,12 +404,12 @@ def test_a_thief_is_compared_with_what_his_own_attacks_do_to_the_set_itself():
     assert protection_verdict(with_effects(known, itself), itself).startswith("no protection: ")
 
 
-def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
+def test_an_attacker_is_not_stopped_if_attacks_without_theft_break_all():
     found = {row["attacker"]: row["effect"] for row in rows(A0=0.8, A1=0.8, A5=0.8)}
     assert found["A0"] == found["A1"] == "not affected"
 
 
-def test_the_verdict_names_everyone():
+def test_the_verdict_names_all_attackers():
     said = protection_verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
     assert said == (
         "against the serving set, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are not affected"

@@ -49,7 +49,7 @@ def test_as_many_as_are_needed_are_not_widened_and_one_less_is():
     assert less.widened and less.tolerance == pytest.approx(0.04, rel=0.01)
 
 
-def test_what_is_needed_is_said_before_and_after_and_what_follows():
+def test_needed_time_is_announced_before_and_stated_after():
     before = statement(planned_needs(1_000, judged=500), 500, planned=True)
     assert (
         before.startswith("the gates need at least ")
@@ -73,7 +73,7 @@ def test_the_advised_number_of_examples_widens_nothing(judged):
     assert any(need.widened for need in planned_needs(n // 2, judged))
 
 
-def test_a_widened_tolerance_decides_and_is_said():
+def test_a_wider_tolerance_is_used_and_reported():
     found = seen(white=108, before=100)
     need = NeededExamples("robust accuracy", 0.1, N, 3)
     wide = replace(found, needs={"robust accuracy": need})

@@ -167,7 +167,7 @@ def test_twenty_updates_in_float64_differ_in_the_order_of_sums_only(trained):
         ("other", "this process has other data than the first one"),
     ],
 )
-def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
+def test_settings_that_exclude_two_processes_are_refused(tmp_path, name, said):
     done, _ = ran(tmp_path, name, together=True)
     assert done.returncode != 0
     assert said in done.stderr
@@ -206,7 +206,7 @@ def test_what_one_process_refuses_is_no_internal_error_of_the_other(tmp_path):
     assert "internal error" not in done.stderr
 
 
-def test_the_command_line_trains_in_two_processes_and_one_of_them_speaks(tmp_path):
+def test_the_command_line_trains_in_two_processes_of_which_one_writes_messages(tmp_path):
     asked = "harden mnist-cnn mnist-mini -t linf:0.1 --recipe fgsm-rs --suite quick -n 50 --run run -o made/"
     words = [*asked.split(), "-o", "report.json", "--set", "recipe.training.epochs=2"]
     done = started(*TOGETHER, "-m", "--", "holdfast", *words, cwd=tmp_path)

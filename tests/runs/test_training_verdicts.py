@@ -230,7 +230,7 @@ CARD = {
         ),
     ],
 )
-def test_what_would_help_follows_from_the_card(changes, expected):
+def test_remedies_follow_from_the_card(changes, expected):
     card = {**CARD, **changes}
     assert help_sentence({**card, "advice": advice(card, Linf(0.3))}) == expected
 

@@ -57,7 +57,7 @@ def test_the_matrix_is_what_was_made_on_each_and_shown_to_all():
     assert found.metrics["transfer_success"] == rows[-1].shares[0]
 
 
-def test_a_standing_example_that_the_matrix_turned_is_told_and_doubted():
+def test_an_example_that_only_the_matrix_breaks_raises_a_doubt():
     weak = Member("Transfer", Transfer(steps=1, reach=0.05, neighbours=0))
     asked = with_surrogates(other(), members=(weak,))
     found = assess(subject(), data(), replace(asked, plan=replace(asked.plan, threat=BLIND, doubts="all")))
@@ -72,7 +72,7 @@ def test_a_standing_example_that_the_matrix_turned_is_told_and_doubted():
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_matrix_and_tells_it_again(tmp_path):
+def test_a_run_stores_its_matrix_and_reports_it_again(tmp_path):
     asked = with_surrogates(other(), doubts="all", gates=("transfer_success <= 0.99",))
     kept = assess(subject(), data(), asked, run=tmp_path / "run")
     assert kept.evidence.surrogates == ({"name": "other", "how": "python", "digest": f"{1:064d}"},)
@@ -127,7 +127,7 @@ def test_another_surrogate_is_another_run(tmp_path):
         assess(subject(), data(), with_surrogates(other(2)), run=tmp_path / "run", resume=True)
 
 
-def test_who_may_not_be_asked_makes_no_examples_and_is_attacked_all_the_same():
+def test_a_model_without_queries_makes_no_examples_and_is_attacked():
     blind = with_surrogates(
         other(), other(0, "copy"), members=(GIVEN,), threat=BLIND, attacked=False, doubts="all"
     )
@@ -172,12 +172,12 @@ def long():
         (long(), TargetError, r"inputs of the model, of shape \(12,\)"),
     ],
 )
-def test_who_has_other_classes_or_other_inputs_is_refused(net, error, said):
+def test_a_surrogate_with_other_classes_or_inputs_is_refused(net, error, said):
     with pytest.raises(error, match=said):
         assess(subject(), data(), with_surrogates(other(net=net)))
 
 
-def test_who_returns_nan_is_refused():
+def test_a_surrogate_that_returns_nan_is_refused():
     class Void(torch.nn.Module):
         def forward(self, x):
             return network(1)(x) / 0 * 0
@@ -186,7 +186,7 @@ def test_who_returns_nan_is_refused():
         assess(subject(), data(), with_surrogates(other(net=Void())))
 
 
-def test_who_draws_at_random_is_refused():
+def test_a_surrogate_with_random_outputs_is_refused():
     class Noisy(torch.nn.Module):
         def forward(self, x):
             return network(1)(x + 0.1 * torch.randn_like(x))
@@ -195,14 +195,14 @@ def test_who_draws_at_random_is_refused():
         assess(subject(), data(), with_surrogates(other(net=Noisy())))
 
 
-def test_who_gives_no_gradients_is_refused():
+def test_a_surrogate_without_gradients_is_refused():
     served = Subject(Classifier(network(1), access="scores"), "b" * 64, {"name": "served"})
     with pytest.raises(UsageError, match="served gives only scores"):
         assess(subject(), data(), with_surrogates(served))
 
 
 @pytest.mark.parametrize("cut", [torch.Tensor.detach, lambda x: (8 * x).round() / 8])
-def test_who_loses_every_gradient_on_the_way_is_refused(cut):
+def test_a_surrogate_that_loses_all_gradients_is_refused(cut):
     class Cut(torch.nn.Module):
         def forward(self, x):
             return network(1)(cut(x))

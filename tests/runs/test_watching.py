@@ -14,7 +14,7 @@ from runs import steps
 from runs.collected_pool import terms
 
 
-def turner(of, *triggers, keep=2, **more):
+def rotation_loop(of, *triggers, keep=2, **more):
     return RotationLoop(of, terms(), LoopSettings(triggers, keep, **more))
 
 
@@ -50,7 +50,7 @@ def strict(replace_step):
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_the_first_admitted_set_serves_before_the_others_are_trained(pool, replace_step):
-    one, draw, drawn = turner(pool, by="retraining"), watching.draw, []
+    one, draw, drawn = rotation_loop(pool, by="retraining"), watching.draw, []
 
     def recorded(request, **given):
         drawn.append((pool.serving is not None, request.sets))
@@ -66,8 +66,8 @@ def test_the_first_admitted_set_serves_before_the_others_are_trained(pool, repla
 
 
 @pytest.mark.usefixtures("generous")
-def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
-    one = turner(pool, AnswersPerPrincipal(50))
+def test_the_loop_swaps_after_answers_or_an_exposure_and_fills_the_pool(pool):
+    one = rotation_loop(pool, AnswersPerPrincipal(50))
     one.fill()
     assert one.check() and pool.serving.epoch == 1
     pool.answered(1, {"alice": 49, "bob": 30})
@@ -84,8 +84,8 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, replace_step):
-    turner(pool).fill()
-    one, draw, admit, served = turner(pool, keep=4), watching.draw, watching.admit, []
+    rotation_loop(pool).fill()
+    one, draw, admit, served = rotation_loop(pool, keep=4), watching.draw, watching.admit, []
 
     def drawn(*given, **more):
         found = draw(*given, **more)
@@ -107,8 +107,8 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, replace_st
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
-def test_time_counts_from_when_the_ledger_says(pool, replace_step):
-    one = turner(pool, Elapsed(3600))
+def test_time_counts_from_the_date_in_the_ledger(pool, replace_step):
+    one = rotation_loop(pool, Elapsed(3600))
     one.fill()
     assert one.check() and pool.serving.epoch == 1
 
@@ -127,18 +127,18 @@ def test_time_counts_from_when_the_ledger_says(pool, replace_step):
 
 @pytest.fixture
 def begun(pool, strict):
-    """A turner whose first set serves and whose second waits, before admissions refuse everything; what it says."""
+    """A loop whose first set serves and whose second waits, before admissions refuse everything, and its messages."""
     for name in ("first", "second"):
         (drawn,) = steps.draw(pool, terms(), 1).names
         pool.admit(drawn, name)
-    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+    one, said = rotation_loop(pool, AnswersPerPrincipal(5), keep=1), []
     one.fill()
     one.notify = said.append
     return one, said
 
 
 @pytest.mark.slow
-def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_ends(pool, begun):
+def test_the_loop_ends_and_the_serving_set_remains_if_no_set_is_admitted(pool, begun):
     one, _ = begun
     pool.answered(1, {"alice": 5})
     with pytest.raises(
@@ -156,7 +156,7 @@ def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_end
 
 
 @pytest.mark.slow
-def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):
+def test_the_loop_continues_with_pauses_while_sets_wait(pool, begun):
     one, said = begun
     one.settings, waited = replace(one.settings, keep=2), []
     one.watch(checks=1, sleep=waited.append)
@@ -165,7 +165,7 @@ def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):
 
 
 @pytest.mark.slow
-def test_what_was_admitted_serves_although_too_few_were(pool, replace_step):
+def test_an_admitted_set_serves_although_fewer_than_required_were_admitted(pool, replace_step):
     left = iter([True] + [False] * 99)
 
     def admit(request, **given):
@@ -179,14 +179,14 @@ def test_what_was_admitted_serves_although_too_few_were(pool, replace_step):
     with pytest.raises(
         Inconclusive, match="remains the serving set, in epoch 1, and 0 admitted sets are waiting"
     ):
-        turner(pool, keep=2).fill()
+        rotation_loop(pool, keep=2).fill()
     assert pool.serving.epoch == 1
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
-    one = turner(pool, AnswersPerPrincipal(5), keep=1)
+    one = rotation_loop(pool, AnswersPerPrincipal(5), keep=1)
     one.fill()
     base = next(member.name for member in pool.ledger.members if member.role == "base")
     pool.expose(base, "laptop stolen")
@@ -201,7 +201,7 @@ def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
 def test_it_waits_where_another_process_draws(pool):
-    one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
+    one, said = rotation_loop(pool, AnswersPerPrincipal(5), keep=1), []
     one.fill()
     one.notify = said.append
     pool.answered(1, {"alice": 5})
@@ -214,7 +214,7 @@ def test_it_waits_where_another_process_draws(pool):
 @pytest.mark.slow
 @pytest.mark.usefixtures("strict")
 def test_five_refusals_in_a_row_end_it(pool):
-    one = turner(pool, Elapsed(3600), keep=2, by="generator")
+    one = rotation_loop(pool, Elapsed(3600), keep=2, by="generator")
     with pytest.raises(Inconclusive, match="6 sets of the generator were refused in a row.*no set serves"):
         one.fill()
     assert pool.serving is None
@@ -238,7 +238,7 @@ def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitte
 def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admitted(pool):
     said = []
     with pytest.raises(Inconclusive):
-        turner(pool, Elapsed(3600), keep=5, by="generator").fill()
+        rotation_loop(pool, Elapsed(3600), keep=5, by="generator").fill()
     one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=5), notify=said.append)
     with pytest.raises(Inconclusive):
         one.fill()
@@ -256,13 +256,13 @@ def test_a_schedule_faster_than_generation_is_refused(pool):
     with pytest.raises(
         UsageError, match="a swap is due every 1e-06 s, but it takes .* to produce an admitted set"
     ):
-        replace_every(turner(pool), Elapsed(1e-6)).fill()
+        replace_every(rotation_loop(pool), Elapsed(1e-6)).fill()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
-def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_ends(pool):
-    one, said = turner(pool), []
+def test_swaps_that_are_faster_than_generation_are_reported_and_filling_ends(pool):
+    one, said = rotation_loop(pool), []
     one.fill()
     one = replace_every(one, Elapsed(1e-6))
     one.notify = said.append
@@ -276,8 +276,8 @@ def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_end
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("generous")
-def test_it_says_that_nothing_serves_any_more(pool):
-    one, said = turner(pool), []
+def test_the_absence_of_a_serving_set_is_reported(pool):
+    one, said = rotation_loop(pool), []
     one.fill()
     pool.retire(pool.serving.name, "by hand")
     one.notify = said.append

@@ -78,7 +78,7 @@ def test_a_wave_that_breaks_nothing_is_the_last(below, reached):
     assert int(evidence["success"].sum()) == below
 
 
-def test_waves_are_one_attack_in_the_evidence_and_say_what_they_left():
+def test_waves_are_one_attack_in_the_evidence_with_the_examples_that_they_left():
     evidence, _, _ = run(N // 8)
     (record,) = evidence.attacks
     assert (record.name, record.surviving_before, record.surviving_after) == ("Nearest", N, N - N // 8)
@@ -95,7 +95,7 @@ def test_waves_are_one_attack_in_the_evidence_and_say_what_they_left():
 
 
 @pytest.mark.parametrize("sizes", [(32, 32, 32, 38, 75), (157, 157, 314, 628, 1256)], ids=["few", "many"])
-def test_what_is_said_of_the_rest_is_wrong_one_time_in_twenty_at_most(sizes):
+def test_the_bound_on_the_other_examples_is_wrong_in_at_most_5_percent(sizes):
     """The examples being alike: where a share `p` falls, each wave may hold by luck, and end the attack."""
     for p in torch.linspace(0.001, 0.3, 300).tolist():
         wrong, reached = 0.0, 1.0
@@ -106,12 +106,12 @@ def test_what_is_said_of_the_rest_is_wrong_one_time_in_twenty_at_most(sizes):
         assert wrong <= 0.05
 
 
-def test_an_attack_that_came_to_all_leaves_nothing_to_say():
+def test_an_attack_that_finished_all_examples_has_no_note():
     evidence, _, _ = run(N // 2 + 1)
     assert (evidence.attacks[0].notes, evidence.attacks[0].residual) == ((), None)
 
 
-def test_under_full_every_example_is_asked_at_once():
+def test_a_full_plan_queries_every_example_at_once():
     _, _, asked = run(0, full=True)
     assert len(torch.cat(asked)) == N
 
@@ -123,7 +123,7 @@ def test_few_examples_are_one_wave():
     assert len(torch.cat(asked)) == LEAST
 
 
-def test_an_attack_before_it_decides_who_is_nearest():
+def test_an_earlier_attack_decides_which_examples_are_nearest():
     """The lowest margin that any attack has left counts, not the clean one."""
     batch, rank = problem()
 
@@ -137,7 +137,7 @@ def test_an_attack_before_it_decides_who_is_nearest():
     assert set(rank[torch.cat(asked)].tolist()) >= set(range(N - LEAST, N))
 
 
-def test_nobody_is_due_after_a_wave_without_success():
+def test_no_example_is_due_after_a_wave_without_success():
     asked = []
     batch, rank = problem()
     waves = plan(Member("Nearest", breaks(rank, 0, asked), 3))

@@ -143,7 +143,7 @@ def test_a_shard_that_kills_every_worker_ends_the_run_with_the_way_out(tmp_path)
 
 
 @pytest.mark.slow
-def test_what_a_worker_raises_is_said_by_the_run(tmp_path):
+def test_an_error_of_a_worker_is_reported_by_the_run(tmp_path):
     with pytest.raises(TargetError, match="the model raised ValueError .*: no such thing"):
         assess(subject(Broken(tmp_path / "raised", times=99)), data(), asked(workers=1), run=tmp_path / "run")
 
@@ -192,7 +192,7 @@ def test_a_model_that_no_other_process_can_take_over_is_refused():
 
 
 @pytest.mark.slow
-def test_time_that_ran_out_is_told(tmp_path):
+def test_an_expired_time_is_reported(tmp_path):
     result = assess(subject(), data(), asked(workers=1, time_budget_s=1e-9), run=tmp_path / "run")
     assert any("time ran out: PGD and PGD-again finished none" in note for note in result.evidence.notes)
 
@@ -209,7 +209,7 @@ def _another(examples):
 
 
 @pytest.mark.slow
-def test_killed_with_its_workers_at_work_it_goes_on_with_another_number(tmp_path):
+def test_a_run_that_was_killed_with_its_workers_resumes_with_another_number(tmp_path):
     words = [
         "assess",
         "mnist-cnn-hardened",

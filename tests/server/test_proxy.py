@@ -275,7 +275,7 @@ def test_only_allowed_headers_are_passed_on_with_the_inputs_of_their_client(monk
             Proxied(url, headers=("Authorization: env:UPSTREAM",))
 
 
-def test_an_upstream_server_that_ends_and_comes_back():
+def test_an_upstream_server_that_restarts_is_used_again():
     own = Here()
     with listening(own.app) as url:
         here = Proxied(url, "small")

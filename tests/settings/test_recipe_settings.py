@@ -39,7 +39,7 @@ def test_a_part_that_may_be_any_has_the_settings_of_its_usual_one():
         built(Immunise, {"crafting": 3}, "immunise", "immunise")
 
 
-def test_settings_are_said_as_they_are_read():
+def test_settings_are_written_as_they_are_read():
     recipe = MultiNormTraining(others=(L2(1.5), Linf(8 / 255), L1(3.0)))
     said = settings_of(recipe)
     assert said["others"][0] == "l2:1.5"
@@ -84,7 +84,7 @@ def test_options_of_the_loop_are_set():
     assert (recipe.training.averaging, recipe.training.tail, recipe.training.patience) == ("swa", 0.5, 3)
 
 
-def test_what_nobody_says_of_a_part_stays_as_its_recipe_has_it():
+def test_settings_of_a_part_that_are_not_given_keep_the_value_of_the_recipe():
     @dataclass(frozen=True)
     class Slow:
         training: Training = field(default_factory=lambda: Training(lr=0.02))

@@ -155,7 +155,7 @@ def values(of):
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED)
-def test_what_cannot_be_meant_is_a_usage_error(text, said, tmp_path):
+def test_impossible_settings_are_usage_errors(text, said, tmp_path):
     path = tmp_path / "holdfast.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=said):
@@ -273,7 +273,7 @@ def test_every_printed_name_and_every_short_form_names_one_thing():
     assert printed == set(ADAPTIVE)
 
 
-def test_a_name_that_suites_give_has_its_settings_wherever_it_stands():
+def test_a_name_from_a_suite_has_the_settings_of_the_suite():
     constraints = {
         "linf": Linf(0.1),
         "l2": L2(1.0),
@@ -347,7 +347,7 @@ def test_a_suite_shows_the_attacks_of_labels_alone_only_to_threats_that_see_no_m
         ("transfer", "Transfer"),
     ],
 )
-def test_an_attack_is_found_as_people_write_it(name, attack):
+def test_an_attack_is_found_by_its_usual_spellings(name, attack):
     assert attack_called(name) == attack
 
 
@@ -378,7 +378,7 @@ def test_the_grammar_reads_what_it_writes():
     )
 
 
-def test_a_surrogate_is_an_address_with_what_else_is_to_be_said():
+def test_a_surrogate_is_an_address_with_settings():
     assert parse_surrogate("mnist-cnn") == {"model": "mnist-cnn"}
     written = "a,b/net.pt,arch=net.py:build,mean=0.5,0.4,0.3,width=8,name=x,skip=layer*.bn2,decay=1/5"
     plain = {
@@ -399,7 +399,7 @@ def test_a_surrogate_is_an_address_with_what_else_is_to_be_said():
     "threat, name",
     [("linf:0.1", "fast"), ("linf:0.1,access=none", "transfer"), ("corruptions:3,access=none", "fast")],
 )
-def test_a_model_that_nobody_may_ask_is_attacked_by_transfer(threat, name):
+def test_a_model_without_queries_is_attacked_by_transfer(threat, name):
     assert usual_suite(parse_threat(threat)) == name
 
 

@@ -33,7 +33,7 @@ def test_clopper_pearson_is_the_exact_binomial_interval(n, share, confidence):
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.93])
-def test_clopper_pearson_covers_at_least_what_it_says(p):
+def test_clopper_pearson_covers_at_least_its_nominal_level(p):
     n, covered = 40, 0.0
     for k in range(n + 1):
         low, high = clopper_pearson(k, n)
@@ -41,7 +41,7 @@ def test_clopper_pearson_covers_at_least_what_it_says(p):
     assert covered >= 0.95
 
 
-def test_nothing_seen_says_nothing():
+def test_no_queries_have_no_score():
     assert clopper_pearson(0, 0) == (0.0, 1.0)
 
 
@@ -76,7 +76,7 @@ def test_median_keeps_infinite_values():
     assert median(torch.tensor([1.0, math.inf, math.inf])).value == math.inf
 
 
-def test_mean_covers_a_skewed_population_about_as_often_as_it_says():
+def test_mean_covers_a_skewed_population_at_about_its_nominal_level():
     generator = torch.Generator().manual_seed(3)
     covered = 0
     for _ in range(200):
@@ -136,7 +136,7 @@ def test_mcnemar_is_the_exact_sign_test(a, b):
     assert found.p == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1.0)
 
 
-def test_paired_difference_covers_about_as_often_as_it_says():
+def test_paired_difference_covers_at_about_its_nominal_level():
     generator = torch.Generator().manual_seed(5)
     covered = 0
     for _ in range(400):

@@ -28,7 +28,7 @@ def same(one, other):
         assert values.numpy().tobytes() == other[name].numpy().tobytes()
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_files_are_read_back(tmp_path):
     written = columns.write(tmp_path / "a.safetensors", EXAMPLE, {"stage": "clean"})
     found = columns.read(tmp_path / "a.safetensors")
     same(found.columns, EXAMPLE)

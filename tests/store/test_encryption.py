@@ -20,7 +20,7 @@ HEADER = len(b"HOLDFAST") + 1 + len(bytes.fromhex(SEAL.id))
 
 
 @given(data=st.binary(max_size=200), name=st.text(max_size=20))
-def test_what_is_sealed_opens_and_shows_nothing(data, name):
+def test_an_encrypted_file_opens_with_its_key_and_shows_no_content(data, name):
     sealed = SEAL.seal(data, name)
     assert SEAL.open(sealed, name) == data
     assert len(data) < 4 or data not in sealed[HEADER:]
@@ -47,7 +47,7 @@ def test_a_file_opens_under_its_own_name_only():
         SEAL.open(SEAL.seal(b"some weights", "a"), "b")
 
 
-def test_another_key_is_told_from_a_corrupt_file(tmp_path):
+def test_another_key_is_distinguished_from_a_corrupt_file(tmp_path):
     with pytest.raises(
         TargetError,
         match=f"{re.escape(str(tmp_path / 'x'))}' was encrypted with key {OTHER.id}, .* is {SEAL.id}",
@@ -115,7 +115,7 @@ def test_an_environment_without_a_key_in_it_is_refused_and_not_shown(tmp_path, m
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes are of POSIX")
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620])
-def test_a_key_file_that_lies_open_is_refused(tmp_path, monkeypatch, mode):
+def test_a_key_file_that_others_can_read_is_refused(tmp_path, monkeypatch, mode):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     folder = tmp_path / "pool"
     folder.mkdir()
@@ -127,7 +127,7 @@ def test_a_key_file_that_lies_open_is_refused(tmp_path, monkeypatch, mode):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links and owners are of POSIX")
-def test_a_key_is_written_through_no_link_and_into_no_file_that_lies_in_wait(tmp_path, monkeypatch):
+def test_a_key_is_not_written_through_a_link_or_into_an_existing_file(tmp_path, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     folder, precious = tmp_path / "pool", tmp_path / "precious.txt"
     folder.mkdir()
@@ -161,7 +161,7 @@ def test_a_key_of_another_user_is_refused(tmp_path, monkeypatch):
             ask(folder)
 
 
-def test_a_key_that_is_gone_or_damaged_is_said(tmp_path, monkeypatch):
+def test_a_missing_or_damaged_key_is_reported(tmp_path, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     folder = tmp_path / "pool"
     folder.mkdir()
@@ -181,7 +181,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
             ask()
 
 
-def test_importing_the_store_asks_for_no_library():
+def test_the_store_imports_no_library():
     code = "import sys, holdfast.runs.store.encryption; print(any(m.startswith('cryptography') for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

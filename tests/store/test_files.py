@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_old_file_or_the_new(tmp_path, monkeypatch, at
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_write_goes_on_where_the_system_took_only_a_part(tmp_path, monkeypatch):
+def test_a_partial_write_is_completed(tmp_path, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:3]))
     write_atomically(tmp_path / "file", b"0123456789")

@@ -187,7 +187,7 @@ def test_another_stage_cannot_take_the_place_of_one(whole, tmp_path):
         folder.stage("clean")
 
 
-def test_a_torn_record_is_dropped_by_the_next_process_and_told_to_readers(whole, tmp_path):
+def test_an_incomplete_record_is_removed_by_the_next_process_and_reported_to_readers(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     with (run / "chain.jsonl").open("ab") as file:
         file.write(b'{"previous":"torn')
@@ -337,7 +337,7 @@ def test_a_process_number_that_was_used_again_is_another_process():
 
 
 @pytest.mark.parametrize("age, free", [(FOREIGN_LEASE_S - 60, False), (FOREIGN_LEASE_S + 60, True)])
-def test_a_lease_of_another_host_ends_with_its_signs_of_life(tmp_path, age, free):
+def test_a_lease_of_another_host_ends_after_its_last_renewal(tmp_path, age, free):
     lease = tmp_path / "lease.json"
     lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": ""}))
     os.utime(lease, (time.time() - age,) * 2)

@@ -89,7 +89,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("name, change", WRONG, ids=range(len(WRONG)))
-def test_a_document_of_another_form_is_refused_by_its_name_and_the_list_of_runs_goes_on(run, name, change):
+def test_a_document_of_another_form_is_refused_by_name_and_does_not_end_the_list_of_runs(run, name, change):
     other = shutil.copytree(run, run.with_name("good"))
     rewritten(run, name, change)
     with pytest.raises(TargetError, match=f"{name}|{run.name}"):
@@ -127,7 +127,7 @@ def test_columns_that_do_not_fit_are_no_internal_error(run):
         open_run(run)
 
 
-def test_what_only_a_report_would_stumble_over_is_exit_3_too(run, capsys):
+def test_errors_that_only_a_report_finds_have_exit_code_3(run, capsys):
     rewritten(run, "run.json", lambda content: content["model"].update(bounds=["x", 1]))
     for words in (["report", str(run)], ["compare", str(run), str(stored.assessment())]):
         assert command_line(words) == 3
@@ -229,7 +229,7 @@ def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
             reader(run)
 
 
-def test_what_stands_beside_the_chain_says_no_more_than_it_may(run):
+def test_files_beside_the_chain_are_validated(run):
     (run / "about.json").write_text(json.dumps({"created": "now", "verb": "forged", "hashes": {}}))
     assert open_run(run).about["verb"] == "assess"
     (run / "served.journal").write_text(json.dumps({"rows": 3}))
@@ -270,7 +270,7 @@ def test_a_journal_holds_the_answers_that_it_counts(tmp_path, line, says):
         (["model"], r"about\.settings is \['model'\]"),
     ],
 )
-def test_what_a_pool_says_of_its_model_has_one_form(tmp_path, monkeypatch, settings, says):
+def test_the_description_of_the_model_of_a_pool_has_one_form(tmp_path, monkeypatch, settings, says):
     monkeypatch.setenv(KEY_VARIABLE, "5a" * 32)
     pool = Pool.create(tmp_path / "pool", {"settings": settings})
     with pytest.raises(TargetError, match=says):

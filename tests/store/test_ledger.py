@@ -55,7 +55,7 @@ def served(ledger, *names):
     return ledger
 
 
-def test_a_rotation_is_told_back(ledger, tmp_path):
+def test_a_rotation_is_written_as_it_was_read(ledger, tmp_path):
     served(ledger, "one")
     ledger.answered(1, {"ann": 3, "bob": 1})
     ledger.candidate("two", DIGEST, ["one"], "drawn")
@@ -124,7 +124,7 @@ STEPS = st.tuples(KINDS, SETS, st.lists(SETS, unique=True), st.booleans(), st.bo
 
 
 @given(steps=st.lists(STEPS, max_size=30))
-def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
+def test_at_most_one_set_serves_and_epochs_increase(steps):
     state = LedgerState()
     for kind, name, judged, forced, automatic in steps:
         now = [] if state.serving is None else [state.serving.name]
@@ -152,7 +152,7 @@ def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
         assert not any(member.deleted for member in map(state.member, state.ahead))
 
 
-def test_an_exposed_set_that_serves_goes_on_until_the_swap_and_never_serves_again(ledger):
+def test_an_exposed_set_serves_until_the_swap_and_never_again(ledger):
     served(ledger, "one")
     ledger.expose("one", "stolen")
     ledger.expose("one", "stolen again")
@@ -176,7 +176,7 @@ def test_those_admitted_first_serve_first(ledger):
     assert ledger.ahead == ("c", "b")
 
 
-def test_bases_that_are_neither_exposed_nor_deleted_are_said(ledger):
+def test_bases_that_are_neither_exposed_nor_deleted_are_reported(ledger):
     for name in ("base", "other", "idle"):
         ledger.candidate(name, DIGEST)
     ledger.candidate("drawn", DIGEST, ["base", "other"])
@@ -229,7 +229,7 @@ def test_an_unknown_set_is_refused_with_those_near_it(ledger, name, says):
         lambda ledger: ledger.expose("one", "stolen", automatic="no"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_and_not_written(ledger, act):
+def test_impossible_settings_are_refused_and_not_written(ledger, act):
     served(ledger, "one")
     with pytest.raises(UsageError):
         act(ledger)
@@ -329,7 +329,7 @@ def test_an_entry_that_was_taken_out_moved_or_repeated_is_named(whole, tmp_path,
         _ = holding(tmp_path, b"".join(lines[k] for k in kept)).serving
 
 
-def test_a_chain_that_holds_and_says_what_cannot_be_is_refused(whole, tmp_path):
+def test_a_valid_chain_with_an_impossible_record_is_refused(whole, tmp_path):
     contents = [one for one in contents_of(whole) if (one["kind"], one["set"]) != ("admitted", "two")]
     with pytest.raises(TargetError, match="entry 5 of .* cannot follow those before it .*'two' is candidate"):
         _ = holding(tmp_path, forged(contents)).serving
@@ -532,7 +532,7 @@ def test_a_base_never_serves(ledger):
     ledger.delete("base")
 
 
-def test_an_end_that_a_kill_cut_short_was_never_said(whole, tmp_path):
+def test_an_incomplete_last_record_is_ignored(whole, tmp_path):
     lines = whole.splitlines(keepends=True)
     for cut in (1, len(lines[-1]) // 2, len(lines[-1]) - 1):
         ledger = holding(tmp_path, whole[:-cut])  # of which the head was not written
@@ -575,7 +575,7 @@ def test_a_full_disk_leaves_the_old_state(ledger, tmp_path, monkeypatch, call):
 # --- several processes
 
 
-def test_a_lock_that_is_held_is_waited_for_and_then_said(tmp_path):
+def test_a_held_lock_is_waited_for_and_then_reported(tmp_path):
     with (
         locked(tmp_path / "lock"),
         pytest.raises(TargetError, match="lock' cannot be locked: database is locked; wait for"),

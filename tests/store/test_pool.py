@@ -40,7 +40,7 @@ def file_of(pool, name):
     return pool.path / "sets" / f"{name}.sealed"
 
 
-def test_what_is_added_is_had_again_by_whoever_holds_the_key(pool):
+def test_an_added_set_is_read_again_with_the_key(pool):
     name = pool.add(weights(5), {"seed": 5}, bases=[pool.serving.name])
     for held in (pool, Pool.open(pool.path)):
         assert same(held.weights(name), weights(5)) and held.about(name) == {"seed": 5}
@@ -48,7 +48,7 @@ def test_what_is_added_is_had_again_by_whoever_holds_the_key(pool):
         assert held.manifest["about"] == {"of": "a test"}
 
 
-def test_what_was_said_of_a_set_is_unsealed_once_and_gone_with_it(pool, monkeypatch):
+def test_the_description_of_a_set_is_decrypted_once_and_deleted_with_the_set(pool, monkeypatch):
     name = pool.add(weights(5), {"seed": 5})
     held, opened = Pool.open(pool.path), []
     whole = Seal.open
@@ -59,7 +59,7 @@ def test_what_was_said_of_a_set_is_unsealed_once_and_gone_with_it(pool, monkeypa
         held.about(name)
 
 
-def test_the_same_weights_are_one_set_whatever_is_said_of_them(pool):
+def test_the_same_weights_are_one_set_whatever_their_description(pool):
     name, entries = pool.ahead[0], pool.ledger.entries
     before = file_of(pool, name).read_bytes()
     assert pool.add(weights(1), {"another": "story"}) == name
@@ -81,7 +81,7 @@ def test_nothing_on_the_disk_shows_the_weights_or_is_open_to_others(pool):
     assert KEY not in repr(vars(pool))
 
 
-def test_the_ledger_counts_answers_and_names_nobody(pool):
+def test_the_ledger_counts_answers_without_names(pool):
     pool.answered(1, {"alice": 3, "bob": 1}, others=2)
     Pool.open(pool.path).answered(1, {"alice": 2})
     (term,) = pool.ledger.terms
@@ -130,7 +130,7 @@ def test_an_exposed_set_is_passed_over(pool):
         pool.swap()
 
 
-def test_a_set_that_was_not_judged_against_everything_exposed_serves_only_where_that_is_asked_for(pool):
+def test_a_set_that_was_not_judged_against_all_exposed_sets_serves_only_on_request(pool):
     first, second = pool.ahead
     old = pool.serving.name
     pool.expose(old, "laptop stolen")
@@ -145,13 +145,13 @@ def test_a_set_that_was_not_judged_against_everything_exposed_serves_only_where_
     assert pool.swap(unjudged=True).name == first
 
 
-def test_what_set_two_off_at_once_swaps_once(pool):
+def test_two_triggers_at_once_swap_once(pool):
     other = Pool.open(pool.path)
     assert pool.swap(epoch=1) == other.swap(epoch=1) == other.serving
     assert other.swap(epoch=2).epoch == 3
 
 
-def test_what_was_set_off_by_an_epoch_that_was_retired_swaps_nothing(pool):
+def test_a_trigger_of_a_retired_epoch_does_not_swap(pool):
     epoch = pool.serving.epoch
     pool.retire(pool.serving.name, "stopped")
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_a_refused_set_may_be_stolen_too(pool):
         ),
     ],
 )
-def test_what_is_no_set_or_cannot_be_said_is_refused(pool, given, said, expected):
+def test_a_set_or_description_of_another_form_is_refused(pool, given, said, expected):
     entries = pool.ledger.entries
     with pytest.raises(UsageError, match=expected):
         pool.add(given, said)
@@ -220,7 +220,7 @@ def test_before_the_first_swap_nothing_serves(tmp_path):
     assert pool.serving is None and Pool.open(pool.path).ledger.states == {name: "retired"}
 
 
-def test_a_refused_set_comes_back_as_what_it_is(pool):
+def test_a_refused_set_remains_refused_when_it_is_added_again(pool):
     name = pool.add(weights(5), {})
     pool.refuse(name, "transfer .4")
     assert pool.add(weights(5), {}) == name and pool.ledger.states[name] == "refused"
@@ -238,7 +238,7 @@ def test_a_refused_set_comes_back_as_what_it_is(pool):
         assert file_of(pool, waits).exists()
 
 
-def test_what_else_is_secret_is_kept_sealed(pool):
+def test_other_secrets_are_stored_encrypted(pool):
     assert pool.kept("generator") is None
     for k in (1, 2):
         pool.keep("generator", weights(k), {"k": k})
@@ -248,7 +248,7 @@ def test_what_else_is_secret_is_kept_sealed(pool):
         pool.keep("../x", weights(1), {})
 
 
-def test_both_are_had_from_the_floor():
+def test_both_are_imported_from_the_lower_layer():
     from holdfast.runs import store
 
     assert {"Ledger", "Pool"} == set(dir(store)) and store.Pool.__name__ == "Pool"
@@ -266,7 +266,7 @@ def test_an_unknown_set_is_refused_everywhere(pool):
             act(near[:-1])
 
 
-def test_a_folder_without_a_pool_and_one_with_a_pool_are_told(pool, tmp_path):
+def test_a_missing_pool_and_an_existing_pool_are_reported(pool, tmp_path):
     (tmp_path / "empty").mkdir()
     for none in (tmp_path / "none", tmp_path / "empty"):
         with pytest.raises(TargetError, match="is not a pool, or its creation was interrupted"):
@@ -287,7 +287,7 @@ def test_no_folder_is_begun_for_a_key_that_is_none(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_key_is_told_from_a_corrupt_file(pool, monkeypatch):
+def test_a_wrong_key_is_distinguished_from_a_corrupt_file(pool, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "77" * 32)
     with pytest.raises(
         TargetError, match=f"pool.json' is encrypted with key {pool.seal.id}.*from {KEY_VARIABLE}\\); set"
@@ -328,7 +328,7 @@ def test_a_set_that_is_not_what_it_was_never_serves(pool, tmp_path, how):
 
 
 @pytest.mark.parametrize("lost", ["serving", "admitted", "exposed"])
-def test_a_set_that_is_needed_and_gone_is_named(pool, lost):
+def test_a_missing_set_that_is_needed_is_named(pool, lost):
     old, (first, _) = pool.serving.name, pool.ahead
     if lost == "exposed":
         pool.swap()
@@ -340,7 +340,7 @@ def test_a_set_that_is_needed_and_gone_is_named(pool, lost):
         Pool.open(pool.path)
 
 
-def test_a_retired_set_may_be_gone(pool):
+def test_the_file_of_a_retired_set_may_be_missing(pool):
     old = pool.serving.name
     pool.swap()
     file_of(pool, old).unlink()
@@ -387,7 +387,7 @@ def test_an_older_copy_of_the_whole_folder_is_known_by_a_head_that_is_kept_elsew
 
 
 @pytest.mark.parametrize("lost", ["pool.json", "ledger.jsonl"])
-def test_a_part_of_a_pool_that_is_gone_is_named_and_not_begun_again(pool, lost):
+def test_a_missing_part_of_a_pool_is_named_and_not_replaced(pool, lost):
     (pool.path / lost).unlink()
     for ask in (Pool.open, lambda path: Pool.create(path, {})):
         with pytest.raises(TargetError, match=f"contains a pool whose {lost} is missing"):
@@ -418,7 +418,7 @@ def test_pools_do_not_take_each_others_ledgers(pool, tmp_path):
         held.weights(held.ahead[0])
 
 
-def test_a_set_whose_writer_was_killed_before_it_had_its_name_is_had_by_those_who_live(pool):
+def test_a_set_whose_writer_was_killed_before_the_rename_can_be_added_again(pool):
     name = pool.ahead[0]
     file_of(pool, name).rename(pool.path / "sets" / f"{name}.sealed.new")
     assert same(pool.weights(name), weights(1)) and file_of(pool, name).exists()
@@ -436,7 +436,7 @@ with Pool.open(Path(sys.argv[1])).alone_at("admit"):
 
 
 @pytest.mark.slow
-def test_a_step_is_one_process_and_nobody_waits_for_a_dead_one(pool):
+def test_a_step_has_one_process_and_a_dead_one_is_not_waited_for(pool):
     other = subprocess.Popen([sys.executable, "-c", ALONE, str(pool.path)], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"held\n"
@@ -452,7 +452,7 @@ def test_a_step_is_one_process_and_nobody_waits_for_a_dead_one(pool):
         pass
 
 
-def test_what_a_killed_writer_had_not_yet_entered_is_swept_away_and_no_other_file(pool):
+def test_files_of_a_killed_writer_without_an_entry_are_removed_and_no_others(pool):
     sets = pool.path / "sets"
     for name in ("0123456789abcdef.sealed.new", ".0123456789abcdef.sealed.new.part", "notes.txt"):
         (sets / name).write_text("half")
@@ -534,7 +534,7 @@ def lives(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_call_to_the_disk_leaves_a_pool_that_goes_on(lives):
+def test_a_pool_can_be_used_after_a_kill_at_any_call_to_the_disk(lives):
     assert lives["calls"]["calls"] > 30 and lives["calls"]["epochs"] == [1, 2]
 
 
