@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.meter import cpu_seconds
 from benchmarks.networks import images, network
 from holdfast import Batch, Classifier, Linf, ThreatModel
-from holdfast.certifiers.branching.searching import AlphaCrown
+from holdfast.certifiers.branching import AlphaCrown
 from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.provers import IBP, Crown, margin_rows
 

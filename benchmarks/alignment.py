@@ -18,7 +18,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
-from holdfast.rotation.parameter_sets import Members, Weights, put
+from holdfast.rotation.collecting import Members, Weights, put
 
 _ROUNDS = 20  # passes over all layers; the loop ends when no layer changes, usually after three
 _LOOKED_AT = 64  # inputs that are used to compare the outputs before and after

@@ -1,4 +1,4 @@
-"""A model behind bare FastAPI and uvicorn, with the batches of `holdfast.server.batching` or without any.
+"""A model behind bare FastAPI and uvicorn, with the batches of `holdfast.server.requests` or without any.
 
 python -m benchmarks.bare_server NETWORK PORT CALLS
 
@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from benchmarks.networks import network
-from holdfast.server.batching import Batcher
+from holdfast.server.requests import Batcher
 
 MAX_ROWS, MAX_LATENCY_S = 64, 5.0
 

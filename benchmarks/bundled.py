@@ -26,11 +26,11 @@ import holdfast
 from benchmarks import by_hand
 from benchmarks.bundled_generators import GENERATORS, write_generator
 from benchmarks.by_hand import ARCHITECTURE, MEAN, STD
-from holdfast.api.recipe_building import settings_of
 from holdfast.io.models.architectures import ARCHITECTURES
 from holdfast.io.models.weights import written
 from holdfast.recipes import ATTA
 from holdfast.recipes.training.fit import Training
+from holdfast.verbs.opening.recipes import settings_of
 
 BUNDLED = Path(__file__).parents[1] / "src" / "holdfast" / "bundled"
 UNDEFENDED, HARDENED = "mnist-cnn", "mnist-cnn-hardened"

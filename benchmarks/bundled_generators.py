@@ -13,8 +13,8 @@ import holdfast
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.generators import Diffusion, ImageGAN, ImageVAE, networks, vae
-from holdfast.generators.opening import content_of
+from holdfast.generators import Diffusion, ImageGAN, ImageVAE, networks
+from holdfast.generators.networks import content_of
 from holdfast.recipes.training import gans
 
 SEED, SAMPLES = 0, 500
@@ -30,7 +30,7 @@ class Recipe:
     """A generator and its training."""
 
     kind: str
-    """its name in `holdfast.generators.opening.GENERATORS`"""
+    """its name in `holdfast.generators.networks.GENERATORS`"""
     what: str
     settings: dict[str, Any]
     train: Callable[[Tensor, Tensor], nn.Module]
@@ -41,7 +41,7 @@ def trained_diffusion(x: Tensor, y: Tensor) -> nn.Module:
 
 
 def trained_vae(x: Tensor, y: Tensor) -> nn.Module:
-    return vae.fit(ImageVAE(), x, updates=VAE_UPDATES, seed=SEED)
+    return networks.fit_vae(ImageVAE(), x, updates=VAE_UPDATES, seed=SEED)
 
 
 def trained_gan(x: Tensor, y: Tensor) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.networks import ROOT, images
 from benchmarks.retrying import collage
-from holdfast.api.guard_opening import open_guard
+from holdfast.verbs.opening.guard import open_guard
 
 CALIBRATION, SEED = 5000, 1
 """test images for the calibration"""

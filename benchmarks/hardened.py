@@ -14,12 +14,12 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells
-from holdfast.api.hardening import hardened
-from holdfast.api.reading_settings import given
-from holdfast.api.verb_settings import Harden
 from holdfast.io.data.data import bundled_data
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harden.hardened import Hardened
+from holdfast.verbs.configuration import given
+from holdfast.verbs.harden import hardened
+from holdfast.verbs.settings import Harden
 
 N = 1_000
 Examples = tuple[Tensor, Tensor]

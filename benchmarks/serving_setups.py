@@ -15,9 +15,8 @@ from benchmarks.networks import network
 from benchmarks.throughput import Contestant
 from holdfast.core.model import Classifier
 from holdfast.server.audit_chain import AuditKey
-from holdfast.server.generation import LoadedModel
-from holdfast.server.live_pool import LivePool
-from holdfast.server.server_setup import ServerSettings, ServerSetup, WorkerSetup
+from holdfast.server.messages import LoadedModel
+from holdfast.server.server_setup import LivePool, ServerSettings, ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
 
 

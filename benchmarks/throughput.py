@@ -19,7 +19,7 @@ from benchmarks.networks import ROOT
 from benchmarks.peers import server_python
 from benchmarks.record import Cells
 from benchmarks.retrying import collage
-from holdfast.server.worker_processes import bound_socket
+from holdfast.server.messages import bound_socket
 
 PATH_OF_LITSERVE = "/infer"
 MOST_PER_SECOND = {"JSON": 900, "binary": 1500}

@@ -42,8 +42,7 @@ from holdfast.attacks import (
 )
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.testing.laws import Case
-from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Colour, Spatial
+from holdfast.threats.transformations import Colour, Patch, Spatial
 
 # How near each comes to the exact distance, with a margin below the worst of 40 examples on each of 16 linear models;
 # `many` is left out where it is that of what climbs the cross-entropy, 0.47 at worst.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shelf import Shelf
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTING = ("holdfast.io.limited.calling", "holdfast.runs.engine.processes")
+STARTING = ("holdfast.io.sandbox.calling", "holdfast.runs.engine.processes")
 """modules that start processes"""
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=25)
@@ -125,7 +125,7 @@ def process_limits(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """A function that states whether this process has limits already, so that it parses files itself."""
 
     def set_limited(limited: bool) -> None:
-        monkeypatch.setattr("holdfast.io.limited.calling.HERE.limited", limited)
+        monkeypatch.setattr("holdfast.io.sandbox.calling.HERE.limited", limited)
 
     return set_limited
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.rotation.steps import contents, draw
+from holdfast.rotation.steps import draw, rotation_request
 
 SECRET = {"place": 7}
 """secret random number from which pools are collected"""
@@ -34,7 +34,7 @@ def replace_step(monkeypatch):
 def collections_from_one_place():
     """Every pool is collected from the same secret, in whatever order tests run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: SECRET["place"]))
+        patch.setattr(rotation_request, "secrets", SimpleNamespace(randbits=lambda bits: SECRET["place"]))
         yield
 
 

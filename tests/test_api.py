@@ -14,14 +14,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
-from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Assess
 from holdfast.attacks import FGSM, FMN, PGD, Corruption
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.runs.assess.preparation import small_eps_note, wide_bounds_note
 from holdfast.runs.engine.progress import Step
+from holdfast.verbs.opening.resolve import open_subject
+from holdfast.verbs.settings import Assess
 
 N, CLASSES = 12, 3
 
@@ -455,7 +455,7 @@ def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
         "class Net(torch.nn.Module):\n"
         "    def forward(self, x):\n        return net(x) if help('a') else net(-x)\n"
         "from holdfast import Assess\n"
-        "from holdfast.api.resolve import open_subject\n"
+        "from holdfast.verbs.opening.resolve import open_subject\n"
         "for model in (Net(), lambda x: net(x) * 2, Net().forward):\n"
         "    print(open_subject(Assess(model=model)).digest)\n"
     )

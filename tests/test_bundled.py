@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import holdfast
-from holdfast.generators.opening import bundled_generators, opened_generator
+from holdfast.generators.networks import bundled_generators, opened_generator
 from holdfast.io.models.architectures import ARCHITECTURES
 from holdfast.io.models.models import open_model
 

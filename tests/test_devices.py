@@ -24,12 +24,10 @@ from holdfast.io.models.composed import with_denoiser
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.runs.harness.measure import measure
 from holdfast.testing import laws
-from holdfast.testing.fakes import examples, labelled, network
+from holdfast.testing.fakes import examples, labelled, network, relu_problem
 from holdfast.testing.recipes import SHORT
-from holdfast.testing.relu import relu_problem
 from holdfast.testing.shapes import unchecked
-from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Corruptions
+from holdfast.threats.transformations import Corruptions, Patch
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 from pretended_device import CPU, DEVICE, Pretended, pretended
 

@@ -17,8 +17,6 @@ from benchmarks.__main__ import ROWS
 from benchmarks.record import newest
 from benchmarks.rows.recipes import FOR_SMOOTHING
 from holdfast import attacks
-from holdfast.api.recipe_building import build_recipe
-from holdfast.api.verb_settings import Adapt, Assess, Certify, Harden, Monitor, RotateSettings, Serve
 from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
 from holdfast.attacks.suites import SUITES, VARIANTS, suite
@@ -37,14 +35,15 @@ from holdfast.io.models.models import bundled_models, open_model
 from holdfast.metrics.names import METRICS
 from holdfast.recipes.training.fit import Training
 from holdfast.runs.harness.measure import measure
-from holdfast.settings.consent import CONSENT
-from holdfast.settings.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
+from holdfast.settings.grammar import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
+from holdfast.settings.texts import CONSENT
 from holdfast.settings.values import written_fields
 from holdfast.testing import fakes
 from holdfast.testing.recipes import threat_for
-from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Corruptions, Spatial
+from holdfast.threats.transformations import Corruptions, Patch, Spatial
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
+from holdfast.verbs.opening.recipes import build_recipe
+from holdfast.verbs.settings import Adapt, Assess, Certify, Harden, Monitor, RotateSettings, Serve
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

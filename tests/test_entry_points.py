@@ -7,12 +7,12 @@ import torch
 import yaml
 
 import holdfast
-from holdfast.api.recipe_building import build_recipe
-from holdfast.api.verb_settings import Harden
 from holdfast.core import catalogue
 from holdfast.core.errors import UsageError
 from holdfast.reports.write import check_destination
 from holdfast.settings.guard_settings import check_guard_settings
+from holdfast.verbs.opening.recipes import build_recipe
+from holdfast.verbs.settings import Harden
 
 SOURCE = """
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ import torch
 
 import holdfast
 from holdfast import L2, Batch, Linf, ThreatModel
-from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
+from holdfast.certifiers.branching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, GraphProver
 from holdfast.core.errors import HoldfastError
 from holdfast.io.data.data import open_data

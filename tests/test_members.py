@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.api.checked_settings import check_settings
-from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, Serve
 from holdfast.cli.app import run
-from holdfast.cli.assess import refuse_code_of_config
+from holdfast.cli.measure import refuse_code_of_config
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.io.models.composed import Ensemble, Mixture, fitted, transformed
 from holdfast.reports.words import threat_in_words
+from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.settings import Assess, Certify, Doctor, Harden, Serve
 
 X = torch.rand(40, 6, generator=torch.Generator().manual_seed(0))
 FEW = {"suite": {"use": "PGD", "steps": 5}, "doubts": False, "device": "cpu"}

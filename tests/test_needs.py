@@ -9,17 +9,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import holdfast
-from holdfast.api import rotation_opening
-from holdfast.api.guard_candidates import candidate_calibrations, refuse_uncalibratable
-from holdfast.api.verb_settings import Calibrate, RotateSettings
-from holdfast.audits.backdoor import audit as backdoor
+from holdfast.audits import backdoor
+from holdfast.audits import poison_steps as poison
 from holdfast.audits.generator import audit as generator
-from holdfast.audits.poison import audit as poison
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.needs import Need, refuse_unmet
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import HoldfastError, Need, Remedy, TargetError, UsageError, refuse_unmet
 from holdfast.rotation.steps import rotation_run
 from holdfast.runs.harden import harden as hardening
+from holdfast.verbs import rotate
+from holdfast.verbs.adapt_served import candidate_calibrations, refuse_uncalibratable
+from holdfast.verbs.settings import Calibrate, RotateSettings
 
 CODE = """
 import torch
@@ -142,9 +140,7 @@ def test_needs_of_the_steps_of_a_rotation(folder, tmp_path, monkeypatch):
 
     def refused(message: str, by: str | None = None, **more: object) -> None:
         run = tmp_path / "pool"
-        request = rotation_opening.run_request(
-            RotateSettings(**common, **more), run, by=by, once=True, anyway=True
-        )
+        request = rotate.run_request(RotateSettings(**common, **more), run, by=by, once=True, anyway=True)
         with pytest.raises(UsageError, match=message):
             rotation_run.run(request)
         assert not run.exists()

@@ -33,7 +33,10 @@ ATTACK_MODULES = {entry.module for entry in ATTACKS.values()}
 NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
 
 # Functions that are one algorithm and read worse in pieces (docstrings do not count): "file:function" -> lines.
-LONG_FUNCTIONS: dict[str, int] = {"api/attack.py:attack": 65, "api/references.py:open_model": 62}
+LONG_FUNCTIONS: dict[str, int] = {
+    "verbs/attack.py:attack": 65,
+    "verbs/opening/python_functions.py:open_model": 62,
+}
 """Functions that are one thing though they are long, and how long they may be."""
 
 

@@ -15,7 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.judging import AtLeast
-from holdfast.runs.harness import verdict
+from holdfast.runs.harness import target as verdict
 from holdfast.testing import geometry, laws
 from holdfast.testing.laws import Case
 from metrics import test_gates

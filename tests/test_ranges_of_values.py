@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api.expecting import refuse_other_range
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
 from holdfast.io.data.layouts import Expected, Ranges
 from holdfast.io.data.loaders import as_data
 from holdfast.io.models.generators import open_generator
 from holdfast.recipes.generated import FileSamples
+from holdfast.verbs.opening.declared import refuse_other_range
 
 UNIT = np.random.default_rng(0).random((50, 1, 4, 4)).astype("f4")
 RANGES = {"unit": UNIT, "sign": 2 * UNIT - 1, "byte": 255 * UNIT, "standard": (UNIT - 0.13) / 0.31}

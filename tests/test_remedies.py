@@ -27,48 +27,31 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.api.audit_backdoor import prepared_backdoor
-from holdfast.api.auditing.backdoor import AuditBackdoor
-from holdfast.api.checked_settings import check_settings
-from holdfast.api.expecting import range_of_all
-from holdfast.api.guard_candidates import refuse_uncalibratable
-from holdfast.api.guard_opening import guarded_subject
-from holdfast.api.hardening import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
-from holdfast.api.monitoring_streams import _refuse_data, _refuse_mixed
-from holdfast.api.plans import assess_request, prover
-from holdfast.api.proxying import _refuse_settings_of_models, refuse_forwarded_keys
-from holdfast.api.python_functions import refuse_misspelt
-from holdfast.api.recipe_building import build_recipe, built, refuse_unheld
-from holdfast.api.rotation_opening import _candidate as rotation_recipe
-from holdfast.api.rotation_opening import loop_settings
-from holdfast.api.serving import _shape, server_setup
-from holdfast.api.verb_settings import (
-    Assess,
-    Calibrate,
-    Certify,
-    Harden,
-    Monitor,
-    RotateSettings,
-    Serve,
-)
 from holdfast.attacks import PGD
 from holdfast.audits.audit import AuditStart
-from holdfast.audits.backdoor.controls import refuse_short
+from holdfast.audits.backdoor_controls import refuse_short
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
 from holdfast.certifiers.bounds.graph import region_of
-from holdfast.certifiers.smoothing.smoothing import Smoothing
+from holdfast.certifiers.smoothing import Smoothing
 from holdfast.certifiers.vnnlib.deciding import _fitting
 from holdfast.certifiers.vnnlib.reading import read_query
 from holdfast.cli.app import _COMMANDS, verbs
-from holdfast.cli.assess import refuse_code_of_config, refuse_hosts_of_config, refuse_logs_of_config
+from holdfast.cli.measure import refuse_code_of_config, refuse_hosts_of_config, refuse_logs_of_config
 from holdfast.cli.vnn import _needed, vnn
 from holdfast.core.batch import Batch, off_range
 from holdfast.core.draws import Draws
-from holdfast.core.errors import HoldfastError, TargetError, failure_from_json, failure_to_json
+from holdfast.core.errors import (
+    HoldfastError,
+    Install,
+    Placeholder,
+    Remedy,
+    TargetError,
+    failure_from_json,
+    failure_to_json,
+    refuse_unmet,
+)
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.needs import refuse_unmet
-from holdfast.core.remedies import Install, Placeholder, Remedy
 from holdfast.core.training import refuse_lost
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.data.arrays import selected_rows
@@ -77,14 +60,13 @@ from holdfast.io.data.labels import MOST_NAMES, class_numbers, matched, numbered
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
 from holdfast.io.data.mixed_tables import TableFile, open_mixed
-from holdfast.io.data.trigger_files import write_trigger
+from holdfast.io.data.npz import write_trigger
 from holdfast.io.doctor import misfit
-from holdfast.io.limited.calling import HERE
-from holdfast.io.models.cards import CARD, trained_by
 from holdfast.io.onnx.reading import _filled
 from holdfast.io.remote.payloads import ServerAnswers, Shaped, Template
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.io.remote.served_model import InspectionCounter
+from holdfast.io.sandbox.calling import HERE
 from holdfast.metrics.catalogue import estimate
 from holdfast.recipes import DPSGD, PolicyTraining
 from holdfast.recipes.lipschitz import order_of
@@ -104,6 +86,26 @@ from holdfast.settings.table_rules import drafted
 from holdfast.threats.domains import refuse_no_images
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.triggers import Trigger
+from holdfast.verbs.adapt_served import refuse_uncalibratable
+from holdfast.verbs.audit.backdoor import AuditBackdoor
+from holdfast.verbs.audit.opening_models import prepared_backdoor
+from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.harden import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
+from holdfast.verbs.monitor import _refuse_data, _refuse_mixed
+from holdfast.verbs.opening.declared import range_of_all
+from holdfast.verbs.opening.guard import guarded_subject
+from holdfast.verbs.opening.plans import assess_request, prover
+from holdfast.verbs.opening.python_functions import refuse_misspelt
+from holdfast.verbs.opening.recipes import CARD, build_recipe, built, refuse_unheld, trained_by
+from holdfast.verbs.rotate import _candidate as rotation_recipe
+from holdfast.verbs.rotate import loop_settings
+from holdfast.verbs.serve_opening import (
+    _refuse_settings_of_models,
+    _shape,
+    refuse_forwarded_keys,
+    server_setup,
+)
+from holdfast.verbs.settings import Assess, Calibrate, Certify, Harden, Monitor, RotateSettings, Serve
 from servers import CLASSES as SERVED_CLASSES
 from servers import Server
 from servers import examples as served_examples
@@ -2099,19 +2101,19 @@ def test_every_remedy_of_the_code_has_a_situation():
 
 NOT_BUILT = {
     "audits/generator/hardening.py:_updates": "a training whose updates are timed, which takes longer when it is tried",
-    "api/pooled.py": "a pool, whose trainings take minutes",
-    "core/remedies.py": "the class itself, and constants that other files use",
+    "verbs/opening/models.py": "a pool, whose trainings take minutes",
+    "core/errors.py": "the class itself, and constants that other files use",
     "runs/engine/ray_": "a cluster",
     "runs/assess/executors.py": "a cluster",
     "recipes/atta.py:prepared": "examples that are read by index and larger than memory",
-    "api/hardening.py:_with_unlabelled": "examples that are read by index",
-    "recipes/training/distributed.py": "several processes that train together",
+    "verbs/harden.py:_with_unlabelled": "examples that are read by index",
+    "recipes/training/optimisation.py": "several processes that train together",
     "recipes/training/learner.py:_refuse_foreign: Remedy('recipe', 'pgd')": "several processes that train together",
     "runs/harden/pace.py:smaller": "several processes that train together",
     "rotation/steps/": "a pool, whose trainings take minutes; tests/runs/test_rotate.py has them",
-    "runs/stored/stored_runs.py": "a run that was stopped; tests/runs/test_assess.py continues one",
-    "io/limited/tables.py": "labels of ten million characters",
-    "api/proxying.py:refuse_other_guard": "an upstream server",
+    "runs/documents/stored_runs.py": "a run that was stopped; tests/runs/test_assess.py continues one",
+    "io/sandbox/tables.py": "labels of ten million characters",
+    "verbs/serve_opening.py:refuse_other_guard": "an upstream server",
     "server/": "a server with workers; tests/server has them",
 }
 """Files, functions or remedies that a test cannot reach, with the reason."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.reports import comparison
-from holdfast.reports.annex import FolderEvidence, annex, annex_report
-from holdfast.reports.monitoring import monitoring_report
+from holdfast.reports.audit import monitoring_report
 from holdfast.reports.write import rendered
+from holdfast.verbs.reports import FolderEvidence, annex, annex_report
 from reports import made
 
 FOLDER = Path(__file__).parent / "browser"

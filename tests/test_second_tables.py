@@ -9,13 +9,6 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast.api import verb_settings as verbs
-from holdfast.api.audit_membership import _opened
-from holdfast.api.audit_poison import prepared_poison
-from holdfast.api.expecting import first_table, notes_of
-from holdfast.api.hardening import open_for_hardening
-from holdfast.api.monitoring_streams import live_reference, opened_streams
-from holdfast.api.resolve import open_examples, open_others, open_subject
 from holdfast.audits.audit import AuditStart
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
@@ -23,6 +16,13 @@ from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.runs.engine.progress import ignore
+from holdfast.verbs import settings as verbs
+from holdfast.verbs.audit.opening_models import prepared_poison
+from holdfast.verbs.audit.opening_trainings import _opened
+from holdfast.verbs.harden import open_for_hardening
+from holdfast.verbs.monitor import live_reference, opened_streams
+from holdfast.verbs.opening.declared import first_table, notes_of
+from holdfast.verbs.opening.resolve import open_examples, open_others, open_subject
 
 pandas = pytest.importorskip("pandas")
 

@@ -11,17 +11,16 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api import verb_settings as verbs
-from holdfast.api.expecting import notes_of
-from holdfast.api.hardening import open_for_hardening
-from holdfast.api.monitoring_streams import opened_streams
-from holdfast.api.verb_settings import AuditVerb
 from holdfast.audits.audit import AuditRequest, AuditStart
 from holdfast.core.batch import Batch
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.io.data.data import open_data
 from holdfast.runs.engine.progress import ignore
+from holdfast.verbs import settings as verbs
+from holdfast.verbs.harden import open_for_hardening
+from holdfast.verbs.monitor import opened_streams
+from holdfast.verbs.opening.declared import notes_of
+from holdfast.verbs.settings import AuditVerb
 
 FILES = """
 import torch

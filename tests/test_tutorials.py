@@ -17,7 +17,7 @@ from holdfast.cli.app import run
 from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
 from holdfast.rotation import canary
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
 
 TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"

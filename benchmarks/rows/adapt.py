@@ -31,13 +31,13 @@ from benchmarks.hardened import dataset
 from benchmarks.networks import BUNDLED, images, network
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.journal import read_adaptation
-from holdfast.api.guard_opening import input_storage
 from holdfast.core.catalogue import names
 from holdfast.io.models.models import open_model
-from holdfast.io.remote.operator_port import OperatorPort
+from holdfast.io.remote.remote import OperatorPort
 from holdfast.runs.store.files import MANIFEST
 from holdfast.server.audit_folder import verify_audit
 from holdfast.settings.guard_settings import read_guard_settings
+from holdfast.verbs.opening.guard import input_storage
 
 WHAT = (
     "holdfast adapt: an attacked server of an undefended network, candidates that must not be promoted, and runs that "

@@ -15,13 +15,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks.networks import images, network, two_conv_two_fc
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.backdoor.audit import BackdoorRequest, measure
-from holdfast.audits.backdoor.conclusion import finding_of, suspect
-from holdfast.audits.backdoor.controls import Controls, SizeCache, predicted
-from holdfast.audits.backdoor.inversion import Inversion, Inverted, Strip
-from holdfast.audits.backdoor.measurements import measured as audited
+from holdfast.audits.backdoor import BackdoorRequest, finding_of, measure, suspect
+from holdfast.audits.backdoor_controls import Controls, SizeCache, predicted
+from holdfast.audits.backdoor_triggers import Inversion, Inverted, Strip
+from holdfast.audits.backdoor_triggers import measured as audited
 from holdfast.audits.finding import StoredSteps
-from holdfast.audits.planting import POISONINGS, poisoned
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
@@ -29,6 +27,7 @@ from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
 from holdfast.statistics.intervals import auroc
 from holdfast.threats.triggers import Trigger
+from holdfast.verbs.poison import POISONINGS, poisoned
 
 ROW, WHAT = "audit-backdoor", "planted backdoors and clean networks against 20 control networks, and STRIP"
 EPOCHS, BATCH, TARGET, CLEAN = 2, 64, 1, 2000

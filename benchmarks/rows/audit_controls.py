@@ -22,8 +22,8 @@ import holdfast
 from benchmarks.networks import images, two_conv_two_fc
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.planting import POISONINGS, poisoned
 from holdfast.core.model import Bounds
+from holdfast.verbs.poison import POISONINGS, poisoned
 
 ROW = "audit-controls"
 WHAT = "clean networks of three architectures and planted backdoors, against controls that the audit trains"

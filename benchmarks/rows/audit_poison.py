@@ -8,16 +8,16 @@ import torch
 from benchmarks import parts
 from benchmarks.networks import images, two_conv_two_fc
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api.audit_poison import training
 from holdfast.audits.finding import StoredSteps
-from holdfast.audits.planting import SIG, BadNets, Blended, Flip, Poisoning, poisoned
-from holdfast.audits.poison.audit import METHODS, PoisonRequest, Scored, Train, measure, scored, with_trusted
-from holdfast.audits.poison.conclusion import finding_of, suspects_of
+from holdfast.audits.poison import finding_of, suspects_of
+from holdfast.audits.poison_steps import METHODS, PoisonRequest, Scored, Train, measure, scored, with_trusted
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.engine.run import Run
+from holdfast.verbs.audit.opening_models import training
+from holdfast.verbs.poison import SIG, BadNets, Blended, Flip, Poisoning, poisoned
 
 ROW = "audit-poison"
 WHAT = "the audit of training data: planted triggers, label noise beside cleanlab, and clean sets"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from benchmarks.absent import Absent
 from benchmarks.networks import folder, images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api.guards import Guard
-from holdfast.guard.decisions import Action
 from holdfast.guard.detectors.queries import covered_eps
+from holdfast.guard.rules import Action
+from holdfast.verbs.calibrate import Guard
 
 WHAT = "benign images and rows of tables that the guard refuses, before and after its calibration"
 TABLES = {"adult": "income", "phishing_url": "status", "nsl_kdd_train20": "category"}

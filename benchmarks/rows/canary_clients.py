@@ -23,14 +23,14 @@ from benchmarks.guarded import done, holdfast, serving
 from benchmarks.networks import BUNDLED, images
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.journal import OF_FILE, Adaptation, open_journal, read_adaptation
-from holdfast.adaptation.paired_comparison import compared
-from holdfast.api.adapted_guard import EARLIER
-from holdfast.api.guard_opening import open_guard
-from holdfast.api.reading_settings import canonical_settings
-from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Adapt, Doctor
 from holdfast.io.models.models import open_model
-from holdfast.io.remote.operator_port import OperatorPort, read_key
+from holdfast.io.remote.remote import OperatorPort, read_key
+from holdfast.verbs.adapt_served import EARLIER
+from holdfast.verbs.configuration import canonical_settings
+from holdfast.verbs.live_pairs import compared
+from holdfast.verbs.opening.guard import open_guard
+from holdfast.verbs.opening.resolve import open_subject
+from holdfast.verbs.settings import Adapt, Doctor
 
 WHAT = (
     "holdfast adapt: one client that sends noise or crafted inputs to refuse a candidate, or floods the server to hide "

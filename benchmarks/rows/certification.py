@@ -10,7 +10,7 @@ from benchmarks.networks import images, network
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast import Batch, Classifier, Linf, ThreatModel
 from holdfast.attacks.pgd import PGD
-from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
+from holdfast.certifiers.branching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, GraphProver, prepared_graph
 from holdfast.core.draws import Draws
 

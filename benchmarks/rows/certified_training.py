@@ -11,7 +11,7 @@ from benchmarks.hardened import made, percent, spent
 from benchmarks.networks import images
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.certifiers.branching.searching import BranchAndBound
+from holdfast.certifiers.branching import BranchAndBound
 from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.provers import IBP, Crown
 from holdfast.core.batch import Batch

@@ -6,19 +6,19 @@ from torch import Tensor, nn
 
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api.verbs import assess
 from holdfast.attacks import PGD
 from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
+from holdfast.core.outputs import with_detector
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.gallery import undefended
-from holdfast.doubts.gallery.small_networks import digit_network, trained_on_digits
+from holdfast.doubts.gallery.item import digit_network, trained_on_digits
 from holdfast.runs.assess.result import Result
 from holdfast.statistics.intervals import threshold
+from holdfast.verbs.functions import assess
 
 WHAT = "detectors joined to a network: AUROC, true positives and robust accuracy with rejection, by who knows or not"
 N, EPS, FITTED, CALIBRATED, FALSE_POSITIVES, SEED = 500, 0.3, 2000, 1000, 0.05, 0

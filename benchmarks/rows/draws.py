@@ -15,8 +15,8 @@ from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import STANDARD, Momentum, accuracy, admitted, collected, examples, models, success
 from holdfast.core.draws import Draws
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
+from holdfast.rotation.collecting import apart, nearest_sets
 from holdfast.rotation.generating import span
-from holdfast.rotation.parameter_sets import apart, nearest_sets
 
 WHAT = "draws of a latent diffusion over 200 parameter sets, by collection and regulariser"
 ROW, SEEDS, DRAWN, LIVE = "draws", (0, 1, 2), 96, 6

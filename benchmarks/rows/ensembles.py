@@ -16,7 +16,6 @@ from benchmarks.networks import images
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.cifar_hardening import MEAN, STD
-from holdfast.api.references import ModelLike
 from holdfast.attacks.pgd import PGD
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
@@ -30,6 +29,7 @@ from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.statistics.intervals import paired_difference
+from holdfast.verbs.opening.python_functions import ModelLike
 
 WHAT = "CIFAR-10, Linf 8/255: an ensemble of three small adversarially trained networks, and a mix with an accurate one"
 ROW, EPS, TRAINED, FITTED, N = "ensembles", 8 / 255, 48_000, 1_000, 1_000

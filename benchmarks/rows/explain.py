@@ -18,20 +18,21 @@ from holdfast.core.draws import Draws
 from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.explanation.attributions import (
+from holdfast.explanation.case import About
+from holdfast.explanation.counterfactual import (
+    changes,
+    counterfactual,
     gradient,
     integrated_gradients,
     occlusion,
     smooth_gradient,
 )
-from holdfast.explanation.case import About
-from holdfast.explanation.counterfactual import changes, counterfactual
 from holdfast.explanation.example import explain_example
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.models.models import Declared, open_model
 from holdfast.runs.harness.target import Target, prepared
-from holdfast.threats.tables.table import Table
+from holdfast.threats.tables import Table
 
 WHAT = "explanations: attributions beside Captum, closed forms, completeness, counterfactuals and cost"
 N, COMPARED, COMPLETE = 30, 8, 50

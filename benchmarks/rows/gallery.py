@@ -3,14 +3,13 @@
 from benchmarks import controls
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api.verbs import exhibition
 from holdfast.doubts.gallery import EPS, ITEMS, undefended
 from holdfast.doubts.protocol import SAMPLE
 from holdfast.io.data.data import open_data
 from holdfast.io.data.loaders import as_data
-from holdfast.runs.assess.exhibition import assessed_net as by_attacks
-from holdfast.runs.assess.exhibition import raised
 from holdfast.runs.harness.kinds.passes import FIXED
+from holdfast.verbs.functions import assessed_net as by_attacks
+from holdfast.verbs.functions import exhibition, raised
 
 WHAT = "the gallery of masked models: naive, adaptive and the twin's robust accuracy, and the doubts raised"
 N, GRID = 500, 0.025

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from benchmarks.networks import images
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.generator.backdoor import COLLAPSE, BackdoorScan
-from holdfast.audits.generator.parts import Context
-from holdfast.audits.generator.planting import planted_decoder
+from holdfast.audits.generator.backdoor import COLLAPSE, BackdoorScan, planted_decoder
+from holdfast.audits.generator.sensitivity import Context
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.generators import GAN
-from holdfast.generators.opening import opened_generator
+from holdfast.generators.networks import opened_generator
 from holdfast.io.models.generators import open_generator
 
 WHAT = "clean GANs, and copies with a backdoor: by how much outputs vary after the shift that is found"

@@ -8,7 +8,7 @@ from benchmarks.hardened import made, percent, shares, spent
 from benchmarks.parts import RUNS, part
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.metrics.comparisons import change
-from holdfast.runs.stored.stored_runs import open_run
+from holdfast.runs.documents.stored_runs import open_run
 
 WHAT = "`generated` beside `auto`, Fashion-MNIST linf:0.1, 12.5 CPU minutes with the generator, `standard` on 1,000"
 ROW, DATA, THREAT, SEED = "generated", "fashion_mnist", "linf:0.1", 0

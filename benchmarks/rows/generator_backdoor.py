@@ -9,13 +9,11 @@ from torch import Tensor
 
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.generator.backdoor import REVERSAL, BackdoorScan
-from holdfast.audits.generator.parts import Context
-from holdfast.audits.generator.planting import planted_diffusion
+from holdfast.audits.generator.backdoor import REVERSAL, BackdoorScan, planted_diffusion
+from holdfast.audits.generator.sensitivity import Context
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.generators.networks import Diffusion, fit
-from holdfast.generators.opening import opened_generator
+from holdfast.generators.networks import Diffusion, fit, opened_generator
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.models.generators import open_generator

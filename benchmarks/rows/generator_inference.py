@@ -8,15 +8,14 @@ from torch import Tensor, nn
 
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
+from holdfast.audits.generator.attacks import FPR, Membership
 from holdfast.audits.generator.copies import copies
-from holdfast.audits.generator.inference import FPR, Membership
-from holdfast.audits.generator.parts import Context
+from holdfast.audits.generator.sensitivity import Context
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.generators import GAN, Diffusion
-from holdfast.generators.networks import fit
-from holdfast.generators.opening import opened_generator
+from holdfast.generators.networks import fit, opened_generator
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.models.generators import OpenedGenerator

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.absent import Absent
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.features import penultimate
+from holdfast.audits.finding import penultimate
 from holdfast.audits.generator.copies import Quality, copies, frechet_distance, kernel_distance, quality
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import holdfast
 from benchmarks.networks import images, network
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api.guards import Guard
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.doubts.gallery import undefended
-from holdfast.guard.detectors.mahalanobis import features_of
+from holdfast.guard.detectors.outputs import features_of
 from holdfast.statistics.intervals import combined_thresholds
+from holdfast.verbs.calibrate import Guard
 
 WHAT = "the guard: false positives of its combined rules, CPU time of a request, and detectors under attacks"
 FITTED, N, EPS, SEED = 2000, 100, 0.2, 0

@@ -1,8 +1,8 @@
 """The guided denoiser of the gallery: the number of its own evaluation, and the adaptive one."""
 
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api.verbs import exhibition
 from holdfast.doubts.gallery import EPS
+from holdfast.verbs.functions import exhibition
 
 WHAT = "the guided denoiser of the gallery: robust accuracy without its gradient, and under adaptive attacks"
 NAME, N, UNFINISHED = "guided-denoiser", 200, "not-exhausted"

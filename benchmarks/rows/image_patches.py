@@ -17,7 +17,7 @@ from benchmarks.paired import Peer, contest
 from benchmarks.peers import peer
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import PatchAttack
-from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Patch
 
 WHAT = "a patch for each image, beside Rao et al.'s at as many gradients and Sparse-RS: broken on the same images"
 SETTINGS = (("cifar_cnn_a_adv", 4), ("hardened-by-hand", 5))

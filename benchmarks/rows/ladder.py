@@ -5,7 +5,7 @@ from typing import Any
 from benchmarks.hardened import made, percent
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.recipes import CONFIG, THREADS, cells
-from holdfast.settings.naming import AUTO
+from holdfast.settings.grammar import AUTO
 
 WHAT = "`auto` by budget, threat and size of data, and the others that it chooses between with the epochs of its plan"
 ROW, SUITE, SEED = "ladder", "fast", 0

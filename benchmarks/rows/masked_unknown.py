@@ -23,10 +23,10 @@ from holdfast.core.constraints import Linf
 from holdfast.doubts.gallery import DISCRETE, EPS, Item, undefended
 from holdfast.io.data.data import open_data
 from holdfast.io.data.loaders import as_data
-from holdfast.runs.assess.exhibition import SOUND, assessed_net
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harness.kinds.passes import FIXED
 from holdfast.runs.harness.stage import Member
+from holdfast.verbs.functions import SOUND, assessed_net
 
 WHAT = "masked models that attacks were not developed on, honest networks, and models without any gradient"
 ROW = "masked-unknown"

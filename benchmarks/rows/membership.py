@@ -16,8 +16,8 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.peers import peer, version
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.membership import scores
-from holdfast.audits.membership.references import (
+from holdfast.audits import membership_references
+from holdfast.audits.membership_references import (
     ReferenceTraining,
     Signals,
     halves,
@@ -37,11 +37,11 @@ FPR, HIDDEN = 0.01, 128
 Attack = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS = "BaVarIA"
 ATTACKS: dict[str, Attack] = {
-    OURS: scores.bavaria,
-    "LiRA online": scores.lira_online,
-    "LiRA offline": scores.lira_offline,
-    "RMIA": scores.rmia,
-    "RMIA, out only": partial(scores.rmia, converted=False),
+    OURS: membership_references.bavaria,
+    "LiRA online": membership_references.lira_online,
+    "LiRA offline": membership_references.lira_offline,
+    "RMIA": membership_references.rmia,
+    "RMIA, out only": partial(membership_references.rmia, converted=False),
 }
 
 
@@ -74,12 +74,15 @@ def measured() -> Outcome:
             )
         )
     loss = _rates(
-        lambda target, _references, _inside: scores.loss(target), signals.scaled_logit[:, :n], members, 2
+        lambda target, _references, _inside: membership_references.loss(target),
+        signals.scaled_logit[:, :n],
+        members,
+        2,
     )
     table.append(_row("loss", 0, *loss))
     for name, (k, values) in theirs.items():
         table.append(_row(name, k, *values))
-        ours = _rates(scores.bavaria, signals.scaled_logit[:, :n], members, k or 2)[0]
+        ours = _rates(membership_references.bavaria, signals.scaled_logit[:, :n], members, k or 2)[0]
         claims.append(Claim(f"{OURS} - {name} >= 0", ours - values[0], 0.0, least=True))
     null = _null(signals.scaled_logit[:, :n], rng)
     claims += [
@@ -92,7 +95,13 @@ def measured() -> Outcome:
         "training": vars(ReferenceTraining()),
         "targets": TARGETS,
     }
-    config |= {"records": n, "population": POPULATION, "fpr": FPR, "prior": vars(scores.Prior()), "seed": 0}
+    config |= {
+        "records": n,
+        "population": POPULATION,
+        "fpr": FPR,
+        "prior": vars(membership_references.Prior()),
+        "seed": 0,
+    }
     notes += [
         f"The networks classify {float(accuracy):.1%} of the records right that they were not trained on.",
         "With 63 references, the network of the complementary half is among them; otherwise it is left out.",
@@ -135,15 +144,15 @@ def _rates(attack: Attack, scaled_logit: Tensor, inside: Tensor, references: int
     for target in range(TARGETS):
         used = _chosen(target, references)
         score = attack(scaled_logit[target], scaled_logit[used], inside[used])
-        found.append(scores.tpr(score, inside[target], FPR))
-        areas.append(scores.auc(score, inside[target]))
+        found.append(membership_references.tpr(score, inside[target], FPR))
+        areas.append(membership_references.auc(score, inside[target]))
     return statistics.mean(found), statistics.mean(areas)
 
 
 def _null(scaled_logit: Tensor, rng: Draws) -> float:
     """Mean AUC over the targets on halves that nobody trained on."""
     null = halves(torch.arange(scaled_logit.shape[1]), NETWORKS, rng.at("null"))
-    return _rates(scores.bavaria, scaled_logit, null, NETWORKS - 2)[1]
+    return _rates(membership_references.bavaria, scaled_logit, null, NETWORKS - 2)[1]
 
 
 def _peer_rates(
@@ -175,8 +184,8 @@ def _privacy_meter(run_rmia: Any, inside: Tensor, signals: Signals, references: 
                 p[target, :n], p[used, :n].T, inside[used, :n].numpy().T, p[target, n:], p[used, n:].T, 0.3
             )
         )
-        found.append(scores.tpr(score, inside[target, :n], FPR))
-        areas.append(scores.auc(score, inside[target, :n]))
+        found.append(membership_references.tpr(score, inside[target, :n], FPR))
+        areas.append(membership_references.auc(score, inside[target, :n]))
     return statistics.mean(found), statistics.mean(areas)
 
 
@@ -198,8 +207,8 @@ def _art(art: Any, x: Tensor, y: Tensor, inside: Tensor, rng: Draws) -> tuple[fl
         attack.fit(*sides[0], *sides[1])
         score = attack.infer(x[:n][~known].numpy(), y[:n][~known].numpy(), probabilities=True)
         likely = torch.from_numpy(np.asarray(score, dtype=np.float64)).reshape(int((~known).sum()), -1)[:, -1]
-        found.append(scores.tpr(likely, member[~known], FPR))
-        areas.append(scores.auc(likely, member[~known]))
+        found.append(membership_references.tpr(likely, member[~known], FPR))
+        areas.append(membership_references.auc(likely, member[~known]))
     return statistics.mean(found), statistics.mean(areas)
 
 

@@ -14,8 +14,8 @@ from benchmarks.drift_streams import CHANGE, LENGTH, SHIFTED, STATIONARY, shifte
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.draws import Draws
-from holdfast.monitoring.series import Adwin, PageHinkley
 from holdfast.monitoring.signals import INPUTS, Signals
+from holdfast.monitoring.stream_tests import Adwin, PageHinkley
 from holdfast.monitoring.watching import ALPHA, HORIZON, test_of
 from holdfast.statistics.intervals import clopper_pearson
 

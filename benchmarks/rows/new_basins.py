@@ -35,8 +35,7 @@ from holdfast.core.model import Classifier
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, Members, put, weights_of
-from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
-from holdfast.rotation.parameter_sets import nearest_sets
+from holdfast.rotation.collecting import last_of, nearest_sets, rows_of, with_fresh_weights
 
 WHAT = "whether draws of a generator are new basins: raw, of aligned runs, and trained on for a while, three seeds"
 ROW, SEEDS = "new-basins", (0, 1, 2)

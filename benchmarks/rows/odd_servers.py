@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks.networks import BUNDLED
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.server_state import monitor_state
-from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Adapt, Doctor
 from holdfast.core.errors import HoldfastError
-from holdfast.io.remote.operator_port import ANSWER_S, OperatorPort
+from holdfast.io.remote.remote import ANSWER_S, OperatorPort
+from holdfast.verbs.opening.resolve import open_subject
+from holdfast.verbs.settings import Adapt, Doctor
 
 WHAT = "holdfast adapt and monitor at servers with odd, endless and absent answers: exit codes, times, files"
 MODEL = "mnist-cnn"

@@ -18,7 +18,7 @@ from holdfast.attacks.parts.images import pasted
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Patch
 
 WHAT = "a patch of 8x8 pixels learned on the train split of traffic signs, and ART's at equal steps"
 SIDE, BATCH, EPOCHS, JITTER, SEED = 8, 64, 3, 3, 0

@@ -12,9 +12,9 @@ import holdfast
 from benchmarks.absent import Absent
 from benchmarks.networks import images, network, two_conv_two_fc
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.planting import SIG, BadNets, Blended, Poisoning, planted, poisoned
-from holdfast.io.data.trigger_files import write_trigger
+from holdfast.io.data.npz import write_trigger
 from holdfast.threats.triggers import Trigger
+from holdfast.verbs.poison import SIG, BadNets, Blended, Poisoning, planted, poisoned
 
 WHAT = "success of planted triggers on MNIST, on poisoned and on clean networks"
 TRAINED, TESTED, EPOCHS, BATCH, LR, SEED, TARGET = 60_000, 10_000, 2, 128, 1e-3, 0, 1

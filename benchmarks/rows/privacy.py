@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import holdfast
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.privacy.canaries import epsilon_from_guesses, epsilon_from_rates
+from holdfast.audits.privacy import epsilon_from_guesses, epsilon_from_rates
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws

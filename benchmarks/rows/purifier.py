@@ -15,10 +15,10 @@ from holdfast.core.draws import Draws
 from holdfast.core.gradients import Through
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.gallery.purifiers import ITEMS, NOISY, STEPS, network_of
+from holdfast.doubts.gallery.purifiers import NOISY, PURIFICATION_STEPS, PURIFIERS, network_of
 from holdfast.io.data.data import open_data
-from holdfast.runs.assess.exhibition import assessed_net, raised
 from holdfast.runs.harness.kinds.passes import FIXED
+from holdfast.verbs.functions import assessed_net, raised
 
 WHAT = "a diffusion purifier in front of `mnist-cnn`: accuracy under attacks with and without its gradient"
 N, SEED, VOTES = 30, 0, 10  # images; seed; draws of the noise over which an accuracy is the mean
@@ -69,7 +69,7 @@ def row(gradient: str, net: nn.Module, steps: int, draws: int, batch: Batch, eps
 
 
 def measured() -> Outcome:
-    (item,) = ITEMS
+    (item,) = PURIFIERS
     data = open_data("mnist-mini", n=N)
     batch, averaged = data.read(0, N), (GRADIENTS // DRAWS, DRAWS)
     model = cast("Through", item.build(batch, nn.Identity()))
@@ -95,7 +95,7 @@ def measured() -> Outcome:
         ),
     ]
     config: Cells = {
-        "n": N, "eps": [item.eps, SMALL], "time of the noise": NOISY, "steps": STEPS,
+        "n": N, "eps": [item.eps, SMALL], "time of the noise": NOISY, "steps": PURIFICATION_STEPS,
         "accuracy": f"mean of {VOTES} draws", "gradients": GRADIENTS, "seed": SEED, "raised": ", ".join(doubts),
     }  # fmt: skip
     notes = [

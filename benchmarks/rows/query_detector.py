@@ -28,8 +28,8 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.guard.detectors.evasion import OARS, Base, InformedSquare
 from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, Screened, radius_for
-from holdfast.guard.states.memory import MemoryState
-from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.guard.state_in_memory import MemoryState
+from holdfast.guard.state_in_sqlite import SQLiteState
 
 WHAT = "stateful query detector: benign streams, attacks over workers and clients, OARS, an attacker who knows it, cost"
 KEY, SEED, BENIGN, CALIBRATION = bytes(range(32)), 0, 100_000, 20_000

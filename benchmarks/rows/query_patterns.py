@@ -17,7 +17,6 @@ from benchmarks.networks import Network, images, network
 from benchmarks.parts import part
 from benchmarks.queries import QUALITIES, encoded
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.api.guards import Guard
 from holdfast.attacks import RayS, Square
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
@@ -27,12 +26,12 @@ from holdfast.core.meter import Answering
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits
-from holdfast.guard.decisions import Releasing, release_of
 from holdfast.guard.detectors.evasion import OARS, CoarsePatterns, InformedSquare
 from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, Screened, for_cameras
-from holdfast.guard.query_rule import KEY_VARIABLE, QueryRule
-from holdfast.guard.rejecting import rejecting
-from holdfast.guard.states.memory import MemoryState
+from holdfast.guard.query_rule import KEY_VARIABLE, QueryRule, rejecting
+from holdfast.guard.rules import Releasing, release_of
+from holdfast.guard.state_in_memory import MemoryState
+from holdfast.verbs.calibrate import Guard
 
 WHAT = "coarse patterns and other query attacks with the guard, with other answers and budgets; streams of one scene"
 NETWORKS: dict[str, tuple[tuple[float, ...], int, int]] = {

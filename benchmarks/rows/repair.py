@@ -11,9 +11,9 @@ from benchmarks import networks
 from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.planting import BATCH, EPOCHS, LR, SEED, trained
-from holdfast.audits.planting import BadNets, Blended, Poisoning, poisoned
-from holdfast.io.data.trigger_files import write_trigger
+from holdfast.io.data.npz import write_trigger
 from holdfast.threats.triggers import Trigger
+from holdfast.verbs.poison import BadNets, Blended, Poisoning, poisoned
 
 WHAT = "repair of backdoors in MNIST networks with 3,000 clean digits"
 TRAINED, TESTED, CLEAN, TARGET = 57_000, 2_000, 3_000, 1

@@ -8,12 +8,11 @@ import torch
 
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
+from holdfast.audits.generator.attacks import Discriminator
 from holdfast.audits.generator.audit import GeneratorAudit
 from holdfast.audits.generator.copies import frechet_distance
-from holdfast.audits.generator.evasion import Discriminator
 from holdfast.audits.generator.hardening import GeneratorHardening
-from holdfast.audits.generator.parts import Context
-from holdfast.audits.generator.sensitivity import LatentChange
+from holdfast.audits.generator.sensitivity import Context, LatentChange
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.generators import ImageGAN

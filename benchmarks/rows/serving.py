@@ -20,12 +20,12 @@ from benchmarks.peers import server_python, server_version
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.serving_setups import Loading, loop_and_parser, model, ours, running, setup
 from benchmarks.throughput import Contestant, alternated, bare, cells, litserve, ratio
-from holdfast.api.guard_opening import open_guard
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from holdfast.rotation.rotating_model import canary
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.live_pool import LivePool
+from holdfast.server.server_setup import LivePool
 from holdfast.server.supervisor import Supervisor
+from holdfast.verbs.opening.guard import open_guard
 
 WHAT = "holdfast serve, ResNet-20 on CIFAR-10: throughput beside other servers, and latency while sets are swapped"
 NAME, SHAPE = "cifar_resnet20", (3, 32, 32)

@@ -16,10 +16,10 @@ from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.serving_setups import Loading, loop_and_parser, ours, running, setup
 from benchmarks.throughput import Contestant, alternated, cells, cpu_ratio, ratio
-from holdfast.api.monitoring_streams import live_reference
-from holdfast.api.verb_settings import Monitor
 from holdfast.server.live_monitor import LiveMonitor
 from holdfast.statistics.intervals import resampled
+from holdfast.verbs.monitor import live_reference
+from holdfast.verbs.settings import Monitor
 
 WHAT = "holdfast serve, bundled CNN: throughput with the monitor and without"
 NAME, SHAPE = "mnist-cnn", (1, 28, 28)

@@ -23,9 +23,9 @@ from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.retrying import collage
 from benchmarks.serving_setups import Loading, loop_and_parser, ours, running, setup
 from benchmarks.throughput import Contestant, alternated, bare, cells, cpu_ratio, ratio
-from holdfast.api.guard_opening import open_guard
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.traffic import CPU, OTHER, PARTS, PROFILED
+from holdfast.verbs.opening.guard import open_guard
 
 WHAT = "holdfast serve, bundled CNN and ResNet-20: requests per CPU second beside FastAPI, and with the default guard"
 CONNECTIONS, ROUNDS, SECONDS = 16, 20, 1.0

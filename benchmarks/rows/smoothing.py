@@ -13,7 +13,7 @@ from benchmarks.hardened import dataset
 from benchmarks.networks import CACHE
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.certifiers.smoothing.smoothing import Smoothing, miss_limit, numbered_noise, votes_of
+from holdfast.certifiers.smoothing import Smoothing, miss_limit, numbered_noise, votes_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
@@ -24,7 +24,7 @@ from holdfast.io.models.composed import with_denoiser
 from holdfast.io.models.models import open_model
 from holdfast.recipes import Denoising, GaussianNoise
 from holdfast.recipes.training.fit import Training
-from holdfast.statistics.sequential import sequential_test
+from holdfast.statistics.intervals import sequential_test
 
 WHAT = "smoothing, MNIST L2, sigma 0.5, 500 images: those that Cohen's procedure certifies with 10,000 draws, and draws"
 ROW, SIGMA, DRAWS, ALPHA, N = "smoothing", 0.5, 10_000, 0.001, 500

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast import Batch, Classifier, Linf, ThreatModel
-from holdfast.certifiers.branching.searching import BranchAndBound
+from holdfast.certifiers.branching import BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, prepared_graph
 
 WHAT = (

@@ -25,8 +25,8 @@ from holdfast.io.data.layouts import Expected
 from holdfast.io.data.tables import open_table
 from holdfast.io.models.models import Declared
 from holdfast.settings.table_rules import drafted, rules_from
-from holdfast.threats.tables.rules import Rules
-from holdfast.threats.tables.table import Table
+from holdfast.threats.table_rules import Rules
+from holdfast.threats.tables import Table
 
 WHAT = "adversarial rows of six tables, judged again by rules, and the recall of a network on phishing pages"
 TABLES: Mapping[str, tuple[str, tuple[str, ...]]] = {

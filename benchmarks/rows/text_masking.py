@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rows.texts import texts_of
 from holdfast.attacks import TextSearch
-from holdfast.certifiers.smoothing.smoothing import SmoothedVotes
-from holdfast.certifiers.texts.masking import Masking
-from holdfast.core.batch import Batch
+from holdfast.certifiers.masking import Masking
+from holdfast.certifiers.smoothing import SmoothedVotes
+from holdfast.core.batch import Batch, encoded
 from holdfast.core.draws import Draws
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.texts import encoded
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.text_models import TextFunction
+from holdfast.io.models.adapting import TextFunction
 from holdfast.recipes import MaskedWords, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe

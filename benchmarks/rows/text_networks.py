@@ -122,7 +122,7 @@ def _encoder(texts: list[str], labels: list[int]) -> nn.Module:
         from sklearn.linear_model import LogisticRegression
     except ImportError as why:
         raise Absent('transformers or scikit-learn is missing: pip install -e ".[sklearn,text]"') from why
-    from holdfast.core.texts import encoded
+    from holdfast.core.batch import encoded
     from holdfast.io.models.transformers_folders import TokenisedTexts
 
     folder = Path(found.origin).parent / "model"

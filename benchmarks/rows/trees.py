@@ -14,14 +14,13 @@ from benchmarks.absent import Absent
 from benchmarks.networks import folder
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import Thresholds
-from holdfast.certifiers.trees.proving import TreeProver, monotone_in, opened_trees, proved_unchanged
-from holdfast.certifiers.trees.reading import inner_values, read_trees, refuse_other
+from holdfast.certifiers.tree_ensembles import TreeProver, monotone_in, opened_trees, proved_unchanged
+from holdfast.certifiers.tree_reading import inner_values, read_trees, refuse_other
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.model import Bounds, Classifier
+from holdfast.core.model import Bounds, Classifier, Units
 from holdfast.core.threat import ThreatModel
-from holdfast.core.units import Units
 from holdfast.io.models.adapting import adapted
 
 WHAT = "exact worst cases of stumps and deep trees, and monotone trees against added features"

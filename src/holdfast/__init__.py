@@ -6,41 +6,7 @@ A module is imported when one of its names is first used, so that `import holdfa
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api.attack import attack as attack
-    from holdfast.api.auditing.backdoor import AuditBackdoor as AuditBackdoor
-    from holdfast.api.auditing.generator import AuditGenerator as AuditGenerator
-    from holdfast.api.auditing.membership import AuditMembership as AuditMembership
-    from holdfast.api.auditing.poison import AuditPoison as AuditPoison
-    from holdfast.api.auditing.privacy import AuditPrivacy as AuditPrivacy
-    from holdfast.api.explain import explain as explain
-    from holdfast.api.guards import Guard as Guard
-    from holdfast.api.placing import Ray as Ray
-    from holdfast.api.poisoning import poison as poison
-    from holdfast.api.references import open_data as open_data
-    from holdfast.api.references import open_model as open_model
-    from holdfast.api.serve import serve as serve
-    from holdfast.api.starting import init as init
-    from holdfast.api.starting import validate as validate
-    from holdfast.api.stored import compare as compare
-    from holdfast.api.stored import report as report
-    from holdfast.api.stored import verify as verify
-    from holdfast.api.verb_settings import Adapt as Adapt
-    from holdfast.api.verb_settings import Assess as Assess
-    from holdfast.api.verb_settings import Calibrate as Calibrate
-    from holdfast.api.verb_settings import Certify as Certify
-    from holdfast.api.verb_settings import Doctor as Doctor
-    from holdfast.api.verb_settings import Explain as Explain
-    from holdfast.api.verb_settings import Harden as Harden
-    from holdfast.api.verb_settings import Monitor as Monitor
-    from holdfast.api.verb_settings import Serve as Serve
-    from holdfast.api.verbs import adapt as adapt
-    from holdfast.api.verbs import assess as assess
-    from holdfast.api.verbs import certify as certify
-    from holdfast.api.verbs import demo as demo
-    from holdfast.api.verbs import doctor as doctor
-    from holdfast.api.verbs import harden as harden
-    from holdfast.api.verbs import monitor as monitor
-    from holdfast.certifiers.smoothing.smoothing import Smoothed as Smoothed
+    from holdfast.certifiers.smoothing import Smoothed as Smoothed
     from holdfast.core.batch import Batch as Batch
     from holdfast.core.constraints import L0 as L0
     from holdfast.core.constraints import L1 as L1
@@ -50,29 +16,63 @@ if TYPE_CHECKING:
     from holdfast.core.evidence import Evidence as Evidence
     from holdfast.core.gradients import skipped as skipped
     from holdfast.core.gradients import through as through
-    from holdfast.core.guard import with_detector as with_detector
     from holdfast.core.model import Bounds as Bounds
     from holdfast.core.model import Classifier as Classifier
+    from holdfast.core.outputs import with_detector as with_detector
     from holdfast.core.threat import ThreatModel as ThreatModel
     from holdfast.server.middleware import GuardMiddleware as GuardMiddleware
-    from holdfast.threats.patches import Patch as Patch
     from holdfast.threats.text_edits import TextEdits as TextEdits
     from holdfast.threats.transformations import Colour as Colour
     from holdfast.threats.transformations import Corruptions as Corruptions
+    from holdfast.threats.transformations import Patch as Patch
     from holdfast.threats.transformations import Spatial as Spatial
+    from holdfast.verbs.attack import attack as attack
+    from holdfast.verbs.audit.backdoor import AuditBackdoor as AuditBackdoor
+    from holdfast.verbs.audit.generator import AuditGenerator as AuditGenerator
+    from holdfast.verbs.audit.membership import AuditMembership as AuditMembership
+    from holdfast.verbs.audit.poison import AuditPoison as AuditPoison
+    from holdfast.verbs.audit.privacy import AuditPrivacy as AuditPrivacy
+    from holdfast.verbs.calibrate import Guard as Guard
+    from holdfast.verbs.configuration import init as init
+    from holdfast.verbs.configuration import validate as validate
+    from holdfast.verbs.explain import explain as explain
+    from holdfast.verbs.functions import adapt as adapt
+    from holdfast.verbs.functions import assess as assess
+    from holdfast.verbs.functions import certify as certify
+    from holdfast.verbs.functions import demo as demo
+    from holdfast.verbs.functions import doctor as doctor
+    from holdfast.verbs.functions import harden as harden
+    from holdfast.verbs.functions import monitor as monitor
+    from holdfast.verbs.opening.python_functions import open_data as open_data
+    from holdfast.verbs.opening.python_functions import open_model as open_model
+    from holdfast.verbs.placement import Ray as Ray
+    from holdfast.verbs.poison import poison as poison
+    from holdfast.verbs.reports import compare as compare
+    from holdfast.verbs.reports import report as report
+    from holdfast.verbs.reports import verify as verify
+    from holdfast.verbs.serve import serve as serve
+    from holdfast.verbs.settings import Adapt as Adapt
+    from holdfast.verbs.settings import Assess as Assess
+    from holdfast.verbs.settings import Calibrate as Calibrate
+    from holdfast.verbs.settings import Certify as Certify
+    from holdfast.verbs.settings import Doctor as Doctor
+    from holdfast.verbs.settings import Explain as Explain
+    from holdfast.verbs.settings import Harden as Harden
+    from holdfast.verbs.settings import Monitor as Monitor
+    from holdfast.verbs.settings import Serve as Serve
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "Adapt": "holdfast.api.verb_settings",
-    "Assess": "holdfast.api.verb_settings",
-    "Calibrate": "holdfast.api.verb_settings",
-    "Certify": "holdfast.api.verb_settings",
-    "Doctor": "holdfast.api.verb_settings",
-    "Explain": "holdfast.api.verb_settings",
-    "Harden": "holdfast.api.verb_settings",
-    "Monitor": "holdfast.api.verb_settings",
-    "Serve": "holdfast.api.verb_settings",
+    "Adapt": "holdfast.verbs.settings",
+    "Assess": "holdfast.verbs.settings",
+    "Calibrate": "holdfast.verbs.settings",
+    "Certify": "holdfast.verbs.settings",
+    "Doctor": "holdfast.verbs.settings",
+    "Explain": "holdfast.verbs.settings",
+    "Harden": "holdfast.verbs.settings",
+    "Monitor": "holdfast.verbs.settings",
+    "Serve": "holdfast.verbs.settings",
     "Batch": "holdfast.core.batch",
     "Bounds": "holdfast.core.model",
     "Classifier": "holdfast.core.model",
@@ -80,46 +80,46 @@ _HOMES = {
     "Corruptions": "holdfast.threats.transformations",
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
-    "Guard": "holdfast.api.guards",
+    "Guard": "holdfast.verbs.calibrate",
     "GuardMiddleware": "holdfast.server.middleware",
     "L0": "holdfast.core.constraints",
     "L1": "holdfast.core.constraints",
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
-    "Patch": "holdfast.threats.patches",
-    "Ray": "holdfast.api.placing",
-    "Smoothed": "holdfast.certifiers.smoothing.smoothing",
+    "Patch": "holdfast.threats.transformations",
+    "Ray": "holdfast.verbs.placement",
+    "Smoothed": "holdfast.certifiers.smoothing",
     "Spatial": "holdfast.threats.transformations",
     "TextEdits": "holdfast.threats.text_edits",
     "ThreatModel": "holdfast.core.threat",
-    "assess": "holdfast.api.verbs",
-    "attack": "holdfast.api.attack",
-    "certify": "holdfast.api.verbs",
-    "compare": "holdfast.api.stored",
-    "demo": "holdfast.api.verbs",
-    "doctor": "holdfast.api.verbs",
-    "explain": "holdfast.api.explain",
-    "harden": "holdfast.api.verbs",
-    "init": "holdfast.api.starting",
-    "adapt": "holdfast.api.verbs",
-    "monitor": "holdfast.api.verbs",
-    "open_data": "holdfast.api.references",
-    "open_model": "holdfast.api.references",
-    "poison": "holdfast.api.poisoning",
-    "report": "holdfast.api.stored",
-    "serve": "holdfast.api.serve",
+    "assess": "holdfast.verbs.functions",
+    "attack": "holdfast.verbs.attack",
+    "certify": "holdfast.verbs.functions",
+    "compare": "holdfast.verbs.reports",
+    "demo": "holdfast.verbs.functions",
+    "doctor": "holdfast.verbs.functions",
+    "explain": "holdfast.verbs.explain",
+    "harden": "holdfast.verbs.functions",
+    "init": "holdfast.verbs.configuration",
+    "adapt": "holdfast.verbs.functions",
+    "monitor": "holdfast.verbs.functions",
+    "open_data": "holdfast.verbs.opening.python_functions",
+    "open_model": "holdfast.verbs.opening.python_functions",
+    "poison": "holdfast.verbs.poison",
+    "report": "holdfast.verbs.reports",
+    "serve": "holdfast.verbs.serve",
     "skipped": "holdfast.core.gradients",
     "through": "holdfast.core.gradients",
-    "validate": "holdfast.api.starting",
-    "verify": "holdfast.api.stored",
-    "with_detector": "holdfast.core.guard",
+    "validate": "holdfast.verbs.configuration",
+    "verify": "holdfast.verbs.reports",
+    "with_detector": "holdfast.core.outputs",
 }
 
 _MODULES = {
     "attacks": "holdfast.attacks",
-    "audit": "holdfast.api.audits",
+    "audit": "holdfast.verbs.audit.functions",
     "recipes": "holdfast.recipes",
-    "rotate": "holdfast.api.rotate",
+    "rotate": "holdfast.verbs.rotate",
     "rotation": "holdfast.rotation",
 }
 """Modules that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
@@ -130,7 +130,7 @@ def _homes() -> dict[str, str]:
     from holdfast.core.catalogue import AUDITS
 
     audits = (audit for audit in AUDITS.values() if audit.settings)
-    return {**_HOMES, **{audit.settings: f"holdfast.api.auditing.{audit.name}" for audit in audits}}
+    return {**_HOMES, **{audit.settings: f"holdfast.verbs.audit.{audit.name}" for audit in audits}}
 
 
 def __getattr__(name: str) -> Any:

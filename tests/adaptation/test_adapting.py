@@ -9,20 +9,18 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api import adapting, live_pairs
-from holdfast.api.annexes import annex_of
-from holdfast.api.serving import server_setup
-from holdfast.api.stored import verify
-from holdfast.api.verb_settings import Adapt, Calibrate, Serve
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Remedy
-from holdfast.io.remote.operator_port import Refusal
+from holdfast.core.errors import Remedy, TargetError, UsageError
+from holdfast.io.remote.remote import Refusal
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.messages import bound_socket
 from holdfast.server.supervisor import Supervisor
-from holdfast.server.worker_processes import bound_socket
+from holdfast.verbs import adapt, live_pairs
+from holdfast.verbs.reports import annex_of, verify
+from holdfast.verbs.serve_opening import server_setup
+from holdfast.verbs.settings import Adapt, Calibrate, Serve
 
 SHAPE = (1, 8, 8)
 CODE = f"""from torch import nn
@@ -148,7 +146,7 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     # a run that was killed between two steps is resumed, and its candidate is promoted
     run = settings(url, folder)
     with monkeypatch.context() as patched:
-        patched.setattr(adapting._Adaptation, "_promote", lambda self: 1 / 0)
+        patched.setattr(adapt._Adaptation, "_promote", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.run(tmp_path / "run")
     lines = []
@@ -168,7 +166,7 @@ def test_candidates_are_promoted_or_not(served, tmp_path, monkeypatch):
     # a rollback after the promotion
     serving_now = file.read_bytes()
     with monkeypatch.context() as patched, worse_on_live_requests():
-        patched.setattr(adapting._Adaptation, "_canary", lambda self: (self._extend_guard(), {})[1])
+        patched.setattr(adapt._Adaptation, "_canary", lambda self: (self._extend_guard(), {})[1])
         back = settings(url, folder, seed=1).run(tmp_path / "back")
     assert (back.outcome, back.reason) == ("rolled back", "after the promotion, it is worse")
     assert (
@@ -224,7 +222,7 @@ def test_what_later_steps_need_is_checked_before_the_first_one(served, tmp_path,
         assert not (tmp_path / name).exists(), "nothing was measured"
         return error.value
 
-    monkeypatch.setattr(adapting, "hardened", lambda *_, **__: 1 / 0)  # nothing is trained
+    monkeypatch.setattr(adapt, "hardened", lambda *_, **__: 1 / 0)  # nothing is trained
     few = refused("few", "the later step canary would fail: .* on 15 inputs; 19 suffice", sample=15)
     assert few.remedies == (Remedy("sample", 19),)
     with pytest.raises(ZeroDivisionError):  # with it, the run comes to its training

@@ -14,17 +14,17 @@ import torch
 
 import holdfast
 from adaptation.test_adapting import CODE, GUARD, SHAPE, examples, settings, worse_on_live_requests
-from holdfast.api import adapting_pools
-from holdfast.api.serving import server_setup
-from holdfast.api.verb_settings import Serve
 from holdfast.cli.app import run as command
 from holdfast.core.errors import InUse, TargetError, UsageError
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.keys import KeyFile
+from holdfast.server.messages import bound_socket
 from holdfast.server.supervisor import Supervisor
-from holdfast.server.worker_processes import bound_socket
+from holdfast.verbs import adapt_served
+from holdfast.verbs.serve_opening import server_setup
+from holdfast.verbs.settings import Serve
 from server.small import pool as small_pool
 from waiting import until
 
@@ -125,7 +125,7 @@ def test_a_candidate_becomes_a_set_of_the_pool_or_not(folder, tmp_path, monkeypa
 
         # the gates of the pool refuse the set, while another process judges sets
         with monkeypatch.context() as patched:
-            patched.setattr(adapting_pools, "admit", judged_elsewhere(pool))
+            patched.setattr(adapt_served, "admit", judged_elsewhere(pool))
             refused = settings(url, tmp_path).run(tmp_path / "refused")
         assert (refused.outcome, refused.steps[-1].step) == ("not promoted", "admit")
         assert "too weak" in refused.reason and pool.serving.name == first
@@ -134,7 +134,7 @@ def test_a_candidate_becomes_a_set_of_the_pool_or_not(folder, tmp_path, monkeypa
         run, lines = settings(url, tmp_path, seed=1), []
         for step in ("immunise", "admit", "watch"):
             with monkeypatch.context() as patched:
-                patched.setattr(adapting_pools.AdaptedPool, step, lambda self, *_: 1 / 0)
+                patched.setattr(adapt_served.AdaptedPool, step, lambda self, *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     run.run(tmp_path / "run", resume=True, notify=lines.append)
         promoted = run.run(tmp_path / "run", resume=True, notify=lines.append)
@@ -152,7 +152,7 @@ def test_a_candidate_becomes_a_set_of_the_pool_or_not(folder, tmp_path, monkeypa
         # a set that is worse on live requests is replaced by another admitted one, and never serves again
         holdfast.rotate.admit(pool, trust_code=True)
         with monkeypatch.context() as patched, worse_on_live_requests():
-            patched.setattr(adapting_pools.AdaptedPool, "measure", lambda self, pairs: {})
+            patched.setattr(adapt_served.AdaptedPool, "measure", lambda self, pairs: {})
             back = settings(url, tmp_path, seed=2).run(tmp_path / "back")
         assert (back.outcome, back.reason) == ("rolled back", "after the promotion, it is worse")
         withdrawn = pool.ledger.member(back.steps[-2].facts["set"])
@@ -212,17 +212,17 @@ def test_pools_that_cannot_be_adapted_are_refused(tmp_path, monkeypatch):
     adapt = settings("http://127.0.0.1:9", tmp_path)
     absent = {"pool": {"set": "a", "settings": {"pool": str(tmp_path / "absent")}}}
     with pytest.raises(TargetError, match="is not on this machine"):
-        adapting_pools.begin(absent, adapt)
+        adapt_served.begin(absent, adapt)
     pool = small_pool(tmp_path / "pool", 2)
     with pytest.raises(TargetError, match="it is another pool"):
-        adapting_pools.begin(state(pool, "0" * 16), adapt)
+        adapt_served.begin(state(pool, "0" * 16), adapt)
     served = pool.swap().name
     with monkeypatch.context() as patched:
-        patched.setattr(adapting_pools.os, "access", lambda path, mode: False)
+        patched.setattr(adapt_served.os, "access", lambda path, mode: False)
         with pytest.raises(TargetError, match="may not write to the pool"):
-            adapting_pools.begin(state(pool, served), adapt)
+            adapt_served.begin(state(pool, served), adapt)
     with pytest.raises(UsageError, match="created in Python"):
-        adapting_pools.begin(state(pool, served), adapt)
+        adapt_served.begin(state(pool, served), adapt)
     pool.swap()
     with pytest.raises(UsageError, match="no set waits"):
-        adapting_pools.begin(state(pool, served), adapt)
+        adapt_served.begin(state(pool, served), adapt)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from holdfast.adaptation.journal import open_journal
-from holdfast.api import adapted_guard, adapting
-from holdfast.api.verb_settings import Adapt
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.calibration import Calibration, read_calibration, write_calibration
+from holdfast.verbs import adapt, adapt_served
+from holdfast.verbs.settings import Adapt
 
 
 class Server:
@@ -42,7 +42,7 @@ class Server:
 def opened(monkeypatch):
     """The model of a file, of whatever content."""
     opened = SimpleNamespace(digest="new")
-    monkeypatch.setattr(adapting._Adaptation, "_opened", lambda self, path, settings: opened)
+    monkeypatch.setattr(adapt._Adaptation, "_opened", lambda self, path, settings: opened)
     return opened
 
 
@@ -56,7 +56,7 @@ def run(tmp_path, opened):
         journal.keep("candidate.safetensors", b"new")
         journal.keep("incumbent.safetensors", b"old")
         yield (
-            adapting._Adaptation(Adapt(canary_time="1s"), journal, Server(file), None, lambda text: None),
+            adapt._Adaptation(Adapt(canary_time="1s"), journal, Server(file), None, lambda text: None),
             begun,
             file,
         )
@@ -102,7 +102,7 @@ def test_the_guard_accepts_the_served_model_at_every_moment(run, monkeypatch):
     write_calibration(before, place)
     adaptation._guard.store()
     both, alone = replace(before, models=("old", "new")), replace(before, models=("new",))
-    monkeypatch.setattr(adapted_guard, "candidate_calibrations", lambda settings: (both, alone))
+    monkeypatch.setattr(adapt_served, "candidate_calibrations", lambda settings: (both, alone))
     adaptation._extend_guard()
     assert read_calibration(place) == both
     adaptation._guard.accept_candidate()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from holdfast.adaptation.paired_comparison import ERROR, compared
+from holdfast.verbs.live_pairs import ERROR, compared
 
 
 def comparison(*clients):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from holdfast.adaptation.screening import disagreeing, read_flagged, screened
+from holdfast.adaptation.server_state import disagreeing, read_flagged, screened
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.stored_inputs import StoredRequest
 

@@ -8,7 +8,7 @@ import pytest
 from holdfast.adaptation.server_state import approval_of, monitor_state, send_labels, server_state
 from holdfast.core.catalogue import names
 from holdfast.core.errors import TargetError
-from holdfast.reports.monitoring import monitoring_report
+from holdfast.reports.audit import monitoring_report
 from holdfast.reports.terminal import body
 from holdfast.reports.write import rendered
 

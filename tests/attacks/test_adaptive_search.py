@@ -8,9 +8,8 @@ from torch import nn
 
 from holdfast.attacks import HopSkipJump
 from holdfast.attacks.adaptive_search import AdaptiveSearch
-from holdfast.attacks.parts.adaptive_search import LABELS, METHODS, Method, starts
+from holdfast.attacks.parts.adaptive_search import LABELS, METHODS, Method, SharedBudget, starts
 from holdfast.attacks.parts.ascent import FIRST, stable_ascent
-from holdfast.attacks.parts.ration import SharedBudget
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

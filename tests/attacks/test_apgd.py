@@ -15,8 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.fakes import Constant, examples, labelled, network
-from holdfast.testing.linear import linear_problem
+from holdfast.testing.fakes import Constant, examples, labelled, linear_problem, network
 
 RNG = Draws(3)
 

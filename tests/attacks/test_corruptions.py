@@ -15,7 +15,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.corruptions import EXTRA, STANDARD, corrupted
 from holdfast.corruptions.constants import LARGE, SMALL
-from holdfast.corruptions.digital import jpeg_compression
+from holdfast.corruptions.images import jpeg_compression
 
 ALL = (*STANDARD, *EXTRA)
 SEVERITIES = range(1, 6)

@@ -15,8 +15,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.fakes import examples, labelled, network
-from holdfast.testing.linear import LinearOracle, linear_problem
+from holdfast.testing.fakes import LinearOracle, examples, labelled, linear_problem, network
 
 RNG = Draws(5)
 

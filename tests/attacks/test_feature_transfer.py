@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast.attacks import FeatureTransfer
+from holdfast.attacks.parts.adaptive_search import SharedBudget
 from holdfast.attacks.parts.feature_search import features_of
-from holdfast.attacks.parts.ration import SharedBudget
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.draws import Draws

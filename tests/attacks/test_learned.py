@@ -18,7 +18,7 @@ from holdfast.io.data.data import open_data
 from holdfast.io.models.models import open_model
 from holdfast.runs.harness.kinds.attack import best_fit
 from holdfast.runs.harness.measure import measure
-from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Patch
 
 CASES = [
     (Universal(fits=2, examples=200, steps=40, batch=50, step_size=0.15), Linf(0.2)),

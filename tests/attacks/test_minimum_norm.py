@@ -15,9 +15,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import Metered
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.fakes import examples, labelled, network
+from holdfast.testing.fakes import examples, labelled, linear_problem, network
 from holdfast.testing.laws import broken, problem, run
-from holdfast.testing.linear import linear_problem
 
 ATTACKS = [
     (DeepFool(), L2),
@@ -168,7 +167,7 @@ def test_a_point_of_nan_that_is_no_closer_leaves_the_known_one_alone():
 def test_the_scale_of_the_inputs_does_not_matter(scale):
     """Step sizes are in units of the distance to the boundary: pixels in 0..255 give the same attack."""
     from holdfast.core.model import Bounds
-    from holdfast.testing.linear import LinearOracle
+    from holdfast.testing.fakes import LinearOracle
 
     oracle, batch = linear_problem(4, classes=2)
     model = LinearOracle(oracle.weight / scale, oracle.bias, Bounds(0.0, scale))

@@ -13,9 +13,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.corruptions.digital import cosines
-from holdfast.testing.fakes import Constant, examples, labelled, network
-from holdfast.testing.linear import linear_problem
+from holdfast.corruptions.images import cosines
+from holdfast.testing.fakes import Constant, examples, labelled, linear_problem, network
 
 RNG = Draws(4)
 

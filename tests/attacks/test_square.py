@@ -11,8 +11,7 @@ from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.fakes import examples, labelled, network
-from holdfast.testing.linear import linear_problem
+from holdfast.testing.fakes import examples, labelled, linear_problem, network
 
 RNG = Draws(9)
 NORMS = [Linf(0.1), L2(0.5), L1(2.0)]

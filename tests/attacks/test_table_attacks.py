@@ -17,7 +17,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.models import Declared
 from holdfast.settings.table_rules import rules_from
-from holdfast.threats.tables.table import Table
+from holdfast.threats.tables import Table
 
 WEIGHTS = torch.tensor([1.0, -0.5, 2.0, 0.0, 1.5, 0.7])
 COLUMNS = {

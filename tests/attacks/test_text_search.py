@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from holdfast.attacks import TextSearch
-from holdfast.core.batch import Batch
+from holdfast.core.batch import LARGEST, Batch, decoded, encoded
 from holdfast.core.constraints import allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.texts import LARGEST, decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.texts_of_users import text_edits
 from holdfast.threats.parsing import parse_threat

@@ -15,8 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.fakes import examples, labelled, network
-from holdfast.testing.linear import linear_problem
+from holdfast.testing.fakes import examples, labelled, linear_problem, network
 
 RNG, BOX = Draws(4), Bounds()
 PLAIN = {"reach": 2.5, "neighbours": 0}

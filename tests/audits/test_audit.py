@@ -10,7 +10,6 @@ import torch
 import holdfast
 from benchmarks.forging import accepted_fields, rechain
 from conclusions import concluding
-from holdfast.api.auditing.generator import AuditGenerator
 from holdfast.audits.audit import AuditRequest, audited, is_audit, judged, open_audit
 from holdfast.audits.finding import Finding, Picture, Table
 from holdfast.cli.app import run as command
@@ -20,6 +19,7 @@ from holdfast.gates.judging import EXIT_CODES
 from holdfast.reports.audit import failing_gate
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.columns import Form, flag, validated_columns, whole
+from holdfast.verbs.audit.generator import AuditGenerator
 
 REQUEST = AuditRequest(
     "backdoor",

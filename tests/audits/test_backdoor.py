@@ -14,10 +14,9 @@ from torch.nn.functional import cross_entropy
 
 import holdfast
 from benchmarks.forging import accepted_fields
-from holdfast.audits.backdoor import audit
-from holdfast.audits.backdoor.audit import BackdoorRequest, measure
-from holdfast.audits.backdoor.conclusion import finding_of
-from holdfast.audits.backdoor.controls import (
+from holdfast.audits import backdoor
+from holdfast.audits.backdoor import BackdoorRequest, finding_of, measure
+from holdfast.audits.backdoor_controls import (
     OUTSIDE,
     Controls,
     ControlTraining,
@@ -26,8 +25,7 @@ from holdfast.audits.backdoor.controls import (
     ranked,
     trained_controls,
 )
-from holdfast.audits.backdoor.inversion import Inversion, Strip, abnormality, joined
-from holdfast.audits.backdoor.measurements import groups_of, measured
+from holdfast.audits.backdoor_triggers import Inversion, Strip, abnormality, groups_of, joined, measured
 from holdfast.audits.finding import StoredSteps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -190,7 +188,7 @@ def test_the_lowest_ratio_is_not_flagged_within_the_spread_of_the_controls(poiso
 
 @pytest.mark.slow
 def test_a_further_clean_network_is_below_the_limit_as_often_as_stated(set_limit):
-    set_limit("holdfast.audits.backdoor.controls.OUTSIDE", 0.05)
+    set_limit("holdfast.audits.backdoor_controls.OUTSIDE", 0.05)
     rng, below = torch.Generator().manual_seed(0), 0
     for _ in range(4000):
         logs = torch.randn(21, generator=rng) / 10
@@ -308,7 +306,7 @@ def test_an_untrained_control_is_left_out_and_named(batch, folder, sizes, poison
 
 @pytest.mark.slow
 def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, monkeypatch, set_limit):
-    set_limit("holdfast.audits.backdoor.measurements.GROUP", 2)
+    set_limit("holdfast.audits.backdoor_triggers.GROUP", 2)
     asked, model = request(batch, folder), Classifier(trained(100, poisoned=True))
     run = Run(asked.steps())
     searched = []
@@ -319,8 +317,8 @@ def test_a_stopped_audit_continues_after_its_groups_of_classes(batch, folder, mo
             raise KeyboardInterrupt
         return search(self, model, classes)
 
-    search = audit._Steps.search
-    monkeypatch.setattr(audit._Steps, "search", stopping)
+    search = backdoor._Steps.search
+    monkeypatch.setattr(backdoor._Steps, "search", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure(run, model, asked, ignore)
     measure(run, model, asked, ignore)
@@ -352,14 +350,14 @@ def test_sizes_of_controls_are_kept_for_the_next_audit(batch, folder, tmp_path, 
 @pytest.fixture
 def quick_inversion(monkeypatch):
     """Audits from the command line search for triggers in few steps."""
-    monkeypatch.setattr(audit, "Inversion", lambda: QUICK)
+    monkeypatch.setattr(backdoor, "Inversion", lambda: QUICK)
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that advances by a second whenever it is read."""
     ticks = count()
-    monkeypatch.setattr("holdfast.audits.backdoor.controls.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("holdfast.audits.backdoor_controls.perf_counter", lambda: float(next(ticks)))
     return ticks
 
 
@@ -442,7 +440,7 @@ def test_the_command_flags_and_writes_the_trigger(
     arrays, folder, tmp_path, monkeypatch, quick_inversion, capsys
 ):
     from holdfast.cli.app import run as command
-    from holdfast.io.data.trigger_files import read_trigger
+    from holdfast.io.data.npz import read_trigger
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "net.py").write_text(
@@ -482,7 +480,7 @@ def test_python_trains_controls_on_the_rest_of_the_data(arrays, tmp_path, monkey
 @pytest.mark.slow
 def test_trained_controls_are_used_again(tmp_path, monkeypatch, set_limit, quick_inversion):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    set_limit("holdfast.api.audit_backdoor.CLEAN", 200)
+    set_limit("holdfast.verbs.audit.opening_models.CLEAN", 200)
     x, y = digits(8000)
     first = holdfast.audit.backdoor(trained(100, poisoned=True), (x, y), train_controls="2h")
     assert first.facts["controls"] == 20 and first.facts["class"] == TARGET

@@ -7,9 +7,14 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.audits.generator.backdoor import COLLAPSE, REVERSAL, BackdoorScan
-from holdfast.audits.generator.parts import Context
-from holdfast.audits.generator.planting import planted_decoder, planted_diffusion
+from holdfast.audits.generator.backdoor import (
+    COLLAPSE,
+    REVERSAL,
+    BackdoorScan,
+    planted_decoder,
+    planted_diffusion,
+)
+from holdfast.audits.generator.sensitivity import Context
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -194,7 +199,7 @@ class Exact(nn.Module):
 
 
 def test_the_poisoned_path_leads_from_noise_with_the_trigger_to_the_target():
-    from holdfast.audits.generator.planting import _poisoned_loss
+    from holdfast.audits.generator.backdoor import _poisoned_loss
 
     model = Diffusion(1, 4, 2, 8, steps=50)
     model.net = Exact()

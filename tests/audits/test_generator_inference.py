@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from holdfast.audits.generator.inference import FPR, Membership, rated
-from holdfast.audits.generator.parts import Context
+from holdfast.audits.generator.attacks import FPR, Membership, rated
+from holdfast.audits.generator.sensitivity import Context
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.io.models.generators import OpenedGenerator

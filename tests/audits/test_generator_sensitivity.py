@@ -9,9 +9,11 @@ from torch import nn
 
 import holdfast
 from benchmarks.forging import accepted_fields
-from holdfast.api.audit_generator import refuse_condition
-from holdfast.attacks.parts.generators import (
+from holdfast.audits.generator.attacks import Autoencoder, Discriminator, input_radius
+from holdfast.audits.generator.sensitivity import (
     UNBOUNDED,
+    Context,
+    LatentChange,
     Search,
     distances,
     latent_radius,
@@ -19,15 +21,13 @@ from holdfast.attacks.parts.generators import (
     sensitive_directions,
     worst_latents,
 )
-from holdfast.audits.generator.evasion import Autoencoder, Discriminator, input_radius
-from holdfast.audits.generator.parts import Context
-from holdfast.audits.generator.sensitivity import LatentChange
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.models.generators import open_generator
 from holdfast.runs.store.columns import validated_columns
+from holdfast.verbs.audit.opening_generators import refuse_condition
 
 LATENT, SHAPE = 4, (1, 4, 4)
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import holdfast
 from benchmarks.forging import accepted_fields
-from holdfast.api.verb_settings import Harden
 from holdfast.audits.generator import hardening
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
@@ -18,8 +17,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.generators import GAN, ImageGAN
-from holdfast.generators.opening import opened_generator
+from holdfast.generators.networks import opened_generator
 from holdfast.recipes.training.gans import RobustGAN, RobustLosses
+from holdfast.verbs.settings import Harden
 
 SOURCE = """
 import torch

@@ -14,16 +14,17 @@ from torch import nn
 
 import holdfast
 from benchmarks.forging import accepted_fields, forged, is_accepted
-from holdfast.audits.membership import references, scores
-from holdfast.audits.membership.references import (
+from holdfast.audits import membership_references
+from holdfast.audits.membership_references import (
+    LARGEST,
     ReferenceTraining,
     batched,
     halves,
     others,
+    scaled_logit,
     signals_of,
     trained_signals,
 )
-from holdfast.audits.membership.scores import LARGEST, scaled_logit
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -101,15 +102,15 @@ def test_the_scores_are_those_of_their_formulas():
     mean, sd = references[:, x][inside[:, x]].mean(), references[:, x][inside[:, x]].std(correction=0)
     out, sd_out = references[:, x][~inside[:, x]].mean(), references[:, x][~inside[:, x]].std(correction=0)
     expected = stats.norm.logpdf(target[x], mean, sd) - stats.norm.logpdf(target[x], out, sd_out)
-    assert float(scores.lira_online(target, references, inside)[x]) == pytest.approx(expected)
-    assert float(scores.lira_offline(target, references, inside)[x]) == pytest.approx(
+    assert float(membership_references.lira_online(target, references, inside)[x]) == pytest.approx(expected)
+    assert float(membership_references.lira_offline(target, references, inside)[x]) == pytest.approx(
         float((target[x] - out) / sd_out)
     )
     p = references[:, x].sigmoid()
     ratio = target[x].sigmoid() / ((1.3 * p[~inside[:, x]].mean() + 0.7) / 2)
-    plain = scores.rmia(target, references, inside, converted=False)
+    plain = membership_references.rmia(target, references, inside, converted=False)
     assert float(plain[x].exp()) == pytest.approx(float(ratio))
-    few = scores.lira_online(target, references[:4], inside[:4])
+    few = membership_references.lira_online(target, references[:4], inside[:4])
     overall = [references[:4][mask].std(correction=0) for mask in (inside[:4], ~inside[:4])]
     means = [references[:4, x][mask[:, x]].mean() for mask in (inside[:4], ~inside[:4])]
     densities = [stats.norm.logpdf(target[x], m, s) for m, s in zip(means, overall, strict=True)]
@@ -118,7 +119,7 @@ def test_the_scores_are_those_of_their_formulas():
 
 def test_the_predictive_distribution_is_a_student_t():
     x, freedom, location, scale = (torch.tensor(v, dtype=torch.float64) for v in (1.5, 7.0, 0.3, 2.0))
-    assert float(scores._student(x, freedom, location, scale)) == pytest.approx(
+    assert float(membership_references._student(x, freedom, location, scale)) == pytest.approx(
         stats.t.logpdf(1.5, 7, 0.3, 2)
     )
 
@@ -126,37 +127,39 @@ def test_the_predictive_distribution_is_a_student_t():
 @pytest.mark.parametrize("networks", [2, 4, 16])
 def test_members_are_found_with_few_references(networks):
     target, references, inside, member = drawn(networks)
-    ours = scores.tpr(scores.bavaria(target, references, inside), member, 0.05)
-    alone = scores.tpr(scores.loss(target), member, 0.05)
-    lira = scores.tpr(scores.lira_online(target, references, inside), member, 0.05)
+    ours = membership_references.tpr(membership_references.bavaria(target, references, inside), member, 0.05)
+    alone = membership_references.tpr(membership_references.loss(target), member, 0.05)
+    lira = membership_references.tpr(
+        membership_references.lira_online(target, references, inside), member, 0.05
+    )
     assert ours > lira - 0.01
     assert ours > alone + 0.15
 
 
 def test_a_network_without_references_is_scored_by_its_labels_and_its_tail():
     right = torch.tensor([True, False, True])
-    assert scores.labels_only(right, None, None).tolist() == [1.0, 0.0, 1.0]
+    assert membership_references.labels_only(right, None, None).tolist() == [1.0, 0.0, 1.0]
     references = torch.tensor([[True, True, False], [False, True, True]])
     inside = torch.tensor([[True, False, True], [False, True, False]])
-    assert scores.labels_only(right, references, inside).tolist() == [1.0, -1.0, 0.0]
+    assert membership_references.labels_only(right, references, inside).tolist() == [1.0, -1.0, 0.0]
     members, others_ = torch.arange(100.0), torch.tensor([-3.0, -2.0, 50.0, 60.0])
-    assert scores.tail_estimate(members, others_, 0.01) == 0.5
+    assert membership_references.tail_estimate(members, others_, 0.01) == 0.5
 
 
 def test_a_balanced_design_reveals_members_only_through_the_complement():
     inside = halves(torch.arange(400), 8, Draws(0))
     counts = inside[[k for k in range(8) if k != 0]].sum(0).double()
-    assert scores.auc(-counts, inside[0]) == 1.0
-    assert scores.auc(-inside[others(0, 8)].sum(0).double(), inside[0]) == 0.5
+    assert membership_references.auc(-counts, inside[0]) == 1.0
+    assert membership_references.auc(-inside[others(0, 8)].sum(0).double(), inside[0]) == 0.5
 
 
 def test_rates_count_ties_against_the_attacker():
     score = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     member = torch.tensor([True, True, True, True, False, False, False, False])
-    assert scores.tpr(score, member, 0.1) == 0.0
-    assert scores.tpr(score, member, 0.25) == 0.75
-    assert scores.auc(score, member) == pytest.approx((3 * 3 + 3 * 0.5 + 3 * 0.5) / 16)
-    assert scores.tpr(torch.zeros(8), member, 0.25) == 0.0
+    assert membership_references.tpr(score, member, 0.1) == 0.0
+    assert membership_references.tpr(score, member, 0.25) == 0.75
+    assert membership_references.auc(score, member) == pytest.approx((3 * 3 + 3 * 0.5 + 3 * 0.5) / 16)
+    assert membership_references.tpr(torch.zeros(8), member, 0.25) == 0.0
 
 
 def test_the_interval_of_one_network_contains_the_true_rate():
@@ -165,18 +168,18 @@ def test_the_interval_of_one_network_contains_the_true_rate():
     for seed in range(60):
         values = Draws(seed).normal(torch.arange(2400), dtype=torch.float64)
         member = torch.arange(2400) < 1200
-        estimate = scores.tpr_of_one(values + member, member, fpr)
+        estimate = membership_references.tpr_of_one(values + member, member, fpr)
         assert estimate.low <= estimate.value <= estimate.high
         contained += estimate.low <= exact <= estimate.high
     assert contained >= 57
 
 
 def test_a_rate_with_fewer_than_ten_false_positives_is_refused():
-    scores.refuse_few(0.01, 1000)
+    membership_references.refuse_few(0.01, 1000)
     with pytest.raises(UsageError, match=r"expects 1 false positives among 1,000 .* 10,000 non-members"):
-        scores.refuse_few(0.001, 1000)
+        membership_references.refuse_few(0.001, 1000)
     with pytest.raises(UsageError, match="give fpr=0.05"):
-        scores.refuse_few(0.01, 200)
+        membership_references.refuse_few(0.01, 200)
 
 
 def test_networks_are_trained_as_one_as_they_are_alone():
@@ -443,7 +446,9 @@ def test_the_blind_classifier_finds_labels_spreads_and_nothing():
 
     def auc(x, y):
         batch = Batch(x, y, torch.arange(1200))
-        return scores.auc(references.blind_scores(batch, member, CLASSES, Draws(0)), member)
+        return membership_references.auc(
+            membership_references.blind_scores(batch, member, CLASSES, Draws(0)), member
+        )
 
     assert 0.45 < auc(x, y) < 0.55
     assert auc(torch.where(member[:, None], x, 0.5 + (x - 0.5) * 0.6), y) > 0.7

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.api.poisoning import write_drill
-from holdfast.audits.planting import SIG, BadNets, Blended, Flip, TargetedFlip, planted, poisoned
 from holdfast.cli.app import run as command
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
-from holdfast.io.data.trigger_files import read_trigger
+from holdfast.io.data.npz import read_trigger
 from holdfast.io.models.models import BUNDLED_FOLDER
+from holdfast.verbs.poison import SIG, BadNets, Blended, Flip, TargetedFlip, planted, poisoned, write_drill
 
 SHAPE = (1, 8, 8)
 ALL = [

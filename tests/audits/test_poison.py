@@ -12,32 +12,33 @@ from torch import nn
 
 import holdfast
 from benchmarks.forging import accepted_fields
-from holdfast.api.audit_poison import training
-from holdfast.audits.features import penultimate
-from holdfast.audits.finding import StoredSteps
-from holdfast.audits.planting import Flip, poisoned
-from holdfast.audits.poison.audit import (
+from holdfast.audits.finding import StoredSteps, penultimate
+from holdfast.audits.poison import finding_of, images_of, suspects_of
+from holdfast.audits.poison_steps import (
+    LEVEL,
     METHODS,
     Examples,
+    LabelScores,
     PoisonRequest,
     Scored,
     _judged,
+    compared,
+    feature_scores,
+    label_scores,
     measure,
     refuse_unscorable,
     scored,
     with_trusted,
 )
-from holdfast.audits.poison.comparison import LEVEL, compared
-from holdfast.audits.poison.conclusion import finding_of, images_of, suspects_of
-from holdfast.audits.poison.scores import LabelScores, feature_scores, label_scores
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.runs.engine.executor import MemoryStore
 from holdfast.runs.engine.progress import ignore
-from holdfast.runs.engine.run import Run
+from holdfast.runs.engine.run import MemoryStore, Run
+from holdfast.verbs.audit.opening_models import training
+from holdfast.verbs.poison import Flip, poisoned
 
 SIDE, CLASSES, TARGET = 8, 4, 2
 NET = """

@@ -11,19 +11,13 @@ from torch import nn
 
 import holdfast
 from benchmarks.forging import accepted_fields
-from holdfast.audits.privacy.canaries import (
-    epsilon_from_guesses,
-    epsilon_from_rates,
-    p_value,
-    planted,
-    right_guesses,
-)
+from holdfast.audits.privacy import epsilon_from_guesses, epsilon_from_rates, p_value, planted, right_guesses
 from holdfast.cli.app import run as command
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
-from holdfast.statistics.samples import RowBudget
+from holdfast.statistics.repeats import RowBudget
 
 
 @pytest.fixture

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
 from holdfast.certifiers.bounds import tracing
-from holdfast.certifiers.bounds.alpha import optimised, sharpen
+from holdfast.certifiers.bounds.alpha import AffineSum, optimised, reduced, sharpen
 from holdfast.certifiers.bounds.crown import NO_CHOICES, cuts, refine, relaxed, substitute
 from holdfast.certifiers.bounds.graph import Region, Relaxation, gamma, region_of
 from holdfast.certifiers.bounds.operations import ReLU
-from holdfast.certifiers.bounds.reduction import AffineSum, reduced
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.bounds.windows import frames
-from holdfast.certifiers.branching.branching import OutputProperty, Search, Tree, _Problems
-from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
+from holdfast.certifiers.branching import AlphaCrown, BranchAndBound, OutputProperty, Search, Tree, _Problems
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds

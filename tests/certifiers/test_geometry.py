@@ -14,10 +14,10 @@ from holdfast.certifiers.boundary_geometry import (
     certified_distance,
     lipschitz_from_above,
     lipschitz_from_below,
+    local_lipschitz,
 )
 from holdfast.certifiers.bounds.crown import relaxed
 from holdfast.certifiers.bounds.graph import region_of
-from holdfast.certifiers.bounds.jacobian import local_lipschitz
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.provers import Crown
 from holdfast.core.batch import Batch
@@ -26,10 +26,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.fakes import examples, labelled, network
-from holdfast.testing.linear import linear_problem
-from holdfast.testing.relu import relu_problem
-from holdfast.threats.patches import Patch
+from holdfast.testing.fakes import examples, labelled, linear_problem, network, relu_problem
+from holdfast.threats.transformations import Patch
 
 NORMS = (Linf, L2, L1)
 DUAL = {Linf: 1, L2: 2, L1: math.inf}

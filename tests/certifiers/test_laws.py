@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from holdfast.certifiers.bounds.lipschitz import Lipschitz
-from holdfast.certifiers.branching.searching import AlphaCrown, BranchAndBound
+from holdfast.certifiers.branching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, GraphProver
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.threat import ThreatModel
 from holdfast.testing import proofs
-from holdfast.testing.linear import linear_problem
+from holdfast.testing.fakes import ReLUOracle, linear_problem, relu_problem
 from holdfast.testing.proofs import ProverCase
-from holdfast.testing.relu import ReLUOracle, relu_problem
 
 TIGHT = {Linf: 0.9, L2: 0.9, L1: 0.5}
 """an L1 ball is relaxed where it is cut by the bounds of the inputs"""

@@ -8,16 +8,15 @@ from math import comb
 import pytest
 import torch
 
+from holdfast.certifiers.masking import Masking, miss_limit
 from holdfast.certifiers.protocol import Proofs, StatisticalProver
-from holdfast.certifiers.smoothing.smoothing import Counting
-from holdfast.certifiers.texts.masking import Masking, miss_limit
-from holdfast.core.batch import Batch
+from holdfast.certifiers.smoothing import Counting
+from holdfast.core.batch import Batch, encoded
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.texts import encoded
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.text_models import TextFunction
+from holdfast.io.models.adapting import TextFunction
 from holdfast.threats.text_edits import TextEdits
 
 WORDS = 8

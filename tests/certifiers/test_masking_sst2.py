@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from holdfast.attacks.text_search import TextSearch
-from holdfast.certifiers.smoothing.smoothing import SmoothedVotes
-from holdfast.certifiers.texts.masking import Masking
-from holdfast.core.batch import Batch
+from holdfast.certifiers.masking import Masking
+from holdfast.certifiers.smoothing import SmoothedVotes
+from holdfast.core.batch import Batch, encoded
 from holdfast.core.draws import Draws
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.texts import encoded
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.text_models import TextFunction
+from holdfast.io.models.adapting import TextFunction
 from holdfast.recipes import MaskedWords
 from holdfast.recipes.training.fit import Training
 from holdfast.threats.text_edits import TextEdits

@@ -19,8 +19,8 @@ from holdfast.io.models.composed import Ensemble
 from holdfast.recipes import Partitions
 from holdfast.recipes.partitions import parts_of, restarted
 from holdfast.recipes.training.fit import Saving, Training
+from holdfast.runs.documents.stored_runs import runs_in
 from holdfast.runs.harden.held_out import split_by_content
-from holdfast.runs.stored.stored_runs import runs_in
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.triggers import TrainingSet
 

@@ -8,14 +8,14 @@ from scipy.special import ndtr
 from torch import nn
 
 from holdfast.certifiers.protocol import Proofs
-from holdfast.certifiers.smoothing.smoothing import ABSTAINED, Counting, Smoothed, Smoothing, numbered_noise
+from holdfast.certifiers.smoothing import ABSTAINED, Counting, Smoothed, Smoothing, numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.linear import LinearOracle
+from holdfast.testing.fakes import LinearOracle
 
 SIGMA = 0.5
 

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.certifiers.texts.substitutions import EmbeddingModel, Substitutions
-from holdfast.core.batch import Batch
+from holdfast.certifiers.substitutions import EmbeddingModel, Substitutions
+from holdfast.core.batch import Batch, decoded, encoded
 from holdfast.core.errors import NoBounds
 from holdfast.core.model import EVERY, Classifier
-from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
-from holdfast.io.models.text_models import TextFunction, adapted_text_model
+from holdfast.io.models.adapting import TextFunction, adapted_text_model
 from holdfast.threats.text_edits import TextEdits
 
 VOCABULARY = [a + b for a in "abcd" for b in "xyz"]

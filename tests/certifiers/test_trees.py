@@ -9,20 +9,19 @@ import torch
 
 import holdfast
 from holdfast.attacks import Thresholds
-from holdfast.certifiers.trees.proving import (
+from holdfast.certifiers.tree_ensembles import (
     Trees,
     monotone_in,
     opened_trees,
     proved_unchanged,
     smallest_lead,
 )
-from holdfast.certifiers.trees.reading import has_trees, inner_values, read_trees, refuse_other, rounded_up
+from holdfast.certifiers.tree_reading import has_trees, inner_values, read_trees, refuse_other, rounded_up
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf, allowed
 from holdfast.core.draws import Draws
-from holdfast.core.errors import NoBounds, UsageError
+from holdfast.core.errors import Install, NoBounds, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.remedies import Install
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.adapting import adapted
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from holdfast.attacks import ColumnSearch
-from holdfast.certifiers.trees.proving import Trees
+from holdfast.certifiers.tree_ensembles import Trees
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.models import Declared
 from holdfast.settings.table_rules import rules_from
-from holdfast.threats.tables.table import Table
+from holdfast.threats.tables import Table
 
 pytest.importorskip("sklearn")
 pytest.importorskip("veritas")

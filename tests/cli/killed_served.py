@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 
-import holdfast.api.verbs
 import holdfast.cli.running  # noqa: F401
 from holdfast.cli.app import run
 from servers import Server

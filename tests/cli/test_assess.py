@@ -13,7 +13,7 @@ import pytest
 from holdfast.attacks.suites import SUITES, VARIANTS
 from holdfast.cli.app import run
 from holdfast.core.catalogue import ATTACKS
-from holdfast.settings.spellings import ADAPTIVE
+from holdfast.settings.grammar import ADAPTIVE
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

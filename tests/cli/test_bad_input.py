@@ -380,7 +380,9 @@ def test_a_signal_before_the_settings_are_read_fits_the_command(more, said, monk
         raise KeyboardInterrupt
 
     for verb in ("harden", "assess"):  # the former imports from the latter
-        monkeypatch.setattr(f"holdfast.cli.{verb}.settings_from", stopped)
+        monkeypatch.setattr(
+            f"holdfast.cli.{'improve' if verb == 'harden' else 'measure'}.settings_from", stopped
+        )
         assert run([verb, *ASSESS[1:], *more]) == 130
         assert capsys.readouterr().err.endswith(said)
 

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.rows.resume import killed
 from cli.few import FEW, write_few
-from holdfast.api.hardening import _open_options
-from holdfast.api.verb_settings import Harden
 from holdfast.cli.app import run
+from holdfast.verbs.harden import _open_options
+from holdfast.verbs.settings import Harden
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

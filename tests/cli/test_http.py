@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast.api.verbs import assess
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
+from holdfast.verbs.functions import assess
 from servers import Server, examples
 
 RADIUS = 0.05

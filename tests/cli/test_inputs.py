@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.api.checked_settings import check_settings
-from holdfast.api.verb_settings import Assess, Harden, RotateSettings
 from holdfast.cli.app import run
 from holdfast.io.data.data import open_data
+from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.settings import Assess, Harden, RotateSettings
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 QUICK = ["--threat", "linf:0.1", "--suite", "quick", "--no-doubts", "-n", "60"]
@@ -90,7 +90,7 @@ def test_refusals_name_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
-    from holdfast.api.rotation_opening import rotate_request
+    from holdfast.verbs.rotate import rotate_request
 
     digits = open_data("mnist-mini", split="train", n=1500)
     batch = digits.read(0, 1500)

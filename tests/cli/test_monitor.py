@@ -12,7 +12,7 @@ import holdfast
 from holdfast.cli.app import run
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError
-from holdfast.reports import monitoring as reported
+from holdfast.reports import audit as reported
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import safetensors.torch
 
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps import train as training
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.steps import draw as training
 from holdfast.rotation.steps.collect import Collected
 
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.slow]

@@ -17,7 +17,7 @@ from holdfast.io.doctor import examine
 from holdfast.io.remote.payloads import ServerAnswers, Template
 from holdfast.io.remote.remote import Remote
 from holdfast.io.remote.served_model import InspectionCounter, Served, rows_of_calls
-from holdfast.runs.assess.expected_rows import ExpectedRows
+from holdfast.runs.assess.expected_time import ExpectedRows
 from servers import Server, examples
 
 RADIUS = 0.05

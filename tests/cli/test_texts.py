@@ -13,14 +13,13 @@ from torch import nn
 
 import holdfast
 from holdfast.cli.app import run
+from holdfast.core.batch import encoded
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.core.texts import encoded
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
+from holdfast.io.models.adapting import TextFunction, adapted_text_model
 from holdfast.io.models.estimators import contents
-from holdfast.io.models.text_checks import unknown_notes
-from holdfast.io.models.text_models import TextFunction, adapted_text_model
-from holdfast.io.models.transformers_folders import TokenisedTexts
+from holdfast.io.models.transformers_folders import TokenisedTexts, unknown_notes
 from holdfast.threats.text_edits import TextEdits
 
 sklearn = pytest.importorskip("sklearn")

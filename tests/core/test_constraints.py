@@ -13,8 +13,7 @@ from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowe
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.testing import geometry
-from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Colour, Corruptions, Spatial
+from holdfast.threats.transformations import Colour, Corruptions, Patch, Spatial
 
 SEEDS = st.integers(0, 2**31)
 KINDS = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0, "l0-pixel": partial(L0, per="pixel")}

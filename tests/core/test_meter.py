@@ -11,8 +11,7 @@ from holdfast.core.errors import BudgetSpent, UsageError
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.testing.fakes import Constant
-from holdfast.testing.linear import LinearOracle
+from holdfast.testing.fakes import Constant, LinearOracle
 
 X = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.6, 0.5], [0.7, 0.6]])
 IDS = torch.tensor([30, 10, 20, 40])

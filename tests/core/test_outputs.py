@@ -6,9 +6,8 @@ from torch import nn
 
 import holdfast
 from holdfast.core.errors import TargetError, UnclearOutput, UsageError
-from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
-from holdfast.core.outputs import OutputKind
+from holdfast.core.outputs import OutputKind, with_detector
 
 WEIGHT = torch.tensor([8.0, 0.0])
 

@@ -10,7 +10,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.testing import geometry
 from holdfast.testing.fakes import examples
-from holdfast.threats.patches import Patch
+from holdfast.threats.transformations import Patch
 
 BATCH = examples(0, n=6, shape=(3, 7, 9))
 ANYWHERE, CENTRE, CORNER, NEAR, CONFINED, INNER = (

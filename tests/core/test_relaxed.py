@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from holdfast.core.relaxed import relaxed
+from holdfast.core.surrogate_gradients import relaxed
 
 TABLE = torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from holdfast.core.spelling import suggestion
+from holdfast.core.names import suggestion
 
 NAMES = ("robust_accuracy", "clean_accuracy", "linf", "apgd-t", "PGD", "FAB")
 
@@ -31,5 +31,5 @@ def test_the_order_of_the_names_does_not_matter():
 
 
 def test_it_does_without_torch():
-    code = "import sys, holdfast.core.spelling; sys.exit('torch' in sys.modules)"
+    code = "import sys, holdfast.core.names; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

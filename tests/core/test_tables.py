@@ -14,10 +14,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.settings.table_rules import rules_from
-from holdfast.threats.tables.checking import checked, distances
-from holdfast.threats.tables.relations import parse_relation
-from holdfast.threats.tables.rules import rules_of
-from holdfast.threats.tables.table import Table
+from holdfast.threats.table_checking import checked, distances
+from holdfast.threats.table_rules import parse_relation, rules_of
+from holdfast.threats.tables import Table
 
 CONTENT = {
     "columns": {

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.core.batch import LARGEST, decoded, encoded
 from holdfast.core.errors import UsageError
-from holdfast.core.texts import LARGEST, decoded, encoded
 from holdfast.io.texts_of_users import text_edits
 from holdfast.threats.text_edits import (
     HOMOGLYPHS,

@@ -13,7 +13,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.trigger_files import read_trigger, trigger_threat, write_trigger
+from holdfast.io.data.npz import read_trigger, trigger_threat, write_trigger
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.triggers import Stamped, Trigger, trigger_of, trigger_text
 

@@ -7,15 +7,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from holdfast.api.verbs import exhibition
 from holdfast.cli import running
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
 from holdfast.core.gradients import Through
 from holdfast.doubts.gallery import DISCRETE, EPS, ITEMS, SLOW, undefended
 from holdfast.io.data.data import open_data
-from holdfast.runs.assess.exhibition import Exhibit, assessed_net
 from holdfast.runs.harness.kinds.passes import FIXED
+from holdfast.verbs.functions import Exhibit, assessed_net, exhibition
 
 KEYS = {
     "name",
@@ -163,9 +162,9 @@ def test_models_that_need_no_training_hide_every_decision():
     """The wrappers that share all weights with their twin, around an untrained network."""
     from holdfast.core.batch import Batch
     from holdfast.doubts.gallery.decisions import Decided, NoisyVotes, Votes
+    from holdfast.doubts.gallery.item import digit_network
+    from holdfast.doubts.gallery.layers import MixedPrecision
     from holdfast.doubts.gallery.memories import Memory
-    from holdfast.doubts.gallery.precisions import MixedPrecision
-    from holdfast.doubts.gallery.small_networks import digit_network
 
     torch.manual_seed(0)
     net, x = digit_network().eval().requires_grad_(False), torch.rand(12, 1, 28, 28)

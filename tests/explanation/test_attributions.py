@@ -8,7 +8,7 @@ from torch import nn
 
 import holdfast
 from holdfast.core.model import Bounds, Classifier
-from holdfast.explanation.attributions import (
+from holdfast.explanation.counterfactual import (
     default_window,
     gradient,
     integrated_gradients,

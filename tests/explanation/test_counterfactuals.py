@@ -6,17 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, decoded, encoded
 from holdfast.core.constraints import L0, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.explanation.counterfactual import counterfactual
 from holdfast.io.models.models import open_model
 from holdfast.runs.harness.target import prepared
 from holdfast.settings.table_rules import rules_from
-from holdfast.threats.tables.table import Table
+from holdfast.threats.tables import Table
 from holdfast.threats.text_edits import TextEdits
 
 

@@ -17,8 +17,8 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.explanation import case
-from holdfast.explanation.explained import Explained, Figure, bars
-from holdfast.explanation.neighbours import tracin
+from holdfast.explanation.case import Explained, Figure, bars
+from holdfast.explanation.example import tracin
 from store.test_foreign import rewritten
 
 

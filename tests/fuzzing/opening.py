@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from fuzzing.files import CANARY, File, beside, good
 from fuzzing.worker import SLACK, limit, serve
-from holdfast.io.limited.calling import _ENVIRONMENT
+from holdfast.io.sandbox.calling import _ENVIRONMENT
 from store.test_foreign import rewritten
 
 SECONDS = 60
@@ -24,7 +24,7 @@ _PRELOADED = [
     "torch",
     "holdfast.io.data.data",
     "holdfast.io.models.models",
-    "holdfast.api.starting",
+    "holdfast.verbs.configuration",
     "pyarrow.parquet",
     "onnx.inliner",
     "onnxruntime",

@@ -17,9 +17,9 @@ import torch
 from fuzzing.files import CLASSES, FEATURES, SIDE
 from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Bounds
-from holdfast.io.limited import calling, limited_main
-from holdfast.io.limited.limited_main import is_out_of_memory
 from holdfast.io.models.models import Declared, open_model
+from holdfast.io.sandbox import calling, sandbox_main
+from holdfast.io.sandbox.sandbox_main import is_out_of_memory
 
 SLACK = 200 * 10**6
 """memory beyond the limit that opening a file may take"""
@@ -60,15 +60,15 @@ def _onnx(path: Path) -> None:
 
 
 def _configuration(path: Path) -> None:
-    from holdfast.api.starting import validate
+    from holdfast.verbs.configuration import validate
 
     validate(path)
 
 
 def _run(folder: Path) -> None:
     """Verify a run and write its reports; one must not keep the other from being tried."""
-    from holdfast.api.stored import report, verify
-    from holdfast.runs.stored.run_forms import consistent
+    from holdfast.runs.documents.record import consistent
+    from holdfast.verbs.reports import report, verify
 
     with suppress(HoldfastError):
         verify(folder)
@@ -180,7 +180,7 @@ def serve(form: str, folder: str, first: str, answers: Connection) -> None:
 
     warm = _exit_code(form, Path(first))
     calling.answers_of = answered
-    limited_main.apply(limit(form), _CPU_SECONDS)
+    sandbox_main.apply(limit(form), _CPU_SECONDS)
     answers.send((*warm, 0, 0.0))
     while path := answers.recv():
         before, start = _reset_peak(), _cpu()

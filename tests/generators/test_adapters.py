@@ -8,8 +8,7 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.generators import GAN, VAE, Diffusers, ImageVAE
-from holdfast.generators.opening import content_of, load, names_generator, opened_generator
-from holdfast.generators.vae import fit
+from holdfast.generators.networks import content_of, fit_vae, load, names_generator, opened_generator
 from holdfast.io.models.generators import open_generator
 
 
@@ -98,7 +97,7 @@ def test_a_vae_learns_to_reconstruct_and_the_spread_of_its_pixels():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ImageVAE(side=8, latent=2, width=8)
-        better = fit(model, x, updates=150)
+        better = fit_vae(model, x, updates=150)
     assert model.std == 1
     error = (better.decode(better.encode(x)) - x).square().mean().sqrt()
     assert error < 0.15

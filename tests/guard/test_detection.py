@@ -14,7 +14,8 @@ from holdfast.attacks import PGD
 from holdfast.core.constraints import L0, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.gradients import through
-from holdfast.core.guard import (
+from holdfast.core.model import Classifier
+from holdfast.core.outputs import (
     Aim,
     rejected_as_correct,
     score,
@@ -22,7 +23,6 @@ from holdfast.core.guard import (
     with_aim,
     with_detector,
 )
-from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.loaders import as_data
 from holdfast.metrics.catalogue import estimate

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from holdfast.core.errors import UsageError
-from holdfast.guard.detectors.mahalanobis import Mahalanobis, Observation
-from holdfast.guard.detectors.outputs import Energy, FeatureSqueezing, NoiseStability, prediction_change
+from holdfast.guard.detectors.outputs import (
+    Energy,
+    FeatureSqueezing,
+    Mahalanobis,
+    NoiseStability,
+    Observation,
+    prediction_change,
+)
 from holdfast.guard.rules import median_filtered, with_bits
 
 

@@ -13,11 +13,11 @@ from holdfast.attacks.parts.images import seen_through
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import rejected_as_correct, with_detector
 from holdfast.core.model import Classifier
+from holdfast.core.outputs import rejected_as_correct, with_detector
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.loaders import as_data
-from holdfast.io.models.object_digest import digest_of_object
+from holdfast.io.models.adapting import digest_of_object
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.shares import Absent
 from holdfast.runs.assess.assess import assess

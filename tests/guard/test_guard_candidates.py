@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 import holdfast
-from holdfast.api.guard_candidates import candidate_calibrations
-from holdfast.api.guard_opening import calibration_path, open_guard
-from holdfast.api.verb_settings import Calibrate
 from holdfast.core.errors import UsageError
 from holdfast.guard.calibration import write_calibration
 from holdfast.settings.guard_settings import read_guard_settings
+from holdfast.verbs.adapt_served import candidate_calibrations
+from holdfast.verbs.opening.guard import calibration_path, open_guard
+from holdfast.verbs.settings import Calibrate
 
 BUNDLED = Path(holdfast.__file__).parent / "bundled"
 CANDIDATE = str(BUNDLED / "mnist-cnn-hardened.safetensors")

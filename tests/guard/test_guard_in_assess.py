@@ -15,7 +15,7 @@ from holdfast.core.meter import Answering
 from holdfast.core.threat import ThreatModel
 from holdfast.guard.detectors.queries import QueryDetector, Screened
 from holdfast.guard.query_rule import QueryTrials
-from holdfast.guard.states.memory import MemoryState
+from holdfast.guard.state_in_memory import MemoryState
 from holdfast.runs.harness.target import prepared
 from holdfast.testing.fakes import examples, labelled, network
 

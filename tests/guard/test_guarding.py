@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api.guard_notes import notes_of_file
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.guard.decisions import Action
-from holdfast.guard.rules import Basis
+from holdfast.guard.rules import Action, Basis
+from holdfast.verbs.opening.guard import notes_of_file
 
 SHAPE = (1, 6, 6)
 FILE = """\

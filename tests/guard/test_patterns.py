@@ -10,7 +10,7 @@ from holdfast.core.model import Bounds
 from holdfast.core.outputs import REFUSED
 from holdfast.core.threat import ThreatModel
 from holdfast.guard.detectors.evasion import CoarsePatterns
-from holdfast.guard.detectors.mahalanobis import Mahalanobis, Observation
+from holdfast.guard.detectors.outputs import Mahalanobis, Observation
 
 EPS, N = 0.1, 3
 

@@ -20,7 +20,7 @@ from holdfast.guard.detectors.queries import (
     for_cameras,
     radius_for,
 )
-from holdfast.guard.states.memory import MemoryState
+from holdfast.guard.state_in_memory import MemoryState
 
 KEY = bytes(range(32))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api.verbs import assess
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UnclearOutput, UsageError
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.remote.payloads import ServerAnswers, Shaped, Template, first_characters
 from holdfast.io.remote.remote import Remote
+from holdfast.verbs.functions import assess
 from servers import CLASSES, FEATURES, NAMES, Server, examples, network
 
 X, Y = examples()

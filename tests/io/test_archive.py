@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError
-from holdfast.io.limited.weights import state_dict
 from holdfast.io.models.weights import check_archive, read_weights
+from holdfast.io.sandbox.weights import state_dict
 
 
 class Bomb:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from holdfast.cli.data import import_ as import_command
+from holdfast.cli.catalogue import import_ as import_command
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io import data_catalogue
 from holdfast.io.data.data import open_data

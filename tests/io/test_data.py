@@ -406,7 +406,7 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path, process_limits, set_limit) ->
     )
     assert (tmp_path / "b.parquet").stat().st_size < 100_000
     process_limits(True)
-    set_limit("holdfast.io.limited.tables.MAX_CELLS", 5_000_000)
+    set_limit("holdfast.io.sandbox.tables.MAX_CELLS", 5_000_000)
     with pytest.raises(TargetError, match="has 3,000,000 rows of 2 columns or more; at most 5,000,000 cells"):
         open_data(str(tmp_path / "b.parquet"), label="y")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")

@@ -17,9 +17,9 @@ from holdfast.core.model import Classifier
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
-from holdfast.io.limited.estimators import read
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.models.skops_files import refuse_access
+from holdfast.io.sandbox.estimators import read
 
 sklearn = pytest.importorskip("sklearn")
 
@@ -541,7 +541,7 @@ def test_features_of_a_booster_are_limited(tmp_path: Path, accepted_up_to):
     path, features = tmp_path / "m.ubj", X.shape[1]
     booster().save_model(path)
     accepted_up_to(
-        "limited.trees._MOST_FEATURES",
+        "sandbox.trees._MOST_FEATURES",
         features,
         lambda: open_model(str(path)),
         f"declares {features} features",

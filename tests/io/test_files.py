@@ -9,27 +9,25 @@ from shutil import rmtree
 import pytest
 from PIL import Image
 
-from holdfast.api.checked_settings import check_settings
-from holdfast.api.verb_settings import Assess
 from holdfast.certifiers.vnnlib.reading import read_query
 from holdfast.core.errors import TargetError
 from holdfast.guard.calibration import read_calibration
 from holdfast.io.data.data import open_data
-from holdfast.io.data.npz import Npz
+from holdfast.io.data.npz import Npz, read_trigger
 from holdfast.io.data.pictures import open_samples
-from holdfast.io.data.trigger_files import read_trigger
 from holdfast.io.files import existing, readable_file, sha256_of_file, text_of_file
-from holdfast.io.functions import function_from_file
-from holdfast.io.models.cards import trained_by
+from holdfast.io.models.factories import function_from_file
 from holdfast.io.models.models import CARD
 from holdfast.io.models.weights import state_dict_content
 from holdfast.io.onnx.reading import onnx_content
-from holdfast.io.remote.operator_port import read_key
+from holdfast.io.remote.remote import read_key
 from holdfast.io.texts_of_users import text_edits
 from holdfast.settings.guard_settings import read_guard_settings
-from holdfast.settings.label_files import read_labels
 from holdfast.settings.table_rules import table_threat
-from holdfast.settings.yaml_text import load
+from holdfast.settings.texts import load, read_labels
+from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.opening.recipes import trained_by
+from holdfast.verbs.settings import Assess
 
 
 @pytest.mark.parametrize("wanted", [existing, readable_file])

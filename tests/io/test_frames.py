@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import holdfast
-from holdfast.api.checked_settings import DataReference
-from holdfast.api.expecting import expected
-from holdfast.api.resolve import open_object, open_subject
-from holdfast.api.verb_settings import Assess
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.arrays import Choice
 from holdfast.io.data.data import open_data
 from holdfast.io.data.tables import open_frame
+from holdfast.verbs.checked_settings import DataReference
+from holdfast.verbs.opening.declared import expected
+from holdfast.verbs.opening.resolve import open_object, open_subject
+from holdfast.verbs.settings import Assess
 
 pandas = pytest.importorskip("pandas")
 

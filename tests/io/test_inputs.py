@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import holdfast
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, WithMissing, with_missing, without_missing
 from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.per_example import WithMissing, with_missing, without_missing
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data

@@ -13,8 +13,7 @@ import torch
 import holdfast
 from holdfast.attacks import PGD
 from holdfast.core.errors import TargetError
-from holdfast.io.models.adapting import adapted
-from holdfast.io.models.object_digest import digest_of_object
+from holdfast.io.models.adapting import adapted, digest_of_object
 
 X = np.random.default_rng(0).random((40, 8, 8, 1), dtype=np.float32)
 

@@ -21,12 +21,12 @@ from torch import nn
 from fuzzing.encodings import chunks, png
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.io.data.data import open_data
-from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limited_main import Limits, cpu_seconds
 from holdfast.io.models.models import open_model
 from holdfast.io.models.weights import Weights, check_archive, read_once, refuse_misfit
 from holdfast.io.onnx.reading import bytes_beside
-from holdfast.settings.yaml_text import parse_yaml
+from holdfast.io.sandbox.calling import read_under_limits
+from holdfast.io.sandbox.sandbox_main import Limits, cpu_seconds
+from holdfast.settings.texts import parse_yaml
 
 
 def table(path: Path, row: bytes, rows: int) -> str:
@@ -94,7 +94,7 @@ def test_data_beside_an_onnx_model_count_as_its_size(tmp_path: Path):
 
 @pytest.mark.usefixtures("in_this_process")
 def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, set_limit):
-    set_limit("holdfast.io.limited.tables._SMALL", 2**20)
+    set_limit("holdfast.io.sandbox.tables._SMALL", 2**20)
     path = tmp_path / "t.csv.gz"
     path.write_bytes(gzip.compress(b"a,label\n" + b"1,0\n" * 600_000))
     with pytest.raises(TargetError, match=r"inflates to more than 1 MB: a bomb .* HOLDFAST_READ_MEMORY"):
@@ -129,7 +129,7 @@ def test_labels_are_short_and_few(tmp_path: Path, set_limit):
     with pytest.raises(TargetError, match=r"column 'label' .* a text of more than 1,000 characters"):
         open_data(table(tmp_path / "t.csv", b"1," + b"a" * 1001 + b"\n", 2), label="label")
     (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,horse\n")
-    set_limit("holdfast.io.limited.tables.MOST_CHARACTERS", 7)
+    set_limit("holdfast.io.sandbox.tables.MOST_CHARACTERS", 7)
     with pytest.raises(TargetError, match=r"has 2 different texts or more, of more than 7 characters in all"):
         open_data(str(tmp_path / "t.csv"), label="label")
     set_limit("holdfast.io.data.labels.MOST_NAMES", 1)
@@ -335,7 +335,7 @@ def test_arrays_and_tables_are_read_up_to_their_size(tmp_path: Path, accepted_up
         size = sum(member.file_size for member in archive.infolist())
     for module, path, label, most in (
         ("data.npz", str(arrays), None, size),
-        ("limited.tables", address, "label", Path(address).stat().st_size),
+        ("sandbox.tables", address, "label", Path(address).stat().st_size),
     ):
         accepted_up_to(
             f"{module}.MAX_BYTES", most, partial(open_data, path, label=label), "HOLDFAST_READ_MEMORY="
@@ -344,7 +344,7 @@ def test_arrays_and_tables_are_read_up_to_their_size(tmp_path: Path, accepted_up
 
 def test_a_configuration_is_short_and_its_numbers_have_64_bits(set_limit):
     text = f"seed: {2**63 - 1}"
-    set_limit("holdfast.settings.yaml_text.MAX_CHARACTERS", len(text))
+    set_limit("holdfast.settings.texts.MAX_CHARACTERS", len(text))
     assert parse_yaml(text, "holdfast.yaml") == {"seed": 2**63 - 1}
     with pytest.raises(
         UsageError, match="is too large for a whole number .line 1.; give one of at most 64 bits"

@@ -10,8 +10,8 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
+from holdfast.io.models.adapting import digest_of_object
 from holdfast.io.models.models import Declared, bundled_models, open_model
-from holdfast.io.models.object_digest import digest_of_object
 
 CODE = """
 from pathlib import Path

@@ -1013,9 +1013,9 @@ def test_a_slice_that_runs_backwards_names_few_places(tmp_path: Path, set_limit)
         name: np.array([number]) for name, number in (("from", -1), ("to", -(2**62)), ("axis", 1), ("by", -1))
     }
     path = write(tmp_path / "m.onnx", [node("Slice", "x from to axis by", "y")], whole, shape=(N, 8))
-    set_limit("holdfast.io.onnx.shaping._MOST_PLACES", 8)
+    set_limit("holdfast.io.onnx.building._MOST_PLACES", 8)
     assert open_model(str(path)).access == "gradients"
-    set_limit("holdfast.io.onnx.shaping._MOST_PLACES", 7)
+    set_limit("holdfast.io.onnx.building._MOST_PLACES", 7)
     assert (
         "Slice of 8 places from the end, in the node 'y', cannot be imported"
         in open_model(str(path)).notes[0]

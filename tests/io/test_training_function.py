@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.functions import open_training, refuse_other_classes
+from holdfast.io.models.factories import open_training, refuse_other_classes
 
 _CODE = """
 import torch

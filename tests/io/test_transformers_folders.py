@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from holdfast.cli.app import run
+from holdfast.core.batch import encoded
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.texts import encoded
 from holdfast.io.models.models import Declared, open_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

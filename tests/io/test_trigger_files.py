@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.data.trigger_files import read_trigger, trigger_threat, write_trigger
+from holdfast.io.data.npz import read_trigger, trigger_threat, write_trigger
 from holdfast.threats.triggers import Trigger
 
 MASK, PATTERN = np.eye(4)[None], np.ones((3, 4, 4))

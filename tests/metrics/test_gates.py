@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.core.errors import UsageError
-from holdfast.core.estimate import Estimate
+from holdfast.core.estimate import Estimate, Goal
 from holdfast.core.evidence import Doubt
-from holdfast.core.goal import Goal
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import AtLeast, AtMost, Before, Doubts, exit_code, judge, training_verdict
 from holdfast.metrics.names import AT_EPS, DIFFERENCES, METRICS, PAIRED, SHARES

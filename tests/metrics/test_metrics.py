@@ -14,8 +14,7 @@ from holdfast.metrics import comparisons, predictions, shares
 from holdfast.metrics.catalogue import BY_EPS, PAIRED, PLAIN, estimate, estimates
 from holdfast.metrics.names import AT_EPS, DETECTION, METRICS
 from holdfast.metrics.names import PAIRED as PAIRED_NAMES
-from holdfast.metrics.perturbations import POINTS, accuracy_against_eps, accuracy_against_queries
-from holdfast.metrics.predictions import ACCURACIES
+from holdfast.metrics.predictions import ACCURACIES, POINTS, accuracy_against_eps, accuracy_against_queries
 from holdfast.metrics.shares import Absent, robust_error_gap
 from holdfast.reports.card import generalisation_note
 from holdfast.runs.harden.hardened import generalisation

@@ -11,7 +11,7 @@ import holdfast
 from holdfast.cli.app import run
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.monitoring.generated import Copies, SampleTests, Threshold
+from holdfast.monitoring.stream_tests import Copies, SampleTests, Threshold
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,20 @@ from scipy.stats import ks_2samp
 from benchmarks.drift_streams import varied
 from holdfast.core.catalogue import DRIFT_TESTS
 from holdfast.core.draws import Draws
-from holdfast.monitoring import martingale, windows
-from holdfast.monitoring.accuracy import Predictions, expected_accuracy, isotonic, measured_accuracy
-from holdfast.monitoring.series import Adwin, PageHinkley
-from holdfast.monitoring.signals import Observed, Observer, Signals
+from holdfast.monitoring import stream_tests
+from holdfast.monitoring.signals import (
+    Observed,
+    Observer,
+    Predictions,
+    Signals,
+    expected_accuracy,
+    isotonic,
+    measured_accuracy,
+)
+from holdfast.monitoring.stream_tests import Adwin, PageHinkley
 from holdfast.monitoring.watching import power_of, watch
 from holdfast.monitoring.watching import test_of as kind_of
-from holdfast.reports.monitoring import guarantees
+from holdfast.reports.audit import guarantees
 
 RIVER = Path(__file__).parents[2] / "benchmarks" / "references" / "river.json"
 
@@ -72,12 +79,12 @@ def test_a_test_finds_a_shift_in_any_batches_and_after_it_was_stored(name):
 
 def test_a_bet_is_fair_for_uniform_p_values():
     p = (np.arange(10**6) + 0.5) / 10**6
-    assert martingale.betting_factors(p).mean(0) == pytest.approx(1.0, abs=1e-3)
+    assert stream_tests.betting_factors(p).mean(0) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_p_values_of_the_martingale_are_ranks_with_ties_broken_at_random():
     one = Signals(("x",), np.array([[1.0], [2.0], [2.0], [3.0]]), {})
-    test = martingale.ConformalMartingale(one, 0.05, Draws(0))
+    test = stream_tests.ConformalMartingale(one, 0.05, Draws(0))
     drawn = ((2.0, 0.5), (9.0, 0.25), (2.0, 0.5))
     p = [test.p_values(np.array([value]), np.array([tie]))[0] for value, tie in drawn]
     assert p == [
@@ -99,21 +106,21 @@ def test_p_values_of_kolmogorov_smirnov_are_those_of_scipy():
     rng = np.random.default_rng(0)
     reference, window = np.sort(rng.normal(size=700)), rng.normal(0.15, size=250)
     expected = ks_2samp(reference, window, method="asymp").pvalue
-    assert windows.two_sample_p_value(reference, window) == pytest.approx(expected, rel=0.1)
+    assert stream_tests.two_sample_p_value(reference, window) == pytest.approx(expected, rel=0.1)
 
 
 def test_p_values_of_mmd_are_uniform_without_a_shift_and_smallest_with_one():
     rng = np.random.default_rng(0)
-    p = [windows.permutation_p_value(rng.normal(size=(60, 3)), 30, Draws(k)) for k in range(60)]
+    p = [stream_tests.permutation_p_value(rng.normal(size=(60, 3)), 30, Draws(k)) for k in range(60)]
     assert 0.3 < np.mean(p) < 0.7
     assert np.mean(np.array(p) <= 0.2) < 0.4
     points = np.concatenate([rng.normal(size=(30, 3)), rng.normal(2.0, size=(30, 3))])
-    assert windows.permutation_p_value(points, 30, Draws(0)) == 1 / (windows.PERMUTATIONS + 1)
+    assert stream_tests.permutation_p_value(points, 30, Draws(0)) == 1 / (stream_tests.PERMUTATIONS + 1)
     assert (
-        windows.permutation_p_value(np.full((60, 3), 0.3), 30, Draws(0)) == 1
+        stream_tests.permutation_p_value(np.full((60, 3), 0.3), 30, Draws(0)) == 1
     )  # of a saturated model, for example
     tied = np.random.default_rng(1).integers(0, 2, (60, 2)).astype(float)
-    assert windows.permutation_p_value(tied, 30, Draws(0)) > 0.05
+    assert stream_tests.permutation_p_value(tied, 30, Draws(0)) > 0.05
 
 
 def test_a_stationary_stream_raises_no_alarm_and_a_short_one_states_what_a_test_needs(power_of_tests):

@@ -14,8 +14,7 @@ from holdfast.core.training import STATE, without_prefix
 from holdfast.recipes import AugmentPolicy, Tuning, augment_policy, tuning
 from holdfast.recipes.augment_policy import AUGMENTATIONS
 from holdfast.recipes.training.fit import Saving
-from holdfast.recipes.training.recipe import Finished
-from holdfast.recipes.training.reserved import EVERY, reserved
+from holdfast.recipes.training.recipe import EVERY, Finished, reserved
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT, same
 

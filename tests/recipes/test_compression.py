@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import holdfast
-from holdfast.api.recipe_building import build_recipe
 from holdfast.attacks import PGD
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
@@ -29,6 +28,7 @@ from holdfast.io.models.models import open_model
 from holdfast.recipes import Int8, Prune
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.testing.recipes import same
+from holdfast.verbs.opening.recipes import build_recipe
 
 THREAT = ThreatModel(Linf(0.1))
 SHORT = Training(epochs=3, batch=64, lr=5e-3, weight_decay=0.0, warmup=0.0)

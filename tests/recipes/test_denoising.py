@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.certifiers.smoothing.smoothing import numbered_noise
+from holdfast.certifiers.smoothing import numbered_noise
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
+from holdfast.core.outputs import with_detector
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.architectures import cnn
 from holdfast.io.models.composed import DenoisedNetwork, with_denoiser

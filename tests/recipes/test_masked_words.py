@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.certifiers.texts.masking import masked
-from holdfast.core.batch import Batch
+from holdfast.certifiers.masking import masked
+from holdfast.core.batch import LARGEST, Batch, encoded
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.texts import LARGEST, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
+from holdfast.io.models.adapting import TextFunction
 from holdfast.io.models.models import Declared
-from holdfast.io.models.text_models import TextFunction
 from holdfast.recipes import MaskedWords
 from holdfast.recipes.training.fit import Training
 from holdfast.runs.harden.attempt_training import refuse_untrainable, with_trainable_texts

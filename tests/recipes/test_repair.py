@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.api.recipe_building import refuse_unheld
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.trigger_files import write_trigger
+from holdfast.io.data.npz import write_trigger
 from holdfast.recipes import FTSAM, Repair, Standard
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.follow_up import STEPS, after_repair, outcome
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.recipe import Finished, facts_of
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
+from holdfast.verbs.opening.recipes import refuse_unheld
 
 MASK = torch.zeros(1, 6, 6)
 MASK[:, -1, -2:] = 1

@@ -8,21 +8,20 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.api.hardening import _candidate
-from holdfast.api.verb_settings import Harden
 from holdfast.attacks import PGD
-from holdfast.cli.assess import refuse_functions_of_config
+from holdfast.cli.measure import refuse_functions_of_config
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Placeholder, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Placeholder
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes import RSLAD
 from holdfast.recipes.rslad import SoftLabels
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner
 from holdfast.testing import fakes
+from holdfast.verbs.harden import _candidate
+from holdfast.verbs.settings import Harden
 
 NET = """
 from torch import nn

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 import holdfast
 from conclusions import concluding
 from holdfast.adaptation.journal import open_journal
-from holdfast.api.annexes import annex_of
 from holdfast.attacks import FGSM, Square
 from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import AuditRequest, audited
@@ -20,8 +19,8 @@ from holdfast.cli.app import verbs
 from holdfast.core.catalogue import ATTACKS, AUDITS, BUNDLED, PROVERS, RECIPES
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.rules import QUERIES, RANGE, SCHEMA
-from holdfast.reports.annex import standard_names, standards_data
 from holdfast.server.keys import add_key
+from holdfast.verbs.reports import annex_of, standard_names, standards_data
 
 FORMS = {
     "atlas": r"AML\.[TM]\d{4}(\.\d{3})?",

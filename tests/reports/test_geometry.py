@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from holdfast.core.evidence import Table
-from holdfast.reports.charts import bands
-from holdfast.reports.geometry import PALETTE, geometry_results, rounded_down, rounded_up
+from holdfast.reports.charts import PALETTE, bands, geometry_results, rounded_down, rounded_up
 from reports import made
 
 

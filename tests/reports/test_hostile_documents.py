@@ -12,25 +12,22 @@ import torch
 
 import holdfast
 from conclusions import concluding
-from holdfast.adaptation.adapted import Adapted
-from holdfast.adaptation.journal import Adaptation, Step, open_journal
-from holdfast.api.annexes import Annex, annex_of
+from holdfast.adaptation.journal import Adaptation, Adapted, Step, open_journal
 from holdfast.audits.audit import AuditRequest, AuditResult, audited
 from holdfast.audits.finding import Curve, Finding, Line, Picture, Table
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
-from holdfast.explanation.explained import Explained, Figure, bars
-from holdfast.reports.annex import annex_report
-from holdfast.reports.audit import audit_report
+from holdfast.explanation.case import Explained, Figure, bars
+from holdfast.reports.audit import audit_report, monitoring_report
 from holdfast.reports.comparison import comparison_report
 from holdfast.reports.formats.html import fragment, notebook
-from holdfast.reports.monitoring import monitoring_report
-from holdfast.reports.numbers import NOT_A_NUMBER_WORDS
 from holdfast.reports.run import run_report
 from holdfast.reports.terminal import body, verdict
 from holdfast.reports.tree import Picture as Shown
+from holdfast.reports.words import NOT_A_NUMBER_WORDS
 from holdfast.reports.write import write
-from holdfast.runs.stored.stored_runs import open_run
+from holdfast.runs.documents.stored_runs import open_run
+from holdfast.verbs.reports import Annex, annex_of, annex_report
 from reports.test_hostile_strings import CI_COMMAND, HOSTILE, shape
 from runs import stored
 from store.test_foreign import rewritten

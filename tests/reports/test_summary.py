@@ -11,8 +11,17 @@ from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.threat import ThreatModel
 from holdfast.reports import words
 from holdfast.reports.json_schemas import summary_schema
-from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size, strict
-from holdfast.reports.words import shown_of_gate, why
+from holdfast.reports.words import (
+    count_text,
+    number,
+    percent,
+    plain,
+    seconds_text,
+    shown_of_gate,
+    size,
+    strict,
+    why,
+)
 from reports import made
 
 

@@ -10,8 +10,13 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import Basins, LowRank, Members, Seeds, Subset, collect, put, weights_of
-from holdfast.rotation.collecting import trained_from_fresh_weights, with_fresh_weights
-from holdfast.rotation.parameter_sets import apart, l1, nearest_sets
+from holdfast.rotation.collecting import (
+    apart,
+    l1,
+    nearest_sets,
+    trained_from_fresh_weights,
+    with_fresh_weights,
+)
 from rotation.problem import accuracy, examples, network, task
 
 SOURCES = [

@@ -11,7 +11,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.rotation import Distilled, Immunise
 from holdfast.rotation.collecting import trained_from_fresh_weights
-from holdfast.rotation.distilling import watched
+from holdfast.rotation.immunising import watched
 from hooks import hooks_of
 from rotation.problem import THREAT, accuracy, examples, network, task
 

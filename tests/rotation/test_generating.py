@@ -6,8 +6,8 @@ import torch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
 from holdfast.rotation import Basins, Codec, LatentDiffusion, Members, collect, put
+from holdfast.rotation.collecting import apart, nearest_sets
 from holdfast.rotation.generating import Diffusion, packed_generator, span, unpacked_generator
-from holdfast.rotation.parameter_sets import apart, nearest_sets
 from rotation.problem import accuracy, examples, task
 
 CODEC = Codec(rank=12, dims=6, hidden=64, steps=400)

@@ -14,6 +14,7 @@ from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.core.model import Classifier, Model
 from holdfast.rotation.rotating_model import (
     Answers,
+    AnswersPerPrincipal,
     Live,
     RotatingModel,
     canary,
@@ -22,7 +23,6 @@ from holdfast.rotation.rotating_model import (
     refuse_strange,
 )
 from holdfast.rotation.steps.short_steps import next_set
-from holdfast.rotation.triggers import AnswersPerPrincipal
 from holdfast.testing import fakes
 
 X = fakes.examples(1, n=24).x

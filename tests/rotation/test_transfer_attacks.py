@@ -6,7 +6,7 @@ import torch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.rotation.collecting import trained_from_fresh_weights
-from holdfast.rotation.transfer_attacks import ATTACKS, Sampled, TransferAttacker
+from holdfast.rotation.steps.alternatives import ATTACKS, Sampled, TransferAttacker
 from rotation.problem import THREAT, accuracy, examples, task
 
 EPS = THREAT.constraint.eps

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from holdfast.core.errors import UsageError
-from holdfast.rotation.triggers import (
+from holdfast.rotation.rotating_model import (
     AnswersPerPrincipal,
     Counters,
     Elapsed,

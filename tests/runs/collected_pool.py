@@ -9,7 +9,7 @@ from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Basins, Codec, Immunise, LatentDiffusion
 from holdfast.rotation.immunising import Crafting
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harden.candidates import Candidate

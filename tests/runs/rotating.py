@@ -11,10 +11,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.threat import ThreatModel
 from holdfast.rotation import Basins, Crafting, Immunise
 from holdfast.rotation.collecting import trained_from_fresh_weights
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from holdfast.rotation.steps.collect import BASE
-from holdfast.rotation.steps.contents import OWN
-from holdfast.rotation.steps.rotation_request import Examples, RotateRequest
+from holdfast.rotation.steps.rotation_request import OWN, Examples, RotateRequest
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harden.candidates import Candidate
 from rotation.problem import examples, task

@@ -3,7 +3,7 @@
 from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
-from holdfast.rotation.steps import train as training
+from holdfast.rotation.steps import draw as training
 from holdfast.runs.engine.progress import ignore, silent
 
 

@@ -18,9 +18,9 @@ from holdfast.io.data.loaders import as_data
 from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness.kinds.transfers import MATRIX, _permuted, paired
+from holdfast.runs.documents.stored_runs import open_run
+from holdfast.runs.harness.kinds.passes import MATRIX, _permuted, paired
 from holdfast.runs.harness.stage import Member
-from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
 BLIND = ThreatModel(Linf(0.06), access="none")

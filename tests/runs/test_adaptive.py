@@ -14,8 +14,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.answering import arms, required_attacks, with_answers
 from holdfast.runs.assess.assess import assess
+from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.harness.stage import Member
-from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import FAST, data, network, order, settled, subject
 
 ARMS = (Member("BPDA", APGD(steps=5)), Member("Search", Square(queries=10)))

@@ -10,9 +10,10 @@ from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import Live, RotatingModel, canary
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from holdfast.rotation.steps.admission_gates import Admission, Judged, Measurements, gate_results
 from holdfast.rotation.steps.admit import _Admitting, duplicate_gate
+from holdfast.rotation.steps.alternatives import ATTACKS, TransferAttacker
 from holdfast.rotation.steps.set_measuring import (
     Attacker,
     Attackers,
@@ -23,7 +24,6 @@ from holdfast.rotation.steps.set_measuring import (
     exposed_for,
     worst,
 )
-from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.encryption import KEY_VARIABLE
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained

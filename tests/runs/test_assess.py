@@ -21,9 +21,9 @@ from holdfast.io.data.loaders import as_data
 from holdfast.metrics.comparisons import basis
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
+from holdfast.runs.documents.stored_runs import Comparison, new_folder, open_run, runs_in
 from holdfast.runs.harness.measure import measure
 from holdfast.runs.harness.stage import Member
-from holdfast.runs.stored.stored_runs import Comparison, new_folder, open_run, runs_in
 from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, settled, subject
 from runs.stored import WEAK
 

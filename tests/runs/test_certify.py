@@ -17,13 +17,13 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request
+from holdfast.runs.documents.stored_runs import Comparison, open_run
 from holdfast.runs.harness.kinds.attack import TEST_QUERIES
 from holdfast.runs.harness.measure import measure_plan
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.stage import Member
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.verify import verify
-from holdfast.runs.stored.stored_runs import Comparison, open_run
 from runs import fakes
 from runs.fakes import data, network, settled, subject
 from runs.provers import READIED, Corners, Interval

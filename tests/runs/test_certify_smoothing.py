@@ -13,15 +13,15 @@ import torch
 import holdfast
 from holdfast.attacks import PGD
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.certifiers.smoothing.smoothing import ReadySmoothing, Smoothing
+from holdfast.certifiers.smoothing import ReadySmoothing, Smoothing
 from holdfast.core.constraints import L2
 from holdfast.core.errors import NoBounds, TargetError, UnsoundProof, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request, smoothed_subject
+from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.harness.stage import Member
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.stored.stored_runs import open_run
 from holdfast.statistics.intervals import upper_tail
 from runs import fakes
 from runs.fakes import data, settled, subject

@@ -15,13 +15,13 @@ from torch import nn
 
 import holdfast
 from disk import failing
-from holdfast.api.stored import report, verify
 from holdfast.cli.app import run as command_line
 from holdfast.core.batch import Batch
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.io.data.labels import Groups
 from holdfast.reports.json_schemas import summary_schema
 from holdfast.runs.assess.assess import assess
+from holdfast.verbs.reports import report, verify
 from runs.fakes import N, data, order, settled, subject
 from store.test_foreign import rewritten
 

@@ -14,9 +14,6 @@ import safetensors.torch
 import torch
 
 import holdfast
-from holdfast.api.hardening import _usual_epochs
-from holdfast.api.recipe_building import settings_of
-from holdfast.api.stored import verify
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
@@ -41,16 +38,18 @@ from holdfast.recipes.training.follow_up import RAISED, OverfittingGuard
 from holdfast.reports.formats.md import escaped
 from holdfast.runs.assess.expected_time import StageTimes, StepTime, StepTimes
 from holdfast.runs.assess.request import HardenRequest
+from holdfast.runs.documents.stored_runs import open_run, runs_in
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.harden import candidates
 from holdfast.runs.harden import harden as hardening
-from holdfast.runs.harden.assessment_budget import AssessmentTimes
 from holdfast.runs.harden.attempt_training import copy_of
 from holdfast.runs.harden.candidates import Candidate, Evaluation, attempts, standard_error
-from holdfast.runs.harden.harden import harden
+from holdfast.runs.harden.harden import AssessmentTimes, harden
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.pace import Pace, pace
-from holdfast.runs.stored.stored_runs import open_run, runs_in
+from holdfast.verbs.harden import _usual_epochs
+from holdfast.verbs.opening.recipes import settings_of
+from holdfast.verbs.reports import verify
 from runs import fakes
 
 HOW = Training(epochs=3, batch=64, lr=0.01)
@@ -631,7 +630,7 @@ def test_a_recipe_of_which_no_epoch_fits_into_what_is_left_is_not_trained(object
 
 
 def test_assessments_use_fewer_examples_where_they_would_take_longer_than_they_may(set_limit, tmp_path):
-    set_limit("holdfast.runs.harden.assessment_budget._LEAST", 10)
+    set_limit("holdfast.runs.harden.harden._LEAST", 10)
     set_limit("holdfast.runs.harden.candidates._FEW", 100)
     heard, run = [], tmp_path / "r"
     found = harden(

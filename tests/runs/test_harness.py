@@ -14,8 +14,8 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
+from holdfast.core.meter import Room, in_pieces
 from holdfast.core.model import Batches, Classifier
-from holdfast.core.pieces import Room, in_pieces
 from holdfast.core.threat import ThreatModel
 from holdfast.metrics.catalogue import estimate
 from holdfast.runs.harness.assembly import Context, due_examples, evidence_from, join
@@ -24,8 +24,8 @@ from holdfast.runs.harness.plan import Plan, members_of, refuse_what_is_hidden, 
 from holdfast.runs.harness.stage import Member, Work
 from holdfast.runs.harness.target import prepared
 from holdfast.testing import fakes
-from holdfast.testing.linear import linear_problem
-from holdfast.threats.patches import Patch
+from holdfast.testing.fakes import linear_problem
+from holdfast.threats.transformations import Patch
 
 MODEL = fakes.network()
 BATCH = fakes.labelled(MODEL, fakes.examples(n=30))

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.api.verb_settings import Harden
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.meter import PIECE, results_in_pieces
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.pieces import PIECE, results_in_pieces
 from holdfast.io.data.loaders import as_data
 from holdfast.recipes import IBPTraining
-from holdfast.runs.harden import epochs
+from holdfast.runs.harden import candidates
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.held_out import (
     harmless,
@@ -26,6 +25,7 @@ from holdfast.runs.harden.held_out import (
     without_judged,
 )
 from holdfast.runs.harden.pace import with_predicted_labels
+from holdfast.verbs.settings import Harden
 from runs import fakes
 from runs.test_hardening import HOW, THREAT, trainable, training, wish
 
@@ -228,7 +228,7 @@ def test_a_zero_of_the_other_sign_is_the_same_input():
 @pytest.mark.slow
 def test_the_checkpoint_of_a_certified_training_is_that_of_which_most_is_proved(monkeypatch):
     proved = iter((0.2, 0.5, 0.4))
-    monkeypatch.setattr(epochs, "proved_accuracy", lambda *_: next(proved))
+    monkeypatch.setattr(candidates, "proved_accuracy", lambda *_: next(proved))
     found = harden(trainable(), training(), fakes.data(), wish(IBPTraining(training=HOW)))
     assert [point.certified for point in found.curve] == [0.2, 0.5, 0.4]
     assert found.card["chosen"]["epoch"] == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from holdfast.core.draws import Draws
-from holdfast.core.pieces import batch_size_for
+from holdfast.core.meter import batch_size_for
 from holdfast.runs.assess.assess import assess
 from runs.fakes import N, data, order, subject
 

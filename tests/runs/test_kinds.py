@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from holdfast.core.evidence import Cost, Table
-from holdfast.core.pieces import in_pieces
+from holdfast.core.meter import in_pieces
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.measure import measure_plan

@@ -15,13 +15,13 @@ from holdfast.adaptation.journal import open_journal
 from holdfast.audits.audit import AuditRequest, audited
 from holdfast.audits.finding import Finding
 from holdfast.core.catalogue import names
-from holdfast.io.remote.sent import Totals
+from holdfast.io.remote.http_client import Totals
 from holdfast.runs.assess.assess import assess
+from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.store.folder import open_run_folder
 from holdfast.runs.store.journal import NAME as ANSWERS
 from holdfast.runs.store.journal import Journal as Answers
-from holdfast.runs.stored.stored_runs import open_run
 from runs import fakes, stored
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes are of POSIX")

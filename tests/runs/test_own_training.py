@@ -14,14 +14,10 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 import holdfast
 from holdfast import recipes
-from holdfast.api.checked_settings import check_settings
-from holdfast.api.recipe_building import build_recipe, settings_of
-from holdfast.api.verb_settings import Harden
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.errors import FunctionRaised, TargetError, UsageError
 from holdfast.core.training import Checkpoint, TrainingPlan
-from holdfast.io.trackers import CSVTracker, MLflowTracker
 from holdfast.recipes import (
     ATTA,
     CURE,
@@ -51,13 +47,24 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.recipes.training.fit import Saving, Training
-from holdfast.runs.engine.signals import Stopped
+from holdfast.runs.documents.run_manifest import harden_manifest
+from holdfast.runs.engine.progress import Stopped
 from holdfast.runs.harden.attempt_training import AttemptTraining
 from holdfast.runs.harden.candidates import Candidate
-from holdfast.runs.harden.checkpoints import LAST, EpochLog, Point, save, save_within
+from holdfast.runs.harden.checkpoints import (
+    LAST,
+    CSVTracker,
+    EpochLog,
+    MLflowTracker,
+    Point,
+    save,
+    save_within,
+)
 from holdfast.runs.harden.harden import harden
-from holdfast.runs.stored.run_manifest import harden_manifest
 from holdfast.settings.grammar import is_remote_log
+from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.opening.recipes import build_recipe, settings_of
+from holdfast.verbs.settings import Harden
 from runs import fakes
 from runs.test_hardening import THREAT, trainable, training, wish
 

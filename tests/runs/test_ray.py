@@ -24,6 +24,7 @@ from holdfast.io.models.factories import build_from_file  # noqa: E402
 from holdfast.recipes import PGDTraining  # noqa: E402
 from holdfast.recipes.training.fit import Training  # noqa: E402
 from holdfast.runs.assess.assess import assess  # noqa: E402
+from holdfast.runs.documents.stored_runs import open_run  # noqa: E402
 from holdfast.runs.engine import ray_cluster  # noqa: E402
 from holdfast.runs.engine.ray_cluster import (  # noqa: E402
     Cluster,
@@ -32,7 +33,6 @@ from holdfast.runs.engine.ray_cluster import (  # noqa: E402
     local_cluster,
 )
 from holdfast.runs.store.verify import verify  # noqa: E402
-from holdfast.runs.stored.stored_runs import open_run  # noqa: E402
 from runs.fakes import data, network, settled, subject  # noqa: E402
 from runs.test_workers import Broken, Deadly, Greedy, asked  # noqa: E402
 

@@ -9,11 +9,11 @@ import pytest
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.runs.assess.assess import assess
+from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.engine import ray_node, ray_worker
 from holdfast.runs.engine.ray_cluster import RayOptions
 from holdfast.runs.store.folder import open_run_folder
 from holdfast.runs.store.verify import verify
-from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import data, settled, subject
 from runs.test_workers import asked
 

@@ -8,15 +8,15 @@ import click
 import pytest
 import torch
 
-from holdfast.api.stored import report, verify
 from holdfast.cli.app import run as command_line
 from holdfast.cli.app import verbs
-from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError
+from holdfast.io.files import GENESIS, Link
 from holdfast.runs.assess.assess import assess
+from holdfast.runs.documents.run_manifest import command_of
+from holdfast.runs.documents.stored_runs import runs_in
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.stored.commands import command_of
-from holdfast.runs.stored.stored_runs import runs_in
+from holdfast.verbs.reports import report, verify
 from runs import stored
 from runs.fakes import data, order, subject
 from store.forging import line_of

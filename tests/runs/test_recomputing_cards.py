@@ -6,9 +6,9 @@ import shutil
 import pytest
 import safetensors.torch
 
-from holdfast.api.stored import report, verify
 from holdfast.core.errors import TargetError
 from holdfast.runs.harden.harden import harden
+from holdfast.verbs.reports import report, verify
 from runs import fakes
 from runs.test_hardening import trainable, training, wish
 from store.test_foreign import rewritten

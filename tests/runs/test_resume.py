@@ -21,7 +21,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.engine.resuming import repeatable, way_out
+from holdfast.runs.engine.identity import repeatable, way_out
 from holdfast.runs.harness.stage import Member
 from holdfast.runs.store.verify import verify
 from runs import fakes
@@ -171,7 +171,7 @@ def test_the_refusal_names_each_setting_in_the_notation_of_the_user(whole, asked
 
 
 def test_other_code_is_refused(whole, monkeypatch):
-    monkeypatch.setattr("holdfast.runs.stored.run_manifest.code_digest", lambda: "c" * 64)
+    monkeypatch.setattr("holdfast.runs.documents.run_manifest.code_digest", lambda: "c" * 64)
     with pytest.raises(UsageError, match="a run with other code"):
         assess(subject(), data(), order(), run=whole, resume=True)
 
@@ -234,7 +234,7 @@ def test_every_attempt_at_a_shard_is_counted(tmp_path):
 
 
 def spent(run):
-    from holdfast.runs.store.leases import spent_in
+    from holdfast.runs.store.append_log import spent_in
 
     return spent_in(run)
 
@@ -288,7 +288,7 @@ def test_the_folder_of_a_run_is_no_part_of_its_command():
 
 def signalled_in_a_write(*numbers):
     """What a write came to, in which those signals arrived one after the other."""
-    from holdfast.runs.engine.signals import stoppable
+    from holdfast.runs.engine.progress import stoppable
 
     done = []
     with pytest.raises(Interrupted) as caught:

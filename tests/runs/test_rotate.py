@@ -17,10 +17,9 @@ from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.io.data.loaders import as_data
 from holdfast.rotation import Basins, Codec, Seeds, Subset
 from holdfast.rotation.collecting import last_of
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps import collect, contents, draw
-from holdfast.rotation.steps.generator_quality import trained_generator
-from holdfast.rotation.steps.rotation_request import split_examples
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.steps import collect, draw, rotation_request
+from holdfast.rotation.steps.rotation_request import split_examples, trained_generator
 from holdfast.rotation.steps.short_steps import status
 from rotation.problem import THREAT, accuracy, examples, network
 from runs import steps
@@ -33,13 +32,18 @@ from runs.collected_pool import CODEC, DIFFUSION, IMMUNISE, terms
 def test_collects_every_run_and_the_surrogates(collected):
     path, found, _ = collected
     held = Pool.open(path)
-    assert (found.runs, found.sets, found.epochs, len(found.surrogate_accuracy)) == (2, 8, 8, contents.OWN)
+    assert (found.runs, found.sets, found.epochs, len(found.surrogate_accuracy)) == (
+        2,
+        8,
+        8,
+        rotation_request.OWN,
+    )
     assert min(found.accuracy + found.surrogate_accuracy) > 0.9
-    sets = contents.collected_members(held)
+    sets = rotation_request.collected_members(held)
     assert sets.basins.tolist() == [0] * 4 + [1] * 4
-    assert len(contents.bases(held)) == 2
+    assert len(rotation_request.bases(held)) == 2
     assert {member.state for member in held.ledger.members} == {"base"}, "bases never serve"
-    models = contents.surrogates(held, terms())
+    models = rotation_request.surrogates(held, terms())
     weights = [model.net[0].weight for model in models]
     assert all(not torch.equal(one, weights[0]) for one in weights[1:])
     assert accuracy(terms().of_weights(sets.one(5)), terms().held_out) > 0.9
@@ -48,11 +52,13 @@ def test_collects_every_run_and_the_surrogates(collected):
 
 @pytest.mark.slow
 def test_the_seed_does_not_determine_the_collection(collected, tmp_path, another_secret):
-    assert contents.secret(Pool.open(collected[0])).key == 7, "what the operating system gave, in these tests"
+    assert rotation_request.secret(Pool.open(collected[0])).key == 7, (
+        "what the operating system gave, in these tests"
+    )
     other = steps.create(tmp_path / "pool", terms())
     steps.collect(other, terms())
     one = Pool.open(collected[0])
-    assert not set(contents.bases(one)) & set(contents.bases(other))
+    assert not set(rotation_request.bases(one)) & set(rotation_request.bases(other))
     same = (
         torch.equal(one.kept("own_0").columns[name], value)
         for name, value in other.kept("own_0").columns.items()
@@ -173,9 +179,9 @@ def test_of_a_subset_the_rest_stays(tmp_path):
     of = terms(Subset(("7.",), sets=3, updates=2), given=given)
     held = steps.create(tmp_path / "pool", of)
     steps.collect(held, of)
-    sets = contents.collected_members(held)
+    sets = rotation_request.collected_members(held)
     assert sorted(sets.tensors) == ["7.bias", "7.weight"]
-    assert len(contents.bases(held)) == 1, "all of them begin at the given model"
+    assert len(rotation_request.bases(held)) == 1, "all of them begin at the given model"
     assert torch.equal(of.of_weights(sets.one(0)).net[0].weight, of.model.net[0].weight)
 
 
@@ -185,7 +191,7 @@ def test_of_a_subset_the_rest_stays(tmp_path):
 def test_learns_a_generator_whose_draws_work(pool, collected):
     learned = collected[2]
     assert learned.sets == 8 and learned.accuracy_lost <= 0.003
-    generator = contents.generator_of(pool, terms())
+    generator = rotation_request.generator_of(pool, terms())
     drawn = generator.drawn(4, Draws(3))
     assert max(accuracy(terms().of_weights(drawn.one(k)), terms().held_out) for k in range(4)) > 0.9
     assert trained_generator(pool) == learned
@@ -223,9 +229,9 @@ def test_draws_candidates_that_name_their_bases(pool):
     assert found.by == "generator" and len(set(found.names)) == 3 and found.against == ()
     for name in found.names:
         member = pool.ledger.member(name)
-        assert member.state == "candidate" and member.bases == contents.bases(pool)
+        assert member.state == "candidate" and member.bases == rotation_request.bases(pool)
     assert len({pool.about(name)["drawing"] for name in found.names}) == 1
-    assert set(pool.ledger.unlisted) == set(contents.bases(pool))
+    assert set(pool.ledger.unlisted) == set(rotation_request.bases(pool))
     assert "neither listed as stolen nor deleted" in status(pool)["notes"][0]
 
 
@@ -239,12 +245,12 @@ def test_immunises_against_what_is_exposed_else_what_serves_else_the_bases(pool)
     def against():
         return steps.draw(pool, terms(), 1, immunise=IMMUNISE).against
 
-    assert against() == contents.bases(pool)
+    assert against() == rotation_request.bases(pool)
     served = steps.draw(pool, terms(), 1).names[0]
     pool.admit(served)
     pool.swap()
     assert against() == (served,)
-    leaked = contents.bases(pool)[1]
+    leaked = rotation_request.bases(pool)[1]
     pool.expose(leaked, "laptop stolen")
     assert against() == (leaked,)
 
@@ -427,7 +433,7 @@ def test_ten_kills_in_collect_lose_nothing(tmp_path):
     _collect(path)
     assert kills >= 3
     one, other = Pool.open(path), Pool.open(tmp_path / "undisturbed" / "pool")
-    assert contents.bases(one) == contents.bases(other), "the same sets, kills or none"
+    assert rotation_request.bases(one) == rotation_request.bases(other), "the same sets, kills or none"
     for name in ("run_0", "run_1", "own_0", "own_3"):
         assert one.kept(name).columns.keys() == other.kept(name).columns.keys()
         for key, value in one.kept(name).columns.items():
@@ -450,6 +456,6 @@ def test_eight_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
     step(pool.path)
     assert kills >= 3
     again = Pool.open(pool.path)
-    assert again.serving == now and contents.generator_of(again, terms()) is not None
+    assert again.serving == now and rotation_request.generator_of(again, terms()) is not None
     if step is _draw:
         assert len(again.candidates) >= 6

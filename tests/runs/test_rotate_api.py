@@ -11,7 +11,7 @@ import holdfast
 from holdfast.cli.app import run as command
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.rotation import AnswersPerPrincipal
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from rotation.problem import examples, network
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"

@@ -10,10 +10,6 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api import rotation_opening
-from holdfast.api.checked_settings import check_settings
-from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Assess, RotateSettings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -21,14 +17,17 @@ from holdfast.gates.judging import protection_verdict, with_effects
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.rotation import Codec, LatentDiffusion
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps import attackers, contents
-from holdfast.rotation.steps.alternatives import Alternatives, doubt, hardened
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.steps import attackers, rotation_request
+from holdfast.rotation.steps.alternatives import ATTACKS, Alternatives, TransferAttacker, doubt, hardened
 from holdfast.rotation.steps.attackers import ATTACKERS, AcrossSwaps, AttackerTable, Means
-from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
+from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.engine.progress import Step
 from holdfast.runs.store.verify import verify
-from holdfast.runs.stored.stored_runs import open_run
+from holdfast.verbs import rotate
+from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.opening.resolve import open_subject
+from holdfast.verbs.settings import Assess, RotateSettings
 from rotation.problem import examples
 from runs import steps
 from store.test_foreign import rewritten
@@ -68,7 +67,7 @@ def collected(tmp_path_factory):
         },
         "source": {"use": "basins", "seeds": 2, "sets": 3, "every": 2, "lr": 1e-3},
     }  # fmt: skip
-    terms = rotation_opening.rotate_request(check_settings(said, "test", kind=RotateSettings))
+    terms = rotate.rotate_request(check_settings(said, "test", kind=RotateSettings))
     pool = steps.create(place / "pool", terms)
     stages: list[Step] = []
     steps.collect(pool, terms, progress=stages.append)
@@ -214,8 +213,8 @@ def test_a_pool_is_no_surrogate(serving, collected):
 
 @pytest.mark.slow
 def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collected, quick, tmp_path):
-    serving.expose(contents.bases(serving)[0], "laptop stolen")
-    serving.expose(contents.bases(serving)[1], "laptop stolen")
+    serving.expose(rotation_request.bases(serving)[0], "laptop stolen")
+    serving.expose(rotation_request.bases(serving)[1], "laptop stolen")
     of = settings(serving, collected[0], adaptive=True)
     run = tmp_path / "run"
     result = of.run(run)
@@ -286,7 +285,7 @@ def test_rows_that_were_measured_before_a_kill_are_kept(serving, collected, quic
 @pytest.mark.slow
 def test_rows_from_before_something_leaked_are_measured_anew(serving, collected, quick, means, tmp_path):
     of, run = settings(serving, collected[0], adaptive=True), tmp_path / "run"
-    first, second = contents.bases(serving)[:2]
+    first, second = rotation_request.bases(serving)[:2]
     serving.expose(first, "laptop stolen")
     means.now = replace(MEANS, query_search=Interrupted(queries=12, every=5))
     with pytest.raises(ZeroDivisionError):
@@ -314,10 +313,10 @@ def test_without_adaptive_there_is_no_table(serving, collected, quick):
 
 
 def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
-    near = serving.weights(contents.bases(serving)[0])
+    near = serving.weights(rotation_request.bases(serving)[0])
     near = {name: value * 1.001 for name, value in near.items()}
     serving.admit(serving.add(near, {"by": "another method"}))
-    serving.expose(contents.bases(serving)[0], "laptop stolen")
+    serving.expose(rotation_request.bases(serving)[0], "laptop stolen")
     serving.serve(serving.ahead[-1], unjudged=True)
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")
     summary = of.run().summary()

@@ -21,7 +21,6 @@ from torch.utils.data import (
 )
 
 import holdfast
-from holdfast.api.verb_settings import Harden
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -34,6 +33,7 @@ from holdfast.recipes import ATTA, SingleStep
 from holdfast.recipes.training.fit import Saving, Training
 from holdfast.recipes.training.follow_up import OverfittingGuard
 from holdfast.runs.harden.held_out import digest_of, examples_of
+from holdfast.verbs.settings import Harden
 from runs import fakes
 from runs.test_hardening import RECIPE, THREAT, training
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api.hardening import _with_unlabelled
 from holdfast.core.batch import UNLABELLED
 from holdfast.core.errors import UsageError
 from holdfast.runs.harden.held_out import split_of
 from holdfast.testing import fakes
+from holdfast.verbs.harden import _with_unlabelled
 
 
 def with_unlabelled(batch, unlabelled, model):

@@ -7,19 +7,19 @@ from typing import ClassVar
 import pytest
 import torch
 
-from holdfast.api.stored import report, verify
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
-from holdfast.core.goal import Goal
+from holdfast.core.estimate import Goal
 from holdfast.gates.grammar import parse
 from holdfast.recipes import PGDTraining
 from holdfast.reports.card import checkpoint_text, help_sentence, verdict_sentence
 from holdfast.reports.write import rendered
+from holdfast.runs.documents.stored_runs import open_run
+from holdfast.runs.harden.candidates import collapsed
 from holdfast.runs.harden.checkpoints import Point
-from holdfast.runs.harden.epochs import collapsed
 from holdfast.runs.harden.harden import harden
 from holdfast.runs.harden.hardened import advice
-from holdfast.runs.stored.stored_runs import open_run
+from holdfast.verbs.reports import report, verify
 from runs import fakes
 from runs.test_hardening import HOW, JUDGE, RECIPE, trainable, training, wish
 from store.test_foreign import rewritten

@@ -16,9 +16,9 @@ from holdfast.gates.grammar import parse
 from holdfast.metrics.comparisons import ALL, matrix
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness.kinds.transfers import MATRIX
+from holdfast.runs.documents.stored_runs import open_run
+from holdfast.runs.harness.kinds.passes import MATRIX
 from holdfast.runs.harness.stage import Member
-from holdfast.runs.stored.stored_runs import open_run
 from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
 BLIND = ThreatModel(Linf(0.06), access="none")
@@ -112,7 +112,7 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path):
 
 @pytest.mark.slow
 def test_the_sample_is_bounded_and_seeded(set_limit):
-    set_limit("holdfast.runs.harness.kinds.transfers.MATRIX_ROWS", 11)
+    set_limit("holdfast.runs.harness.kinds.passes.MATRIX_ROWS", 11)
     found = assess(subject(), data(), with_surrogates(other(), shard_size=5))
     ids = found.evidence.transfer["id"]
     assert len(ids) == 11

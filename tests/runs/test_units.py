@@ -9,7 +9,7 @@ from torch import nn
 
 import holdfast
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.normalisation import Normalisation
+from holdfast.core.model import Normalisation
 from holdfast.core.types import Inputs
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
@@ -53,7 +53,7 @@ def test_the_verdict_on_normalised_data_is_that_on_the_pixels(pixels, kind):
 
 
 def test_the_gradient_goes_through_the_normalisation(pixels):
-    from holdfast.api.resolve import open_subject
+    from holdfast.verbs.opening.resolve import open_subject
 
     x, y = pixels
     settings = holdfast.Assess(model=net(), data=pixels, data_normalised="0.49,0.48,0.45/0.25,0.24,0.26")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from holdfast.rotation.rotating_model import canary
 from holdfast.server.protocol_v2 import Signature
 

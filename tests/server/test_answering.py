@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Incoming, Mode
-from holdfast.guard.detectors.mahalanobis import LastFeatures
-from holdfast.guard.detectors.outputs import Energy
+from holdfast.guard.detectors.outputs import Energy, LastFeatures
 from holdfast.guard.detectors.queries import QueryDetector
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule
-from holdfast.guard.rules import InputDefence, InputSchema, Rule
-from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.guard.rules import Action, Incoming, InputDefence, InputSchema, Mode, Rule
+from holdfast.guard.state_in_sqlite import SQLiteState
 from holdfast.server.answering_requests import Answer, Answerer, ChainAudit, Job, ServedSet
 from holdfast.server.audit_chain import AuditKey, ChainFile
 

@@ -15,16 +15,13 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Mode, NoRules, RowDecision, Score, release_of
 from holdfast.guard.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
-from holdfast.guard.rules import InputSchema, Rule
+from holdfast.guard.rules import Action, InputSchema, Mode, NoRules, RowDecision, Rule, Score, release_of
 from holdfast.server.answering_requests import Answerer, ChainAudit, ServedSet
-from holdfast.server.app import ServedModel, application
+from holdfast.server.app import ServedModel, application, openapi_document
 from holdfast.server.audit_chain import AuditKey, ChainFile
-from holdfast.server.batching import Batcher
-from holdfast.server.error_log import ErrorLog, shown
 from holdfast.server.keys import KeyFile, add_key
-from holdfast.server.openapi import openapi_document
+from holdfast.server.requests import Batcher, ErrorLog, shown
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.server.traffic import OTHER, PARTS, PROFILED, WALL, Profile, profile_text
 from holdfast.settings.serve_settings import RequestLimits

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from holdfast.server.batching import Batcher
-from holdfast.server.requests import Refused
+from holdfast.server.requests import Batcher, Refused
 
 
 class Gated:

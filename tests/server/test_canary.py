@@ -8,17 +8,16 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Doctor
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.generation import Generation
 from holdfast.server.keys import KeyFile, add_key
+from holdfast.server.messages import Generation, bound_socket
 from holdfast.server.requests import Refused
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.traffic import SetCounts
-from holdfast.server.worker_processes import bound_socket
+from holdfast.verbs.opening.resolve import open_subject
+from holdfast.verbs.settings import Doctor
 from waiting import until
 
 from .test_reloading import Load, contents, prepared, write

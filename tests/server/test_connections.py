@@ -8,12 +8,11 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 import uvicorn
 
-from holdfast.guard.decisions import NoRules
+from holdfast.guard.rules import NoRules
 from holdfast.server.answering_requests import Answerer, ServedSet
 from holdfast.server.app import ServedModel, application
-from holdfast.server.batching import Batcher
 from holdfast.server.connections import JoinedWrites, limited_protocol
-from holdfast.server.error_log import LOGGER
+from holdfast.server.requests import LOGGER, Batcher
 from holdfast.settings.serve_settings import RequestLimits
 
 from .small import SIGNATURE, network

@@ -16,15 +16,15 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from holdfast.api.verb_settings import Serve
 from holdfast.cli.app import run, verbs
-from holdfast.cli.assess import settings_of_flags
-from holdfast.cli.serve import serve
+from holdfast.cli.measure import settings_of_flags
+from holdfast.cli.operate import serve
 from holdfast.guard.rules import Rule
 from holdfast.server.telemetry import METRICS, MetricTotals, Telemetry
 from holdfast.server.traffic import Profile
 from holdfast.settings.grammar import seconds
 from holdfast.settings.guard_settings import check_guard_settings
+from holdfast.verbs.settings import Serve
 from waiting import until
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"

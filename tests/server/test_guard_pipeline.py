@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from holdfast.core.errors import UsageError
-from holdfast.guard.decisions import Action, Incoming, Mode
 from holdfast.guard.detectors.outputs import Energy
 from holdfast.guard.guard import LOST, REFUSED_TEXT, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
-from holdfast.guard.rules import InputDefence, InputSchema, Rule
+from holdfast.guard.rules import Action, Incoming, InputDefence, InputSchema, Mode, Rule
 
 SHAPE = (1, 4, 4)
 

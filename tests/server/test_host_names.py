@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from holdfast.api.serving import server_setup
-from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import UsageError
 from holdfast.server.admin import admin_application
 from holdfast.server.requests import HostNames, Refused
+from holdfast.verbs.serve_opening import server_setup
+from holdfast.verbs.settings import Serve
 
 from .small import request
 from .test_app import INFER, JSON, Here, X

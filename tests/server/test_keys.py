@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from holdfast.cli.app import verbs
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.guard.states.memory import MemoryState
-from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.guard.state_in_memory import MemoryState
+from holdfast.guard.state_in_sqlite import SQLiteState
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.keys import ApiKey, KeyFile, Quotas, add_key, burst_of, read_keys, revoke_key
 from holdfast.server.requests import Refused

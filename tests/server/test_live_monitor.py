@@ -16,15 +16,13 @@ from holdfast.cli.app import run
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import Action, Incoming
-from holdfast.monitoring.accuracy import Reference
-from holdfast.monitoring.signals import Observed
+from holdfast.guard.rules import Action, Incoming
+from holdfast.monitoring.signals import Observed, Reference
 from holdfast.server import server_worker
 from holdfast.server.answering_requests import Answer, Job, Outcome
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.live_monitor import LiveMonitor
+from holdfast.server.live_monitor import LiveMonitor, Reservoir
 from holdfast.server.messages import Observations, decoded_by_supervisor
-from holdfast.server.sampled_inputs import Reservoir
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
 from waiting import until
 

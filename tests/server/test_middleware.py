@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from holdfast.core.errors import UsageError
-from holdfast.guard.decisions import Action, Mode
 from holdfast.guard.detectors.outputs import Energy
 from holdfast.guard.guard import UNAVAILABLE_TEXT, GuardPipeline, QueryResult
-from holdfast.guard.rules import InputDefence, InputSchema, Rule
+from holdfast.guard.rules import Action, InputDefence, InputSchema, Mode, Rule
 from holdfast.server.middleware import GuardMiddleware
 
 fastapi = pytest.importorskip("fastapi")

@@ -19,17 +19,16 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
-from holdfast.api.serving import server_setup
-from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.guard.decisions import Incoming, NoRules
+from holdfast.guard.rules import Incoming, NoRules
 from holdfast.server.answering_requests import Answerer, Job, ServedSet
 from holdfast.server.audit_folder import verify_audit
+from holdfast.server.messages import bound_socket
 from holdfast.server.protocol_v2 import LENGTH_HEADER
-from holdfast.server.proxy import read_upstream
+from holdfast.server.proxy import UpstreamAddress, read_upstream
 from holdfast.server.requests import Refused
-from holdfast.server.upstream import UpstreamAddress
-from holdfast.server.worker_processes import bound_socket
+from holdfast.verbs.serve_opening import server_setup
+from holdfast.verbs.settings import Serve
 from waiting import until
 
 from .small import FEATURES, network

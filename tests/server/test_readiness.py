@@ -23,22 +23,19 @@ import httpx
 import pytest
 import torch
 
-from holdfast.guard.decisions import Action, Incoming, RequestDecision, RowDecision
 from holdfast.guard.detectors.queries import QueryDetector
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule
-from holdfast.guard.rules import InputSchema, Mode, Rule
-from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.guard.rules import Action, Incoming, InputSchema, Mode, RequestDecision, RowDecision, Rule
+from holdfast.guard.state_in_sqlite import SQLiteState
 from holdfast.server.answering_requests import Answer, Job, Outcome, log_requests
 from holdfast.server.audit_chain import AuditKey, ChainFile
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.error_log import REQUESTS, JSONFormatter
-from holdfast.server.readiness import Check, ModelTest, audit_fault
-from holdfast.server.requests import Refused
+from holdfast.server.connections import Check, ModelTest, StandIn, audit_fault
+from holdfast.server.messages import _memory_file, bound_socket
+from holdfast.server.requests import REQUESTS, JSONFormatter, Refused
 from holdfast.server.server_worker import Worker
-from holdfast.server.stand_in import StandIn
 from holdfast.server.telemetry import MEMORY_BYTES, MetricTotals, Telemetry
-from holdfast.server.worker_processes import _memory_file, bound_socket
 from waiting import until
 
 from .small import FEATURES, request
@@ -93,7 +90,7 @@ def test_a_stand_in_whose_thread_begins_after_its_end_accepts_no_connection(monk
         return await start_server(*args, **settings)
 
     monkeypatch.setattr(asyncio, "start_server", late)
-    set_limit("holdfast.server.stand_in._READ_S", 0.01)
+    set_limit("holdfast.server.connections._READ_S", 0.01)
     with bound_socket("127.0.0.1", 0) as listener:
         stand_in = StandIn(listener, Telemetry())
         stand_in.end()
@@ -197,7 +194,7 @@ def test_the_log_in_json_has_one_object_for_each_request_without_inputs():
 def test_every_line_of_the_log_in_json_is_an_object_also_of_libraries_and_warnings():
     program = """
 import logging, warnings
-from holdfast.server.error_log import log_to_stderr
+from holdfast.server.requests import log_to_stderr
 log_to_stderr("json")
 logging.getLogger("holdfast.server").info("back")
 logging.getLogger("a.library").warning("odd")

@@ -17,22 +17,29 @@ from safetensors.torch import save_file
 from torch import nn
 
 import holdfast
-from holdfast.api.guard_opening import guard_digest
-from holdfast.api.serving import server_setup
-from holdfast.api.verb_settings import Serve
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.guard.calibration import Calibration, write_calibration
-from holdfast.server import worker_processes as signals
+from holdfast.server import messages as signals
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.generation import Candidate, Generation, LoadedModel, PoolSet, refuse_damaged
-from holdfast.server.messages import Opened, Prepare
+from holdfast.server.messages import (
+    Candidate,
+    Generation,
+    LoadedModel,
+    Opened,
+    PoolSet,
+    Prepare,
+    refuse_damaged,
+)
 from holdfast.server.requests import Refused
 from holdfast.server.served_weights import ServedWeights
 from holdfast.server.server_setup import ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.settings.guard_settings import read_guard_settings
+from holdfast.verbs.opening.guard import guard_digest
+from holdfast.verbs.serve_opening import server_setup
+from holdfast.verbs.settings import Serve
 from waiting import until
 
 from .small import FEATURES, network, request

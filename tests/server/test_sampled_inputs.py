@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.guard.decisions import Incoming
-from holdfast.server import sampled_inputs
+from holdfast.guard.rules import Incoming
+from holdfast.server import live_monitor
 from holdfast.server.answering_requests import Answer, Job, Outcome, ServedSet
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.keys import KeyFile, add_key
+from holdfast.server.live_monitor import CollectedSamples, SampledInputs
 from holdfast.server.requests import Refused
-from holdfast.server.sampled_inputs import CollectedSamples, SampledInputs
 from waiting import until
 
 from . import test_canary
@@ -38,7 +38,7 @@ def outcome(x, principal, *, failed=False, reached=True):
 
 @pytest.fixture
 def sampled(set_limit):
-    set_limit("holdfast.server.sampled_inputs._SPACING_S", 0.0)
+    set_limit("holdfast.server.live_monitor._SPACING_S", 0.0)
     sampled = SampledInputs()
     sampled.limit(10 * ROW)
     return sampled
@@ -97,7 +97,7 @@ def test_a_client_that_sends_often_is_not_sampled_often(monkeypatch):
     sent(sampled, "a", 1)
     sent(sampled, "flood", 1, failed=True)
     found = kept(sampled)
-    assert len(found["flood"]) <= 3 + took / sampled_inputs._SPACING_S and found["a"] == [0]
+    assert len(found["flood"]) <= 3 + took / live_monitor._SPACING_S and found["a"] == [0]
 
 
 def test_inputs_on_which_the_model_fails_are_kept_apart(sampled):

@@ -15,12 +15,11 @@ import torch
 from disk import failing
 from holdfast.core.errors import TargetError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.pool import Pool
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import verify_audit
-from holdfast.server.generation import LoadedModel, no_rules
-from holdfast.server.live_pool import LivePool
-from holdfast.server.server_setup import HUNG_S, ServerSettings, ServerSetup, WorkerSetup
+from holdfast.server.messages import LoadedModel, no_rules
+from holdfast.server.server_setup import HUNG_S, LivePool, ServerSettings, ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
 from waiting import until
 

@@ -20,10 +20,9 @@ import torch
 
 from holdfast.core.errors import TargetError
 from holdfast.guard.detectors.queries import QueryDetector, StateLimits, SteadyClock, Wanted
-from holdfast.guard.states.memory import MemoryState
-from holdfast.guard.states.redis import RedisState
-from holdfast.guard.states.spending import Allowance, Charge
-from holdfast.guard.states.sqlite import AT_LAST, HashIndex, SQLiteState
+from holdfast.guard.state_in_memory import Allowance, Charge, MemoryState
+from holdfast.guard.state_in_redis import RedisState
+from holdfast.guard.state_in_sqlite import AT_LAST, HashIndex, SQLiteState
 from redis_server import redis_server
 
 KEY, SHAPE = bytes(range(32)), (3, 32, 32)
@@ -90,7 +89,7 @@ def test_all_states_give_the_scores_of_the_memory(state_of):
 @pytest.mark.parametrize("recent", [0, 50, 10_000])
 def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, set_limit, recent):
     """Each has an index of the file in memory, whose newest entries are merged after `recent` ones."""
-    set_limit("holdfast.guard.states.sqlite._RECENT", recent)
+    set_limit("holdfast.guard.state_in_sqlite._RECENT", recent)
     opened = [SQLiteState(tmp_path / "state.db") for _ in range(2)]
     alone = QueryDetector(KEY, MemoryState(), SHAPE)
     several = [QueryDetector(KEY, state, SHAPE) for state in opened]
@@ -107,7 +106,7 @@ def test_processes_see_the_queries_of_each_other_in_a_file(tmp_path, set_limit, 
 
 def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch, set_limit):
     """Each query near a full bucket drops some, within a transaction for which other processes wait."""
-    set_limit("holdfast.guard.states.sqlite._RECENT", 40)
+    set_limit("holdfast.guard.state_in_sqlite._RECENT", 40)
     index, pairs, chance = HashIndex(), dict[int, list[int]](), random.Random(0)
     copies, merge = [], HashIndex._merge
     monkeypatch.setattr(HashIndex, "_merge", lambda each: (copies.append(each), merge(each)))
@@ -125,7 +124,7 @@ def test_pairs_are_dropped_from_an_index_without_a_copy_of_it(monkeypatch, set_l
 
 
 def test_the_index_in_memory_does_not_keep_dropped_queries(tmp_path, set_limit):
-    set_limit("holdfast.guard.states.sqlite._STALE", 0)
+    set_limit("holdfast.guard.state_in_sqlite._STALE", 0)
     state = SQLiteState(tmp_path / "state.db", StateLimits(clusters=20, digests=20))
     detector, other = QueryDetector(KEY, state, SHAPE), SQLiteState(tmp_path / "state.db")
     x = torch.rand(600, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -217,7 +216,7 @@ WORKER = """
 import sys, torch
 from pathlib import Path
 from holdfast.guard.detectors.queries import QueryDetector
-from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.guard.state_in_sqlite import SQLiteState
 detector = QueryDetector(bytes(range(32)), SQLiteState(Path(sys.argv[1])), (3, 32, 32))
 generator = torch.Generator().manual_seed(int(sys.argv[2]))
 for k in range(25):
@@ -277,7 +276,7 @@ def test_a_lost_file_is_reported_and_handled(tmp_path, fail, caplog):
 @pytest.mark.parametrize("how", ["removed", "replaced", "emptied"])
 @pytest.mark.parametrize("fail", ["open", "closed"])
 def test_a_file_that_is_removed_or_replaced_is_noticed(tmp_path, suffix, how, fail, caplog, set_limit):
-    set_limit("holdfast.guard.states.sqlite._RETRY_S", 0.0)
+    set_limit("holdfast.guard.state_in_sqlite._RETRY_S", 0.0)
     path = tmp_path / "state.db"
     state = SQLiteState(path, fail=fail)
     detector, attack = QueryDetector(KEY, state, SHAPE), variants(images(1), 20)
@@ -337,7 +336,7 @@ def test_a_link_in_place_of_the_file_is_not_followed(tmp_path, target):
 
 def test_a_lost_and_emptied_server_is_reported(tmp_path, set_limit, caplog):
     pytest.importorskip("redis", reason="the package redis is not installed")
-    set_limit("holdfast.guard.states.redis._RETRY_S", 0.0)
+    set_limit("holdfast.guard.state_in_redis._RETRY_S", 0.0)
     with redis_server(tmp_path) as (url, start, stop), caplog.at_level(logging.INFO):
         state = RedisState(url, fail="open")
         detector, attack = QueryDetector(KEY, state, SHAPE), variants(images(1), 20)
@@ -366,7 +365,7 @@ def test_after_a_checkpoint_the_log_is_written_from_its_beginning(tmp_path):
 
 
 def test_the_log_stays_short_although_other_processes_only_check_the_state(tmp_path, set_limit):
-    set_limit("holdfast.guard.states.sqlite._LONGEST_LOG", 200_000)
+    set_limit("holdfast.guard.state_in_sqlite._LONGEST_LOG", 200_000)
     path, sizes, nothing = tmp_path / "state.db", [], Wanted(np.empty((0, 0), np.uint64), (), ())
     states = [SQLiteState(path) for _ in range(2)]
     until = time.monotonic() + 60  # a checkpoint takes seconds on a busy disk, while the log grows

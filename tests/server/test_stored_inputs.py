@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError
-from holdfast.guard.decisions import Action, Mode, RequestDecision, RowDecision, Score
+from holdfast.guard.rules import Action, Mode, RequestDecision, RowDecision, Score
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.runs.store.encryption import Seal
 

@@ -11,19 +11,18 @@ import pytest
 import torch
 
 import test_report_browser
-from holdfast.guard.decisions import Action, Mode, RequestDecision, RowDecision, Score
+from holdfast.guard.rules import Action, Mode, RequestDecision, RowDecision, Score
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.runs.store.encryption import Seal
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.admin import admin_application
-from holdfast.server.flagged_inputs import FlaggedInputs
 from holdfast.server.keys import KeyFile, add_key, read_keys, revoke_key
 from holdfast.server.requests import Refused
-from holdfast.server.server_setup import ServerSetup, WorkerSetup
+from holdfast.server.server_setup import FlaggedInputs, ServerSetup, WorkerSetup
 from holdfast.server.supervisor import Supervisor
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.server.traffic import Traffic
-from holdfast.server.ui_sessions import SESSION_S, Sessions
+from holdfast.server.ui import SESSION_S, Sessions
 
 pytest.importorskip("cryptography")
 browser = test_report_browser.browser

@@ -4,14 +4,13 @@ import re
 
 import pytest
 
-from holdfast.api.guard_notes import unchecked_of_file
-from holdfast.api.guard_opening import calibration_path, guard_digest, guard_pipeline
-from holdfast.api.starting import init, validate
 from holdfast.core.errors import UsageError
 from holdfast.guard.calibration import Calibration, write_calibration
-from holdfast.guard.decisions import Action, Mode
+from holdfast.guard.rules import Action, Mode
 from holdfast.settings.guard_settings import check_guard_settings, read_guard_settings
-from holdfast.settings.yaml_text import parse_yaml
+from holdfast.settings.texts import parse_yaml
+from holdfast.verbs.configuration import init, validate
+from holdfast.verbs.opening.guard import calibration_path, guard_digest, guard_pipeline, unchecked_of_file
 
 INPUTS = {"shape": [1, 4, 4]}
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.api.checked_settings import VERBS
-from holdfast.api.reading_settings import read_settings
 from holdfast.cli.app import run as command
 from holdfast.core.errors import UsageError
 from holdfast.core.names import limits_text, path_text
 from holdfast.core.threat import ThreatModel
 from holdfast.threats.parsing import FORMS, Form, file_argument, parse_threat
 from holdfast.threats.transformations import Corruptions
+from holdfast.verbs.checked_settings import VERBS
+from holdfast.verbs.configuration import read_settings
 
 ASSESSED = {"model": "mnist-cnn", "data": "mnist-mini", "threat": "linf:0.1", "suite": "quick", "n": 16}
 

@@ -5,16 +5,15 @@ from dataclasses import dataclass, field
 import pytest
 from torch import nn
 
-from holdfast.api.reading_settings import read_settings
-from holdfast.api.recipe_building import _checked, build_recipe, built, candidates, settings_of
-from holdfast.api.verb_settings import Harden
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.models.cards import trained_by
 from holdfast.recipes import TRADES, MultiNormTraining
 from holdfast.recipes.training.fit import Training
 from holdfast.rotation import Crafting, Immunise
 from holdfast.settings.grammar import parse_pairs
+from holdfast.verbs.configuration import read_settings
+from holdfast.verbs.opening.recipes import _checked, build_recipe, built, candidates, settings_of, trained_by
+from holdfast.verbs.settings import Harden
 
 
 def told(*sets):

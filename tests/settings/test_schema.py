@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from holdfast import attacks
-from holdfast.api.checked_settings import VERBS
-from holdfast.api.schema import settings_schema
-from holdfast.api.starting import DEMO, init, validate
 from holdfast.core.catalogue import RECIPES
-from holdfast.settings.consent import CONSENT
-from holdfast.settings.naming import AUTO, CARD, SOURCES
+from holdfast.settings.grammar import AUTO, CARD, SOURCES
+from holdfast.settings.texts import CONSENT
+from holdfast.verbs.checked_settings import VERBS
+from holdfast.verbs.configuration import DEMO, init, validate
+from holdfast.verbs.schema import settings_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "reference" / "holdfast.schema.json"

@@ -13,40 +13,42 @@ import torch
 
 import holdfast
 from holdfast import attacks, recipes
-from holdfast.api import reading_settings as settings
-from holdfast.api import rotate as rotating
-from holdfast.api.checked_settings import composed as compose_settings
-from holdfast.api.checked_settings import group_of
-from holdfast.api.starting import validate
-from holdfast.api.verb_settings import Assess, Certify, Doctor, Harden, RotateSettings, Serve
 from holdfast.attacks.parts.ascent import cosine
 from holdfast.attacks.parts.losses import dlr
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.suites import LABELS_ONLY, SUITES, VARIANTS, curve, suite, variant
 from holdfast.core.catalogue import ATTACKS
-from holdfast.core.chain import canonical
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import parse_number
 from holdfast.doubts.answering import arms
+from holdfast.io.files import canonical
 from holdfast.recipes.training.recipe import RecipeFacts
-from holdfast.settings.default_suite import names_in_suite, usual_suite
-from holdfast.settings.grammar import parse_pairs, parse_surrogate, seconds
-from holdfast.settings.groups import ThreatSource
-from holdfast.settings.spellings import (
+from holdfast.settings.grammar import (
     ADAPTIVE,
     SPELLINGS,
     SUITE_SPELLINGS,
     attack_called,
     every_name,
     folded,
+    names_in_suite,
     norms_of_suite,
+    parse_pairs,
+    parse_surrogate,
+    seconds,
     suite_or_attacks,
+    usual_suite,
 )
-from holdfast.settings.threats_and_attacks import build_attack
+from holdfast.settings.groups import ThreatSource
 from holdfast.threats.parsing import parse_threat
-from holdfast.threats.patches import Patch
-from holdfast.threats.transformations import Colour, Corruptions, Spatial
+from holdfast.threats.transformations import Colour, Corruptions, Patch, Spatial
+from holdfast.verbs import configuration as settings
+from holdfast.verbs import rotate as rotating
+from holdfast.verbs.checked_settings import composed as compose_settings
+from holdfast.verbs.checked_settings import group_of
+from holdfast.verbs.configuration import validate
+from holdfast.verbs.opening.recipes import build_attack
+from holdfast.verbs.settings import Assess, Certify, Doctor, Harden, RotateSettings, Serve
 
 REFUSED = [
     ("? [a]\n: b", "is not a valid key"),

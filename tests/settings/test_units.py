@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.api.resolve import open_subject
-from holdfast.api.verb_settings import Assess
 from holdfast.core.errors import HoldfastError, UsageError
-from holdfast.core.model import Classifier
-from holdfast.core.units import Units, of_values
+from holdfast.core.model import Classifier, Units, of_values
+from holdfast.verbs.opening.resolve import open_subject
+from holdfast.verbs.settings import Assess
 
 LOW, HIGH = np.array([0, 17, -5, 0.0]), np.array([99_999, 90, 5, 1.0])
 SCALED = np.random.default_rng(0).random((60, 4)).astype(np.float32)

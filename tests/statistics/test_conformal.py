@@ -6,8 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from holdfast.statistics.anytime import confidence_sequence
-from holdfast.statistics.intervals import combined_thresholds, fewest_examples
+from holdfast.statistics.intervals import combined_thresholds, confidence_sequence, fewest_examples
 
 
 @pytest.mark.parametrize("rules", [1, 2, 3])

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import bdtr
 
 from holdfast.core.errors import UsageError
-from holdfast.statistics.sequential import fewest_draws, fixed_test, sequential_test
+from holdfast.statistics.intervals import fewest_draws, fixed_test, sequential_test
 
 CASES = [(0.3, 60, 0.05), (0.05, 300, 0.02), (0.5, 40, 0.01), (0.02, 250, 0.01)]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.pool.pool_manifest import is_complete
+from holdfast.rotation.ledger import is_complete
+from holdfast.rotation.pool import Pool
 
 OWN = ("pool.json", "ledger.jsonl", "ledger.head", "ledger.lock", "sets")
 CHANGING = ("write", "fsync", "replace", "unlink", "mkdir", "truncate", "chmod")

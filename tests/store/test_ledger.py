@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disk import failing
-from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.rotation.pool.ledger import HEAD, LedgerHead, utc_now
-from holdfast.rotation.pool.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
+from holdfast.io.files import GENESIS, Link, canonical
+from holdfast.rotation.ledger import HEAD, LedgerHead, utc_now
+from holdfast.rotation.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
 from holdfast.runs.store import Ledger as AnyLedger
-from holdfast.runs.store.append_log import Head, LogForm
-from holdfast.runs.store.leases import locked
+from holdfast.runs.store.append_log import Head, LogForm, locked
 
 DIGEST = "d" * 64
 KEY = b"k" * 32
@@ -595,7 +594,7 @@ WRITER = """
     import sys
     from pathlib import Path
     from holdfast.core.errors import UsageError
-    from holdfast.rotation.pool.ledger import Ledger
+    from holdfast.rotation.ledger import Ledger
     folder, me, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     ledger, swaps = Ledger(folder, b"k" * 32), 0
     print("ready", flush=True)

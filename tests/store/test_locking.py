@@ -8,8 +8,8 @@ from contextlib import closing, suppress
 import pytest
 
 from holdfast.core.errors import TargetError
-from holdfast.guard.states.sqlite import SQLiteState
-from holdfast.runs.store.leases import locked
+from holdfast.guard.state_in_sqlite import SQLiteState
+from holdfast.runs.store.append_log import locked
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 

@@ -12,7 +12,7 @@ import torch
 
 from disk import failing
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
-from holdfast.rotation.pool.pool_manifest import is_complete, verify_pool
+from holdfast.rotation.ledger import is_complete, verify_pool
 from holdfast.runs.store import Pool
 from holdfast.runs.store.encryption import KEY_VARIABLE, Seal, key_file
 from store.lives import begun, weights

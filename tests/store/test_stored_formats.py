@@ -11,7 +11,7 @@ import pytest
 
 from holdfast.core.errors import TargetError
 from holdfast.guard.calibration import read_calibration, write_calibration
-from holdfast.rotation.pool.pool_manifest import verify_pool
+from holdfast.rotation.ledger import verify_pool
 from holdfast.runs.store import Pool
 from holdfast.runs.store.encryption import KEY_VARIABLE
 from holdfast.server.audit_chain import AuditKey

@@ -15,9 +15,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.runs.harden.hardened import trained_under
 from holdfast.threats.domains import IMAGE, NUMBERS, TABLE, TEXT, domain_of
 from holdfast.threats.parsing import FORMS, parse_threat, threat_of
-from holdfast.threats.patches import Patch
 from holdfast.threats.stored import threat_for_report, threat_from_json, threat_to_json
-from holdfast.threats.transformations import Colour, Corruptions, Spatial
+from holdfast.threats.transformations import Colour, Corruptions, Patch, Spatial
 from holdfast.threats.triggers import TrainingSet
 
 TEXTS = (

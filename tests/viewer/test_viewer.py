@@ -21,10 +21,10 @@ from holdfast.audits.finding import Finding, Table
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
 from holdfast.metrics.names import METRICS
-from holdfast.rotation.pool.pool import Pool
-from holdfast.runs.stored.stored_runs import attacked_stages, run_entry
+from holdfast.rotation.pool import Pool
+from holdfast.runs.documents.stored_runs import attacked_stages, run_entry
 from holdfast.server.audit_folder import AuditFolder
-from holdfast.server.worker_processes import bound_socket
+from holdfast.server.messages import bound_socket
 from holdfast.viewer.pages import NoPage, Site, explainer
 from holdfast.viewer.serving import HOST, export, site_application
 from holdfast.viewer.shelf import Shelf

@@ -1,7 +1,5 @@
-"""The steps of an adaptation as documents of a run, so that a run that was killed continues with the next one.
-
-The folder is that of a run of the engine: each step is a document in its hash chain, and the outcome follows from the
-steps. Times are in `about.json`, outside of the chain.
+"""The steps of an adaptation as documents of a run, so that a run that was killed continues with the next step; and the
+result of an adaptation.
 """
 
 import json
@@ -9,16 +7,25 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
+from holdfast.core.names import line
+from holdfast.io.files import canonical, digest
+from holdfast.reports.tree import Check, Report, Section, Table
+from holdfast.reports.write import rendered, write
+from holdfast.runs.documents.record import VERDICT
+from holdfast.runs.documents.run_manifest import about_run
+from holdfast.runs.documents.stored_runs import RunEntry, open_run
 from holdfast.runs.engine.identity import code_digest, versions
 from holdfast.runs.engine.run import Run
+from holdfast.runs.store.columns import Name, refuse_form
 from holdfast.runs.store.files import MANIFEST, content_of
 from holdfast.runs.store.folder import (
     Chain,
@@ -30,10 +37,6 @@ from holdfast.runs.store.folder import (
     recorded_document,
     refuse_altered,
 )
-from holdfast.runs.store.forms import Name, refuse_form
-from holdfast.runs.stored.record import VERDICT
-from holdfast.runs.stored.run_manifest import about_run
-from holdfast.runs.stored.stored_runs import RunEntry, open_run
 
 Outcome = Literal["promoted", "not promoted", "rolled back"]
 
@@ -315,3 +318,117 @@ def _other_approval(facts: Mapping[str, Any], of_run: Sequence[Mapping[str, Any]
     if approved in decided and (not approved) not in decided:
         return ""
     return f"they have no {'approval' if approved else 'rejection'} of the candidate"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """How an adaptation ended, and its steps with their facts."""
+
+    run: str
+    server: str
+    outcome: Outcome
+    reason: str
+    steps: tuple[Step, ...]
+    folder: Path
+
+    @classmethod
+    def of(cls, stored: Adaptation) -> "Adapted":
+        """Return the result of a run that has ended."""
+        assert stored.outcome is not None
+        return cls(stored.run, stored.server, stored.outcome, stored.reason, stored.steps, stored.folder)
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the candidate serves now."""
+        return self.outcome == "promoted"
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the candidate was promoted, and 1 if not."""
+        return 0 if self.promoted else 1
+
+    def summary(self) -> dict[str, Any]:
+        """Return the result as strict JSON."""
+        return {
+            "schema_version": 1,
+            "verb": "adapt",
+            "run": self.run,
+            "server": self.server,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "steps": [asdict(step) for step in self.steps],
+        }
+
+    @property
+    def report(self) -> Report:
+        """The report of the adaptation."""
+        state: Literal["pass", "fail"] = "pass" if self.promoted else "fail"
+        return Report(
+            verb="adapt",
+            about=f"adaptation of {self.server}",
+            headline=str(self),
+            content=self.summary(),
+            tone=state,
+            sections=(Section("Steps", (steps_table(self.steps),)),),
+            checks=(Check("adaptation", "promotion", state, str(self)),),
+        )
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return rendered(self.report, ".json")
+
+    def write(self, path: str | Path) -> Path:
+        """Write a report in the format of the file suffix, such as `.html`. Return the path."""
+        return write(self.report, Path(path))
+
+    def text(self, *, width: int | None = None) -> str:
+        """Return the steps as text, each with its time (UTC) and its facts."""
+        blocks = []
+        for step in self.steps:
+            begin = f"{clock(step.time)}  {step.step:<11}"
+            blocks += wrap(
+                begin + facts_text(step.step, step.facts), width or 100, subsequent_indent=" " * len(begin)
+            )
+        return "\n".join(blocks)
+
+    def __str__(self) -> str:
+        ends = {
+            "promoted": "The candidate was promoted",
+            "not promoted": "The candidate was not promoted",
+            "rolled back": "The candidate was promoted and rolled back",
+        }
+        return line(f"{ends[self.outcome]}{f': {self.reason}' if self.reason else ''}.")
+
+
+def steps_table(steps: Sequence[Step]) -> Table:
+    """Return the steps of an adaptation, each with its time (UTC) and its facts, as a table."""
+    rows = [(step.step, clock(step.time), facts_text(step.step, step.facts) or "-") for step in steps]
+    return Table(("step", "time", "facts"), rows, texts=frozenset({1, 2}))
+
+
+def facts_text(step: str, facts: Mapping[str, Any]) -> str:
+    """Return the facts of a step as one line, without those that have parts or are empty. A fact that has the name of
+    its step is written without the name.
+
+    >>> facts_text("quarantine", {"flagged": 3, "share": 0.25, "classes": ["a", "b"]})
+    'flagged 3; share 0.25; classes: a, b'
+    >>> facts_text("gates", {"gates": ["robust_accuracy >= 0.5: pass"]})
+    'robust_accuracy >= 0.5: pass'
+    """
+    parts = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping) or value == "":
+            continue
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            between, shown = ": ", ", ".join(map(str, value))
+        elif isinstance(value, bool):
+            between, shown = ": ", "yes" if value else "no"
+        else:
+            between, shown = " ", f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(shown if key == step else f"{key.replace('_', ' ')}{between}{shown}")
+    return line("; ".join(parts))
+
+
+def clock(time: float) -> str:
+    """Return the time of day in UTC as text, of the same length if it is unknown."""
+    return f"{datetime.fromtimestamp(time, UTC):%H:%M:%S}" if time else "--:--:--"

@@ -15,11 +15,10 @@ import torch
 from holdfast.attacks.parts.losses import Best, expect_eps, expect_norm, length
 from holdfast.attacks.parts.random_search import as_image
 from holdfast.attacks.parts.substitutes import gaussian, look
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L2, Linf, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
 

@@ -12,15 +12,15 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import cosine, gradient
+from holdfast.attacks.parts.images import expect_table
 from holdfast.attacks.parts.losses import Best, Loss, margin, margin_loss
-from holdfast.attacks.parts.rows_and_words import expect_table
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import levelled
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, NonNegative, Positive, Restarts, Steps
-from holdfast.threats.tables.table import Table
+from holdfast.threats.tables import Table
 
 
 @dataclass(frozen=True)

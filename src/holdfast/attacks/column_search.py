@@ -13,14 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.images import decisions, evaluated, expect_table, single_change
 from holdfast.attacks.parts.losses import Best
-from holdfast.attacks.parts.rows_and_words import decisions, evaluated, expect_table, single_change
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
-from holdfast.threats.tables.table import Table
+from holdfast.threats.tables import Table
 
 _FRACTIONS = (1.0, 0.5, 0.2, 0.05)
 """Tried changes of a number in each direction, as fractions of the largest change that the budget allows."""

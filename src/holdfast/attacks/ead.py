@@ -14,11 +14,10 @@ import torch
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.boundaries import to_boundary
 from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken, margin_loss
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L1, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, PerExample, Positive, Steps
 

@@ -16,11 +16,10 @@ import torch
 from holdfast.attacks.parts.ascent import unit_noise
 from holdfast.attacks.parts.boundaries import Flat, plane, to_boundary, to_plane
 from holdfast.attacks.parts.losses import Closest, aims, expect_norm, farthest, leeway, margin
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import (
     Access,

@@ -1,22 +1,23 @@
 """FeatureTransfer: attacks the part of a model before the operations that have no useful gradient.
 
-The gradient of such operations is replaced: by that of a smooth function (`holdfast.core.relaxed`), by that of a small
-network that is trained on the model's answers (a head), or the features before them are moved to those of an example of
-another class. Sources: Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
-arXiv:1802.00420, for the replacement; Tramèr et al., "On adaptive attacks to adversarial example defenses", NeurIPS
-2020, arXiv:2002.08347, for attacks on features; Sabour et al., "Adversarial manipulation of deep representations", ICLR
-2016, arXiv:1511.05122, and Inkawhich et al., "Feature space perturbations yield more transferable adversarial
-examples", CVPR 2019, for moving them to another example. Differs from the papers: the operations are found in a forward
-pass, so that the model is not rewritten, and the targets are the nearest examples of other classes.
+The gradient of such operations is replaced: by that of a smooth function (`holdfast.core.surrogate_gradients`), by that
+of a small network that is trained on the model's answers (a head), or the features before them are moved to those of an
+example of another class. Sources: Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security",
+ICML 2018, arXiv:1802.00420, for the replacement; Tramèr et al., "On adaptive attacks to adversarial example defenses",
+NeurIPS 2020, arXiv:2002.08347, for attacks on features; Sabour et al., "Adversarial manipulation of deep
+representations", ICLR 2016, arXiv:1511.05122, and Inkawhich et al., "Feature space perturbations yield more
+transferable adversarial examples", CVPR 2019, for moving them to another example. Differs from the papers: the
+operations are found in a forward pass, so that the model is not rewritten, and the targets are the nearest examples of
+other classes.
 """
 
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
+from holdfast.attacks.parts.boundaries import CountedQueries
 from holdfast.attacks.parts.feature_search import FeatureSearch, features_of
 from holdfast.attacks.parts.losses import expect_eps, expect_norm
-from holdfast.attacks.parts.queries import CountedQueries
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws

@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from holdfast.attacks.parts.images import decisions, evaluated, expect_table
 from holdfast.attacks.parts.losses import Best
-from holdfast.attacks.parts.rows_and_words import decisions, evaluated, expect_table
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Steps
-from holdfast.threats.tables.table import Table
+from holdfast.threats.tables import Table
 
 
 @dataclass(frozen=True)

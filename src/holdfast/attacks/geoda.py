@@ -12,14 +12,12 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.attacks.parts.boundaries import normal
+from holdfast.attacks.parts.boundaries import Decisions, normal
 from holdfast.attacks.parts.losses import expect_norm, farthest
-from holdfast.attacks.parts.queries import Decisions
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
 

@@ -21,7 +21,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
-from holdfast.threats.patches import Corners, Patch
+from holdfast.threats.transformations import Corners, Patch
 
 
 @dataclass(frozen=True)

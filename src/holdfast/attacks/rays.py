@@ -16,11 +16,10 @@ from torch import Tensor
 
 from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken
 from holdfast.attacks.parts.random_search import waves
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, Positive, Rows, Steps
 

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from holdfast.attacks.parts.losses import Best, expect_eps, expect_norm, margin
 from holdfast.attacks.parts.random_search import as_image
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L2, Linf, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask, Positive, Steps
-from holdfast.corruptions.digital import cosines
+from holdfast.corruptions.images import cosines
 
 _SKIPS = 8  # directions that are skipped for one query if neither sign moves the point
 _RINGS = 8  # the paper's low frequencies are the first eighth of each side

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from holdfast.attacks.parts.ascent import cosine, gradient, near
+from holdfast.attacks.parts.boundaries import DOUBLE_CHECKS, CountedQueries
 from holdfast.attacks.parts.losses import (
     Loss,
     expect_eps,
@@ -22,14 +23,12 @@ from holdfast.attacks.parts.losses import (
     margin_loss,
     scaled_cross_entropy,
 )
-from holdfast.attacks.parts.queries import DOUBLE_CHECKS, CountedQueries
 from holdfast.attacks.parts.substitutes import SmallNetwork
 from holdfast.attacks.square import Square
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Labels, Logits, PerExample, Steps
 

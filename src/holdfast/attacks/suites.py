@@ -24,8 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from holdfast.core.catalogue import ATTACKS
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.metrics.names import CORRUPTIONS
 from holdfast.threats.parsing import Sees
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.boundaries import across, planes, rivals_of, to_boundary
 from holdfast.attacks.parts.losses import Closest, expect_norm, firmly_broken, free, margin_loss
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L2, Norm
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
 

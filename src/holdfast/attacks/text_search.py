@@ -14,13 +14,12 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from holdfast.attacks.parts.images import Operation, edited
 from holdfast.attacks.parts.losses import Best, margin
-from holdfast.attacks.parts.rows_and_words import Operation, edited
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, decoded, encoded
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Model
-from holdfast.core.texts import decoded, encoded
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Steps
 from holdfast.threats.text_edits import TextEdits

@@ -21,10 +21,9 @@ from holdfast.attacks.parts.fast_networks import Ensemble
 from holdfast.attacks.parts.losses import Loss, cross_entropy, expect_eps
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import SURROGATE, UsageError
 from holdfast.core.gradients import levelled
 from holdfast.core.model import Bounds, Model
-from holdfast.core.remedies import SURROGATE
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Ids, Inputs, Logits, NonNegative, Positive, Steps
 

@@ -26,23 +26,22 @@ from holdfast.audits.finding import (
     shown,
 )
 from holdfast.core.catalogue import AUDITS
-from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import Need, TargetError, UsageError
 from holdfast.core.estimate import Estimate
-from holdfast.core.needs import Need
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Verdict, exit_code, judged_estimate, overall
+from holdfast.io.files import canonical, digest
 from holdfast.reports import audit as reported
-from holdfast.reports.numbers import strict
 from holdfast.reports.terminal import body
 from holdfast.reports.tree import Report
+from holdfast.reports.words import strict
 from holdfast.reports.write import rendered, write
-from holdfast.runs.engine.executor import Executor, Inline, MemoryStore
-from holdfast.runs.engine.identity import code_digest, hardware, versions
-from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.runs.engine.resuming import way_out
-from holdfast.runs.engine.run import Run
-from holdfast.runs.engine.signals import stoppable
+from holdfast.runs.documents.record import VERDICT, JudgedAudit, ListedAudit, consistent
+from holdfast.runs.documents.run_manifest import about_run
+from holdfast.runs.engine.identity import code_digest, hardware, versions, way_out
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent, stoppable
+from holdfast.runs.engine.run import Executor, Inline, MemoryStore, Run
+from holdfast.runs.store.columns import refuse_form
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
     Chain,
@@ -55,10 +54,6 @@ from holdfast.runs.store.folder import (
     recorded_document,
     refuse_altered,
 )
-from holdfast.runs.store.forms import refuse_form
-from holdfast.runs.stored.record import VERDICT
-from holdfast.runs.stored.run_forms import JudgedAudit, ListedAudit, consistent
-from holdfast.runs.stored.run_manifest import about_run
 
 Json = dict[str, Any]
 

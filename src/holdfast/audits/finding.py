@@ -1,6 +1,4 @@
-"""The result of an audit: its verdict, the numbers behind it, tables and pictures; and the stored steps from
-which it is computed.
-"""
+"""The result of an audit: its verdict, figures and pictures; and the features of a network that audits compare."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,20 +7,44 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, Strict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
+from holdfast.core.model import Classifier
+from holdfast.core.types import Inputs, Logits
 from holdfast.reports.gallery import LONGEST_SIDE, png, shrunk
-from holdfast.reports.numbers import strict
+from holdfast.reports.words import strict
 from holdfast.runs.engine.run import Run
-from holdfast.runs.store.columns import SUFFIX, Form, validated_columns
+from holdfast.runs.store.columns import SUFFIX, Form, validated, validated_columns
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import StoredStage
-from holdfast.runs.store.forms import validated
+
+_ROWS = 500  # examples in one forward pass
+
+
+@torch.no_grad()
+def penultimate(model: Classifier, x: Inputs) -> tuple[Tensor, Logits]:
+    """Return the inputs of the last linear layer (n, d), or of the last layer with parameters if there is none, and the
+    logits, on the CPU. Inputs with pixels are averaged over their pixels.
+    """
+    layers = [module for module in model.modules() if [*module.parameters(recurse=False)]]
+    linear = [module for module in layers if isinstance(module, nn.Linear)]
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(inputs[0].flatten(2).mean(2) if inputs[0].dim() > 2 else inputs[0])
+
+    hook = (linear or layers)[-1].register_forward_pre_hook(keep)
+    try:
+        logits = torch.cat([model(piece) for piece in torch.split(x, _ROWS)])
+    finally:
+        hook.remove()
+    return torch.cat(kept).cpu().double(), logits.cpu().double()
+
 
 Json = dict[str, Any]
 AuditVerdict = Literal["flagged", "not flagged", "unclear"]

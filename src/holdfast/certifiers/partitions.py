@@ -14,9 +14,8 @@ from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.core.batch import Batch
-from holdfast.core.errors import NoBounds, UsageError
+from holdfast.core.errors import NoBounds, Remedy, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.io.models.composed import Ensemble
 from holdfast.threats.triggers import TrainingSet

@@ -18,24 +18,24 @@ from holdfast import __version__
 from holdfast.cli.options import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
 from holdfast.core.names import line
-from holdfast.runs.engine.signals import Stopped, Stopper
+from holdfast.runs.engine.progress import Stopped, Stopper
 
 _COMMANDS = {
-    "demo": ("first", "assess a bundled model on bundled images, offline, in about a minute"),
+    "demo": ("catalogue", "assess a bundled model on bundled images, offline, in about a minute"),
     "assess": (
-        "assess",
+        "measure",
         "measure how robust a model is: the worst case over several attacks, with confidence intervals",
         "assess mnist-cnn mnist-mini --threat linf:0.1 -n 100 -o report.html",
         'assess net.py:make data.npz --threat linf:8/255 --gate "robust_accuracy >= 0.4"',
     ),
     "certify": (
-        "certify",
+        "measure",
         "prove for each example that no allowed change is misclassified, or find one that is",
         "certify mnist-cnn-hardened mnist-mini --threat linf:0.1 -n 20",
         "certify net.py:make data.npz --threat l2:0.25 --method smoothing --sigma 0.25",
     ),
     "harden": (
-        "harden",
+        "improve",
         "train a new model that is more robust, within a time budget",
         "harden mnist-cnn mnist --threat linf:0.3 --budget 10min -o hardened/",
         "harden net.py:make images/ --recipe trades --budget 1h -o hardened/",
@@ -48,83 +48,83 @@ _COMMANDS = {
         "audit membership net.py:make data.npz --train net.py:fit --references 16",
     ),
     "explain": (
-        "explain",
+        "measure",
         "explain why an input breaks a model, or where a model is fragile",
         "explain runs/a -o why.html",
         "explain mnist-cnn mnist-mini --threat linf:0.1 --index 17 -o one.html",
     ),
     "rotate": (
-        "rotate",
+        "improve",
         "serve several parameter sets in turn, so that a stolen set is soon out of use",
         "rotate run mnist-cnn mnist --budget 20min --every 24h --by retraining --run pool/",
         "rotate status pool/",
     ),
     "calibrate": (
-        "calibrate",
+        "improve",
         "set the thresholds of a guard from benign inputs",
         "calibrate mnist-cnn mnist-mini --guard guard.yaml",
         "calibrate model.onnx benign.npz --guard guard.yaml",
     ),
     "serve": (
-        "serve",
+        "operate",
         "serve a model, or a pool of parameter sets, over HTTP",
         "serve mnist-cnn --guard guard.yaml --keys keys.json --audit audit",
         "serve rotating:pool/ --keys keys.json --workers 2",
     ),
     "monitor": (
-        "monitor",
+        "operate",
         "compare a stream or the requests to a server with a reference, and raise an alarm",
         "monitor stream.npz --reference mnist-mini --model mnist-cnn",
         "monitor http://127.0.0.1:8081 --key-file op.key",
     ),
     "adapt": (
-        "adapt",
+        "operate",
         "harden the model of a running server, and promote the result if it passes all gates",
         "adapt http://127.0.0.1:8081 --data mnist --threat linf:0.2 --budget 10min",
         "adapt http://127.0.0.1:8081 --key-file op.key --data mnist --trigger now --approval",
     ),
     "keys": (
-        "keys",
+        "operate",
         "create, list and revoke the API keys of a server",
         "keys add alice --expires 90d --rate 100/min",
         "keys list",
     ),
     "compare": (
-        "report",
+        "look",
         "show what changed between two runs on the same examples",
         "compare runs/before runs/after",
         "compare runs/before runs/after -o comparison.html",
     ),
     "report": (
-        "report",
+        "look",
         "write the reports of a finished run, or the evidence of several for a standard",
         "report runs/a",
         "report runs/a -o report.html -o junit.xml",
         "report runs/a runs/audit audit/ --annex aisvs -o annex.html",
     ),
     "verify": (
-        "report",
+        "look",
         "check that the files of a run or a pool are complete and unchanged",
         "verify runs/a",
         "verify pool/",
     ),
-    "runs": ("report", "list the runs in a folder", "runs", "runs runs/"),
+    "runs": ("look", "list the runs in a folder", "runs", "runs runs/"),
     "ui": (
-        "ui",
+        "look",
         "show the runs of a folder in a browser",
         "ui runs/ --port 8090",
         "ui runs/ --export site/",
     ),
     "doctor": (
-        "doctor",
+        "measure",
         "find common mistakes in a model and its data before a long run",
         "doctor mnist-cnn mnist-mini",
         "doctor net.py:make data.npz",
     ),
-    "init": ("first", "write a commented holdfast.yaml"),
-    "validate": ("first", "check a holdfast.yaml without running it"),
+    "init": ("catalogue", "write a commented holdfast.yaml"),
+    "validate": ("catalogue", "check a holdfast.yaml without running it"),
     "data": (
-        "data",
+        "catalogue",
         "list, show, download, import and poison data sets",
         "data list",
         "data fetch mnist",
@@ -170,7 +170,7 @@ class _Verbs(Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            from holdfast.core.spelling import did_you_mean
+            from holdfast.core.names import did_you_mean
 
             raise UsageError(f"there is no command {cmd_name!r}{did_you_mean(cmd_name, _COMMANDS)}")
         module = importlib.import_module(f"holdfast.cli.{_COMMANDS[cmd_name][0]}")
@@ -300,8 +300,8 @@ def _verbs_with(error: click.ClickException) -> str:
     """Return the message about an option that only other verbs have, with their names; else an empty string."""
     if not isinstance(error, click.NoSuchOption):
         return ""
-    from holdfast.api.checked_settings import VERBS
     from holdfast.cli.setting_options import flag_names
+    from holdfast.verbs.checked_settings import VERBS
 
     name = error.option_name
     names = {name, f"--{name.removeprefix('--no-')}"}

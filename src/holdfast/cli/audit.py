@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from holdfast.api.verb_settings import AuditVerb, audits
 from holdfast.cli import completing
-from holdfast.cli.assess import settings_from
 from holdfast.cli.early import refuse_missing_file, refuse_reports
+from holdfast.cli.measure import settings_from
 from holdfast.cli.options import Command, Group, Voice, offered, with_voice
 from holdfast.cli.setting_options import (
     SETTING,
@@ -17,6 +16,7 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
+from holdfast.verbs.settings import AuditVerb, audits
 
 if TYPE_CHECKING:
     from holdfast.audits.audit import AuditResult
@@ -96,7 +96,7 @@ def _say_failing(gate: str, voice: Voice, folder: Path | None) -> None:
     process.
     """
     from holdfast.cli.running import command_line
-    from holdfast.runs.engine.resuming import resumed
+    from holdfast.runs.engine.identity import resumed
 
     command = "" if folder is None else f": {resumed(command_line(), folder, '--gate', gate)}"
     voice.say(f"note: no gate was set, so that the exit code is 0; with --gate {gate} it is 1{command}")

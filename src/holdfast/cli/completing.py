@@ -9,8 +9,7 @@ from click.shell_completion import CompletionItem
 from holdfast.attacks.suites import VARIANTS
 from holdfast.cli.early import bundled
 from holdfast.core.catalogue import DRIFT_TESTS, names
-from holdfast.settings.naming import AUTO, CARD, SOURCES
-from holdfast.settings.spellings import every_name
+from holdfast.settings.grammar import AUTO, CARD, SOURCES, every_name
 from holdfast.threats.parsing import FORMS
 
 

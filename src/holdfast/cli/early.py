@@ -8,9 +8,8 @@ from pathlib import Path
 
 import holdfast
 from holdfast.core.catalogue import SMOOTHING
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.spelling import did_you_mean
+from holdfast.core.errors import Placeholder, Remedy, UsageError
+from holdfast.core.names import did_you_mean
 from holdfast.core.threat import ThreatModel
 from holdfast.io.files import existing
 from holdfast.threats.domains import TEXT

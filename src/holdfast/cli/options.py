@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.names import line
-from holdfast.core.remedies import Remedy
 
 if TYPE_CHECKING:
     from rich.console import Console

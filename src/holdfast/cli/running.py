@@ -13,28 +13,25 @@ from typing import Any
 
 import click
 
-from holdfast.api.checked_settings import VerbSettings
-from holdfast.api.reading_settings import canonical_settings
-from holdfast.api.starting import DEMO
-from holdfast.api.verb_settings import Assess, AuditVerb, Certify, Harden
-from holdfast.api.verbs import demo, exhibition
 from holdfast.cli.options import Voice
-from holdfast.core.chain import canonical as as_bytes
-from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.core.names import line
-from holdfast.reports.numbers import percent
+from holdfast.io.files import canonical as as_bytes
+from holdfast.io.files import digest
 from holdfast.reports.run import shown_notes
 from holdfast.reports.terminal import body, verdict
 from holdfast.reports.tree import Report, Section, Table
+from holdfast.reports.words import percent
 from holdfast.reports.write import check_destination, rendered, write
-from holdfast.runs.assess.exhibition import Exhibit
 from holdfast.runs.assess.expected_time import duration
 from holdfast.runs.assess.result import Result
-from holdfast.runs.engine.progress import EpochMeasures, Progress, Step, ignore, silent
-from holdfast.runs.engine.resuming import way_out
-from holdfast.runs.engine.signals import stoppable
-from holdfast.runs.stored.stored_runs import new_folder
+from holdfast.runs.documents.stored_runs import new_folder
+from holdfast.runs.engine.identity import way_out
+from holdfast.runs.engine.progress import EpochMeasures, Progress, Step, ignore, silent, stoppable
+from holdfast.verbs.checked_settings import VerbSettings
+from holdfast.verbs.configuration import DEMO, canonical_settings
+from holdfast.verbs.functions import Exhibit, demo, exhibition
+from holdfast.verbs.settings import Assess, AuditVerb, Certify, Harden
 
 _STDOUT = "-"
 _REPEATED_S = 30.0  # seconds without a line of progress, after which one is written

@@ -6,13 +6,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from holdfast.api.checked_settings import VerbSettings
-from holdfast.api.reading_settings import flag_of
 from holdfast.cli import completing
 from holdfast.cli.options import GroupedOption
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import RUN_FOLDER
+from holdfast.core.errors import RUN_FOLDER, UsageError
 from holdfast.settings.groups import Flag, Section
+from holdfast.verbs.checked_settings import VerbSettings
+from holdfast.verbs.configuration import flag_of
 
 Option = Callable[[Any], Any]
 

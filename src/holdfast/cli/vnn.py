@@ -13,9 +13,8 @@ import click
 from holdfast import __version__
 from holdfast.cli.app import main as run_program
 from holdfast.cli.options import Group
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.spelling import suggestion
+from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
+from holdfast.core.names import suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor

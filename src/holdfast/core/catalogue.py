@@ -69,7 +69,7 @@ class AuditEntry:
     conclusion: str
     """module in `holdfast.audits` whose function `concluded` computes the finding from the settings and stored steps"""
     settings: str = ""
-    """class of the settings in `holdfast.api.auditing`; empty for `hardened-generator`"""
+    """class of the settings in `holdfast.verbs.audit`; empty for `hardened-generator`"""
     metrics: tuple[str, ...] = ()
     """names of the metrics on which gates can be set"""
 
@@ -95,13 +95,13 @@ GENERATOR_METRICS: Final = (
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
     for entry in (
-        AuditEntry("backdoor", "no-backdoor", "backdoor.conclusion", "AuditBackdoor"),
-        AuditEntry("poison", "no-poison", "poison.conclusion", "AuditPoison"),
-        AuditEntry("privacy", _NOT_FLAGGED, "privacy.audit", "AuditPrivacy", ("epsilon_lower",)),
+        AuditEntry("backdoor", "no-backdoor", "backdoor", "AuditBackdoor"),
+        AuditEntry("poison", "no-poison", "poison", "AuditPoison"),
+        AuditEntry("privacy", _NOT_FLAGGED, "privacy", "AuditPrivacy", ("epsilon_lower",)),
         AuditEntry(
             "membership",
             _NOT_FLAGGED,
-            "membership.audit",
+            "membership",
             "AuditMembership",
             ("membership_tpr_at_1_percent",),
         ),
@@ -231,13 +231,13 @@ PROVERS: Final[Mapping[str, str]] = {
     "crown-ibp": "provers:CrownIBP",
     "crown": "provers:Crown",
     "lipschitz": "bounds.lipschitz:Lipschitz",
-    SMOOTHING: "smoothing.smoothing:Smoothing",
-    SUBSTITUTIONS: "texts.substitutions:Substitutions",
-    MASKING: "texts.masking:Masking",
-    TREES: "trees.proving:Trees",
+    SMOOTHING: "smoothing:Smoothing",
+    SUBSTITUTIONS: "substitutions:Substitutions",
+    MASKING: "masking:Masking",
+    TREES: "tree_ensembles:Trees",
     PARTITIONS: "partitions:PartitionVotes",
-    "alpha-crown": "branching.searching:AlphaCrown",
-    "branch-and-bound": "branching.searching:BranchAndBound",
+    "alpha-crown": "branching:AlphaCrown",
+    "branch-and-bound": "branching:BranchAndBound",
 }
 """module and class in `holdfast.certifiers` of each method of certification, which the option `--method` selects"""
 LATE: Final = ("alpha-crown", "branch-and-bound")
@@ -254,16 +254,16 @@ DOUBTS: Final = (
 """names of the doubts, in the order of reports; each has a module in `holdfast.doubts`"""
 
 DRIFT_TESTS: Final[Mapping[str, str]] = {
-    "martingale": "martingale:ConformalMartingale",
-    "ks": "windows:KolmogorovSmirnov",
-    "mmd": "windows:MMD",
-    "adwin": "series:AdwinTest",
-    "page-hinkley": "series:PageHinkleyTest",
+    "martingale": "stream_tests:ConformalMartingale",
+    "ks": "stream_tests:KolmogorovSmirnov",
+    "mmd": "stream_tests:MMD",
+    "adwin": "stream_tests:AdwinTest",
+    "page-hinkley": "stream_tests:PageHinkleyTest",
 }
 """module and class in `holdfast.monitoring` of each test of a stream, in the order of reports"""
 
 SAMPLE_TESTS: Final = ("copies", "repeats")
-"""further tests of a stream of generated samples, in `holdfast.monitoring.generated`"""
+"""further tests of a stream of generated samples, in `holdfast.monitoring.stream_tests`"""
 
 BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},
@@ -271,7 +271,7 @@ BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     "detectors": {
         "energy": "holdfast.guard.detectors.outputs:Energy",
         "squeezing": "holdfast.guard.detectors.outputs:FeatureSqueezing",
-        "mahalanobis": "holdfast.guard.detectors.mahalanobis:Mahalanobis",
+        "mahalanobis": "holdfast.guard.detectors.outputs:Mahalanobis",
         "stability": "holdfast.guard.detectors.outputs:NoiseStability",
     },
     "doubts": {name: f"holdfast.doubts.{name.replace('-', '_')}:TEST" for name in DOUBTS},

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.names import exact_size, limits_text
-from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
 if TYPE_CHECKING:

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from holdfast.core.batch import spread
 from holdfast.core.constraints import Constraint
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import Remedy, TargetError, UsageError
 from holdfast.core.model import Bounds, Model
 from holdfast.core.names import kind_of
-from holdfast.core.per_example import spread
-from holdfast.core.remedies import Remedy
 from holdfast.core.training import CUTS
 from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 

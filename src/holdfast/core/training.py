@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.core.errors import LostLoss, TargetError
+from holdfast.core.errors import LostLoss, Remedy, TargetError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 
 CUTS = "torch.no_grad(), torch.inference_mode(), detach(), .data, argmax() or numpy inside the model"
 """operations that prevent gradients from reaching the inputs or weights, as text for messages"""

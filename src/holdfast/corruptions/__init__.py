@@ -14,19 +14,28 @@ import torch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.types import Ids, Inputs
-from holdfast.corruptions.blur import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
 from holdfast.corruptions.constants import LARGE, LARGE_FROM, SMALL, Constants
-from holdfast.corruptions.digital import elastic_transform, jpeg_compression, pixelate
-from holdfast.corruptions.noise import (
+from holdfast.corruptions.images import (
     brightness,
     contrast,
+    defocus_blur,
+    elastic_transform,
+    fog,
+    frost,
+    gaussian_blur,
     gaussian_noise,
+    glass_blur,
     impulse_noise,
+    jpeg_compression,
+    motion_blur,
+    pixelate,
     saturate,
     shot_noise,
+    snow,
+    spatter,
     speckle_noise,
+    zoom_blur,
 )
-from holdfast.corruptions.weather import fog, frost, snow, spatter
 from holdfast.threats.domains import refuse_no_images
 
 Operator = Callable[[Inputs, Constants, Ids, Draws], Inputs]

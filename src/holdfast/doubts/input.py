@@ -2,7 +2,7 @@
 if none is 0, the model is right on at least 15 points more of a sample of 128 examples; or the data use at most a
 tenth of the range of the bounds.
 
-It is measured by `runs/assess/probes.py`.
+It is measured by `runs/assess/measuring.py`.
 """
 
 from holdfast.doubts.protocol import DoubtTest

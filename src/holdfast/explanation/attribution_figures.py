@@ -6,13 +6,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from holdfast.core.texts import decoded, encoded
+from holdfast.core.batch import decoded, encoded
 from holdfast.core.types import Inputs
-from holdfast.explanation import attributions
-from holdfast.explanation.case import Case, grid_rows, listed, plane, signed_picture
-from holdfast.explanation.explained import Cell, Figure, bars
-from holdfast.reports.numbers import plain
-from holdfast.reports.words import amount
+from holdfast.explanation import counterfactual
+from holdfast.explanation.case import Case, Cell, Figure, bars, grid_rows, listed, plane, signed_picture
+from holdfast.reports.words import amount, plain
 
 _DRAWS = 16
 """noises of SmoothGrad"""
@@ -29,19 +27,19 @@ def attribution_figures(case: Case) -> tuple[list[Figure], list[str]]:
     classes = case.batch.y.expand(len(inputs))
     baseline = case.baseline.expand_as(inputs)
     model, methods = case.target.quick, dict[str, Tensor]()
-    integrated: attributions.Integrated | None = None
-    if attributions.has_gradients(case.target.bare, inputs) and not inputs.isnan().any():
-        methods["gradient"] = attributions.gradient(model, inputs, classes)
-        methods["SmoothGrad"] = attributions.smooth_gradient(
+    integrated: counterfactual.Integrated | None = None
+    if counterfactual.has_gradients(case.target.bare, inputs) and not inputs.isnan().any():
+        methods["gradient"] = counterfactual.gradient(model, inputs, classes)
+        methods["SmoothGrad"] = counterfactual.smooth_gradient(
             model, inputs, classes, smoothing_noise(case, inputs)
         )
-        integrated = attributions.integrated_gradients(model, inputs, _start(case, inputs), classes)
+        integrated = counterfactual.integrated_gradients(model, inputs, _start(case, inputs), classes)
         methods["integrated gradients"] = integrated.values
     else:
         reason = "The input has missing values" if inputs.isnan().any() else "The model gives no gradients"
         notes.append(f"{reason}, so gradient, SmoothGrad and integrated gradients are not shown.")
-    methods["occlusion"] = attributions.occlusion(
-        model, inputs, baseline, classes, *attributions.default_window(inputs.shape[1:])
+    methods["occlusion"] = counterfactual.occlusion(
+        model, inputs, baseline, classes, *counterfactual.default_window(inputs.shape[1:])
     )
     figures = [_attribution_figure(case, methods, integrated)]
     if len(inputs) == 3:
@@ -78,7 +76,7 @@ def smoothing_noise(case: Case, inputs: Inputs) -> Tensor:
 
 
 def _attribution_figure(
-    case: Case, methods: dict[str, Tensor], integrated: attributions.Integrated | None
+    case: Case, methods: dict[str, Tensor], integrated: counterfactual.Integrated | None
 ) -> Figure:
     kinds = ("clean", "with noise", "after the change")[: len(next(iter(methods.values())))]
     pairs = [(name, k, kind) for name in methods for k, kind in enumerate(kinds)]
@@ -128,7 +126,7 @@ def _attribution_figure(
     )
 
 
-def _completeness(case: Case, integrated: attributions.Integrated) -> str:
+def _completeness(case: Case, integrated: counterfactual.Integrated) -> str:
     """What integrated gradients explain, and which share of it they miss."""
     start = "the median of each column" if case.x.dim() == 2 else "an input of the lowest values"
     fixed = case.table is not None and bool(case.table.tensors.category.any())
@@ -145,10 +143,10 @@ def _stability(methods: dict[str, Tensor]) -> Figure:
     rows: tuple[tuple[str, float, float, float, float], ...] = tuple(
         (
             name,
-            attributions.rank_correlation(values[0], values[2]),
-            attributions.rank_correlation(values[0], values[1]),
-            attributions.top_overlap(values[0], values[2]),
-            attributions.top_overlap(values[0], values[1]),
+            counterfactual.rank_correlation(values[0], values[2]),
+            counterfactual.rank_correlation(values[0], values[1]),
+            counterfactual.top_overlap(values[0], values[2]),
+            counterfactual.top_overlap(values[0], values[1]),
         )
         for name, values in methods.items()
     )
@@ -196,7 +194,7 @@ def _word_effects(case: Case) -> Figure:
             continue
         without = [" ".join(words[:k] + words[k + 1 :]) for k in range(len(words))]
         points = encoded([*without, " ".join(words)], x.shape[1]).to(x)
-        logits = attributions.logits_of_class(case.target.bare, points, case.batch.y.expand(len(points)))
+        logits = counterfactual.logits_of_class(case.target.bare, points, case.batch.y.expand(len(points)))
         effects = (logits[-1] - logits[:-1]).tolist()
         rows += [(kind, word, effect) for word, effect in zip(words, effects, strict=True)]
     top = sorted(rows, key=lambda row: -abs(float(row[2] or 0)))[:_MOST_COLUMNS]

@@ -10,20 +10,23 @@ from torch import Tensor, nn
 
 from holdfast.attacks.parts.images import inner
 from holdfast.attacks.parts.losses import margin, margin_loss
-from holdfast.audits.features import penultimate
+from holdfast.audits.finding import penultimate
 from holdfast.certifiers.boundary_geometry import beside
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.draws import Draws
-from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
-from holdfast.explanation.attributions import has_gradients
 from holdfast.explanation.case import (
     About,
     Attacked,
+    Bar,
+    Cell,
+    Explained,
+    Figure,
     Measured,
     allowed_text,
     attacked,
+    bars,
     certifiable,
     changed_words,
     distance_text,
@@ -34,11 +37,9 @@ from holdfast.explanation.case import (
     signed_picture,
     training_advice,
 )
-from holdfast.explanation.counterfactual import changes
-from holdfast.explanation.explained import Bar, Cell, Explained, Figure, bars
+from holdfast.explanation.counterfactual import changes, has_gradients
 from holdfast.io.data.labels import Groups
-from holdfast.reports.numbers import plain
-from holdfast.reports.words import amount
+from holdfast.reports.words import amount, plain
 from holdfast.runs.harness.target import Target
 from holdfast.threats.domains import TABLE, TEXT, is_image
 

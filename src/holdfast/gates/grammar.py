@@ -12,9 +12,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.spelling import suggestion
+from holdfast.core.errors import Placeholder, Remedy, UsageError
+from holdfast.core.names import suggestion
 from holdfast.metrics.names import (
     AT_EPS,
     DIFFERENCES,

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from holdfast.core.errors import UsageError
-from holdfast.core.estimate import Estimate
+from holdfast.core.estimate import Estimate, Goal
 from holdfast.core.evidence import Doubt, Evidence, Scope
-from holdfast.core.goal import Goal
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.grammar import Claim, refused_verdict
 from holdfast.metrics.catalogue import estimate as estimate_of

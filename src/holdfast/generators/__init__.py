@@ -3,7 +3,6 @@ of the user and for pipelines of diffusers.
 """
 
 from holdfast.generators.adapters import GAN, VAE, Diffusers
-from holdfast.generators.networks import Diffusion, ImageGAN
-from holdfast.generators.vae import ImageVAE
+from holdfast.generators.networks import Diffusion, ImageGAN, ImageVAE
 
 __all__ = ["GAN", "VAE", "Diffusers", "Diffusion", "ImageGAN", "ImageVAE"]

@@ -1,18 +1,34 @@
-"""Small generators of images: a diffusion model and a GAN."""
+"""Small generators of images: a diffusion model, a GAN and a VAE (variational autoencoder), their training, and their
+files, of which some are bundled by name.
+"""
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs, Labels, PerExample
-from holdfast.generators.adapters import GAN
+from holdfast.generators.adapters import GAN, VAE
+from holdfast.io.files import sha256_of_file
+from holdfast.io.models.generators import OpenedGenerator, open_generator
+from holdfast.io.models.models import BUNDLED_FOLDER
+from holdfast.io.models.weights import (
+    fit_weights,
+    read_state_dict,
+    refuse_misfit,
+    state_dict_content,
+    written,
+)
 from holdfast.recipes.training.gans import LATENT, ConditionalDiscriminator, ConditionalGenerator
 
 
@@ -236,3 +252,147 @@ def fit(
         for kept_weight, weight in zip(average.parameters(), trained.parameters(), strict=True):
             kept_weight.lerp_(weight.detach(), 1 - kept)
     return average
+
+
+_VAE_LR, _BATCH = 2e-3, 64
+_LEAST = 1e-6  # added to the variance of the pixels, which is zero if an image is reconstructed exactly
+_NEW = 0.01  # share of an update in the average of the variance
+
+
+class Encoder(nn.Module):
+    """Network from images to the means and the logarithms of the variances of latent vectors."""
+
+    def __init__(self, channels: int, side: int, latent: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * (side // 4) ** 2, 2 * latent),
+        )
+
+    def forward(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the means (n, latent) and the logarithms of the variances (n, latent)."""
+        mean, log_var = self.layers(x).chunk(2, 1)
+        return mean, log_var
+
+
+def decoder(channels: int, side: int, latent: int, width: int) -> nn.Module:
+    """Return a network from latent vectors (n, latent) to images (n, channels, side, side) in [0, 1]."""
+    return nn.Sequential(
+        nn.Linear(latent, 2 * width * (side // 4) ** 2),
+        nn.ReLU(),
+        nn.Unflatten(1, (2 * width, side // 4, side // 4)),
+        nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, channels, 4, 2, 1),
+        nn.Sigmoid(),
+    )
+
+
+class ImageVAE(VAE):
+    """A VAE for images (n, channels, side, side) in [0, 1]."""
+
+    def __init__(self, channels: int = 1, side: int = 28, latent: int = 16, width: int = 32) -> None:
+        """Create a VAE with random weights for square images of `side` pixels, latent vectors of `latent` elements, and
+        a first layer of `width` channels.
+        """
+        if side % 4:
+            raise UsageError(f"side is {side}; a multiple of 4 was expected")
+        sizes = (channels, side, latent, width)
+        super().__init__(Encoder(*sizes), decoder(*sizes), latent_shape=(latent,), std=1.0)
+
+
+def fit_vae(model: ImageVAE, x: Inputs, *, updates: int, seed: int = 0) -> ImageVAE:
+    """Return a copy of the model that is trained on images `x` (n, *shape) in [0, 1]. The learning rate of Adam falls
+    to zero.
+    """
+    trained = copy.deepcopy(model).train().requires_grad_()
+    rng = torch.Generator().manual_seed(seed)
+    adam = torch.optim.Adam(trained.parameters(), _VAE_LR)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(adam, updates)
+    variance = torch.ones(())
+    for update in range(updates):
+        images = x[torch.randint(len(x), (_BATCH,), generator=rng).to(x.device)]
+        mean, log_var = trained.encoder(images)
+        noise = torch.randn(mean.shape, generator=rng).to(images)
+        error = (trained.decode(mean + (log_var / 2).exp() * noise) - images).square().mean()
+        divergence = (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean() / 2
+        # with the best variance of the pixels, their negative log-likelihood is this and a constant
+        likelihood = images[0].numel() / 2 * (error + _LEAST).log()
+        adam.zero_grad()
+        (likelihood + divergence).backward()
+        adam.step()
+        rates.step()
+        variance.lerp_(error.detach().cpu(), max(_NEW, 1 / (1 + update)))
+    assert trained.std is not None
+    trained.std.copy_((variance + _LEAST).sqrt())
+    return trained.eval().requires_grad_(False)
+
+
+FILE = "generator.safetensors"
+"""Name of the weights of a generator in a folder."""
+GENERATORS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {"diffusion": Diffusion, "gan": ImageGAN, "vae": ImageVAE}
+)
+"""Classes of generators, by the names that a file with weights may contain."""
+
+
+def bundled_generators() -> dict[str, Path]:
+    """Return the paths of the generators that are bundled with Holdfast, by name."""
+    return {path.stem: path for path in sorted((BUNDLED_FOLDER / "generators").glob("*.safetensors"))}
+
+
+def names_generator(address: str) -> bool:
+    """Return whether an address is that of a bundled generator, or of a file or folder with weights of one."""
+    path = Path(address)
+    is_file = path.suffix == ".safetensors" or (path / FILE).is_file()
+    return address in bundled_generators() or is_file
+
+
+def content_of(net: nn.Module, kind: str, arguments: Mapping[str, int]) -> bytes:
+    """Return the bytes of a file with the weights of a generator, which `GENERATORS[kind](**arguments)` builds."""
+    return written(net, {"generator": kind, "arguments": dict(arguments)})
+
+
+def load(path: Path) -> nn.Module:
+    """Return the generator of a file with weights. Raises `TargetError` if it is not one of a generator."""
+    weights, metadata = read_state_dict(path, state_dict_content(path))
+    if "generator" not in metadata:
+        raise TargetError(
+            f"{str(path)!r} contains weights, and does not state the modules; load them in a function that builds the "
+            "generator, as in gen.py:make"
+        )
+    kind, arguments = str(metadata["generator"]), metadata.get("arguments", {})
+    if kind not in GENERATORS:
+        raise TargetError(
+            f"the metadata of {str(path)!r} name the generator {kind!r}; one of {', '.join(sorted(GENERATORS))} was "
+            "expected, as in a file that Holdfast writes"
+        )
+    try:
+        build = partial(GENERATORS[kind], **arguments)
+        refuse_misfit(build, weights, str(path))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(
+            f"the {kind} of {str(path)!r} cannot be built: {error}; write the file again"
+        ) from error
+    net = build()
+    fit_weights(net, weights, str(path))
+    return net.eval().requires_grad_(False)
+
+
+def opened_generator(source: object) -> OpenedGenerator:
+    """Return a generator that is bundled, saved by Holdfast in a file or folder, returned by a function at an address
+    `file.py:name`, or given as an object.
+
+    Raises the errors of `load` and of `open_generator`.
+    """
+    if not isinstance(source, str) or not names_generator(source):
+        return open_generator(source)
+    bundled, path = bundled_generators(), Path(source)
+    path = bundled[source] if source in bundled else path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"there is no file {str(path)!r}; bundled are {', '.join(bundled)}")
+    return replace(open_generator(load(path)), name=source, digest=sha256_of_file(path))

@@ -1,8 +1,5 @@
-"""The guard: a pipeline of rules that decides about each request before and after the model.
-
-The order is: schema (shape and data type), range, query detector, defence of the inputs, the model, and the stateless
-detectors. Each rule has a mode and an action; see `holdfast.guard.decisions`. A rule that was neither calibrated nor
-has a given threshold or radius only reports.
+"""The guard: a pipeline of rules that decides about each request before and after the model; and its interface for
+servers and applications.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,19 +13,26 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
-from holdfast.guard.decisions import (
+from holdfast.guard.detectors.outputs import Detector, Fitted, Observation
+from holdfast.guard.detectors.queries import Fail
+from holdfast.guard.rules import (
+    QUERIES,
+    RANGE,
+    SCHEMA,
     Action,
+    Basis,
     Incoming,
+    InputDefence,
+    InputSchema,
     Mode,
     ObservedRate,
     RequestDecision,
     RequestGuard,
     RowDecision,
+    Rule,
     Score,
+    all_finite,
 )
-from holdfast.guard.detectors.mahalanobis import Detector, Fitted, Observation
-from holdfast.guard.detectors.queries import Fail
-from holdfast.guard.rules import QUERIES, RANGE, SCHEMA, Basis, InputDefence, InputSchema, Rule, all_finite
 
 REFUSED_TEXT = "the request was refused"
 """reason for a client whose request a detector blocks; it does not disclose which one"""

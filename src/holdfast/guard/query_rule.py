@@ -1,4 +1,6 @@
-"""The stateful query detector as a rule of the guard, and attacks that test it."""
+"""The guard as an attacked model: the stateful query detector as a rule with attacks that test it, and the model with
+the stateless detectors as one network that rejects inputs.
+"""
 
 import hashlib
 import hmac
@@ -11,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.rays import RayS
@@ -23,15 +25,16 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.evidence import Table
 from holdfast.core.meter import Answering, margin
-from holdfast.core.normalisation import per_channel
+from holdfast.core.model import Classifier, per_channel
+from holdfast.core.outputs import with_detector
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access
-from holdfast.guard.decisions import Releasing, release_of
+from holdfast.core.types import Access, Inputs, PerExample
 from holdfast.guard.detectors.evasion import OARS, Base, CoarsePatterns, InformedSquare
+from holdfast.guard.detectors.outputs import Observation
 from holdfast.guard.detectors.queries import QueryDetector, QuerySettings, Screened
-from holdfast.guard.guard import QueryResult
-from holdfast.guard.rules import InputSchema
-from holdfast.guard.states.memory import MemoryState
+from holdfast.guard.guard import GuardPipeline, QueryResult
+from holdfast.guard.rules import InputDefence, InputSchema, Releasing, release_of
+from holdfast.guard.state_in_memory import MemoryState
 from holdfast.io.files import open_regular
 from holdfast.runs.harness.target import Target
 from holdfast.runs.store.encryption import KEY_BYTES
@@ -221,3 +224,75 @@ def measurable(threat: ThreatModel, access: Access) -> bool:
         and constraint.eps < float("inf")
     )
     return is_ball and threat.gives("scores") and access in ("scores", "gradients") and threat.goal is None
+
+
+class Defended(nn.Module):
+    """Network that squeezes its inputs, as the guard does, before it calls a classifier."""
+
+    def __init__(self, model: Classifier, defence: InputDefence | None) -> None:
+        super().__init__()
+        self.model, self.defence = model, defence
+
+    def forward(self, x: Inputs) -> Tensor:
+        """Return the logits (n, classes) of the squeezed inputs."""
+        logits: Tensor = self.model(x if self.defence is None else self.defence(x))
+        return logits
+
+
+class CombinedDetector(nn.Module):
+    """The largest score of some stateless detectors, each relative to its threshold and in units of its standard
+    deviation on benign inputs. It is positive if a detector fires, and differentiable where the detectors are.
+
+    It costs one forward pass, and those of its detectors.
+    """
+
+    def __init__(
+        self, model: Classifier, pipeline: GuardPipeline, scales: dict[str, float], rules: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.model, self.pipeline, self.scales, self.rules = model, pipeline, scales, tuple(rules)
+
+    def forward(self, x: Inputs) -> PerExample:
+        """Return the scores (n,)."""
+        x = x if self.pipeline.defence is None else self.pipeline.defence(x)
+        seen = Observation(x, self.model(x), network=self.model)
+        parts = [
+            (self.pipeline.detectors[name](seen) - self.pipeline.rules[name].threshold)
+            / self.scales.get(name, 1.0)
+            for name in self.rules
+        ]
+        return torch.stack(parts).amax(0)
+
+
+def rejecting(
+    model: Classifier, pipeline: GuardPipeline, scales: dict[str, float], rule: str | None = None
+) -> Classifier:
+    """Return a classifier with an additional class "rejected", which it predicts where a stateless detector of the
+    guard fires, whatever the mode and the action of its rule.
+
+    `scales` are the standard deviations of the scores of benign inputs, by rule. With `rule`, only that rule is used.
+    Raises `UsageError` without a stateless detector, for one without a threshold, and for one that needs features.
+    """
+    rules = [name for name in pipeline.rules if name in pipeline.detectors and rule in (None, name)]
+    if not rules:
+        known = ", ".join(pipeline.detectors) or "none"
+        what = "no stateless detector" if rule is None else f"no detector {rule!r}"
+        raise UsageError(f"the guard has {what}, as energy; it has {known}")
+    for name in rules:
+        if pipeline.rules[name].threshold == torch.inf:
+            raise UsageError(
+                f"the rule {name} of the guard has no threshold; run holdfast calibrate first, or give a threshold"
+            )
+        if "features" in pipeline.detectors[name].needs:
+            raise UsageError(
+                f"the rule {name} needs features, which an assessment does not have; set on: logits, or name another "
+                "rule"
+            )
+    net = with_detector(
+        Defended(model, pipeline.defence), CombinedDetector(model, pipeline, scales, rules), 0.0
+    )
+    wrapped = Classifier(net, bounds=model.bounds, classes=model.classes, access=model.access)
+    wrapped.hides, wrapped.batches, wrapped.class_names = model.hides, model.batches, model.class_names
+    wrapped.class_labels, wrapped.feature_names = model.class_labels, model.feature_names
+    wrapped.failing = model.failing
+    return wrapped

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.guard.decisions import RequestDecision
+from holdfast.guard.rules import RequestDecision
 from holdfast.io.files import open_regular
 from holdfast.runs.store.encryption import Seal
 from holdfast.runs.store.files import PRIVATE, write_atomically

@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.metrics import comparisons, perturbations, predictions, shares
+from holdfast.metrics import comparisons, predictions, shares
 from holdfast.metrics.comparisons import transfer_success
 from holdfast.metrics.names import METRICS
 from holdfast.metrics.shares import Absent
@@ -25,9 +24,9 @@ PLAIN: Mapping[str, Metric] = {
     "targeted_success_rate": shares.targeted_success_rate,
     "trigger_success_rate": shares.trigger_success_rate,
     "transfer_success": transfer_success,
-    **perturbations.PERTURBATIONS,
-    "robust_margin": perturbations.robust_margin,
-    "adversarial_radius": perturbations.adversarial_radius,
+    **predictions.PERTURBATIONS,
+    "robust_margin": predictions.robust_margin,
+    "adversarial_radius": predictions.adversarial_radius,
     "precision": predictions.precision,
     "recall": predictions.recall,
     "f1": predictions.f1,

@@ -10,11 +10,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import UsageError
-from holdfast.core.estimate import Estimate
+from holdfast.core.errors import SURROGATE, UsageError
+from holdfast.core.estimate import Estimate, Goal
 from holdfast.core.evidence import TRIGGERED, Evidence, Scope
-from holdfast.core.goal import Goal
-from holdfast.core.remedies import SURROGATE
 from holdfast.core.types import Mask, Rows
 from holdfast.metrics.shares import Absent, right_probability, robust, suite_right_probability, suite_robust
 from holdfast.statistics.intervals import Support, mean, paired_difference, proportion

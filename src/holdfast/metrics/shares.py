@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import TRIGGERED, Evidence
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Mask, PerExample
 from holdfast.statistics.intervals import (
     CONFIDENCE,
@@ -21,7 +20,7 @@ from holdfast.statistics.intervals import (
     mean,
     proportion,
 )
-from holdfast.statistics.samples import absent_classes, classes_of, listed_classes
+from holdfast.statistics.repeats import absent_classes, classes_of, listed_classes
 
 ATTACKED_INPUT = (Remedy("suite", "standard", reason="whose fixed PGD-40 pass measures it"),)
 """remedies for a metric of attacked inputs"""

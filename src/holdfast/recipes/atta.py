@@ -19,8 +19,7 @@ from holdfast.attacks.parts.ascent import ascend
 from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import IN_MEMORY_BYTES, Batch, Lookup
 from holdfast.core.constraints import L1, L2, Linf
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.recipes.training.augment import moves
 from holdfast.recipes.training.fit import Training, Turn

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.augment import cut_and_mixed, drawn_moves, refuse_augmentation
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
-from holdfast.recipes.training.recipe import Finished, LossRecipe
-from holdfast.recipes.training.reserved import reserved, robust_share
+from holdfast.recipes.training.recipe import Finished, LossRecipe, reserved, robust_share
 
 AUGMENTATIONS: Final = (
     *((reach, flips, 0.0) for flips in (False, True) for reach in (0, 1, 2, 4)),

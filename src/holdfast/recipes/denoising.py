@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from holdfast.certifiers.smoothing.smoothing import numbered_noise
+from holdfast.certifiers.smoothing import numbered_noise
 from holdfast.core.batch import Batch
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
-from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, NonNegative, Steps
 from holdfast.io.models.composed import DEPTH, WIDTH, DenoisedNetwork
 from holdfast.recipes.training.fit import Training, Turn

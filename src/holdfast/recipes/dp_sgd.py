@@ -29,15 +29,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
-from holdfast.core.goal import Goal
+from holdfast.core.errors import Install, Remedy, UsageError
+from holdfast.core.estimate import Goal
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Install, Remedy
 from holdfast.core.types import Inputs, Positive
 from holdfast.recipes.training.fit import Training, drawing, updates
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.recipe import LossRecipe
-from holdfast.statistics.samples import RowBudget, row_budget
+from holdfast.statistics.repeats import RowBudget, row_budget
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooksFastGradientClipping as Hooks

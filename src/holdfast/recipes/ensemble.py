@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import SURROGATE, Remedy
+from holdfast.core.errors import SURROGATE, Remedy, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.goal import Goal
+from holdfast.core.estimate import Goal
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, Positive
 from holdfast.recipes.training.fit import Training

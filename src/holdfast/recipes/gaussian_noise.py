@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from holdfast.certifiers.smoothing.smoothing import numbered_noise
+from holdfast.certifiers.smoothing import numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative
 from holdfast.recipes.training.fit import Training, Turn

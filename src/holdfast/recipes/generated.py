@@ -17,9 +17,8 @@ from torch import Tensor
 
 from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import Remedy, TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.io.data.layouts import Ranges
 from holdfast.recipes.trades import TRADES

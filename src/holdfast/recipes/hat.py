@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch, TrainingData
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, Steps
-from holdfast.recipes.training.distributed import average
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.losses import kullback_leibler, weighted_gaps
+from holdfast.recipes.training.optimisation import average
 from holdfast.recipes.training.recipe import LossRecipe
 
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from holdfast.attacks.parts.ascent import descend
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.meter import margin
+from holdfast.core.meter import margin, results_in_pieces
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import results_in_pieces
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.types import Inputs, Mask, NonNegative, Steps

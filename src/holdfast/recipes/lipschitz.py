@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.gradients import rise, sloped
-from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy, hits

@@ -11,9 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from holdfast.certifiers.texts.masking import Masking, masked
-from holdfast.core.batch import Batch
-from holdfast.core.texts import decoded, encoded
+from holdfast.certifiers.masking import Masking, masked
+from holdfast.core.batch import Batch, decoded, encoded
 from holdfast.core.types import Fraction, Inputs, NonNegative
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L1, L2, Constraint, Linf
-from holdfast.core.errors import UsageError
-from holdfast.core.per_example import spread
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Positive, Steps
 from holdfast.recipes.training.fit import Training, Turn

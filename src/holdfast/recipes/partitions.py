@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.goal import Goal
+from holdfast.core.estimate import Goal
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix

@@ -32,8 +32,8 @@ from holdfast.recipes.training.attack_policies import (
 )
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits
+from holdfast.recipes.training.optimisation import Pacing
 from holdfast.recipes.training.recipe import Finished, LossRecipe
-from holdfast.recipes.training.update_plans import Pacing
 
 _POLICY, _PASSES = "policy.", "passes"
 _PLANS = 20  # plans of a training that ends after a number of passes

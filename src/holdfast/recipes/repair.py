@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast.core.batch import Batch
-from holdfast.core.goal import Goal
+from holdfast.core.estimate import Goal
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs
 from holdfast.recipes.training.fit import Training, Turn

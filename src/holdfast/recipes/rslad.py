@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.core.types import Fraction, Inputs, Logits, Positive, Steps
 from holdfast.recipes.training.fit import UNWRITTEN, Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, hits

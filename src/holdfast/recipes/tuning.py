@@ -18,17 +18,15 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import STATE, Checkpoint
 from holdfast.core.types import Fraction, Steps
 from holdfast.recipes.pgd_training import PGDTraining
 from holdfast.recipes.training.fit import Training, updates
 from holdfast.recipes.training.learner import Learner, trained
-from holdfast.recipes.training.recipe import Finished, RecipeFacts
-from holdfast.recipes.training.reserved import reserved, robust_share
+from holdfast.recipes.training.recipe import Finished, RecipeFacts, reserved, robust_share
 from holdfast.recipes.training.weights import twin
 
 _CHOICES = tuple(product((1.25, 2.5, 5.0), (0.1, 0.25, 0.5), (0.1, 1.0, 3.0)))

@@ -6,9 +6,19 @@ from typing import Any
 from holdfast.reports import tree
 from holdfast.reports.charts import LOOKS, epochs
 from holdfast.reports.comparison import signed
-from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size
 from holdfast.reports.run import shown_notes
-from holdfast.reports.words import SCOPES, estimate_cell, label, sentences
+from holdfast.reports.words import (
+    SCOPES,
+    count_text,
+    estimate_cell,
+    label,
+    number,
+    percent,
+    plain,
+    seconds_text,
+    sentences,
+    size,
+)
 from holdfast.statistics.intervals import CONFIDENCE
 
 _LINES = (("clean", "clean, held out"), ("robust", "attacked, held out"), ("accuracy", "training examples"))

@@ -8,9 +8,8 @@ from holdfast.core.catalogue import TREES
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
 from holdfast.metrics.shares import certified_accuracy
 from holdfast.reports.curves import estimate_to_json, settings_group
-from holdfast.reports.numbers import count_text, percent, plain, seconds_text, strict
 from holdfast.reports.tree import Block, Paragraph, Section, Table
-from holdfast.reports.words import amount, interval
+from holdfast.reports.words import amount, count_text, interval, percent, plain, seconds_text, strict
 
 Json = dict[str, Any]
 

@@ -15,8 +15,8 @@ from holdfast.metrics import comparisons
 from holdfast.metrics.shares import Absent
 from holdfast.reports import words
 from holdfast.reports.curves import estimate_to_json
-from holdfast.reports.numbers import count_text, number, percent, plain, strict
 from holdfast.reports.tree import Facts, Group, Items, Report, Row, Section, Table
+from holdfast.reports.words import count_text, number, percent, plain, strict
 from holdfast.statistics.intervals import CONFIDENCE, mcnemar
 
 Json = dict[str, Any]

@@ -8,12 +8,22 @@ from torch import ones_like
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask
-from holdfast.metrics.perturbations import Curve, accuracy_against_eps, accuracy_against_queries
+from holdfast.metrics.predictions import Curve, accuracy_against_eps, accuracy_against_queries
 from holdfast.metrics.shares import FEWEST_IN_GROUP, Absent, per_class, per_group
 from holdfast.reports.json_schemas import EstimateJson
-from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, strict
 from holdfast.reports.tree import Block, Cell, Facts, Group, Highlight, Paragraph, Section, Table
-from holdfast.reports.words import amount, capitalized, interval, query_budget
+from holdfast.reports.words import (
+    amount,
+    capitalized,
+    count_text,
+    interval,
+    number,
+    percent,
+    plain,
+    query_budget,
+    seconds_text,
+    strict,
+)
 
 SummaryPart = Mapping[str, Any]
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from holdfast.core.evidence import Table as StoredTable
 from holdfast.metrics.names import PERCENTS, at_percent
 from holdfast.reports.curves import estimate_to_json
-from holdfast.reports.numbers import count_text, percent, strict
 from holdfast.reports.tree import Cell, Paragraph, Section, Table
-from holdfast.reports.words import estimate_cell, interval
+from holdfast.reports.words import count_text, estimate_cell, interval, percent, strict
 from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]

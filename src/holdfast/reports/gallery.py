@@ -16,11 +16,11 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 from holdfast.core.evidence import Evidence
 from holdfast.reports.curves import class_name, robust_examples
-from holdfast.reports.numbers import strict
+from holdfast.reports.words import strict
 from holdfast.threats.domains import IMAGE, TEXT, domain_of
 
 if TYPE_CHECKING:
-    from holdfast.threats.tables.rules import Rules
+    from holdfast.threats.table_rules import Rules
 
 Json = dict[str, Any]
 
@@ -150,7 +150,7 @@ def png(pixels: Tensor) -> str:
 
 def _texts(x: Tensor, x_adv: Tensor) -> Json:
     """Both texts, and the parts of the changed text, with the word of the clean text for each changed word."""
-    from holdfast.core.texts import decoded  # late: few inputs are texts
+    from holdfast.core.batch import decoded  # late: few inputs are texts
 
     clean, perturbed = decoded(torch.stack((x, x_adv)))
     before, after = (re.findall(r"\s+|\S+", text) for text in (clean, perturbed))

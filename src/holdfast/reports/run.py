@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports import certification, curves, defences, geometry, transfer, tree, words
+from holdfast.reports import certification, curves, defences, transfer, tree, words
+from holdfast.reports import charts as geometry
 from holdfast.reports.charts import staircases
 from holdfast.reports.curves import attack_sections, hardest
-from holdfast.reports.numbers import count_text, feature_value, number, percent, plain, seconds_text
+from holdfast.reports.words import count_text, feature_value, number, percent, plain, seconds_text
 
 if TYPE_CHECKING:
     from holdfast.core.evidence import Columns

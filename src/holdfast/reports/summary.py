@@ -18,6 +18,7 @@ from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.shares import within
 from holdfast.reports import json_schemas as forms
 from holdfast.reports.certification import certification
+from holdfast.reports.charts import geometry_results
 from holdfast.reports.curves import (
     accuracy_curves,
     estimate_to_json,
@@ -29,10 +30,8 @@ from holdfast.reports.curves import (
 from holdfast.reports.defences import rotation as rotated
 from holdfast.reports.defences import stateful_results
 from holdfast.reports.gallery import example_images
-from holdfast.reports.geometry import geometry_results
-from holdfast.reports.numbers import strict
 from holdfast.reports.transfer import across, transfer
-from holdfast.reports.words import headline, open_doubts, threat_in_words, why
+from holdfast.reports.words import headline, open_doubts, strict, threat_in_words, why
 from holdfast.statistics.intervals import CONFIDENCE, median, proportion
 from holdfast.threats.domains import domain_of
 from holdfast.threats.stored import threat_for_report

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from holdfast.core.errors import Placeholder, Remedy
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.core.remedies import Placeholder, Remedy
 from holdfast.metrics.comparisons import accuracies, matrix, model_names
 from holdfast.metrics.shares import Absent
 from holdfast.reports.curves import estimate_to_json
-from holdfast.reports.numbers import count_text, number, percent
 from holdfast.reports.tree import Cell, Paragraph, Section, Table
-from holdfast.reports.words import estimate_cell, interval
+from holdfast.reports.words import count_text, estimate_cell, interval, number, percent
 from holdfast.statistics.intervals import proportion
 
 Json = dict[str, Any]

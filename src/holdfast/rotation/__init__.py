@@ -11,43 +11,43 @@ from holdfast.core.catalogue import load_class
 if TYPE_CHECKING:
     from holdfast.rotation.collecting import Basins as Basins
     from holdfast.rotation.collecting import LowRank as LowRank
+    from holdfast.rotation.collecting import Members as Members
     from holdfast.rotation.collecting import Seeds as Seeds
     from holdfast.rotation.collecting import Source as Source
     from holdfast.rotation.collecting import Subset as Subset
     from holdfast.rotation.collecting import Task as Task
     from holdfast.rotation.collecting import collect as collect
-    from holdfast.rotation.distilling import Distilled as Distilled
+    from holdfast.rotation.collecting import put as put
+    from holdfast.rotation.collecting import weights_of as weights_of
     from holdfast.rotation.generating import Codec as Codec
     from holdfast.rotation.generating import Embedding as Embedding
     from holdfast.rotation.generating import Generator as Generator
     from holdfast.rotation.generating import LatentDiffusion as LatentDiffusion
     from holdfast.rotation.immunising import Crafting as Crafting
+    from holdfast.rotation.immunising import Distilled as Distilled
     from holdfast.rotation.immunising import Immunise as Immunise
     from holdfast.rotation.immunising import chain as chain
-    from holdfast.rotation.parameter_sets import Members as Members
-    from holdfast.rotation.parameter_sets import put as put
-    from holdfast.rotation.parameter_sets import weights_of as weights_of
     from holdfast.rotation.rotating_model import Answers as Answers
+    from holdfast.rotation.rotating_model import AnswersPerPrincipal as AnswersPerPrincipal
+    from holdfast.rotation.rotating_model import Elapsed as Elapsed
     from holdfast.rotation.rotating_model import Live as Live
     from holdfast.rotation.rotating_model import RotatingModel as RotatingModel
+    from holdfast.rotation.rotating_model import Watch as Watch
     from holdfast.rotation.rotating_model import canary as canary
     from holdfast.rotation.rotating_model import churn as churn
     from holdfast.rotation.rotating_model import loaded as loaded
+    from holdfast.rotation.rotating_model import refuse_faster as refuse_faster
     from holdfast.rotation.steps.short_steps import next_set as next_set
-    from holdfast.rotation.triggers import AnswersPerPrincipal as AnswersPerPrincipal
-    from holdfast.rotation.triggers import Elapsed as Elapsed
-    from holdfast.rotation.triggers import Watch as Watch
-    from holdfast.rotation.triggers import refuse_faster as refuse_faster
 
 _MODULES = {
     **dict.fromkeys(("Basins", "LowRank", "Seeds", "Source", "Subset", "Task", "collect"), "collecting"),
-    "Distilled": "distilling",
+    "Distilled": "immunising",
     **dict.fromkeys(("Codec", "Embedding", "Generator", "LatentDiffusion"), "generating"),
     **dict.fromkeys(("Crafting", "Immunise", "chain"), "immunising"),
-    **dict.fromkeys(("Members", "put", "weights_of"), "parameter_sets"),
+    **dict.fromkeys(("Members", "put", "weights_of"), "collecting"),
     **dict.fromkeys(("Answers", "Live", "RotatingModel", "canary", "churn", "loaded"), "rotating_model"),
     "next_set": "steps.short_steps",
-    **dict.fromkeys(("AnswersPerPrincipal", "Elapsed", "Watch", "refuse_faster"), "triggers"),
+    **dict.fromkeys(("AnswersPerPrincipal", "Elapsed", "Watch", "refuse_faster"), "rotating_model"),
 }
 __all__ = sorted(_MODULES)  # noqa: PLE0605
 

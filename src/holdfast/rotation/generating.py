@@ -17,7 +17,7 @@ from holdfast.core.errors import LostLoss, UsageError
 from holdfast.core.training import without_prefix
 from holdfast.core.types import NonNegative, Positive, Steps
 from holdfast.recipes.training.fit import drawing
-from holdfast.rotation.parameter_sets import Members, apart
+from holdfast.rotation.collecting import Members, apart
 
 DenoisingFunction = Callable[[Tensor, Tensor], Tensor]
 """function that predicts the noise (n, d) in points (n, d) at diffusion steps (n)"""

@@ -15,23 +15,30 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import (
+from holdfast.guard.rules import (
     Action,
     Incoming,
     Release,
     RequestDecision,
     RequestGuard,
+    all_finite,
     all_scores,
     labels,
 )
-from holdfast.guard.rules import all_finite
-from holdfast.guard.states.spending import Charge
+from holdfast.guard.state_in_memory import Charge
+from holdfast.io.files import canonical
 from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, now, started, timed_record
-from holdfast.server.error_log import REQUEST_FIELDS, REQUESTS, ErrorLog
 from holdfast.server.keys import Quotas
-from holdfast.server.requests import Headers, Refused, forwarding, wait_first
+from holdfast.server.requests import (
+    REQUEST_FIELDS,
+    REQUESTS,
+    ErrorLog,
+    Headers,
+    Refused,
+    forwarding,
+    wait_first,
+)
 from holdfast.server.telemetry import Telemetry
 from holdfast.server.traffic import Timing, no_timing
 

@@ -9,10 +9,20 @@ from functools import partial
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
-from holdfast.guard.decisions import Action, RequestDecision, RequestGuard
-from holdfast.server.asgi import ASGIApplication, Message, Receive, Send, WholeResponse, replayed, whole_body
-from holdfast.server.error_log import ErrorLog
-from holdfast.server.guarded_routes import Endpoints, GuardedRoutes, Scope
+from holdfast.guard.rules import Action, RequestDecision, RequestGuard
+from holdfast.server.asgi import (
+    ASGIApplication,
+    Endpoints,
+    GuardedRoutes,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    WholeResponse,
+    replayed,
+    whole_body,
+)
+from holdfast.server.requests import ErrorLog
 
 _FAILED = "the guard failed"
 _ACCEPTED = range(200, 300)

@@ -29,15 +29,21 @@ from typing import Any, Literal, Protocol
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.runs.engine.progress import Notify
-from holdfast.server.generation import NAME_DIGITS, Candidate, Generation, State
-from holdfast.server.live_pool import LivePool
-from holdfast.server.messages import Activate, Opened, Serve
+from holdfast.server.connections import StandIn
+from holdfast.server.messages import (
+    NAME_DIGITS,
+    Activate,
+    Candidate,
+    Generation,
+    Opened,
+    Serve,
+    State,
+    WorkerProcess,
+)
 from holdfast.server.requests import Refused
-from holdfast.server.server_setup import ServerSetup, WorkerSetup
-from holdfast.server.stand_in import StandIn
+from holdfast.server.server_setup import LivePool, ServerSetup, WorkerSetup
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.server.traffic import SetCounts
-from holdfast.server.worker_processes import WorkerProcess
 
 _POOL_S = 0.5
 """seconds between two reads of the ledger, which other processes may change"""

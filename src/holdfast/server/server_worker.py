@@ -28,11 +28,11 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
-from holdfast.guard.decisions import RequestGuard, release_of
-from holdfast.guard.detectors.mahalanobis import LastFeatures
+from holdfast.guard.detectors.outputs import LastFeatures
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule
-from holdfast.guard.states.sqlite import SQLiteState
+from holdfast.guard.rules import RequestGuard, release_of
+from holdfast.guard.state_in_sqlite import SQLiteState
 from holdfast.rotation.rotating_model import loaded
 from holdfast.runs.engine.processes import Send, read_message, serve_parent, unshared
 from holdfast.server import messages
@@ -48,14 +48,19 @@ from holdfast.server.answering_requests import (
 from holdfast.server.app import ServedModel, application
 from holdfast.server.asgi import UvicornServer
 from holdfast.server.audit_chain import ChainFile
-from holdfast.server.batching import Batcher
-from holdfast.server.connections import limited_protocol, refuse_connections
-from holdfast.server.error_log import ErrorLog, log_to_stderr
-from holdfast.server.generation import refuse_damaged
+from holdfast.server.connections import (
+    Check,
+    ModelTest,
+    audit_fault,
+    limited_protocol,
+    refuse_connections,
+    state_fault,
+)
 from holdfast.server.keys import KeyFile, Quotas
+from holdfast.server.live_monitor import Reservoir, SampledInputs
+from holdfast.server.messages import refuse_damaged
 from holdfast.server.protocol_v2 import Signature
-from holdfast.server.readiness import Check, ModelTest, audit_fault, state_fault
-from holdfast.server.sampled_inputs import Reservoir, SampledInputs
+from holdfast.server.requests import Batcher, ErrorLog, log_to_stderr
 from holdfast.server.server_setup import WorkerSetup
 from holdfast.server.telemetry import MEMORY_BYTES, Telemetry
 from holdfast.server.traffic import Profile

@@ -27,20 +27,13 @@ from holdfast.server.adaptations import Adaptations
 from holdfast.server.asgi import handled_signals
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import AuditFolder
-from holdfast.server.generation import Generation
-from holdfast.server.live_monitor import LiveMonitor
+from holdfast.server.live_monitor import ALL_BYTES, CollectedSamples, LiveMonitor
+from holdfast.server.messages import Generation, Inbox, WorkerProcess, bound_socket, hang_up_signals
 from holdfast.server.requests import Refused
-from holdfast.server.sampled_inputs import ALL_BYTES, CollectedSamples
 from holdfast.server.served_weights import ServedWeights
 from holdfast.server.server_setup import ServerSetup, WorkerSetup
 from holdfast.server.telemetry import MetricTotals, Telemetry
 from holdfast.server.traffic import Traffic
-from holdfast.server.worker_processes import (
-    Inbox,
-    WorkerProcess,
-    bound_socket,
-    hang_up_signals,
-)
 from holdfast.settings.grammar import seconds
 
 _TICK_S = 0.1

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, Literal
 
-from holdfast.guard.decisions import Action
-from holdfast.guard.rules import Rule
+from holdfast.guard.rules import Action, Rule
 
 Kind = Literal["counter", "gauge", "histogram"]
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock
 
-from holdfast.server.generation import Generation
+from holdfast.server.messages import Generation, WorkerProcess
 from holdfast.server.telemetry import METRICS, MetricTotals, Telemetry
-from holdfast.server.worker_processes import WorkerProcess
 
 PARTS = ("parsing", "guard before", "model", "guard after", "audit", "response")
 """parts that are measured: reading the body, the guard before and after the model, the model, the audit chain with the

@@ -1,18 +1,28 @@
-"""Parsers for the values of command-line flags, such as `60s`. The module does not import torch, so that mistakes are
-reported immediately.
-
-Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`. Threat models are parsed by
-`holdfast.threats.parsing`.
+"""Parsers for the values of command-line flags, such as `60s`, the names of attacks, suites, recipes and other choices,
+and the default suite. The module does not import torch.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Final, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
 
-from holdfast.core.errors import UsageError
-from holdfast.core.names import parse_number
-from holdfast.threats.parsing import MOVED, RECOLOURED, limit_of
+from holdfast.attacks.suites import (
+    SUITES,
+    VARIANTS,
+    Kind,
+    Specs,
+    SuiteName,
+    attacks_of,
+    is_possible,
+    kind_of_change,
+)
+from holdfast.core.catalogue import ATTACKS, names
+from holdfast.core.errors import Remedy, UsageError
+from holdfast.core.names import did_you_mean, parse_number, slug, suggestion
+from holdfast.core.threat import ThreatModel
+from holdfast.threats.parsing import FORMS, MOVED, RECOLOURED, Sees, limit_of
 
 LogKind = Literal["csv", "tensorboard", "mlflow", "wandb"]
 
@@ -173,3 +183,314 @@ def parse_pairs(items: Iterable[str], flag: str) -> dict[str, str]:
 def is_folder(output: str) -> bool:
     """Return whether the path of a report ends with a slash, which means that a folder is to be written."""
     return output.endswith(("/", "\\"))
+
+
+AUTO: Final = "auto"
+"""Value of `--recipe` that selects a recipe automatically."""
+
+CARD: Final = "card"
+"""Value of `--recipe` for `rotate`: the recipe in the card of the model, or `standard` for a model without a card."""
+
+SOURCES: Final = {
+    "basins": "Basins",
+    "low-rank": "LowRank",
+    "seeds": "Seeds",
+    "subset": "Subset",
+}
+"""Names of the sources of parameter sets for `rotate collect`, with the names of their classes in
+`holdfast.rotation`."""
+
+ENSEMBLE, MIXED = "ensemble:", "mixed:"
+"""Addresses of a model that consists of the models in the setting `members`."""
+COMBINATIONS: Final = ("logits", "mean", "votes")
+"""Ways of combining the members of an ensemble, which follow the address `ensemble:`; the first is the default."""
+
+
+def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> set[str]:
+    """Return the attacks of a suite, as normalised names, that remain after the options `only` and `skip` are applied.
+
+    Raises `UsageError` for unknown names, or if no attack remains.
+    """
+    available = dict.fromkeys(slug(name) for name in names)
+    for option in (*only, *skip):
+        if slug(option) not in available:
+            others = map(slug, (*ATTACKS, *VARIANTS))
+            hint = (
+                f"; expected one of {', '.join(available)}"
+                if slug(option) in others
+                else did_you_mean(slug(option), available)
+            )
+            raise UsageError(f"this suite has no attack {option!r}{hint}")
+    remaining = ({slug(name) for name in only} or set(available)) - {slug(name) for name in skip}
+    if not remaining:
+        raise UsageError(f"no attack is left; this suite has {', '.join(available)}")
+    return remaining
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Names of an attack in addition to its canonical name, such as short names."""
+
+    paper: str
+    """name in the paper; empty if it is the same or if another attack has this name here"""
+    short: tuple[str, ...] = ()
+    """usual short names of the attack"""
+
+    def __str__(self) -> str:
+        return ", ".join(name for name in (self.paper, *self.short) if name)
+
+
+SPELLINGS: Final[Mapping[str, Spelling]] = {
+    **{
+        entry.name: Spelling(entry.paper, entry.short)
+        for entry in ATTACKS.values()
+        if entry.paper or entry.short
+    },
+    "DI-FGSM": Spelling("DI2-FGSM"),
+}
+"""Further names of attacks, by the canonical name."""
+
+SUITE_SPELLINGS: Final[Mapping[SuiteName, tuple[str, ...]]] = {
+    "standard": ("autoattack", "aa"),
+    "rand": ("autoattack-rand", "aa-rand"),
+}
+"""Usual names of suites in other software, by the canonical name."""
+
+ADAPTIVE: Final = (
+    "Pair", "Pair-light", "Pair-heavy", "EOT", "BPDA", "BPDA-T", "BPDA-ALMA", "BPDA-FAB", "Search",
+    "AdaptiveSearch",
+)  # fmt: skip
+"""Names of the attacks that the setting `adaptive` adds depending on the doubts. A test compares them with `doubts`."""
+
+
+def folded(name: str) -> str:
+    """Return a name in the form in which names are compared: lower case, without `-`, `_` and spaces.
+
+    >>> folded("Hop-Skip_Jump")
+    'hopskipjump'
+    """
+    return "".join(letter for letter in name.casefold() if letter not in "-_ ")
+
+
+def suite_called(name: str) -> SuiteName | None:
+    """Return the canonical name of the suite that has `name` as one of its names, or None if there is no such suite."""
+    return _suites().get(folded(name))
+
+
+def is_suite_only(name: str) -> bool:
+    """Return whether a name is the name of a suite and not that of an attack."""
+    return suite_called(name) is not None and folded(name) not in _attacks()
+
+
+def attack_called(name: str) -> str:
+    """Return the canonical name of the attack, or of the variant of an attack in a suite, that has `name` as one of its
+    names.
+
+    Raises `UsageError` with the most similar name if there is none.
+    """
+    canonical = _attacks()
+    known_name = canonical.get(folded(name))
+    if known_name is not None:
+        return known_name
+    if folded(name) in map(folded, ADAPTIVE):
+        raise UsageError(
+            f"{name} is an attack that is added depending on the raised doubts, and it cannot be named directly",
+            Remedy("adaptive", True, function="assess", reason="instead"),
+        )
+    similar = suggestion(name, every_name())
+    raise UsageError(
+        f"there is no attack {name!r}{f'; {similar}' if similar else did_you_mean(name, _canonical_names())}"
+    )
+
+
+def attack_class_called(name: str) -> str:
+    """Return the canonical name of an attack whose settings can be changed. Raises `UsageError` for a variant of an
+    attack in a suite, whose settings are fixed.
+    """
+    canonical = attack_called(name)
+    if canonical in VARIANTS:
+        of = VARIANTS[canonical]
+        raise UsageError(
+            f"{canonical} is the name of {of} with certain settings in suites; name {of} to give settings (see "
+            f"holdfast attacks {of}), or name {canonical} without settings, as in suite: [{canonical}]"
+        )
+    return canonical
+
+
+def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
+    """Return the canonical name of the suite if `names` consists of one suite; otherwise return the canonical names of
+    the attacks in `names`.
+
+    Raises `UsageError` for an unknown name, and for a suite together with other names.
+    """
+    listed = [name.strip() for part in names for name in part.split(",") if name.strip()]
+    if not listed:
+        raise UsageError("suite is empty; expected a suite, as in fast, or attacks, as in pgd,square")
+    if len(listed) == 1:
+        (only_name,) = listed
+        suite = suite_called(only_name)
+        if (
+            suite is None
+            and folded(only_name) not in _attacks()
+            and folded(only_name) not in map(folded, ADAPTIVE)
+        ):
+            similar = suggestion(only_name, (*SUITES, *_canonical_names()))
+            expected = (
+                f"expected one of the suites {', '.join(SUITES)}, or an attack that holdfast attacks lists"
+            )
+            raise UsageError(f"suite is {only_name!r}; {similar or expected}")
+        return suite or (attack_called(only_name),)
+    return tuple(attack_listed(name) for name in listed)
+
+
+def attack_listed(name: str) -> str:
+    """Return the canonical name of one attack in a list of attacks. Raises `UsageError` if the name is
+    that of a suite.
+    """
+    if is_suite_only(name):
+        raise UsageError(
+            f"{name} is a suite, which cannot be combined with other names; leave them out, or list attacks, as in "
+            f"pgd,square"
+        )
+    return attack_called(name)
+
+
+def norms_of_suite(name: str) -> tuple[Kind, ...]:
+    """Return the kinds of changes under which at least one suite contains the attack `name`."""
+    norms = (kind for by_kind in SUITES.values() for kind, specs in by_kind.items() if name in _names(specs))
+    return tuple(dict.fromkeys(norms))
+
+
+def suites_of(name: str) -> tuple[str, ...]:
+    """Return the names of the suites that contain the attack `name` under at least one norm."""
+    return tuple(
+        s for s, by_kind in SUITES.items() if any(name in _names(specs) for specs in by_kind.values())
+    )
+
+
+def _names(specs: Specs) -> list[str]:
+    return [spec.name for spec in specs]
+
+
+def every_name() -> tuple[str, ...]:
+    """Return all names that the setting `suite` accepts, for shell completion: suites, attacks, variants of attacks,
+    and short names.
+    """
+    short = (
+        s
+        for forms in (*SUITE_SPELLINGS.values(), *(spelling.short for spelling in SPELLINGS.values()))
+        for s in forms
+    )
+    return tuple(dict.fromkeys((*SUITES, *_canonical_names(), *short)))
+
+
+def _canonical_names() -> list[str]:
+    return [*names("attacks"), *VARIANTS]
+
+
+def _attacks() -> dict[str, str]:
+    """Canonical names by all folded names. Holdfast's names take precedence over those of other packages."""
+    bundled = {folded(name): name for name in (*ATTACKS, *VARIANTS)}
+    short = {folded(form): name for name, spelling in SPELLINGS.items() for form in spelling.short}
+    papers = {folded(spelling.paper): name for name, spelling in SPELLINGS.items() if spelling.paper}
+    added = {folded(name): name for name in names("attacks")}
+    return {**added, **papers, **short, **bundled}
+
+
+def _suites() -> dict[str, SuiteName]:
+    short = {folded(form): name for name, forms in SUITE_SPELLINGS.items() for form in forms}
+    return {**short, **{folded(name): name for name in SUITES}}
+
+
+DEFAULT_SUITE: SuiteName = "fast"
+
+
+def usual_suite(threat: ThreatModel, *, trees: bool = False) -> SuiteName:
+    """Return the suite that is used under a threat model if the user gives neither a suite nor attacks.
+
+    It is `trees` for a model with readable `trees`. Otherwise it depends on the access of the attacker: `transfer` for
+    no access, `black-box` for scores or labels, and otherwise `fast`.
+    """
+    if threat.access == "gradients" or is_possible(DEFAULT_SUITE, threat.change, "none"):
+        return DEFAULT_SUITE
+    if trees and names_in_suite("trees", threat):
+        return "trees"
+    if threat.access == "none":
+        return "transfer"
+    return "black-box" if names_in_suite("black-box", threat) else DEFAULT_SUITE
+
+
+def names_in_suite(suite: SuiteName, threat: ThreatModel) -> tuple[str, ...]:
+    """Return the names of the attacks of a suite under a threat model, or an empty tuple if it has none."""
+    return tuple(spec.name for spec in attacks_of(suite, kind_of_change(threat.change), threat.access))
+
+
+def refuse_unknown(
+    suite: SuiteName | tuple[str, ...] | None,
+    attacks: Sequence[Mapping[str, Any]] | None,
+    threat: ThreatModel,
+    only: Sequence[str],
+    skip: Sequence[str],
+) -> None:
+    """Raise `UsageError` if the options `only` and `skip` contain names that are not attacks of the suite.
+
+    Names that are known only after an import of torch are not checked.
+    """
+    if isinstance(suite, tuple):
+        names = suite
+    elif attacks is not None:
+        names = tuple(str(attack.get("use")) for attack in attacks)
+    else:
+        names = names_in_suite(suite or usual_suite(threat), threat)
+    if not names or not set(names) <= {*ATTACKS, *VARIANTS}:
+        return
+    try:
+        chosen(names, only, skip)
+    except UsageError:
+        usual = suite is None and attacks is None
+        if not usual or not _of_black_box(threat, (*only, *skip)):
+            raise
+
+
+def refuse_uncertifiable(threat: ThreatModel) -> None:
+    """Raise `UsageError` for a threat model under which robustness is not proved: without a norm and a positive eps or
+    rules of a table, or with a target class.
+    """
+    name = threat.name
+    if "inserts" in threat.change.limits:
+        raise UsageError(
+            f"the threat {threat} appends words, and robustness is proved for changes of the words of a text, whose "
+            "number stays the same; give edits and words, or synonyms and a file"
+        )
+    if not FORMS[name].provable:
+        *provable, last = (name for name, form in FORMS.items() if form.provable)
+        raise UsageError(
+            f"the threat is {threat}, and robustness is proved under {', '.join(provable)} and {last} only",
+            Remedy("threat", threat.with_change("linf:0.1")),
+        )
+    if threat.eps == float("inf"):
+        raise UsageError(
+            f"the threat {threat} has no eps, which is to be proved",
+            Remedy("threat", threat.with_change(f"{name}:0.1")),
+        )
+    if threat.eps == 0:
+        raise UsageError(
+            f"the threat is {threat}, and under eps 0 there is nothing to prove",
+            Remedy("threat", threat.with_change(f"{name}:0.1")),
+        )
+    if threat.goal is not None or threat.goal_name:
+        goal = threat.goal_name or threat.goal
+        raise UsageError(
+            f"the threat is {threat}, and a proof is about every wrong class; leave goal=targeted:{goal} out"
+        )
+
+
+def _of_black_box(threat: ThreatModel, names: Sequence[str]) -> bool:
+    """Whether all names are attacks of `black-box` or `trees`, the default suites for models without gradients."""
+    accesses: tuple[Sees, ...] = ("scores", "labels")
+    accepted = {
+        slug(name)
+        for access in accesses
+        for name in names_in_suite("black-box", ThreatModel(threat.change, access=access))
+    }
+    return {slug(name) for name in names} <= accepted | set(map(slug, names_in_suite("trees", threat)))

@@ -1,7 +1,7 @@
 """The settings of all commands, each declared once in a group of related settings. The module imports pydantic, but not
 torch.
 
-A verb uses several groups (`holdfast.api.reading_settings`). The keys of a configuration file, the options of the
+A verb uses several groups (`holdfast.verbs.configuration`). The keys of a configuration file, the options of the
 command line and the JSON Schema are generated from the fields of the groups.
 """
 
@@ -15,13 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.attacks.suites import SUITES
 from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, RECIPES, REPORT_FILE
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.settings import values
-from holdfast.settings.default_suite import DEFAULT_SUITE
-from holdfast.settings.naming import CARD, COMBINATIONS, ENSEMBLE, MIXED, SOURCES
+from holdfast.settings.grammar import CARD, COMBINATIONS, DEFAULT_SUITE, ENSEMBLE, MIXED, SOURCES
 from holdfast.threats.domains import TEXT
 from holdfast.threats.parsing import threat_of
 

@@ -10,16 +10,14 @@ from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError,
 
 from holdfast.core import catalogue
 from holdfast.core.errors import UsageError
-from holdfast.core.names import parse_number
-from holdfast.core.spelling import did_you_mean
+from holdfast.core.names import did_you_mean, parse_number
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import Flag, SettingGroup
+from holdfast.settings.texts import complaint, load, place
 from holdfast.settings.values import Given, Numbers, Positive, Probability, Whole, whole, written_fields
-from holdfast.settings.wording import complaint, place
-from holdfast.settings.yaml_text import load
 
 if TYPE_CHECKING:
-    from holdfast.guard.detectors.mahalanobis import Detector
+    from holdfast.guard.detectors.outputs import Detector
 
 ModeName = Literal["observe", "shadow", "enforce"]
 ActionName = Literal["allow", "flag", "label_only", "abstain", "delay", "block"]

@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, ValidationInfo
 
 from holdfast.core.catalogue import REPORT_FILE
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import UPSTREAM_KEY, Placeholder, Remedy
+from holdfast.core.errors import UPSTREAM_KEY, Placeholder, Remedy, UsageError
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.settings import values
 from holdfast.settings.grammar import seconds

@@ -10,13 +10,11 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from holdfast.core.errors import UsageError
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.io.data.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable
 from holdfast.io.files import refuse_address, text_of_file
-from holdfast.settings.wording import complaint, place
-from holdfast.settings.yaml_text import MAX_CHARACTERS, parse_yaml
-from holdfast.threats.tables.rules import (
+from holdfast.settings.texts import MAX_CHARACTERS, complaint, parse_yaml, place
+from holdfast.threats.table_rules import (
     MOST_VALUES,
     Budget,
     Column,
@@ -27,7 +25,7 @@ from holdfast.threats.tables.rules import (
 )
 
 if TYPE_CHECKING:
-    from holdfast.threats.tables.table import Table
+    from holdfast.threats.tables import Table
 
 _HEADER = """\
 # Rules of the table {name}, drafted from {rows:,} rows. Edit them: the draft knows no meaning of a column.
@@ -86,7 +84,7 @@ def table_threat(*, file: str, eps: float | None = None) -> "Table":
 
     Raises `UsageError` or `TargetError` for a file that contains no rules.
     """
-    from holdfast.threats.tables.table import Table  # late, because it imports torch
+    from holdfast.threats.tables import Table  # late, because it imports torch
 
     refuse_address(file, "the rules are", "table:rules.yaml")
     text = text_of_file(Path(file), "file of rules", most=4 * MAX_CHARACTERS)

@@ -28,16 +28,17 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from pydantic_core.core_schema import no_info_plain_validator_function, to_string_ser_schema
 
 from holdfast.core.catalogue import AUDITS, DRIFT_TESTS, GENERATOR_RECIPES, names
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.names import kind_of, parse_number
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.core.spelling import did_you_mean
+from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
+from holdfast.core.names import did_you_mean, kind_of, parse_number
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import GATED, with_equality
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.files import text_of_file
 from holdfast.io.remote.remote import header_variable
 from holdfast.settings.grammar import (
+    AUTO,
+    CARD,
+    SOURCES,
     numbers,
     parse_every,
     parse_log,
@@ -46,9 +47,8 @@ from holdfast.settings.grammar import (
     parse_transform,
     per_second,
     seconds,
+    suite_or_attacks,
 )
-from holdfast.settings.naming import AUTO, CARD, SOURCES
-from holdfast.settings.spellings import suite_or_attacks
 from holdfast.threats.parsing import threat_of
 
 POOL_STAYS = (

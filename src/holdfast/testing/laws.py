@@ -26,8 +26,17 @@ from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.runs.harness.measure import measure
-from holdfast.testing.fakes import SHAPE, Constant, Gradientless, NaNBeyond, examples, labelled, network
-from holdfast.testing.linear import LinearOracle, linear_problem
+from holdfast.testing.fakes import (
+    SHAPE,
+    Constant,
+    Gradientless,
+    LinearOracle,
+    NaNBeyond,
+    examples,
+    labelled,
+    linear_problem,
+    network,
+)
 
 Kind = Callable[[float], Norm]
 """function that returns a norm of a given radius, such as `Linf`"""

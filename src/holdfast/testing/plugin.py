@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from holdfast.api.references import DataLike, ModelLike
     from holdfast.attacks.protocol import Attack
     from holdfast.gates.judging import Judgement
     from holdfast.runs.assess.result import Result
+    from holdfast.verbs.opening.python_functions import DataLike, ModelLike
 
 _SHOWN = 10  # number of broken examples that a message lists
 
@@ -49,7 +49,7 @@ def assert_robust(
     result is returned. An unclear verdict fails too; the message states whether more examples or the acceptance of a
     doubt could change it.
     """
-    from holdfast.api.verbs import assess
+    from holdfast.verbs.functions import assess
 
     __tracebackhide__ = True  # pytest then shows the line of the test
     claim = f"robust_accuracy >= {at_least!r}"

@@ -2,7 +2,7 @@
 not have the property.
 
 The main law is: certified radius <= exact distance <= distance of any successful attack. Exact distances are those of
-linear models (`holdfast.testing.linear`) and of small ReLU networks (`holdfast.testing.relu`). Other packages can run
+linear models (`holdfast.testing.fakes`) and of small ReLU networks (`holdfast.testing.fakes`). Other packages can run
 the laws on their provers:
 
     @pytest.mark.parametrize("law", proofs.PROVER_LAWS)
@@ -28,10 +28,16 @@ from holdfast.core.meter import margin
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import PerExample
-from holdfast.testing.fakes import examples, labelled, network
+from holdfast.testing.fakes import (
+    LinearOracle,
+    ReLUOracle,
+    examples,
+    labelled,
+    linear_problem,
+    network,
+    relu_problem,
+)
 from holdfast.testing.laws import broken
-from holdfast.testing.linear import LinearOracle, linear_problem
-from holdfast.testing.relu import ReLUOracle, relu_problem
 
 _SIZES = {Linf: 0.03, L2: 0.15, L1: 0.6}
 """radius of each norm at which the networks of `holdfast.testing.fakes` have certified and broken examples"""

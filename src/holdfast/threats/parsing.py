@@ -16,10 +16,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
-from holdfast.core.errors import UsageError
-from holdfast.core.names import PARTS, is_size, limits_text, parse_number, size_text
-from holdfast.core.remedies import Remedy
-from holdfast.core.spelling import did_you_mean
+from holdfast.core.errors import Remedy, UsageError
+from holdfast.core.names import PARTS, did_you_mean, is_size, limits_text, parse_number, size_text
 from holdfast.core.threat import Change, ThreatModel
 from holdfast.threats.domains import TABLE, TEXT, Domain
 
@@ -282,7 +280,7 @@ FORMS: Final[dict[str, Form]] = {
         aimed=False,
     ),
     "patch": Form(
-        "holdfast.threats.patches:Patch",
+        "holdfast.threats.transformations:Patch",
         _patch,
         {
             "at": _matching(
@@ -338,7 +336,7 @@ FORMS: Final[dict[str, Form]] = {
         aimed=False,
     ),
     "trigger": Form(
-        "holdfast.io.data.trigger_files:trigger_threat",
+        "holdfast.io.data.npz:trigger_threat",
         file_argument("file"),
     ),
     "colour": Form(

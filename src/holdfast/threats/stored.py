@@ -17,10 +17,10 @@ _HOMES: Mapping[str, str] = {
     **dict.fromkeys(("Linf", "L2", "L1", "L0"), "holdfast.core.constraints"),
     "Corruptions": "holdfast.threats.transformations",
     "TrainingSet": "holdfast.threats.triggers",
-    "Patch": "holdfast.threats.patches",
+    "Patch": "holdfast.threats.transformations",
     "Spatial": "holdfast.threats.transformations",
     "Colour": "holdfast.threats.transformations",
-    "Table": "holdfast.threats.tables.table",
+    "Table": "holdfast.threats.tables",
     "TextEdits": "holdfast.threats.text_edits",
     "Stamped": "holdfast.threats.triggers",
 }

@@ -1,6 +1,6 @@
 """Edits of texts as a constraint, such as `text:edits=2,words=3` in threat models.
 
-Inputs are texts as rows of code points (`core/texts.py`). Words are what whitespace separates. The operations are those
+Inputs are texts as rows of code points (`core/batch.py`). Words are what whitespace separates. The operations are those
 of Pruthi, Dhingra & Lipton, "Combating Adversarial Misspellings with Robust Word Recognition", ACL 2019,
 arXiv:1905.11268, Li et al., "TextBugger", NDSS 2019, arXiv:1812.05271, and Boucher et al., "Bad Characters:
 Imperceptible NLP Attacks", IEEE S&P 2022, arXiv:2106.09898.
@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from holdfast.core.batch import decoded
 from holdfast.core.errors import UsageError
-from holdfast.core.texts import decoded
 from holdfast.core.types import Inputs, PerExample
 from holdfast.threats.domains import TEXT, Domain
 from holdfast.threats.parsing import refuse_text_limits

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs, PerExample
 from holdfast.threats.transformations import Whole
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from holdfast.adaptation.adapted import Adapted, steps_table
-from holdfast.adaptation.journal import open_adaptation
+from holdfast.adaptation.journal import Adapted, open_adaptation, steps_table
 from holdfast.audits.audit import open_audit
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.names import slug
@@ -23,13 +22,13 @@ from holdfast.reports.run import card_facts, example_group, metrics_section
 from holdfast.reports.tree import Block, Items, Report, Section, Table
 from holdfast.reports.words import VERDICTS, amount, shown_metrics
 from holdfast.reports.write import rendered
-from holdfast.rotation.pool.pool_manifest import verify_pool
+from holdfast.rotation.ledger import verify_pool
 from holdfast.runs.assess.result import Result
-from holdfast.runs.stored.run_forms import consistent
-from holdfast.runs.stored.stored_runs import Comparison, open_run
+from holdfast.runs.documents.record import consistent
+from holdfast.runs.documents.stored_runs import Comparison, open_run
 from holdfast.server.asgi import style_sheet
 from holdfast.server.audit_folder import verify_audit
-from holdfast.viewer import outcomes
+from holdfast.viewer import shelf as outcomes
 from holdfast.viewer.shelf import Item, Shelf, fingerprint
 
 Explain = Callable[[Result, int], str]
@@ -546,8 +545,8 @@ def explainer(*, trust_code: bool = False) -> Explain:
     """
 
     def explain_example(result: Result, number: int) -> str:
-        from holdfast.api.explain import explain  # opens models, which the other pages do not need
-        from holdfast.api.verb_settings import Explain as ExplainSettings
+        from holdfast.verbs.explain import explain  # opens models, which the other pages do not need
+        from holdfast.verbs.settings import Explain as ExplainSettings
 
         card = result.evidence.model
         name, folder = str(card.get("name", "")), str(result.run_folder)

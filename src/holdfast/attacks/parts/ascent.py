@@ -8,12 +8,11 @@ from typing import Literal, Protocol
 import torch
 
 from holdfast.attacks.parts.losses import Best, Loss, margin, margin_loss
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, pick, spread
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import input_gradient, levelled
 from holdfast.core.model import Bounds, Model
-from holdfast.core.per_example import pick, spread
 from holdfast.core.types import Inputs, Labels, Logits, Mask, PerExample
 
 

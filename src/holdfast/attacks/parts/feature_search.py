@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.attacks.parts.ascent import cosine, near
+from holdfast.attacks.parts.boundaries import DOUBLE_CHECKS, CountedQueries
 from holdfast.attacks.parts.losses import margin_loss, scaled_cross_entropy
-from holdfast.attacks.parts.queries import DOUBLE_CHECKS, CountedQueries
 from holdfast.attacks.parts.substitutes import SmallNetwork
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError
 from holdfast.core.gradients import Replacement, StraightThrough, Through, detoured, input_gradient
 from holdfast.core.model import Model, out_of_memory
-from holdfast.core.relaxed import Relaxation, relaxed
+from holdfast.core.surrogate_gradients import Relaxation, relaxed
 from holdfast.core.types import Inputs, Logits, PerExample, Rows
 
 _LOOKED_AT = 8

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch, Lookup
+from holdfast.core.batch import Batch, Lookup, pick
 from holdfast.core.constraints import Constraint, Norm
 from holdfast.core.errors import UsageError
 from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Model
 from holdfast.core.outputs import scale
-from holdfast.core.per_example import pick
 from holdfast.core.types import Inputs, Labels, Logits, Mask, PerExample, Rows
 
 __all__ = [

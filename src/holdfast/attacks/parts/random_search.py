@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.losses import Best, margin
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, pick, spread
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds, Model
-from holdfast.core.per_example import pick, spread
 from holdfast.core.types import Ids, Inputs, Mask, Rows
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from holdfast.attacks.parts.ascent import cosine
 from holdfast.attacks.parts.losses import Best, Closest, firmly_broken, margin
 from holdfast.attacks.parts.random_search import signs
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import Constraint, Norm, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds, Model
-from holdfast.core.per_example import spread
 from holdfast.core.types import Ids, Inputs, Logits, PerExample, Rows
 
 _MINIBATCH = 128

@@ -12,17 +12,24 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from holdfast.audits.features import penultimate
-from holdfast.audits.finding import Finding, Images, Picture, Size, StoredSteps, Table, in_unit_range
+from holdfast.audits.finding import (
+    Finding,
+    Images,
+    Picture,
+    Size,
+    StoredSteps,
+    Table,
+    in_unit_range,
+    penultimate,
+)
 from holdfast.audits.generator.audit import GeneratorAudit, finding_of_steps, standardised
 from holdfast.audits.generator.audit import measure as measure_generator
 from holdfast.audits.generator.copies import frechet_distance
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import Remedy, TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds
-from holdfast.core.remedies import Remedy
 from holdfast.generators.adapters import GAN
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.recipes.training.gans import BATCH, RobustGAN, RobustLosses

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from holdfast.certifiers.bounds import operations
 from holdfast.core.constraints import L1, L2, Constraint, Linf
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.remedies import Remedy
 from holdfast.core.types import Inputs
 
 Operation = operations.Linear | operations.Activation | operations.MaxPool

@@ -21,9 +21,8 @@ from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.certifiers.provers import margin_rows
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample
 from holdfast.io.models.architectures import CayleyConv2d, MaxMin, SLLConv2d, overlaps

@@ -11,16 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from holdfast.certifiers.bounds.alpha import optimised, sharpen
+from holdfast.certifiers.bounds.alpha import optimised, reduced, reducible, sharpen
 from holdfast.certifiers.bounds.crown import relaxed, substitute
 from holdfast.certifiers.bounds.graph import Graph, Region, Relaxation
-from holdfast.certifiers.bounds.reduction import reduced, reducible
 from holdfast.certifiers.bounds.tracing import traced
-from holdfast.certifiers.branching.branching import OutputProperty, Search, Tree, splittable
+from holdfast.certifiers.branching import OutputProperty, Search, Tree, splittable
 from holdfast.certifiers.vnnlib.query import ConstrainedBox, DeclaredNetwork, Query, Variable
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
 from holdfast.io.onnx.opening import OnnxNetwork
 
 

@@ -26,7 +26,7 @@ from holdfast.certifiers.vnnlib.query import (
     refuse_unbounded_inputs,
 )
 from holdfast.core.errors import TargetError, importing
-from holdfast.core.spelling import suggestion
+from holdfast.core.names import suggestion
 from holdfast.io.files import megabytes, opened
 
 MOST_DEPTH = 128

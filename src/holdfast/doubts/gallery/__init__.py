@@ -7,31 +7,19 @@ is the same network without the defence. For each, `holdfast demo --gallery` sho
 and under an adaptive attack, and the doubts that are raised.
 """
 
-from holdfast.doubts.gallery import (
-    activations,
-    codebooks,
-    decisions,
-    generative,
-    guided,
-    images,
-    logit_masks,
-    memories,
-    precisions,
-    purifiers,
-)
-from holdfast.doubts.gallery.item import EPS, Item
-from holdfast.doubts.gallery.small_networks import undefended
+from holdfast.doubts.gallery import decisions, images, layers, memories, purifiers
+from holdfast.doubts.gallery.item import EPS, Item, undefended
 
 ITEMS: tuple[Item, ...] = (
-    *logit_masks.ITEMS,
+    *layers.LOGIT_MASKS,
     *images.ITEMS,
-    *activations.ITEMS,
-    *generative.ITEMS,
-    *guided.ITEMS,
+    *layers.ACTIVATIONS,
+    *purifiers.GENERATIVE,
+    *purifiers.GUIDED,
 )
 """Masked models that `holdfast demo --gallery` shows, grouped by the module that defines them."""
 
-DISCRETE: tuple[Item, ...] = (*decisions.ITEMS, *codebooks.ITEMS, *precisions.ITEMS, *memories.ITEMS)
+DISCRETE: tuple[Item, ...] = (*decisions.ITEMS, *memories.CODEBOOKS, *layers.PRECISIONS, *memories.MEMORIES)
 """Further masked models: each decides, quantises or looks up, in part without a derivative.
 
 They were committed shortly before the attacks `StandIn` and `FeatureTransfer`, without knowledge of them, but after the
@@ -39,7 +27,7 @@ first version of the search that divides the budget; the attacks were not develo
 marked with replacements of a gradient.
 """
 
-SLOW: tuple[Item, ...] = purifiers.ITEMS
+SLOW: tuple[Item, ...] = purifiers.PURIFIERS
 """Masked models whose evaluation takes minutes, which `holdfast demo --gallery` does not show."""
 
 __all__ = ["DISCRETE", "EPS", "ITEMS", "SLOW", "Item", "undefended"]

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
-from holdfast.doubts.gallery.item import Item
-from holdfast.doubts.gallery.small_networks import digit_network, trained_on_digits
+from holdfast.doubts.gallery.item import Item, digit_network, trained_on_digits
 
 CLASSES = 10
 VOTERS = 5  # odd, so that two classes rarely have equally many votes

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import through
-from holdfast.corruptions.digital import jpeg_compression
-from holdfast.doubts.gallery.item import Item
-from holdfast.doubts.gallery.small_networks import digit_network, trained_on_digits
+from holdfast.corruptions.images import jpeg_compression
+from holdfast.doubts.gallery.item import Item, digit_network, trained_on_digits
 
 BITS = 4  # of 8; a small perturbation changes few of the 16 levels
 QUALITY = 75  # the usual default of JPEG encoders

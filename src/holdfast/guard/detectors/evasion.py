@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.attacks.parts.boundaries import Answer, Example, Walk, asked, follow, least_size
 from holdfast.attacks.parts.losses import expect_eps, expect_norm
-from holdfast.attacks.parts.queries import Answer, Example, Walk, asked, follow, least_size
 from holdfast.attacks.parts.random_search import as_image, window, window_share, with_windows
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf

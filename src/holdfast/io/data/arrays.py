@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.model import Bounds
-from holdfast.core.normalisation import Normalisation
-from holdfast.core.remedies import Placeholder, Remedy
+from holdfast.core.errors import HoldfastError, Placeholder, Remedy, TargetError, UsageError
+from holdfast.core.model import Bounds, Normalisation, Units
 from holdfast.core.types import Inputs, Layout
-from holdfast.core.units import Units
 from holdfast.io.data.columns import EXACT, in_order_of_first, inexact, notes_of_rules
 from holdfast.io.data.labels import Numbered, class_labels, refuse_swapped
 from holdfast.io.data.layouts import Expected, LayoutReading, reading_of
@@ -282,7 +279,7 @@ def from_numpy(
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if expected.edits is not None:
-        from holdfast.io.data.texts import codes  # late: few inputs are texts
+        from holdfast.io.data.columns import codes  # late: few inputs are texts
 
         x, preserve = codes(x, expected.edits, ids, name), True
     if expected.rules is not None:

@@ -10,9 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.batch import CLASSIFIERS_ONLY, off_range
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, Remedy, data_argument, model_argument
-from holdfast.core.spelling import by_stripped, most_similar, note_on_spaces
+from holdfast.core.errors import (
+    HoldfastError,
+    Placeholder,
+    Remedy,
+    TargetError,
+    UsageError,
+    data_argument,
+    model_argument,
+)
+from holdfast.core.names import by_stripped, most_similar, note_on_spaces
 from holdfast.io.data.columns import MOST_CHARACTERS, Words, number_of
 from holdfast.io.data.layouts import Expected
 from holdfast.io.files import names_of, similar_name

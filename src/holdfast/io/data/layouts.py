@@ -9,17 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.model import Bounds
-from holdfast.core.normalisation import Normalisation
-from holdfast.core.remedies import data_argument
+from holdfast.core.errors import TargetError, UsageError, data_argument
+from holdfast.core.model import Bounds, Normalisation, Units
 from holdfast.core.types import Inputs, Layout, Logits
-from holdfast.core.units import Units
 from holdfast.io.files import LAYOUT
 from holdfast.io.remote.probing import HWC_NOTE, ProbedClassifier
 
 if TYPE_CHECKING:
-    from holdfast.threats.tables.rules import Rules
+    from holdfast.threats.table_rules import Rules
     from holdfast.threats.text_edits import TextEdits
 
 CHANNELS = (1, 3, 4)

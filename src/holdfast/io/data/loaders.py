@@ -32,9 +32,8 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from holdfast.core.batch import UNLABELLED, Batch, Data
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import TargetError, UsageError, data_argument
 from holdfast.core.names import kind_of
-from holdfast.core.remedies import data_argument
 from holdfast.io.data.arrays import SUPPORTED, Array, Arrays, from_numpy
 from holdfast.io.data.data import concatenated
 from holdfast.io.data.labels import numbered, whole_numbers

@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.core.remedies import Remedy
-from holdfast.core.spelling import by_stripped, note_on_spaces
+from holdfast.core.errors import NoSplit, Remedy, TargetError, UsageError
+from holdfast.core.names import by_stripped, note_on_spaces
 from holdfast.core.types import Mask
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words, as_numbers
 from holdfast.io.data.layouts import Expected

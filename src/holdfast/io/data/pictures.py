@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
-from holdfast.core.remedies import data_argument
-from holdfast.core.spelling import by_stripped, note_on_spaces
+from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError, data_argument
+from holdfast.core.names import by_stripped, note_on_spaces
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
 from holdfast.io.data.labels import lenient_numbers
 from holdfast.io.data.layouts import GREY_NOTE, Expected
 from holdfast.io.files import NORMALISED_DATA, existing, megabytes, opened, sha256_of_file, similar_name
-from holdfast.io.limited.calling import too_slow
-from holdfast.io.limited.limited_main import MEMORY, cpu_seconds, requested_memory
 from holdfast.io.models.weights import RAISE_LIMIT, read_once
+from holdfast.io.sandbox.calling import too_slow
+from holdfast.io.sandbox.sandbox_main import MEMORY, cpu_seconds, requested_memory
 
 if TYPE_CHECKING:
     from holdfast.io.data.labels import Groups

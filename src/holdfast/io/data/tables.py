@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.batch import CLASSIFIERS_ONLY, UNLABELLED
-from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.core.remedies import Placeholder, data_argument
-from holdfast.core.spelling import most_similar
+from holdfast.core.errors import NoSplit, Placeholder, TargetError, UsageError, data_argument
+from holdfast.core.names import most_similar
 from holdfast.core.types import Layout
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note, from_numpy, handles_missing
 from holdfast.io.data.columns import (
@@ -39,9 +38,9 @@ from holdfast.io.data.labels import Groups, numbered, numbered_words, refuse_unk
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.pictures import decoded
 from holdfast.io.files import names_of, readable_file, similar_name
-from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limited_main import Limits
-from holdfast.io.limited.tables import TableRequest, table
+from holdfast.io.sandbox.calling import read_under_limits
+from holdfast.io.sandbox.sandbox_main import Limits
+from holdfast.io.sandbox.tables import TableRequest, table
 
 _MOST = 0.5
 """Share of numbers above which strings in a column probably stand for missing values."""
@@ -142,7 +141,7 @@ def table_examples(
     layout: Layout | None = None
     x: NDArray[Any]
     if expected.edits is not None:
-        from holdfast.io.data.texts import column_of_texts  # late: few inputs are texts
+        from holdfast.io.data.columns import column_of_texts  # late: few inputs are texts
 
         x, notes = column_of_texts(table, expected.words[0] if expected.words else None, label, drop, chosen)
     elif expected.rules is not None:

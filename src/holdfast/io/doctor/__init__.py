@@ -8,8 +8,7 @@ far more often with the alternative than with the declared one, so that a weak m
 
 from holdfast.io.doctor.behaviour import names_of_labels, spread_examples
 from holdfast.io.doctor.examination import examine, misfit
-from holdfast.io.doctor.examined import BETTER, Checkup, Finding
-from holdfast.io.doctor.readings import FILLED, share_filled
+from holdfast.io.doctor.readings import BETTER, FILLED, Checkup, Finding, share_filled
 
 __all__ = [
     "BETTER",

@@ -12,18 +12,27 @@ from holdfast.attacks.parts.images import inner
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.core.batch import Batch, Data, advice
 from holdfast.core.batch import remedies as more_classes_of
-from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
+from holdfast.core.errors import Remedy, TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import EVERY, Classifier, out_of_memory
 from holdfast.core.outputs import PROBABILITY, are_probabilities
-from holdfast.core.remedies import Remedy
 from holdfast.core.training import CUTS
 from holdfast.core.types import Labels, Logits, Rows
 from holdfast.io.data.arrays import Arrays, ranges_of_features
 from holdfast.io.data.data import concatenated
 from holdfast.io.data.labels import listed
 from holdfast.io.data.pictures import Pictures
-from holdfast.io.doctor.examined import BETTER, STEADY, Examined, Finding, outputs_of, relative_change
-from holdfast.io.doctor.readings import checked_order, class_orders, shifted_labels, units
+from holdfast.io.doctor.readings import (
+    BETTER,
+    STEADY,
+    Examined,
+    Finding,
+    checked_order,
+    class_orders,
+    outputs_of,
+    relative_change,
+    shifted_labels,
+    units,
+)
 from holdfast.io.files import LAYOUT
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.remote import probing

@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator
 from holdfast.attacks.parts.fast_networks import in_training
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UnclearOutput
+from holdfast.core.meter import Room, batch_size_for, in_room
 from holdfast.core.model import IN_PLACE, Classifier, evaluating, fitted
-from holdfast.core.pieces import Room, batch_size_for, in_room
 from holdfast.io.doctor import behaviour
-from holdfast.io.doctor.examined import Examined, Finding, outputs_in_batches, outputs_of
-from holdfast.io.doctor.readings import class_orders, labels_from_one, layouts, units
+from holdfast.io.doctor.readings import (
+    Examined,
+    Finding,
+    class_orders,
+    labels_from_one,
+    layouts,
+    outputs_in_batches,
+    outputs_of,
+    units,
+)
 from holdfast.io.remote.probing import settle_output, settle_predictions
 
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import TRUST_CODE, TargetError, UsageError
 from holdfast.core.model import Batches
-from holdfast.core.remedies import TRUST_CODE
 from holdfast.io.files import refusing
-from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limited_main import Limits, is_out_of_memory
 from holdfast.io.models.weights import check_archive, read_once
+from holdfast.io.sandbox.calling import read_under_limits
+from holdfast.io.sandbox.sandbox_main import Limits, is_out_of_memory
 
 _LAYERS = """
 addmm baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution dot

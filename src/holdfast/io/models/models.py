@@ -11,20 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from holdfast.core.errors import CarriesCode, TargetError, UsageError
-from holdfast.core.model import EVERY, Batches, Bounds, Classifier, parameter_of, refuse_lazy
-from holdfast.core.normalisation import Normalisation
+from holdfast.core.batch import LARGEST
+from holdfast.core.errors import CarriesCode, TargetError, UsageError, model_argument
+from holdfast.core.model import EVERY, Batches, Bounds, Classifier, Normalisation, parameter_of, refuse_lazy
 from holdfast.core.outputs import OutputKind
-from holdfast.core.remedies import model_argument
-from holdfast.core.texts import LARGEST
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import ARCHITECTURE, reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models import factories
-from holdfast.io.models.adapting import adapted, no_classifier
+from holdfast.io.models.adapting import adapted, digest_of_object, no_classifier
 from holdfast.io.models.composed import declared_ensemble, ensemble_of, with_denoiser
 from holdfast.io.models.estimators import Adapted, Estimator, Predictor
 from holdfast.io.models.exported import FREE_BATCH, SLICES, open_program
-from holdfast.io.models.object_digest import digest_of_object
 from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.io.models.weights import (
     Weights,
@@ -37,7 +34,7 @@ from holdfast.io.models.weights import (
 from holdfast.io.remote.remote import SCHEMES, Remote
 
 if TYPE_CHECKING:
-    from holdfast.threats.tables.rules import Rules
+    from holdfast.threats.table_rules import Rules
 
 _SPARE = 1_000
 """Number by which the parameters of a requested network may exceed the tensors of the file.
@@ -125,13 +122,13 @@ class Declared:
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
         if self.texts:
-            from holdfast.io.models.text_models import adapted_text_model  # late: few models are of texts
+            from holdfast.io.models.adapting import adapted_text_model  # late: few models are of texts
 
             adapted_model = adapted_text_model(net)
         else:
             adapted_model = adapted(net)
         if adapted_model is not None and self.rules is not None:
-            from holdfast.io.models.table_models import adapted_to_table  # late: few models have rules
+            from holdfast.io.models.trees import adapted_to_table  # late: few models have rules
 
             adapted_model = adapted_to_table(adapted_model, self.rules)
         if adapted_model is not None:
@@ -317,7 +314,7 @@ def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
 
 def _open_trusted(opening: _Opening, path: Path, content: bytes) -> OpenedModel:
     """Open a file that runs code: it contains a whole network, or weights with other objects."""
-    from holdfast.io.models.trusted import open_trusted  # late: few files run code
+    from holdfast.io.models.factories import open_trusted  # late: few files run code
 
     content_or_module, how, digest = open_trusted(path, content)
     if isinstance(content_or_module, Weights):
@@ -375,7 +372,7 @@ def _filled_pipeline(
     opening: _Opening, built: factories.Built, pipeline: Predictor, weights: Weights, digest: str
 ) -> OpenedModel:
     """Load weights into the linear classifier of a pipeline of scikit-learn, and return it as a model of texts."""
-    from holdfast.io.models.text_models import LinearTexts  # late: few models are pipelines for texts
+    from holdfast.io.models.adapting import LinearTexts  # late: few models are pipelines for texts
 
     trained = LinearTexts(pipeline)
     notes = fit_weights(trained, weights, repr(opening.address))

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.core.errors import TargetError, UsageError, importing
+from holdfast.core.errors import TRUST_CODE, TargetError, UsageError, importing
 from holdfast.core.names import kind_of
-from holdfast.core.remedies import TRUST_CODE
-from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limited_main import Limits
 from holdfast.io.models.estimators import Adapted, Predictor, adapted_estimator
 from holdfast.io.models.trees import open_booster, open_lightgbm
 from holdfast.io.models.weights import check_archive, read_once
+from holdfast.io.sandbox.calling import read_under_limits
+from holdfast.io.sandbox.sandbox_main import Limits
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes, bytearray, slice, range)
 _GENERATORS = (np.random.RandomState, np.random.Generator)

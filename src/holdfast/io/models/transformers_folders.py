@@ -1,9 +1,10 @@
-"""Opens folders of transformers with a classifier of texts or images."""
+"""Opens folders of transformers, and finds out by a few calls how a model of texts treats them."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from holdfast.attacks.parts.images import edited
+from holdfast.core.batch import Data, decoded, encoded
 from holdfast.core.errors import TargetError, UsageError, importing
-from holdfast.core.texts import decoded
+from holdfast.core.model import Classifier
 from holdfast.io.files import names_of
-from holdfast.io.models.estimators import Adapted
-from holdfast.io.models.text_models import TextFunction
+from holdfast.io.models.adapting import TextFunction
+from holdfast.io.models.estimators import Adapted, Estimator
 from holdfast.io.models.weights import Weights, empty_network, read_once, read_state_dict, refuse_not_finite
+from holdfast.io.remote.probing import ProbedClassifier
+from holdfast.threats.text_edits import TextEdits
 
 _LARGEST_SIDE = 4096
 """Largest number in the settings of a processor. An image of it has 200 MB, and known models take smaller ones."""
@@ -450,3 +455,90 @@ def _labels(folder: Path, settings: Mapping[str, Any], classes: int) -> tuple[st
             f"for each of 0 to {classes - 1} was expected"
         )
     return labels
+
+
+_N_ROWS = 512
+"""Number of texts of which the longest is examined."""
+_LONG, _IGNORED = 48, 16
+"""Smallest number of words of a text that is examined, and of words at its end that change nothing."""
+
+
+def truncation_notes(model: Classifier, data: Data) -> tuple[str, ...]:
+    """Return a note for the report if the scores of the longest text do not depend on its last words.
+
+    The words after a position are replaced by the first words of the text, and by themselves in reverse order. The
+    smallest position at which the scores of both stay equal is found by bisection. Cost: about ten forward passes of
+    two texts.
+    """
+    rows = data.read(0, min(_N_ROWS, len(data))).x
+    text = max(decoded(rows), key=lambda each: len(each.split()))
+    words = re.findall(r"\S+\s*", text)
+    if len(words) < _LONG:
+        return ()
+    probe = ProbedClassifier(model)
+
+    def scores(kept: int) -> torch.Tensor | None:
+        others = words[: len(words) - kept], words[kept:][::-1]
+        changed = ["".join((*words[:kept], *other)) for other in others]
+        return probe.outputs(encoded(changed, max(*map(len, changed), rows.shape[1])).to(rows))
+
+    whole, low, high = scores(len(words)), 0, len(words)
+    if whole is None:
+        return ()
+    while low < high:
+        middle = (low + high) // 2
+        found = scores(middle)
+        if found is not None and torch.equal(found, whole):
+            high = middle
+        else:
+            low = middle + 1
+    if not 0 < high <= len(words) - _IGNORED:
+        return ()
+    ignored = f"the scores of a text of {len(words)} words do not depend on the words after the first {high}"
+    return (f"{ignored}: the model probably truncates texts, and changes of later words have no effect",)
+
+
+_N_TEXTS, _WORDS = 64, 50
+"""Number of texts that are read, and of their words that are edited."""
+
+
+def unknown_notes(model: Classifier, data: Data, edits: TextEdits) -> tuple[str, ...]:
+    """Return a note for the report on edited words that the model does not know, with an example.
+
+    Words are known or unknown to the tokenizer of a folder of transformers, and to a pipeline of scikit-learn that
+    begins with a vectoriser of words. Nothing is stated about other models, whose words are not known here.
+    """
+    is_unknown = _is_unknown(model)
+    if is_unknown is None or not edits.edits:
+        return ()
+    texts = decoded(data.read(0, min(_N_TEXTS, len(data))).x)
+    distinct = dict.fromkeys(word for text in texts for word in text.split())
+    known = [word for word in distinct if not is_unknown(word)][:_WORDS]
+    changed = [(word, new) for word in known for new in edited(word)]
+    unknown = [(word, new) for word, new in changed if is_unknown(new)]
+    if not unknown:
+        return ()
+    word, new = unknown[0]
+    share = (
+        f"{100 * len(unknown) / len(changed):.0f} % of the words that one edit makes of {len(known)} words"
+    )
+    return (
+        f"the model does not know {share} it knows, such as {new!a} instead of {word!r}: the edit hides the word",
+    )
+
+
+def _is_unknown(model: Classifier) -> Callable[[str], bool] | None:
+    """Return a function that states whether a model does not know a word; None if this cannot be found out."""
+    if isinstance(model.net, TokenisedTexts):
+        tokenizer = model.net.tokenizer
+        unknown_id = tokenizer.unk_token_id
+        if unknown_id is None:
+            return None
+        return lambda word: unknown_id in tokenizer(word, add_special_tokens=False)["input_ids"]
+    source: Any = model.net.interface.source if isinstance(model.net, Estimator) else None
+    vectoriser: Any = source.steps[0][1] if type(source).__name__ == "Pipeline" else None
+    places = getattr(vectoriser, "vocabulary_", None)
+    if places is None or getattr(vectoriser, "analyzer", "") != "word":
+        return None
+    analyse = vectoriser.build_analyzer()
+    return lambda word: not any(term in places for term in analyse(word))

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from holdfast.core.errors import CarriesCode, TargetError
-from holdfast.core.remedies import TRUST_CODE
+from holdfast.core.errors import TRUST_CODE, CarriesCode, TargetError
 from holdfast.io.files import content_of_file, megabytes, refusing
-from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limited_main import MEMORY, Limits, requested_memory
-from holdfast.io.limited.weights import SAFER, WRITTEN
+from holdfast.io.sandbox.calling import read_under_limits
+from holdfast.io.sandbox.sandbox_main import MEMORY, Limits, requested_memory
+from holdfast.io.sandbox.weights import SAFER, WRITTEN
 
 MAX_BYTES = 4 * 2**30
 """Largest total size in bytes of the members of an archive. Any classifier that fits the memory limit is much

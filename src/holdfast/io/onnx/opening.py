@@ -15,14 +15,21 @@ from torch import Tensor, fx, nn
 from holdfast.core.errors import TargetError
 from holdfast.core.outputs import is_single
 from holdfast.core.types import Access
-from holdfast.io.limited.calling import read_under_limits
-from holdfast.io.limited.limited_main import Limits
 from holdfast.io.models.exported import SLICES, FixedBatch, rebatched
-from holdfast.io.onnx.building import Builder, GraphStep, Operator, Unsupported, Value
+from holdfast.io.onnx.building import SHAPING, Builder, GraphStep, Operator, Unsupported, Value, as_tensor
 from holdfast.io.onnx.layers import LAYERS, POINTWISE
-from holdfast.io.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, onnx_module, read_onnx
-from holdfast.io.onnx.runtime import run_session, session
-from holdfast.io.onnx.shaping import SHAPING, as_tensor
+from holdfast.io.onnx.reading import (
+    OnnxFile,
+    OnnxInput,
+    bytes_beside,
+    onnx_content,
+    onnx_module,
+    read_onnx,
+    run_session,
+    session,
+)
+from holdfast.io.sandbox.calling import read_under_limits
+from holdfast.io.sandbox.sandbox_main import Limits
 
 OPERATORS: dict[str, Operator] = {**LAYERS, **POINTWISE, **SHAPING}
 """Functions that convert the supported operators, by their ONNX names."""

@@ -10,9 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
+from holdfast.core.errors import (
+    Placeholder,
+    Remedy,
+    TargetError,
+    TargetLost,
+    TargetRefused,
+    UsageError,
+    model_argument,
+)
 from holdfast.core.outputs import LOGIT
-from holdfast.core.remedies import Placeholder, Remedy, model_argument
 from holdfast.io.data.labels import listed
 from holdfast.io.files import similar_name
 

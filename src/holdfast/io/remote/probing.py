@@ -10,10 +10,17 @@ from torch import Tensor, nn
 
 from holdfast.attacks.parts.images import inner
 from holdfast.core.batch import Data
-from holdfast.core.errors import HoldfastError, NoLogits, TargetError, TargetLost, UnclearOutput
-from holdfast.core.model import Bounds, Classifier, evaluating, fitted, out_of_memory
-from holdfast.core.normalisation import Normalisation
-from holdfast.core.remedies import Placeholder, Remedy, data_argument
+from holdfast.core.errors import (
+    HoldfastError,
+    NoLogits,
+    Placeholder,
+    Remedy,
+    TargetError,
+    TargetLost,
+    UnclearOutput,
+    data_argument,
+)
+from holdfast.core.model import Bounds, Classifier, Normalisation, evaluating, fitted, out_of_memory
 from holdfast.core.training import CUTS
 from holdfast.core.types import Layout, Logits
 from holdfast.io.models.estimators import Estimator

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.images import inner
-from holdfast.core.errors import InputRefused, QueriesSpent, TargetRefused
+from holdfast.core.errors import InputRefused, Placeholder, QueriesSpent, TargetRefused, model_argument
 from holdfast.core.meter import Purpose, current
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import REFUSED, refused
-from holdfast.core.remedies import Placeholder, model_argument
 from holdfast.io.files import LAYOUT
-from holdfast.io.remote.http_client import Client, status_line
+from holdfast.io.remote.http_client import Client, Sent, key_of, new_sent, status_line
 from holdfast.io.remote.payloads import ServerAnswers, Shaped, Template
 from holdfast.io.remote.remote import Remote
-from holdfast.io.remote.sent import Sent, key_of, new_sent
 
 _OF_THE_VALUES = frozenset({400, 422})
 """Status codes that mean that the values of an input were rejected, not its size or type."""

@@ -24,9 +24,8 @@ from holdfast.certifiers.provers import margin_rows
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import NoBounds, UsageError
+from holdfast.core.errors import NoBounds, Remedy, UsageError
 from holdfast.core.model import Bounds, Classifier
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, PerExample
 from holdfast.recipes.training.fit import Training

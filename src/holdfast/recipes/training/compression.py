@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.core.batch import Batch
+from holdfast.core.meter import results_in_pieces
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import results_in_pieces
 from holdfast.core.training import AVERAGE, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.io.models.architectures import int8_layers, naive_gradients
 from holdfast.recipes.training.fit import drawing

@@ -43,19 +43,24 @@ from holdfast.core.training import (
 )
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.augment import Augmentation, augmented, augmented_by, cut_and_mixed
-from holdfast.recipes.training.distributed import average, mean_factor, processes, rank, share
 from holdfast.recipes.training.losses import Immunity
 from holdfast.recipes.training.optimisation import (
     Optimisation,
     OwnOptimizer,
     OwnSchedule,
+    Pacing,
+    Plans,
     Rate,
+    average,
     copy_of_tensor,
+    mean_factor,
     optimizer_of,
+    processes,
+    rank,
     scheduler_of,
+    share,
     slowed,
 )
-from holdfast.recipes.training.update_plans import Pacing, Plans
 from holdfast.recipes.training.weights import Statistics, ema, perturbed, swa
 
 

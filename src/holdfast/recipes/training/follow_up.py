@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.meter import results_in_pieces
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
-from holdfast.core.pieces import results_in_pieces
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
-from holdfast.recipes.training.distributed import broadcast
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.learner import Learner
+from holdfast.recipes.training.optimisation import broadcast
 from holdfast.recipes.training.recipe import Finished
 from holdfast.threats.triggers import Stamped, Trigger
 

@@ -13,15 +13,14 @@ from holdfast.attacks.parts.losses import Loss, cross_entropy
 from holdfast.core.batch import UNLABELLED, Batch, TrainingData
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Classifier, Model
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import Checkpoint, have_compiled, lay_out
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.recipes.training.augment import refuse_augmentation
-from holdfast.recipes.training.distributed import processes, refuse_few
 from holdfast.recipes.training.fit import EpochGuard, Forwards, Training, Turn, fit, refuse_unusable
+from holdfast.recipes.training.optimisation import processes, refuse_few
 from holdfast.recipes.training.weights import twin
 
 GROWN = "grown"

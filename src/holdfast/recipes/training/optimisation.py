@@ -1,24 +1,334 @@
-"""The optimiser of a training and its learning rates, which are named or functions of the user.
-
-The state of the optimiser is part of the checkpoints. That of a scheduler is not: the number of its steps is a function
-of the completed fraction of the training, so that a scheduler that was created again takes the same steps.
+"""The updates of a training: its optimiser and learning rate, plans that determine its examples, and data-parallel
+processes.
 """
 
+import functools
+import importlib
 import inspect
+import itertools
 import math
+import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import Remedy, TargetError, UsageError
 from holdfast.core.model import raising
 from holdfast.core.names import kind_of
-from holdfast.core.training import GROUP, MEMORY, NUMBER, TrainingPlan, without_prefix
+from holdfast.core.training import GROUP, MEMORY, NUMBER, Checkpoint, TrainingPlan, without_prefix
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+
+T = TypeVar("T")
+_PATIENT = timedelta(days=7)  # timeout: the other processes wait while the first one evaluates
+_GROUPS = itertools.count()
+"""Numbers of the process groups that this process joins one after another."""
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Context manager that joins the processes that torchrun has started into a process group. It has no effect for a
+    single process or if a group exists.
+    """
+    if started() == 1 or not dist.is_available() or dist.is_initialized():
+        yield
+        return
+    if "RANK" not in os.environ:
+        raise UsageError(
+            f"WORLD_SIZE is {started()} and RANK is not set, so the number of this process is unknown; start the "
+            f"processes with torchrun, or unset WORLD_SIZE"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(_local())
+    # This import binds the existing group as a default; an optimizer's first step imports it too. A group that was
+    # bound is never destroyed, and a thread of it that still releases a tensor aborts the process at exit.
+    importlib.import_module("torch.distributed.nn.functional")
+    # Each group has keys of its own in the store. With those of an earlier group, a process may connect to addresses
+    # of processes that have closed their ports.
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store = PrefixStore(f"training-{next(_GROUPS)}", _store())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=started(),
+        timeout=_PATIENT,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@functools.cache
+def _store() -> "Store":
+    """Return the store in which the processes of torchrun exchange their addresses. It is opened once, because without
+    the agent of torchrun it is part of the first process.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://", timeout=_PATIENT))[0]
+    return store
+
+
+def started() -> int:
+    """Return the number of processes that were started for a data-parallel training, according to the process group or
+    else to torchrun; 1 without both.
+    """
+    return dist.get_world_size() if _grouped() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes() -> int:
+    """Return the number of processes of a data-parallel training that are joined in a process group; 1 without a
+    group.
+    """
+    return dist.get_world_size() if _grouped() else 1
+
+
+def rank() -> int:
+    """Return the rank of this process in a data-parallel training, counted from 0."""
+    return dist.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def first() -> bool:
+    """Return whether this is the first process of a data-parallel training, which evaluates and writes files for
+    all.
+    """
+    return rank() == 0
+
+
+def own(device: torch.device) -> torch.device:
+    """Return the GPU of this process if torchrun has started several processes and `device` is a GPU. Otherwise
+    `device` is returned unchanged.
+    """
+    return torch.device("cuda", _local()) if device.type == "cuda" and started() > 1 else device
+
+
+def _local() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def broadcast(value: T) -> T:
+    """Return, in every process of a data-parallel training, the value that the first process has passed."""
+    if processes() == 1:
+        return value
+    objects = [value]
+    with _connected():
+        dist.broadcast_object_list(objects)
+    return objects[0]
+
+
+def match_first(digests: list[str], model: nn.Module) -> None:
+    """Give a model the weights that it has in the first process of a data-parallel training. Raises `UsageError` if the
+    digests of the data differ from those of the first process.
+    """
+    if broadcast(digests) != digests:
+        raise UsageError(
+            "this process has other data than the first one; give all processes the same data in the same order, as "
+            "from one file"
+        )
+    # on the CPU, because the processes may have different devices
+    model.load_state_dict(broadcast({name: value.cpu() for name, value in model.state_dict().items()}))
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Context that turns the loss of another process into a `TargetError`."""
+    try:
+        yield
+    except RuntimeError as error:  # which is all that gloo and NCCL raise
+        raise TargetError(
+            f"this process has lost the connection to the others: {error}. If one of them has ended, its output has "
+            f"the reason"
+        ) from error
+
+
+def refuse_few(batch: int) -> None:
+    """Raise `UsageError` if a batch of this size has fewer examples than the training has processes."""
+    n = processes()
+    if batch < n:
+        raise UsageError(
+            f"a batch of {batch} is too small for {n} processes; start fewer processes",
+            Remedy("recipe.training.batch", n * 32),
+        )
+
+
+def share(rows: Tensor) -> Tensor:
+    """Return the part of the positions `rows` of a batch that this process of a data-parallel training uses."""
+    refuse_few(len(rows))
+    return rows[rank() :: processes()]
+
+
+def mean_factor(n_own: int, n_total: int) -> float:
+    """Return the factor for a mean over the `n_own` rows of this process, with which the mean over all processes equals
+    the mean over all rows.
+
+    `n_own` is the number of rows of this process.
+    """
+    return n_own * processes() / n_total
+
+
+@torch.no_grad()
+def average(values: Iterable[Tensor | None]) -> None:
+    """Replace each tensor in place by its mean over the processes of a data-parallel training. Integer tensors are
+    unchanged.
+    """
+    if processes() == 1:
+        return
+    fractions = [value for value in values if value is not None and value.is_floating_point()]
+    if not fractions:
+        return
+    # one message for all tensors; float32, because a sum in half precision loses digits
+    concatenated = torch.cat(
+        [value.flatten().to(torch.promote_types(value.dtype, torch.float32)) for value in fractions]
+    )
+    with _connected():
+        dist.all_reduce(concatenated)
+    concatenated /= processes()
+    means = torch.split(concatenated, [value.numel() for value in fractions])
+    for value, mean in zip(fractions, means, strict=True):
+        value.copy_(mean.view_as(value))
+
+
+Pacing = Callable[[int, int, int, TrainingPlan | None], TrainingPlan]
+"""function that plans the number of updates of a training, from the number of completed updates, that of the current
+epoch, the updates of an epoch, and the previous plan"""
+_TRAINED = 9.0  # smallest time of training before an evaluation, in multiples of the time of the evaluation
+
+
+def evaluation_interval(update_s: float, look_s: float, per_epoch: int) -> int:
+    """Return the number of updates between two evaluations within a time budget: whole epochs, so that evaluations and
+    checkpoints take at most about a tenth of the time.
+    """
+    epoch_s = max(per_epoch * update_s, 1e-9)
+    return per_epoch * max(math.ceil(_TRAINED * look_s / epoch_s), 1)
+
+
+def most_evaluations(updates_s: float, look_s: float) -> int:
+    """Return the largest number of evaluations in the rest of a training whose updates take `updates_s` seconds."""
+    return int(updates_s / max(_TRAINED * look_s, 1e-9)) + 1
+
+
+class Plans:
+    """All plans of a training so far, in order. Within a time budget, the number of updates is planned again as the
+    training proceeds.
+    """
+
+    def __init__(self, epochs: int, per_epoch: int, pacing: Pacing | None) -> None:
+        self.per_epoch, self._pacing = per_epoch, pacing
+        n_updates = epochs * per_epoch
+        self._plans = [TrainingPlan(0, 0.0, n_updates, n_updates)] if pacing is None else []
+        self.updates = 0
+        """number of completed updates"""
+
+    @property
+    def paced(self) -> bool:
+        """Whether the training has a time budget, so that its number of updates is planned by the clock."""
+        return self._pacing is not None
+
+    @property
+    def end(self) -> int:
+        """Total number of updates of the training according to the last plan."""
+        return self._plans[-1].end
+
+    @property
+    def first_end(self) -> int:
+        """Total number of updates of the training according to the first plan."""
+        return self._plans[0].end
+
+    def resume(self, after: Checkpoint) -> None:
+        """Continue the plans of a training from a checkpoint, also if the number of updates in an epoch has changed
+        since then.
+        """
+        self.updates = after.epoch * self.per_epoch + after.step
+        if not self.paced or not after.plans:
+            return
+        self._plans, last = list(after.plans), after.plans[-1]
+        if after.updates >= last.end:
+            self.updates = after.updates
+        elif after.updates != self.updates:  # batches became smaller when memory ran out
+            times = self.updates / after.updates
+            share, update_s = last.done(after.updates), last.update_s / times
+            end = max(round(last.end * times), self.updates + 1)
+            at = self.updates
+            self._plans.append(
+                replace(last, at=at, share=share, end=end, review=end, update_s=update_s, looked=at)
+            )
+
+    def ended(self) -> bool:
+        """Return whether all planned updates of the training are completed."""
+        return bool(self._plans) and self.updates >= self.end
+
+    def evaluated(self) -> bool:
+        """Return whether the model is evaluated at the end of the current epoch. Without a time budget it always is,
+        and otherwise after the first epoch, if enough updates were made since the last evaluation, and at the end.
+        """
+        if not self.paced or self.ended():
+            return True
+        last = self._plans[-1]
+        interval = evaluation_interval(last.update_s, last.look_s, self.per_epoch)
+        return not last.looked or self.updates - last.looked >= interval
+
+    def due(self) -> bool:
+        """Return whether a new plan of the training must be made now, as the last plan requested."""
+        return self.paced and self.updates >= self._plans[-1].review
+
+    def review(self, position: int) -> None:
+        """Make a new plan of the training after `position` updates of an epoch, if there is a time budget. Several
+        processes use the clock of the first one.
+        """
+        if self._pacing is not None and not self.ended():
+            last = self._plans[-1] if self._plans else None
+            # two clocks never agree, and all processes must end after the same update
+            self._plans.append(broadcast(self._pacing(self.updates, position, self.per_epoch, last)))
+
+    def rewind(self, updates: int, position: int) -> None:
+        """Set the number of completed updates of the training back to `updates`, `position` of them in the current
+        epoch, because later updates were undone. The used time does not change.
+
+        The number of remaining updates is the same as without going back.
+        """
+        if self.paced:
+            share = self.at(updates).done(updates)
+            self.review(position + self.updates - updates)
+            n_left = max(self.end - self.updates, 0)
+            end = updates + n_left
+            plan = replace(
+                self._plans[-1], at=updates, share=share, end=end, review=updates + 1, rewound=True
+            )
+            self._plans.append(plan)
+        self.updates = updates
+
+    def at(self, updates: int) -> TrainingPlan:
+        """Return the plan of the training that applies after `updates` updates."""
+        return next(plan for plan in reversed(self._plans) if plan.at <= updates)
+
+    @property
+    def share(self) -> float:
+        """Completed fraction of the training, on which the schedules of learning rate and eps depend."""
+        return self.at(self.updates).done(self.updates)
+
+    @property
+    def kept(self) -> tuple[TrainingPlan, ...]:
+        """Plans that a checkpoint of the training contains: all of them if there is a time budget, else none."""
+        return tuple(self._plans) if self.paced else ()
+
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 OwnOptimizer = Callable[[list[nn.Parameter]], Optimizer]

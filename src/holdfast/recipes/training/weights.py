@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.attacks.parts.fast_networks import quicken_stems
 from holdfast.core.model import Classifier
-from holdfast.recipes.training.distributed import average
+from holdfast.recipes.training.optimisation import average
 
 Statistics = Literal["running", "batch"]
 """statistics that batch norm uses: the running mean and variance, or those of the current batch"""

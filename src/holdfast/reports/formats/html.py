@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from holdfast.core.names import line
-from holdfast.reports import numbers, words
+from holdfast.reports import words
 from holdfast.reports.tree import Block, Chart, Report, shown_in, text_of
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ def _environment() -> "Environment":
     # the type of a block, as in `b is table`
     environment.tests |= {kind.__name__.lower(): _is_a(kind) for kind in get_args(Block)}
     environment.filters |= {
-        "percent": numbers.percent,
-        "plain": numbers.plain,
-        "count": numbers.count_text,
+        "percent": words.percent,
+        "plain": words.plain,
+        "count": words.count_text,
         "picture": _picture,
         "label": words.label,
         "capitalized": words.capitalized,

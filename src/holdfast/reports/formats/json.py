@@ -2,8 +2,8 @@
 
 from typing import TextIO
 
-from holdfast.reports.numbers import json_text
 from holdfast.reports.tree import Report
+from holdfast.reports.words import json_text
 
 
 def render(report: Report, file: TextIO) -> None:

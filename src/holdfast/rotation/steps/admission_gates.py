@@ -13,7 +13,7 @@ from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import AtLeast, AtMost, Doubts, Verdict, overall
 from holdfast.metrics.predictions import calibration_error
 from holdfast.metrics.shares import worst_class
-from holdfast.reports.numbers import percent
+from holdfast.reports.words import percent
 from holdfast.rotation.steps.set_measuring import (
     CONFIDENCE,
     LEAST,

@@ -18,8 +18,8 @@ from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
 from holdfast.reports.words import amount
 from holdfast.rotation import Members, canary
-from holdfast.rotation.parameter_sets import l1, refuse_foreign, rotated
-from holdfast.rotation.pool.pool import NAME_DIGITS, Pool
+from holdfast.rotation.collecting import l1, refuse_foreign, rotated
+from holdfast.rotation.pool import NAME_DIGITS, Pool
 from holdfast.rotation.rotating_model import CANARIES
 from holdfast.rotation.steps.admission_gates import (
     CLAIMABLE,
@@ -32,8 +32,15 @@ from holdfast.rotation.steps.admission_gates import (
     gate_results,
     reported,
 )
-from holdfast.rotation.steps.contents import OWN, PoolStore, bases_left
-from holdfast.rotation.steps.rotation_request import FIRST, RotateRequest, state_of
+from holdfast.rotation.steps.alternatives import ATTACKS, TransferAttacker
+from holdfast.rotation.steps.rotation_request import (
+    FIRST,
+    OWN,
+    PoolStore,
+    RotateRequest,
+    bases_left,
+    state_of,
+)
 from holdfast.rotation.steps.set_measuring import (
     SAME_DRAW_SETS,
     WHITE,
@@ -51,12 +58,10 @@ from holdfast.rotation.steps.set_measuring import (
     statement,
     widened,
 )
-from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.assess.expected_time import duration, step_times
 from holdfast.runs.assess.request import Subject
-from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent, stoppable
 from holdfast.runs.engine.run import Run
-from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.store.columns import content_digest
 from holdfast.runs.store.folder import StoredStage
 

@@ -22,12 +22,17 @@ from holdfast.gates.judging import protection_verdict, with_effects
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.reports.words import amount
 from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.alternatives import Alternatives, doubt, share_json
-from holdfast.rotation.steps.contents import bases, bases_left, generator_of, surrogates
-from holdfast.rotation.steps.rotation_request import RotateRequest, accuracy
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.steps.alternatives import ATTACKS, Alternatives, TransferAttacker, doubt, share_json
+from holdfast.rotation.steps.rotation_request import (
+    RotateRequest,
+    accuracy,
+    bases,
+    bases_left,
+    generator_of,
+    surrogates,
+)
 from holdfast.rotation.steps.set_measuring import sets_of_same_draw
-from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.assess.request import Keep
 from holdfast.runs.engine.progress import Progress, Step
 from holdfast.statistics.intervals import proportion

@@ -18,22 +18,30 @@ from typing import Any
 import torch
 
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import OTHER_FOLDER, RESUME, Remedy, TargetError, UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import OTHER_FOLDER, RESUME, Remedy
 from holdfast.core.training import Checkpoint, without_prefix
 from holdfast.rotation import Members, Task, weights_of
 from holdfast.rotation.collecting import swapped, with_fresh_weights
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.pool.pool_manifest import is_complete, refuse_other_head
-from holdfast.rotation.steps.contents import OWN, PLAN, PoolStore, secret, surrogate_name, training_name
-from holdfast.rotation.steps.rotation_request import FIRST, RotateRequest, accuracy, state_of
+from holdfast.rotation.ledger import is_complete, refuse_other_head
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.steps.rotation_request import (
+    FIRST,
+    OWN,
+    PLAN,
+    PoolStore,
+    RotateRequest,
+    accuracy,
+    secret,
+    state_of,
+    surrogate_name,
+    training_name,
+)
 from holdfast.rotation.steps.set_measuring import planned_needs, statement
 from holdfast.runs.assess.expected_time import duration
-from holdfast.runs.engine.progress import Notify, Progress, Step, ignore, silent
-from holdfast.runs.engine.resuming import way_out
+from holdfast.runs.engine.identity import way_out
+from holdfast.runs.engine.progress import Notify, Progress, Step, ignore, silent, stoppable
 from holdfast.runs.engine.run import Run
-from holdfast.runs.engine.signals import stoppable
 from holdfast.runs.harden.pace import Pace, pace
 from holdfast.runs.store.folder import StoredStage
 

@@ -11,27 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from holdfast.core.errors import Inconclusive, InUse, LostLoss, UsageError
-from holdfast.core.needs import Need, refuse_unmet
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import Inconclusive, InUse, LostLoss, Need, Remedy, UsageError, refuse_unmet
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, refuse_faster
 from holdfast.rotation.collecting import Basins, swapped
-from holdfast.rotation.pool.ledger_state import Serving
-from holdfast.rotation.pool.pool import Pool
+from holdfast.rotation.ledger_state import Serving
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.rotating_model import Counters, Trigger, due_triggers, exposed
 from holdfast.rotation.steps.admission_gates import IN_A_ROW, Admission
 from holdfast.rotation.steps.admit import AdmitRequest, admission_time, admit, first_sizes, parsed_claim
 from holdfast.rotation.steps.collect import Collected, CollectRequest, collect
-from holdfast.rotation.steps.draw import FRESH, UPDATES, By, DrawRequest, draw
-from holdfast.rotation.steps.generator_quality import trained_generator
-from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest
+from holdfast.rotation.steps.draw import FRESH, UPDATES, By, DrawRequest, TrainRequest, draw, train
+from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest, trained_generator
 from holdfast.rotation.steps.set_measuring import MEASURED_LATER, planned_needs, sufficient, tolerance_text
 from holdfast.rotation.steps.short_steps import UNJUDGED, swap
-from holdfast.rotation.steps.train import TrainRequest, train
-from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
 from holdfast.runs.assess.expected_time import duration
-from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.runs.engine.resuming import way_out
-from holdfast.runs.engine.signals import Stopper, stoppable
+from holdfast.runs.engine.identity import way_out
+from holdfast.runs.engine.progress import Notify, Progress, Stopper, ignore, silent, stoppable
 
 _INTERVAL_S, _PAUSE_S = (
     1.0,

@@ -17,7 +17,6 @@ from holdfast.attacks.apgd import APGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch, Lookup
-from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence
@@ -26,12 +25,12 @@ from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask
 from holdfast.io.data.arrays import Arrays
+from holdfast.io.files import canonical, digest
 from holdfast.metrics.shares import robust
-from holdfast.reports.numbers import percent, strict
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.contents import surrogates
-from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest
-from holdfast.rotation.transfer_attacks import TransferAttacker
+from holdfast.reports.words import percent, strict
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.steps.alternatives import TransferAttacker
+from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest, surrogates
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.engine.identity import code_digest

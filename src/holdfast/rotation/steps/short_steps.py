@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.core.errors import Inconclusive, UsageError
-from holdfast.core.remedies import Placeholder, Remedy
-from holdfast.rotation.pool.ledger_state import SetRecord, Term
-from holdfast.rotation.pool.pool import Pool
-from holdfast.rotation.steps.generator_quality import trained_generator
+from holdfast.core.errors import Inconclusive, Placeholder, Remedy, UsageError
+from holdfast.rotation.ledger_state import SetRecord, Term
+from holdfast.rotation.pool import Pool
+from holdfast.rotation.steps.rotation_request import trained_generator
 from holdfast.runs.store.append_log import Head
 
 

@@ -19,11 +19,10 @@ from holdfast.core.meter import purpose
 from holdfast.doubts.answering import arms, required_attacks
 from holdfast.gates.judging import Doubts, Judgement, judge
 from holdfast.io.remote.served_model import Served
-from holdfast.runs.assess import probes
+from holdfast.runs.assess import measuring
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.executors import executor_for
-from holdfast.runs.assess.expected_rows import expected_rows
-from holdfast.runs.assess.expected_time import duration, expected_seconds
+from holdfast.runs.assess.expected_time import duration, expected_rows, expected_seconds
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
 from holdfast.runs.assess.preparation import (
     learning_examples,
@@ -44,21 +43,7 @@ from holdfast.runs.assess.result import (
     worst_case,
 )
 from holdfast.runs.assess.served_runs import attach, finish, refuse_early, served_by
-from holdfast.runs.engine.executor import Executor, MemoryStore, Stopwatch, Store
-from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.runs.engine.ray_cluster import NODES
-from holdfast.runs.engine.resuming import resumable, way_out
-from holdfast.runs.engine.run import Run
-from holdfast.runs.engine.signals import Stopper, stoppable
-from holdfast.runs.harness.assembly import FOUND
-from holdfast.runs.harness.kinds.checks import GEOMETRY, STATEFUL
-from holdfast.runs.harness.plan import Plan
-from holdfast.runs.harness.target import Target
-from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
-from holdfast.runs.stored.commands import command_of
-from holdfast.runs.stored.recomputing import decided, files_of, judgements_of
-from holdfast.runs.stored.record import (
+from holdfast.runs.documents.record import (
     ADAPTIVE,
     DOUBTS,
     ROTATION,
@@ -73,8 +58,18 @@ from holdfast.runs.stored.record import (
     manifest_from_json,
     splits_of,
 )
-from holdfast.runs.stored.run_manifest import about_run, assess_manifest
-from holdfast.runs.stored.stored_runs import open_run
+from holdfast.runs.documents.run_manifest import about_run, assess_manifest, command_of
+from holdfast.runs.documents.stored_runs import decided, files_of, judgements_of, open_run
+from holdfast.runs.engine.identity import resumable, way_out
+from holdfast.runs.engine.progress import Notify, Progress, Stopper, ignore, silent, stoppable
+from holdfast.runs.engine.ray_cluster import NODES
+from holdfast.runs.engine.run import Executor, MemoryStore, Run, Stopwatch, Store
+from holdfast.runs.harness.assembly import FOUND
+from holdfast.runs.harness.kinds.checks import GEOMETRY, STATEFUL
+from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.target import Target
+from holdfast.runs.store import columns as column_files
+from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 
 JUDGED_BY_ATTACKERS = 1_000
 """Largest number of examples that the table of attackers is measured on; the first ones of the data are used."""
@@ -231,7 +226,7 @@ class _Job:
             else []
         )
         with purpose(DOUBTS, 0, "doubts"):
-            results = probes.run_probes(measurement, by_stage, missed, stopwatch)
+            results = measuring.run_probes(measurement, by_stage, missed, stopwatch)
         measurement.confirm()
         if results.found:
             by_stage[FOUND] = results.found

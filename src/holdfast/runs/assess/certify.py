@@ -9,19 +9,13 @@ from dataclasses import replace
 from typing import Literal
 
 from holdfast.certifiers.protocol import Prover, StatisticalProver
-from holdfast.certifiers.smoothing.smoothing import (
-    ATTACKED_DRAWS,
-    JUDGING_DRAWS,
-    by_smoothing,
-    smoothed_model,
-)
+from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, by_smoothing, smoothed_model
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import PARTITIONS, SUBSTITUTIONS, TREES
-from holdfast.core.chain import canonical, digest
-from holdfast.core.errors import NoBounds, UnsoundProof, UsageError
+from holdfast.core.errors import NoBounds, Remedy, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy
+from holdfast.io.files import canonical, digest
 from holdfast.io.models.composed import Ensemble
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness.kinds.proof import prepared_prover
@@ -122,7 +116,7 @@ def refuse_unprovable(
         if verb == "assess":
             return (Remedy("certify"),)
         if not plan.threat.constraint.in_input_units:
-            from holdfast.certifiers.texts.masking import by_masking
+            from holdfast.certifiers.masking import by_masking
 
             return by_masking(plan.threat.constraint)
         own = (Remedy("method", TREES),) if reads_trees(target.bare) else ()
@@ -172,7 +166,7 @@ def reads_trees(model: Classifier) -> bool:
     """Return whether a model is an ensemble of trees that can be read."""
     if model.access != "scores":
         return False
-    from holdfast.certifiers.trees.reading import has_trees
+    from holdfast.certifiers.tree_reading import has_trees
 
     return has_trees(model)
 

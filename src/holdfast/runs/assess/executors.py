@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from holdfast.core.batch import Batch, Data
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.pieces import Room
-from holdfast.core.remedies import Remedy
+from holdfast.core.errors import Remedy, TargetError, UsageError
+from holdfast.core.meter import Room
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.pictures import Pictures
 from holdfast.io.files import megabytes
@@ -25,10 +24,10 @@ from holdfast.io.models.factories import CODE, imported_from
 from holdfast.runs.assess.measuring import ShardMeasure, WorkerSetup
 from holdfast.runs.assess.preparation import model_digest, readied, with_surrogates
 from holdfast.runs.assess.request import AssessRequest, Opening, Subject
-from holdfast.runs.engine.executor import Executor, Inline, Measure
 from holdfast.runs.engine.processes import import_path, unshared, worker_processes
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.ray_cluster import RayOptions, connected
+from holdfast.runs.engine.run import Executor, Inline, Measure
 from holdfast.runs.harness.measure import ShardTask
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.target import LOOKED_AT

@@ -1,6 +1,4 @@
-"""Runs the stages of an assessment: selects the examples of each stage, measures them in shards, and reports what was
-left out when time ran out.
-"""
+"""Runs the stages of an assessment, and the probes that test its doubts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,25 +7,58 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from holdfast.core.batch import Batch, Data
-from holdfast.core.errors import TargetError
-from holdfast.core.evidence import Columns
-from holdfast.core.meter import purpose
-from holdfast.core.pieces import Room
-from holdfast.core.remedies import RESUME
-from holdfast.core.types import Mask
+from holdfast.attacks.costs import Passes
+from holdfast.attacks.parts.random_search import sample_rows
+from holdfast.core.batch import Batch, Data, Lookup, without_missing
+from holdfast.core.draws import Draws
+from holdfast.core.errors import RESUME, HoldfastError, TargetError, TargetLost, TargetRefused
+from holdfast.core.evidence import Columns, Cost, Doubt
+from holdfast.core.meter import Room, in_pieces, in_room, purpose
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Ids, Inputs, Logits, Mask
+from holdfast.doubts.probing import (
+    JUDGED_AT_RANDOM,
+    Allotment,
+    Findings,
+    allotted,
+    as_allotted,
+    conclude,
+    counts,
+    doubt_test,
+    missed_by_suite,
+    probe_rows,
+    probes_for,
+    rows_for,
+    surviving_examples,
+)
+from holdfast.doubts.protocol import SAMPLE, MeasurementContext, Probe, Probed, probing_threat
+from holdfast.doubts.protocol import Run as ProbeRun
+from holdfast.io.data.data import concatenated
+from holdfast.io.doctor import BETTER, FILLED, Finding, misfit, names_of_labels
 from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess.preparation import model_digest, readied, refuse_batch, with_surrogates
 from holdfast.runs.assess.request import Opening
 from holdfast.runs.assess.result import counted, enumerated
-from holdfast.runs.engine.executor import Measure, OutOfTime, Timed
-from holdfast.runs.engine.run import Run, Shards
-from holdfast.runs.harness.assembly import due_examples, join, only_tested
+from holdfast.runs.documents.record import DOUBTS
+from holdfast.runs.engine.run import Measure, OutOfTime, Run, Shards, Stopwatch, Timed
+from holdfast.runs.harness.assembly import (
+    FOUND,
+    PROBE,
+    Probes,
+    assemble,
+    due_examples,
+    join,
+    only_tested,
+    probe_passes,
+    stage_passes,
+)
 from holdfast.runs.harness.measure import ShardTask, shard_rows, stage_of, task_of
 from holdfast.runs.harness.plan import Plan
-from holdfast.runs.harness.stage import Outline, Stage, StageKind, Work, broken_by_suite
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.stage import Outline, Stage, StageKind, Work, broken_by_suite, suite_columns
+from holdfast.runs.harness.target import Target, judge_inputs
+from holdfast.threats.domains import TEXT
 
 
 @dataclass(frozen=True)
@@ -276,3 +307,277 @@ def _meaning(plan: Plan | Outline) -> str:
     if plan.threat.goal is not None:
         return "a longer run may break more, so the targeted success rate is a lower bound"
     return "a longer run may break more, so robust accuracy is an upper bound"
+
+
+@dataclass
+class PassCounter:
+    """Wrapper of a model that counts its forward and backward passes."""
+
+    model: Model
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def bounds(self) -> Bounds:
+        """Valid range of the inputs of the model."""
+        return self.model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Return the logits of `x`, and count the passes."""
+        self.forwards += len(x)
+        logits = self.model(x, ids)
+        if logits.requires_grad:
+            logits.register_hook(lambda _: self._count_backward(len(x)))  # type: ignore[no-untyped-call]
+        return logits
+
+    def _count_backward(self, n: int) -> None:
+        self.backwards += n
+
+
+@dataclass(frozen=True)
+class ProbeResults:
+    """Results of the probes of an assessment: the doubts, the adversarial examples that were found, and the cost."""
+
+    findings: Findings
+    cost: Cost = field(default_factory=Cost)
+    """number of passes; times are not included"""
+    probes: Probes = ()
+    """probes whose adversarial examples count towards robust accuracy"""
+    found: Columns = field(default_factory=dict)
+    """the adversarial examples of these probes, as the columns of the stage `FOUND`; empty if there are none"""
+
+
+_FITTING = 1_000  # shard number for the batch splits of the doubt `input`, larger than those of the probes
+
+
+def run_probes(
+    measurement: Measurement, by_stage: Mapping[str, Columns], missed: Sequence[str], stopwatch: Stopwatch
+) -> ProbeResults:
+    """Run the probes that test the doubts of an assessment, and return their results. All earlier stages must be
+    finished.
+
+    If time ran out, no probe is run. `missed` are the notes on the unfinished stages.
+    """
+    plan, outline = measurement.plan, measurement.plan.outline(measurement.target.classes)
+    broken_by = {passed.name: passed.columns["success"] for passed in stage_passes(outline, by_stage)}
+    is_probability = by_stage["clean"]["is_probability"]
+    columns = {**assemble(outline, by_stage), "is_probability": is_probability}
+    if plan.doubts == "none":
+        return ProbeResults(Findings((), missed_by_suite(columns, plan.threat, broken_by)))
+    suite = plan.suite if plan.doubts == "all" else ""
+    target = measurement.target
+    context = MeasurementContext(
+        plan.threat,
+        suite,
+        target.in_training,
+        _first_gradients(suite_columns(plan.stages(), by_stage)),
+        target.blind,
+        target.randomised,
+        access=target.bare.access,
+        classes=target.classes,
+    )
+    counting_model = PassCounter(measurement.target.quick)
+    fitting, n_forwards = _input(measurement, columns)
+    counting_model.forwards += n_forwards
+    context = replace(context, input=fitting)
+    if not suite or missed:
+        findings = conclude({}, columns, context, broken_by)
+        findings = _unfinished(findings, missed) if suite else findings
+        return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
+    allotment = _allotment(measurement, columns, by_stage)
+    raising = dict[str, str]()
+    probed = dict(_probed(measurement, counting_model, columns, stopwatch, allotment, raising))
+    counted_probes = tuple(
+        (p.name, len(probed[p.name].rows))
+        for p in _probes(measurement, columns)
+        if p.name in probed and counts(p, plan.threat)
+    )
+    adversarial = _judged(measurement, columns, probed, counted_probes)
+    judged = Cost(len(adversarial.get("id", ())) * (JUDGED_AT_RANDOM if target.randomised else 1))
+    cost = Cost(counting_model.forwards, counting_model.backwards, counting_model.forwards) + judged
+    by_probe = probe_passes(
+        outline, {**by_stage, **({FOUND: adversarial} if adversarial else {})}, counted_probes
+    )
+    broken_by |= {passed.name: passed.columns["success"] for passed in by_probe}
+    findings = _without_raising(conclude(probed, columns, context, broken_by), raising)
+    if allotment is not None:
+        findings = replace(findings, doubts=as_allotted(findings.doubts, allotment))
+    return ProbeResults(findings, cost, counted_probes, adversarial)
+
+
+def _without_raising(findings: Findings, raising: Mapping[str, str]) -> Findings:
+    """The findings with the reason for doubts that were not measured because the model raised an error."""
+
+    def updated(doubt: Doubt) -> Doubt:
+        errors = [raising[probe.name] for probe in doubt_test(doubt.name).probes if probe.name in raising]
+        if doubt.state != "not measured" or not errors:
+            return doubt
+        return replace(doubt, message=f"the model raised an error for an input of its probe: {errors[0]}")
+
+    return replace(findings, doubts=tuple(map(updated, findings.doubts)))
+
+
+def _allotment(
+    measurement: Measurement, columns: Columns, by_stage: Mapping[str, Columns]
+) -> Allotment | None:
+    """Number of examples for each probe on a served model, within the rows of the suite; None for other models."""
+    if measurement.served is None:
+        return None
+    plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
+    within = probing_threat(plan.threat, columns)
+    probes = {probe.name: probe for probe in _probes(measurement, columns)}
+    n_by_probe = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
+    passes = Passes(measurement.run.room(DOUBTS, 0).size, measurement.target.bare.batches)
+
+    def cost(name: str, n: int) -> int | None:
+        return probe_rows(probes[name], within, n, passes, randomised=measurement.target.randomised)
+
+    judged = JUDGED_AT_RANDOM if measurement.target.randomised else 1
+    suite = suite_columns(plan.stages(), by_stage).values()
+    budget = sum(
+        int(stage_columns["queries"].sum()) + judged * int(stage_columns["ran"].sum())
+        for stage_columns in suite
+    )
+    return allotted(n_by_probe, budget, cost)
+
+
+def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
+    """The doubt whether the data fit the model, measured on a sample, and the number of forward passes."""
+    if measurement.served is not None:
+        message = "a served model is not queried for it; run holdfast doctor"
+        return Doubt("input", "not measured", message=message), 0
+    rng, all_examples = Draws(measurement.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])
+    rows = sample_rows(columns, all_examples, rng.at("input"), SAMPLE)
+    batch = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()]).to(
+        measurement.device
+    )
+    with measurement.target.repeatable(rng.at("input")):
+        finding, n_forwards = _misfit(measurement, batch)
+    if finding is None:
+        properties = "value range, normalisation, layout or numbering of the labels"
+        message = f"no other {properties} fits the model better"
+        return Doubt("input", "clear", 0.0, BETTER, len(batch), message), n_forwards
+    statistic, threshold = (None, FILLED) if finding.gain is None else (finding.gain, BETTER)
+    message = f"{finding.message}: {finding.on_command_line()}"
+    return Doubt("input", "raised", statistic, threshold, len(batch), message), n_forwards
+
+
+def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int]:
+    """Test whether the data do not fit the model, in smaller batches if memory runs out."""
+    room = measurement.run.room(DOUBTS, _FITTING)
+    names = names_of_labels(measurement.data)
+    model, texts = measurement.target.bare, measurement.plan.threat.constraint.domain is TEXT
+    return in_room(lambda size: misfit(model, batch, size, names, texts=texts), room, 0, len(batch))
+
+
+def _probes(measurement: Measurement, columns: Columns) -> tuple[Probe, ...]:
+    """The probes that the threat model allows."""
+    within = probing_threat(measurement.plan.threat, columns)
+    return probes_for(within, tuple(member.attack for member in measurement.plan.members))
+
+
+def _judged(
+    measurement: Measurement, columns: Columns, probed: Mapping[str, Probed], counting: Probes
+) -> dict[str, Tensor]:
+    """Judge, on the target model, inputs by which probes broke examples that survive the suite."""
+    plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", FOUND)
+    surviving, rows_of = surviving_examples(columns, plan.threat), []
+    for place, (name, _) in enumerate(counting):
+        rows = probed[name].rows
+        positions = (probed[name].columns["broken"] & surviving[rows]).nonzero()[:, 0]
+        if not len(positions):
+            continue
+        x_adv = probed[name].columns["x"][positions]
+        batch = concatenated([measurement.data.read(row, row + 1) for row in rows[positions].tolist()])
+        inputs = Lookup(batch.ids)
+
+        def work(
+            piece: Batch, x_adv: Tensor = x_adv, inputs: Lookup = inputs, place: int = place, name: str = name
+        ) -> dict[str, Tensor]:
+            x = x_adv[inputs.rows(piece.ids.cpu())].to(piece.x.device)
+            judged_columns = judge_inputs(plan, measurement.target, piece, x, rng.at(name))
+            marks = [prefix for prefix in ("", "gallery.", "adversarial.") if f"{prefix}id" in judged_columns]
+            return judged_columns | {
+                f"{prefix}{PROBE}": torch.full_like(judged_columns[f"{prefix}id"], place) for prefix in marks
+            }
+
+        room = measurement.run.room(DOUBTS, len(probed) + place)
+        rows_of.append(in_pieces(work, batch.to(measurement.device), room))
+    return (
+        {name: torch.cat([judged_columns[name] for judged_columns in rows_of]) for name in rows_of[0]}
+        if rows_of
+        else {}
+    )
+
+
+def _first_gradients(suite: Mapping[str, Columns]) -> Mask | None:
+    """Which gradients were zero in the first pass of the first gradient attack; None if no attack used gradients."""
+    for columns in suite.values():
+        measured = columns["dead"] | (columns["backwards"] > 0)
+        if measured.any():
+            return columns["dead"][measured]
+    return None
+
+
+def _probed(
+    measurement: Measurement,
+    model: Model,
+    columns: Columns,
+    stopwatch: Stopwatch,
+    allotment: Allotment | None,
+    raising: dict[str, str],
+) -> Iterator[tuple[str, Probed]]:
+    """Results of the probes. A probe with inputs outside the threat model for which the model's own code raises an
+    error is left out, and the error is added to `raising` under its name.
+    """
+    plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
+    within, probes = probing_threat(plan.threat, columns), _probes(measurement, columns)
+    n_surviving = int((columns["correct"] & ~columns["success"]).sum())
+    examples: dict[tuple[str, int], Batch] = {}
+    for place, probe in enumerate(probes):
+        measurement.run.report(DOUBTS, place, len(probes), n_surviving, len(measurement.data))
+        limit = None if allotment is None else allotment.examples.get(probe.name, 0)
+        rows = rows_for(probe, columns, plan.threat, rng, limit)
+        if not len(rows):
+            continue
+        key = probe.on, len(rows)
+        if key not in examples:  # read one by one, since a whole shard of large images is slower to decode
+            examples_of_probe = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()])
+            examples[key] = examples_of_probe.to(measurement.device)
+        batch = examples[key]
+
+        run_probe = probe.voted if probe.voted is not None and measurement.target.randomised else probe.run
+
+        def run(piece: Batch, probe: Probe = probe, run_probe: ProbeRun = run_probe) -> dict[str, Tensor]:
+            if within.goal is not None:
+                piece = piece.towards(torch.full_like(piece.y, within.goal))
+            probed_model = measurement.target.queried(model, piece)
+            piece = without_missing(piece, model.bounds)
+            with measurement.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
+                return {
+                    name: values.cpu() for name, values in run_probe(probed_model, piece, within, rng).items()
+                }
+
+        try:
+            result = Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
+        except TargetError as error:
+            own = isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, HoldfastError)
+            if probe.breaks or not own or isinstance(error, (TargetLost, TargetRefused)):
+                raise  # only an error of the model's own code may come from the inputs of the probe
+            raising[probe.name] = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            continue
+        yield probe.name, result
+        stopwatch.tick()
+
+
+def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:
+    """The findings of a run in which time ran out before the probes."""
+
+    def updated(doubt: Doubt) -> Doubt:
+        if doubt.name == "not-exhausted":
+            return replace(doubt, state="raised", message=missed[0])
+        if doubt.state == "not measured":
+            return replace(doubt, message="time ran out before it was measured")
+        return doubt
+
+    return replace(findings, doubts=tuple(updated(doubt) for doubt in findings.doubts))

@@ -14,20 +14,19 @@ from holdfast.attacks.parts.fast_networks import multiply_adds
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import UNLABELLED, Batch, Data, off_range
-from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import OTHER_EXAMPLES, SURROGATE, Remedy, TargetError, UsageError
 from holdfast.core.evidence import Columns, Evidence
+from holdfast.core.meter import Room
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.names import size_text, threat_text
-from holdfast.core.pieces import Room
-from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge, refuse_rotation
 from holdfast.io.data.data import selected
 from holdfast.io.doctor import FILLED, share_filled
+from holdfast.io.files import canonical, digest
 from holdfast.io.remote.probing import (
     BYTES,
     before_normalisation,
@@ -39,7 +38,7 @@ from holdfast.io.remote.probing import (
 from holdfast.runs.assess.certify import refuse_unprovable
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness.assembly import Context, evidence_from
-from holdfast.runs.harness.kinds.transfers import MATRIX_ROWS, paired
+from holdfast.runs.harness.kinds.passes import MATRIX_ROWS, paired
 from holdfast.runs.harness.plan import (
     Plan,
     on_detector,

@@ -22,12 +22,12 @@ from holdfast.core.evidence import (
     Seconds,
     in_table,
 )
-from holdfast.core.spelling import suggestion
+from holdfast.core.names import suggestion
 from holdfast.doubts.answering import with_answers
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
 from holdfast.metrics.catalogue import estimates, missing
-from holdfast.metrics.perturbations import EpsCurve, eps_curve
+from holdfast.metrics.predictions import EpsCurve, eps_curve
 from holdfast.metrics.shares import notes_on_absent
 from holdfast.reports.formats.csv import frame
 from holdfast.reports.formats.html import notebook
@@ -38,14 +38,14 @@ from holdfast.reports.tree import Report
 from holdfast.reports.words import VERDICTS, measured
 from holdfast.reports.write import rendered, write
 from holdfast.runs.assess.served_runs import totals_to_json
+from holdfast.runs.documents.record import DOUBTS, Adapted, Manifest, Record, doubt_from_json
 from holdfast.runs.harness.assembly import Context, evidence_from, passes, worst_rows
 from holdfast.runs.harness.stage import StageKind, StageOutline, broken_by_suite
-from holdfast.runs.harness.verdict import DISTANCES
+from holdfast.runs.harness.target import DISTANCES
 from holdfast.runs.store.folder import StoredStage
-from holdfast.runs.stored.record import DOUBTS, Adapted, Manifest, Record, doubt_from_json
 
 if TYPE_CHECKING:
-    from holdfast.explanation.explained import Explained
+    from holdfast.explanation.case import Explained
 
 TUNING = "fine-tuning"
 """Name of the doubt whether fine-tuning would achieve more than rotation."""

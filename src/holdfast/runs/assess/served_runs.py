@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.attacks.parts.images import inner
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import Remedy, UsageError, model_argument
 from holdfast.core.meter import Kind
 from holdfast.core.model import Classifier
-from holdfast.core.remedies import Remedy, model_argument
-from holdfast.io.remote.sent import Sent, Totals, counting_by
+from holdfast.io.remote.http_client import Sent, Totals, counting_by
 from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness.plan import refuse_what_is_hidden

@@ -20,11 +20,16 @@ from typing import IO, Any
 
 import safetensors.torch
 
-from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json, failure_to_json
+from holdfast.core.errors import (
+    HoldfastError,
+    Remedy,
+    TargetError,
+    UsageError,
+    failure_from_json,
+    failure_to_json,
+)
 from holdfast.core.evidence import Columns, Seconds
-from holdfast.core.remedies import Remedy
-from holdfast.runs.engine.executor import DEATHS, ERRORS, Measure, Moved, Stopwatch, Task
-from holdfast.runs.engine.run import Run
+from holdfast.runs.engine.run import DEATHS, ERRORS, Measure, Moved, Run, Stopwatch, Task
 
 _START = """\
 import os, sys

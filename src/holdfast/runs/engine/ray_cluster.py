@@ -22,8 +22,7 @@ from types import ModuleType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from holdfast.core.errors import HoldfastError, TargetError, UsageError
-from holdfast.core.remedies import RESUME, Install, Remedy
+from holdfast.core.errors import RESUME, HoldfastError, Install, Remedy, TargetError, UsageError
 from holdfast.runs.engine.progress import Notify, ignore
 
 _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

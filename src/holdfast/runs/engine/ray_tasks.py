@@ -20,15 +20,13 @@ import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 
-from holdfast.core.errors import TargetError, failure_from_json
+from holdfast.core.errors import RESUME, Remedy, TargetError, failure_from_json
 from holdfast.core.evidence import Columns, Seconds
-from holdfast.core.remedies import RESUME, Remedy
 from holdfast.runs.engine import ray_node
-from holdfast.runs.engine.executor import DEATHS, ERRORS, Moved, Stopwatch, Task
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.runs.engine.ray_cluster import NODES, Cluster, RayOptions, connected, full
 from holdfast.runs.engine.ray_worker import LENGTH
-from holdfast.runs.engine.run import Run
+from holdfast.runs.engine.run import DEATHS, ERRORS, Moved, Run, Stopwatch, Task
 
 _RECORDED = ("torch build", "threads", "device", "code")
 _INLINE = 100_000

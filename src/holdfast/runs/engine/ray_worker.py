@@ -16,10 +16,9 @@ from typing import Any
 
 import safetensors.torch
 
-from holdfast.core.errors import HoldfastError, UsageError, failure_to_json
-from holdfast.core.pieces import Room
-from holdfast.core.remedies import Remedy
-from holdfast.runs.engine.executor import Measure, OutOfTime
+from holdfast.core.errors import HoldfastError, Remedy, UsageError, failure_to_json
+from holdfast.core.meter import Room
+from holdfast.runs.engine.run import Measure, OutOfTime
 
 LENGTH = struct.Struct("<I")
 """Format of the number of bytes of the header."""

@@ -1,23 +1,272 @@
-"""Execution of the steps of a run: each artefact that is not stored yet is computed and stored.
-
-`Run.document`, `Run.stage` and `Run.step` are the steps of a run. A step is skipped if its artefact is stored. A stage
-with shards is divided among the processes of the executor, and each shard is stored when it is finished.
+"""Execution of the steps of a run, each stored once, and the executor that measures the shards of a step in this
+process.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.core.evidence import Columns, Seconds
-from holdfast.core.pieces import Room
-from holdfast.runs.engine.executor import Executor, Inline, MemoryStore, OutOfTime, Stopwatch, Store, Task
-from holdfast.runs.engine.progress import Progress, Step, silent
-from holdfast.runs.engine.signals import Stopper
-from holdfast.runs.store.folder import StoredStage
+from holdfast.core.meter import Room
+from holdfast.core.model import Bounds, Model
+from holdfast.core.types import Ids, Inputs, Logits
+from holdfast.runs.engine.progress import Progress, Step, Stopper, silent
+from holdfast.runs.store.folder import Split, StoredStage
+
+
+class Store(Protocol):
+    """Protocol of a storage of the artefacts of a run. Those in a `RunFolder` remain after the end of the process."""
+
+    def stage(self, name: str) -> StoredStage | None:
+        """Return the stored columns of a stage, or None if the stage is not complete."""
+
+    def shards(self, stage: str) -> dict[int, Columns]:
+        """Return the columns of the finished shards of an incomplete stage, by the index of the shard."""
+
+    def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
+        """Store the columns of a finished shard."""
+
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Store the columns of a complete stage, and delete those of its separate shards.
+
+        `reached` is the number of measured shards if time ran out, and otherwise None. `about` contains plain values
+        that describe the columns.
+        """
+
+    def document(self, kind: str) -> Mapping[str, Any] | None:
+        """Return a stored JSON document of a run, such as that with the doubts, or None if it is not stored."""
+
+    def record(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Store a JSON document of a run. It replaces an earlier document of the same kind."""
+
+    def splits(self) -> Sequence[Split]:
+        """Return where in a run memory ran out, and the smaller batch size that was used from there on, in order of
+        time.
+        """
+
+    def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
+        """Record that memory ran out before row `at` of a shard, and that batches contain `size` examples from there
+        on.
+        """
+
+    def begin(self, stage: str, shard: int) -> None:
+        """Record that the measurement of a shard begins."""
+
+    def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
+        """Add `seconds` to the recorded computing time of a shard."""
+
+    def spent(self, stage: str) -> Seconds:
+        """Return the computing time of a stage, including the time before a run was interrupted and resumed."""
+
+
+@dataclass
+class MemoryStore:
+    """Storage of the artefacts of a run in memory. They are neither copied nor converted to JSON, and are lost at the
+    end of the process.
+    """
+
+    _stages: dict[str, StoredStage] = field(default_factory=dict)
+    _shards: defaultdict[str, dict[int, Columns]] = field(default_factory=lambda: defaultdict(dict))
+    _documents: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _splits: list[Split] = field(default_factory=list)
+    _seconds: defaultdict[str, Seconds] = field(default_factory=lambda: defaultdict(Seconds))
+
+    def stage(self, name: str) -> StoredStage | None:
+        """Return the stored columns of a stage, or None if the stage is not complete."""
+        return self._stages.get(name)
+
+    def shards(self, stage: str) -> dict[int, Columns]:
+        """Return the columns of the finished shards of an incomplete stage, by the index of the shard."""
+        # a copy, because `Run.sharded_stage` adds shards to it
+        return dict(self._shards[stage])
+
+    def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
+        """Store the columns of a finished shard."""
+        self._shards[stage][shard] = columns
+
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Store the columns of a complete stage, and delete those of its separate shards."""
+        self._stages[stage] = StoredStage(columns, reached, about)
+        self._shards.pop(stage, None)
+
+    def document(self, kind: str) -> Mapping[str, Any] | None:
+        """Return a stored JSON document of a run, or None if it is not stored."""
+        return self._documents.get(kind)
+
+    def record(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Store a JSON document of a run. It replaces an earlier document of the same kind."""
+        self._documents[kind] = content
+
+    def splits(self) -> Sequence[Split]:
+        """Return where in a run memory ran out, and the smaller batch size that was used from there on, in order of
+        time.
+        """
+        return self._splits
+
+    def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
+        """Record that memory ran out before row `at` of a shard, and that batches contain `size` examples from there
+        on.
+        """
+        self._splits.append({"stage": stage, "shard": shard, "at": at, "size": size})
+
+    def begin(self, stage: str, shard: int) -> None:
+        """Do nothing, because the beginning of a shard is recorded only in a run folder."""
+
+    def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
+        """Add `seconds` to the recorded computing time of a stage."""
+        before = self._seconds[stage]
+        self._seconds[stage] = Seconds(before.cpu + seconds.cpu, before.wall + seconds.wall)
+
+    def spent(self, stage: str) -> Seconds:
+        """Return the recorded computing time of a stage."""
+        return self._seconds[stage]
+
+
+_RECORDED_S = 1.0
+"""Interval in seconds at which times are stored; a killed attempt loses at most this much."""
+
+
+@dataclass
+class Stopwatch:
+    """Measures the computing time of a shard, and adds it to the store of a run at regular intervals."""
+
+    store: Store
+    stage: str
+    shard: int = 0
+    cpu: bool = True
+    """whether the CPU time of this process is added to that of the shard"""
+    _cpu: float = field(default_factory=time.process_time)
+    _wall: float = field(default_factory=time.perf_counter)
+
+    def tick(self, *, done: bool = False, least: float = _RECORDED_S) -> None:
+        """Store the computing time since it was last stored, if at least `least` seconds have passed or the shard is
+        `done`.
+        """
+        cpu, wall = time.process_time(), time.perf_counter()
+        if done or wall - self._wall >= least:
+            seconds = Seconds(cpu - self._cpu if self.cpu else 0.0, wall - self._wall)
+            self.store.spend(self.stage, self.shard, seconds, done=done)
+            self._cpu, self._wall = cpu, wall
+
+
+DEATHS = 3
+"""A shard, or the start of a worker, is not tried again after this many workers were lost in it."""
+ERRORS: Mapping[str, type[HoldfastError]] = {
+    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
+}
+"""Classes of the errors that a worker may report by name; any other name becomes a `HoldfastError`."""
+
+
+class OutOfTime(Exception):
+    """Error for a shard that was not finished before the deadline of the run. The shard must then be measured again
+    from its start.
+    """
+
+
+Task = Any
+"""The work of one shard, with the columns that it needs: an object defined by the verb, which can be pickled."""
+
+Measure = Callable[[Task, Room, float], Columns]
+"""Function of a task, a room and a deadline that measures the task and returns its columns.
+
+The result depends only on the task, the room, and what the run was started with. After the deadline, a value of
+`time.perf_counter()`, the function raises `OutOfTime`.
+"""
+
+Moved = Callable[[int], None]
+"""Function that is called with the number of finished examples in shards that are not finished yet."""
+
+
+class Executor(Protocol):
+    """Protocol of an object that measures the shards of a stage and stores the columns of each shard."""
+
+    def measure(
+        self, run: "Run", stage: str, tasks: Mapping[int, Task], until: float, moved: Moved
+    ) -> Iterator[tuple[int, Columns]]:
+        """Measure and store the shards of a stage, and yield the index and the columns of each shard when it is
+        finished. No shard is started after the deadline `until`.
+        """
+
+    def pause(self) -> None:
+        """Release resources, such as worker processes, that are not needed before the next stage."""
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Executor that measures shards in the process of the run, one after another."""
+
+    work: Measure | None = None
+    """function that measures a shard; None for a run without shards"""
+
+    def measure(
+        self, run: "Run", stage: str, tasks: Mapping[int, Task], until: float, moved: Moved
+    ) -> Iterator[tuple[int, Columns]]:
+        """Measure and store the shards of a stage one after another, and yield the index and the columns of each shard.
+        Stop at the deadline `until`.
+        """
+        assert self.work is not None
+        for shard, task in tasks.items():
+            if time.perf_counter() >= until:
+                return
+            run.store.begin(stage, shard)
+            stopwatch, room, finished = Stopwatch(run.store, stage, shard), run.room(stage, shard), 0
+
+            def progress(n: int, stopwatch: Stopwatch = stopwatch) -> None:
+                nonlocal finished
+                finished += n
+                stopwatch.tick()
+                moved(finished)
+
+            room.progress = progress
+            try:
+                columns = self.work(task, room, until)
+            except OutOfTime:
+                stopwatch.tick(least=0.0)
+                return
+            run.keep(stage, shard, columns, stopwatch)
+            yield shard, columns
+
+    def pause(self) -> None:
+        """Do nothing, because this executor has no worker processes that could be stopped."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Wrapper of a model that raises `OutOfTime` for every call after the deadline of a run."""
+
+    model: Model
+    deadline: float
+
+    @property
+    def bounds(self) -> Bounds:
+        """Lowest and highest valid input values of the model."""
+        return self.model.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Return the logits of the model. Raises `OutOfTime` after the deadline."""
+        if time.perf_counter() >= self.deadline:
+            raise OutOfTime
+        return self.model(x, ids)
 
 
 def _nothing(stage: str, shard: int | None) -> None:

@@ -16,9 +16,9 @@ from typing import IO, Any
 import safetensors.torch
 import torch
 
-from holdfast.core.pieces import Room
-from holdfast.runs.engine.executor import Measure, OutOfTime, Task
+from holdfast.core.meter import Room
 from holdfast.runs.engine.processes import Send, Setup, read_message, serve_parent, unshared, write_message
+from holdfast.runs.engine.run import Measure, OutOfTime, Task
 
 _REPORTED_S = 1.0
 """Interval in seconds at which time and progress are sent."""

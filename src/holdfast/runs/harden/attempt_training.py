@@ -14,14 +14,12 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, TargetError, UsageError
 from holdfast.core.gradients import input_gradient
 from holdfast.core.model import IN_PLACE, Classifier, refuse_lazy, rewrites
-from holdfast.core.names import kind_of, with_article
-from holdfast.core.spelling import suggestion
+from holdfast.core.names import kind_of, suggestion, with_article
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import STATE, Checkpoint, without_prefix
 from holdfast.core.types import Inputs
+from holdfast.io.models.adapting import KerasNet, LinearTexts, TextEstimator, TextFunction
 from holdfast.io.models.architectures import int8_layers
-from holdfast.io.models.keras_models import KerasNet
-from holdfast.io.models.text_models import LinearTexts, TextEstimator, TextFunction
 from holdfast.io.models.transformers_folders import ProcessedImages
 from holdfast.io.models.weights import digest_of_weights, written
 from holdfast.recipes.training.fit import Training, drawing
@@ -30,9 +28,8 @@ from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
-from holdfast.runs.harden.candidates import Candidate
+from holdfast.runs.harden.candidates import Candidate, EndedBy, Trainer, ended_by
 from holdfast.runs.harden.checkpoints import BEST, LAST, Point, last_epoch
-from holdfast.runs.harden.epochs import EndedBy, Trainer, ended_by
 from holdfast.runs.harden.hardened import MODEL, Made, structure_metadata
 from holdfast.runs.harden.pace import Clock, Pacer, smaller
 from holdfast.runs.store.files import usable, write_atomically

@@ -1,7 +1,6 @@
-"""The verb harden: it measures a model, trains a robust copy within a time budget, chooses the best checkpoint, and
-measures the new model.
-"""
+"""The verb harden: it measures a model, trains a new one in attempts, and measures it within its budget."""
 
+import bisect
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,23 +14,24 @@ import torch
 from torch import nn
 
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
-from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
-from holdfast.core.units import of_values
+from holdfast.core.model import Classifier, of_values
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Before, refuse_goal
+from holdfast.io.data.data import selected
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
+from holdfast.io.files import digest
 from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written
-from holdfast.recipes.training import distributed
+from holdfast.recipes.training import optimisation
 from holdfast.recipes.training.fit import refuse_unusable_schedule
 from holdfast.recipes.training.recipe import Finished, facts_of, trained_as
 from holdfast.reports.card import training_summary
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.executors import cluster_for
+from holdfast.runs.assess.expected_time import StageTimes, duration, stage_times
 from holdfast.runs.assess.preparation import (
     plan_for,
     readied,
@@ -43,12 +43,11 @@ from holdfast.runs.assess.preparation import (
 )
 from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
 from holdfast.runs.assess.result import Result
-from holdfast.runs.engine.identity import hardware
-from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.runs.engine.resuming import repeatable, temporary_run_folder, way_out
+from holdfast.runs.documents.run_manifest import about_run, command_of, harden_manifest
+from holdfast.runs.documents.stored_runs import files_of
+from holdfast.runs.engine.identity import hardware, repeatable, temporary_run_folder, way_out
+from holdfast.runs.engine.progress import Notify, Progress, ignore, silent, stoppable
 from holdfast.runs.engine.run import Run
-from holdfast.runs.engine.signals import stoppable
-from holdfast.runs.harden.assessment_budget import affordable, assessed, limit_s, sample_note
 from holdfast.runs.harden.attempt_training import (
     AttemptTraining,
     copy_of,
@@ -60,16 +59,20 @@ from holdfast.runs.harden.attempt_training import (
     training_notes,
 )
 from holdfast.runs.harden.candidates import (
+    NOTHING,
+    STAGES,
     Candidate,
     Evaluation,
+    Trainer,
+    TrainingStart,
     announced,
     announced_s,
     attempts,
     few_held_out,
+    planned_elsewhere,
     untrained,
 )
 from holdfast.runs.harden.checkpoints import EpochLog
-from holdfast.runs.harden.epochs import NOTHING, STAGES, Trainer, TrainingStart, planned_elsewhere
 from holdfast.runs.harden.hardened import (
     MODEL,
     Hardened,
@@ -92,10 +95,90 @@ from holdfast.runs.harden.held_out import (
 from holdfast.runs.harden.pace import Clock, first_total, with_predicted_labels
 from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
-from holdfast.runs.stored.commands import command_of
-from holdfast.runs.stored.recomputing import files_of
-from holdfast.runs.stored.run_manifest import about_run, harden_manifest
-from holdfast.statistics.samples import RowBudget
+from holdfast.statistics.repeats import RowBudget
+
+_LEAST = 50  # smallest number of test examples to which a limit reduces them
+
+
+@dataclass(frozen=True)
+class AssessmentTimes:
+    """Expected time of the assessments of a hardening: of the given model and of the new one, and on held-out examples
+    between two trainings.
+    """
+
+    stages: StageTimes
+    """measured times of an assessment of the given model"""
+    checked: int
+    """number of held-out examples on which a model is checked before a stronger recipe is trained; 0 if only one recipe
+    may be trained"""
+
+    def of(self, n: int) -> float:
+        """Return the expected seconds of all assessments on `n` test examples.
+
+        The new model is slower to assess if more examples survive. Their share is taken to be in the middle between
+        that of the given model and all.
+        """
+        hardened = (self.stages.share + 1) / 2
+        seconds = self.stages.of(n) + self.stages.of(n, hardened)
+        return seconds + (self.stages.of(min(self.checked, n), hardened) if self.checked else 0.0)
+
+    def fitting(self, n: int, limit_s: float | None) -> int:
+        """Return the largest number of test examples, at most `n`, whose assessments are expected to take at most
+        `limit_s` seconds. It is at least 50, if there are so many.
+        """
+        if limit_s is None or n <= _LEAST:
+            return n
+        sizes = range(_LEAST + 1, n + 1)
+        return _LEAST + bisect.bisect_left(sizes, True, key=lambda size: self.of(size) > limit_s)
+
+
+def affordable(subject: Subject, test: Data, request: HardenRequest, held_out: int, notify: Notify) -> int:
+    """Return the number of test examples on which both models are assessed, and announce the expected time. It is
+    measured with a few passes of the given model. `held_out` is the number of held-out examples.
+    """
+    limit, assessment = limit_s(request), request.assessment
+    if notify is ignore and limit is None:
+        return len(test)
+    with readied(subject, test, optimisation.own(torch.device(request.device))) as (target, sample):
+        stages = stage_times(assessment.plan, target, test, sample.x.device, assessment.batch_size)
+    times = AssessmentTimes(stages, held_out if len(request.candidates) > 1 else 0)
+    n = times.fitting(len(test), limit)
+    notify(_expected_time(request, times, n, len(test)))
+    return n
+
+
+def _expected_time(request: HardenRequest, times: AssessmentTimes, n: int, n_all: int) -> str:
+    """Message with the expected time of the training and of the assessments on `n` of `n_all` test examples."""
+    budget_s = request.budget_s
+    training = "the training" if budget_s is None else f"{duration(budget_s)} of training"
+    examples = f"{n:,} test examples" if n == n_all else f"{n:,} of {n_all:,} test examples"
+    more = ""
+    if budget_s is not None and len(request.candidates) > 1:
+        more = f"; {duration(budget_s)} more of training if doubts are raised"
+    return f"expected total time: {training}, about {duration(max(times.of(n), 1))} of assessment on {examples}{more}"
+
+
+def limit_s(request: HardenRequest) -> float | None:
+    """Return the seconds that the assessments of a hardening may take: by default as long as its training, and without
+    a budget as long as they need.
+    """
+    return request.budget_s if request.assess_budget_s is None else request.assess_budget_s
+
+
+def assessed(test: Data, n: int, seed: int) -> Data:
+    """Return the test examples of both assessments: all, or a random sample of `n` of them, determined by the seed."""
+    return test if n >= len(test) else selected(test, n=None, sample=n, seed=seed)
+
+
+def sample_note(test: Data, n: int, limit: float | None) -> str:
+    """Return a note if both assessments use a sample of `n` of the test examples, else an empty text."""
+    if n >= len(test) or limit is None:
+        return ""
+    reason = f"the most that are expected to fit into {duration(limit)}"
+    if n == _LEAST:
+        reason = f"which is the smallest sample, and may take longer than the limit of {duration(limit)}"
+    return f"both assessments use a random sample of {n:,} of the {len(test):,} test examples, {reason} (assess_budget)"
+
 
 _CHECKED = 4_096  # training examples that are validated at once
 _IN_PLACE_EXAMPLES = 8  # examples that show whether a network changes its input in place
@@ -131,12 +214,12 @@ def harden(
     for note in request.notes:
         notify(note)
     with ExitStack() as stack:
-        stack.enter_context(distributed.joined(torch.device(request.device)))
+        stack.enter_context(optimisation.joined(torch.device(request.device)))
         stack.enter_context(threads(inputs.threads))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
         watching = _Watching(progress, notify, detail, log or EpochLog())
         job = _Job(subject, inputs, test, request, place, watching, clock)
-        result = job.lead(resume=resume) if distributed.first() else job.follow()
+        result = job.lead(resume=resume) if optimisation.first() else job.follow()
     if run is not None:
         return result
     before, after = (replace(side, folder=None) for side in (result.before, result.after))
@@ -163,7 +246,7 @@ def checked(subject: Subject, data: TrainingData, test: Data, request: HardenReq
     refuse_untrainable(subject.model)
     freeze_others(copy_of(subject.model), request.train_only)
     refuse_data(test)
-    with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
+    with readied(subject, test, optimisation.own(torch.device(request.device))) as (target, sample):
         bounds, n_threads = target.bare.bounds, torch.get_num_threads()
         # those that are read by index were checked when they were opened
         if isinstance(data, Batch):
@@ -205,7 +288,7 @@ def refuse_unmeasured(
     """
     # the training examples on which attacks are fitted are chosen later
     assessment = replace(request.assessment, fit=test if request.examples else None)
-    device = distributed.own(torch.device(request.device))
+    device = optimisation.own(torch.device(request.device))
     with readied(subject, test, device) as (target, sample), ExitStack() as stack:
         plan = plan_for(subject, test, assessment, target, sample, stack)
         refuse_gates(gates, plan, target, sample, test, paired=paired)
@@ -236,7 +319,7 @@ class _Job:
     ) -> None:
         examples, self.budgets = inputs.examples, inputs.budgets
         self.watching, self.notify, self.clock = watching, watching.notify, clock
-        device = distributed.own(torch.device(request.device))
+        device = optimisation.own(torch.device(request.device))
         self.rest, self.held_out = examples.rest.to(device), examples.held_out.to(device)
         sample = self.held_out.x[:_IN_PLACE_EXAMPLES]
         prepared = tuple(
@@ -252,8 +335,8 @@ class _Job:
         self.model = learner_of(subject.model, sample)
         freeze_others(self.model, request.train_only)
         digests = [test.digest, examples.digest, *inputs.further]
-        distributed.match_first(digests, self.model)
-        machine = hardware(device, distributed.processes())
+        optimisation.match_first(digests, self.model)
+        machine = hardware(device, optimisation.processes())
         self.trainer = Trainer(
             self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock,
             request.checkpoint_every, replace(watching.log, again=self.again),
@@ -265,8 +348,8 @@ class _Job:
                 # a scheduler is created for the planned updates
                 settings = replace(settings.timed, pacing=planned_elsewhere)
             self.trainer.checkpoints(trained_as(candidate.recipe, settings), None)
-        stored = distributed.broadcast(stored_manifest(run))
-        self.plan = distributed.broadcast(stored["plan"] if stored else self._planned(test))
+        stored = optimisation.broadcast(stored_manifest(run))
+        self.plan = optimisation.broadcast(stored["plan"] if stored else self._planned(test))
         self.evaluated = self._held_out_sample(self.plan["attempts"][0].get("held_out", len(self.held_out)))
         n_assessed = self.plan["assessed"]
         self.test = assessed(test, n_assessed, request.seed)
@@ -384,13 +467,13 @@ class _Job:
             decided = {"exit_code": after.exit_code, "verdict_of": "after"}
             run.record("verdict", {**decided, "computed_from": files_of(folder.chain)})
         # the model may come from a factory and is not sent; its weights are part of the result
-        distributed.broadcast(replace(result, model=NOTHING))
+        optimisation.broadcast(replace(result, model=NOTHING))
         return result
 
     def follow(self) -> Hardened:
         """Take part in a distributed hardening as a process other than the first, until the new model is finished."""
         while True:
-            message: TrainingStart | Hardened = distributed.broadcast(NOTHING)
+            message: TrainingStart | Hardened = optimisation.broadcast(NOTHING)
             if isinstance(message, Hardened):
                 return replace(message, model=self._opened(message.weights, message.card["recipe"]))
             self.trainer.follow(self._candidate(message.name), message)

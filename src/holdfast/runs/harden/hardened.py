@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Constraint
+from holdfast.core.estimate import Goal
 from holdfast.core.evidence import Evidence
-from holdfast.core.goal import Goal
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.judging import TrainingVerdict, training_verdict
+from holdfast.io.files import canonical, digest
 from holdfast.io.models.architectures import int8_layers
 from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS
@@ -28,18 +28,17 @@ from holdfast.recipes.training.follow_up import MOST_RAISED
 from holdfast.recipes.training.recipe import facts_of
 from holdfast.reports.card import card_report, checkpoint_text, compared_metrics, curve, judged
 from holdfast.reports.formats.html import svg
-from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.tree import Report
+from holdfast.reports.words import percent, plain, strict
 from holdfast.reports.write import rendered
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.assess.result import Result
-from holdfast.runs.harden.candidates import Candidate, announced_s, standard_error
+from holdfast.runs.harden.candidates import Candidate, EndedBy, announced_s, standard_error
 from holdfast.runs.harden.checkpoints import Point
-from holdfast.runs.harden.epochs import EndedBy
 from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 from holdfast.runs.store.folder import document
 from holdfast.statistics.intervals import against_majority, proportion
-from holdfast.statistics.samples import classes_of
+from holdfast.statistics.repeats import classes_of
 from holdfast.threats.domains import TEXT
 
 Json = dict[str, Any]

@@ -17,10 +17,9 @@ from holdfast.attacks.suites import attack_on_held_out
 from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import OTHER_EXAMPLES, Remedy, TargetError, UsageError
+from holdfast.core.meter import PIECE, results_in_pieces
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import PIECE, results_in_pieces
-from holdfast.core.remedies import OTHER_EXAMPLES, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.recipes.training.fit import drawing
 from holdfast.recipes.training.recipe import Recipe, facts_of

@@ -10,16 +10,14 @@ import torch
 
 from holdfast.core.batch import UNLABELLED, TrainingData
 from holdfast.core.draws import Draws
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import Remedy, TargetError, UsageError
+from holdfast.core.meter import PIECE, half_batch, results_in_pieces
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import PIECE, half_batch, results_in_pieces
-from holdfast.core.remedies import Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import TrainingPlan
-from holdfast.recipes.training.distributed import broadcast, processes
 from holdfast.recipes.training.fit import updates
+from holdfast.recipes.training.optimisation import broadcast, evaluation_interval, processes
 from holdfast.recipes.training.recipe import Recipe, trained_as
-from holdfast.recipes.training.update_plans import evaluation_interval
 from holdfast.runs.harden.held_out import harmless
 
 _WARM = 2  # examples of the update before anything is timed, in each process: batch norm needs two

@@ -33,7 +33,7 @@ from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.kinds.attack import fit_stage_of
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.stage import Outline, Stage, StageKind, StageOutline, certified_in
-from holdfast.runs.harness.verdict import DISTANCES, GALLERY, NORMS, unattacked
+from holdfast.runs.harness.target import DISTANCES, GALLERY, NORMS, unattacked
 
 _CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
 

@@ -14,9 +14,9 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Evidence, Seconds, in_table
-from holdfast.core.guard import Aim
+from holdfast.core.meter import Room
 from holdfast.core.model import Classifier
-from holdfast.core.pieces import Room
+from holdfast.core.outputs import Aim
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.runs.harness.assembly import Context, due_examples, evidence_from, join, only_tested

@@ -9,9 +9,8 @@ from holdfast.attacks.suites import is_possible, suite
 from holdfast.attacks.transfer import Transfer
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.constraints import Constraint
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import OTHER_EXAMPLES, SURROGATE, Remedy, UsageError
 from holdfast.core.names import slug, suite_name
-from holdfast.core.remedies import OTHER_EXAMPLES, SURROGATE, Remedy
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import BUDGET, Arm, arms, within

@@ -16,9 +16,9 @@ from holdfast.attacks.protocol import Attack
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Cost, Table
-from holdfast.core.guard import Aim
+from holdfast.core.meter import Room
 from holdfast.core.model import VOTES
-from holdfast.core.pieces import Room
+from holdfast.core.outputs import Aim
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.runs.harness.target import Target

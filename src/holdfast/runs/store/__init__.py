@@ -7,12 +7,12 @@ computes no metrics.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.rotation.pool.ledger import Ledger
-    from holdfast.rotation.pool.pool import Pool
+    from holdfast.rotation.ledger import Ledger
+    from holdfast.rotation.pool import Pool
 
 __all__ = ["Ledger", "Pool"]
 
-_HOMES = {"Ledger": "holdfast.rotation.pool.ledger", "Pool": "holdfast.rotation.pool.pool"}
+_HOMES = {"Ledger": "holdfast.rotation.ledger", "Pool": "holdfast.rotation.pool"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.remedies import Install
+from holdfast.core.errors import Install, TargetError, UsageError
 from holdfast.io.files import open_regular
 from holdfast.runs.store.files import create_private, refusal_in_pool, usable
 

@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from holdfast.core.errors import TargetError
-from holdfast.core.remedies import OTHER_FOLDER, RESUME
+from holdfast.core.errors import OTHER_FOLDER, RESUME, TargetError
 from holdfast.io.files import NO_WAITING, open_regular
 
 PART = ".part"

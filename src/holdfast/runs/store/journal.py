@@ -23,9 +23,9 @@ from typing_extensions import TypedDict
 from holdfast.core.errors import TargetError
 from holdfast.core.meter import LOOK, Purpose
 from holdfast.core.outputs import REFUSED
-from holdfast.io.remote.sent import KEY_BYTES, Sent, add_record, purpose_record
+from holdfast.io.remote.http_client import KEY_BYTES, Sent, add_record, purpose_record
+from holdfast.runs.store.columns import Count, refuse_form
 from holdfast.runs.store.files import PART, SERVED, opened_private, usable, write_atomically
-from holdfast.runs.store.forms import Count, refuse_form
 
 NAME = "answers.journal"
 """Name of the journal file in a run folder."""

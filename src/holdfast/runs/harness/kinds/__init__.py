@@ -8,9 +8,15 @@ from collections.abc import Mapping
 
 from holdfast.runs.harness.kinds.attack import Fit, SuiteAttack
 from holdfast.runs.harness.kinds.checks import AnswerChecks, GeometryTable, StatefulTable
-from holdfast.runs.harness.kinds.passes import Clean, CurvePass, DetectorPass, FixedPass
+from holdfast.runs.harness.kinds.passes import (
+    AcrossSets,
+    Clean,
+    CurvePass,
+    DetectorPass,
+    FixedPass,
+    TransferMatrix,
+)
 from holdfast.runs.harness.kinds.proof import LateProof, QuickProof, RadiusProof, StatisticalProof
-from holdfast.runs.harness.kinds.transfers import AcrossSets, TransferMatrix
 from holdfast.runs.harness.stage import StageKind
 
 KINDS: Mapping[str, StageKind] = {

@@ -18,17 +18,14 @@ from holdfast.attacks.protocol import (
     Refitted,
     ThresholdAttack,
 )
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, without_missing
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import OTHER_EXAMPLES, UsageError
 from holdfast.core.evidence import TRIGGERED, Columns, in_table
-from holdfast.core.guard import Aim
-from holdfast.core.meter import Metered, Spent, margin
+from holdfast.core.meter import Metered, Pieces, Spent, margin
 from holdfast.core.model import AT_TIMES, Model
 from holdfast.core.names import slug
-from holdfast.core.per_example import without_missing
-from holdfast.core.pieces import Pieces
-from holdfast.core.remedies import OTHER_EXAMPLES
+from holdfast.core.outputs import Aim
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Logits, Mask, PerExample
 from holdfast.runs.harness.stage import (
@@ -42,9 +39,9 @@ from holdfast.runs.harness.stage import (
     certified_in,
     suite_columns,
 )
-from holdfast.runs.harness.target import Target
-from holdfast.runs.harness.verdict import (
+from holdfast.runs.harness.target import (
     DISTANCES,
+    Target,
     aimed,
     cost_columns,
     digests,

@@ -10,7 +10,7 @@ from torch import Tensor
 from holdfast.attacks.parts.random_search import sample_rows
 from holdfast.attacks.protocol import Itemised
 from holdfast.attacks.suites import is_possible
-from holdfast.core.batch import Batch, Lookup
+from holdfast.core.batch import Batch, Lookup, without_missing
 from holdfast.core.constraints import Constraint, extent
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import METHOD_STATES, Columns, Cost, MethodState, Table
@@ -18,13 +18,12 @@ from holdfast.core.meter import Spent, margin
 from holdfast.core.model import VOTES, Classifier
 from holdfast.core.names import slug
 from holdfast.core.outputs import SAME, change
-from holdfast.core.per_example import without_missing
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Mask
 from holdfast.runs.harness.kinds.attack import AttackKind
 from holdfast.runs.harness.stage import Stage, StageKind, Work, table_of_stage
-from holdfast.runs.harness.target import Target
-from holdfast.runs.harness.verdict import (
+from holdfast.runs.harness.target import (
+    Target,
     aimed,
     cost_columns,
     returned,

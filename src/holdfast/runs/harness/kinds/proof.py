@@ -16,10 +16,9 @@ from holdfast.certifiers.protocol import Proofs, Prover, RadiusProver, ReadyProv
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns, Cost, in_table
-from holdfast.core.meter import margin
+from holdfast.core.meter import Pieces, margin
 from holdfast.core.model import out_of_memory
 from holdfast.core.names import slug
-from holdfast.core.pieces import Pieces
 from holdfast.core.types import Ids, Inputs, Mask
 from holdfast.runs.harness.stage import (
     Outline,
@@ -29,8 +28,7 @@ from holdfast.runs.harness.stage import (
     broken_by_suite,
     certified_in,
 )
-from holdfast.runs.harness.target import LOOKED_AT, Target
-from holdfast.runs.harness.verdict import stored_inputs, unattacked, verdict_of
+from holdfast.runs.harness.target import LOOKED_AT, Target, stored_inputs, unattacked, verdict_of
 
 if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
@@ -307,9 +305,7 @@ def _prepared_smoothing(
 ) -> ReadyProver:
     smoothed = target.smoothed
     if smoothed is None or not same_changes(prover, smoothed.smoothing):
-        raise ValueError(
-            "smoothing certifies a smoothed classifier; see holdfast.certifiers.smoothing.smoothing"
-        )
+        raise ValueError("smoothing certifies a smoothed classifier; see holdfast.certifiers.smoothing")
     return target.once(f"prover {prover!r}", lambda: prover.ready(smoothed.base, sample, threat))
 
 

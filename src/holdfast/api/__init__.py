@@ -1,1 +1,0 @@
-"""The Python functions and the opening of models and data from settings."""

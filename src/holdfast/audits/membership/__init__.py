@@ -1,1 +1,0 @@
-"""The audit of membership: whether a model, or a training procedure, reveals which examples it was trained on."""

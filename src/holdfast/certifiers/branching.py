@@ -1,0 +1,588 @@
+"""Branch and bound over the signs of activations, and the provers that optimise their bounds."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from holdfast.certifiers.bounds.alpha import Optimised, optimised, reduced, reducible, sharpen, solved_leaf
+from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, refine, relaxed, substitute
+from holdfast.certifiers.bounds.graph import Graph, Relaxation, region_of
+from holdfast.certifiers.bounds.operations import Interval, Linear, ReLU
+from holdfast.certifiers.protocol import Proofs, ReadyProver
+from holdfast.certifiers.provers import GraphProver, margin_rows
+from holdfast.core.batch import Batch
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.training import exactly
+
+_DEEP = 4
+"""one of so many subproblems is chosen by its number of assumed signs, the others by their bounds"""
+_DESCENT_ROUNDS, _DESCENT_STARTS = 8, 16
+"""the search for a counterexample by descent is repeated after so many divisions, from so many inputs"""
+_BELOW = 1e-3
+"""weight of inputs of ReLUs whose lower line is used in the choice of the next division: on MNIST networks, tests of
+all inputs chose none of them"""
+_LEAF_STEPS = 200
+"""number of steps of the optimisation of a subproblem in which all signs are known"""
+_DESCENT_STEPS = 40
+"""number of steps of the search for a counterexample by descent"""
+
+
+@dataclass(frozen=True)
+class OutputProperty:
+    """The claim that at least one of some linear functions of the outputs of a network is positive."""
+
+    rows: Tensor
+    """coefficients (k, outputs) of the functions"""
+    constants: Tensor
+    """constants (k) of the functions"""
+
+    def values(self, outputs: Tensor) -> Tensor:
+        """Return the largest value of the functions for each row of outputs (n, outputs)."""
+        return (outputs @ self.rows.t() + self.constants).amax(1)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Settings of branch and bound."""
+
+    steps: int = 8
+    """number of steps of the optimisation of each subproblem"""
+    candidates: int = 8
+    """number of inputs of ReLUs that are tested before one is chosen for a division"""
+    at_once: int = 32
+    """largest number of subproblems that are divided together"""
+    tightened: int = 128
+    """largest number of inputs of unknown sign of a ReLU whose bounds are computed again for each subproblem"""
+
+
+@dataclass(frozen=True)
+class BranchingResult:
+    """Result of branch and bound for one claim."""
+
+    bound: float
+    """proved lower bound of the largest of the functions, over the region"""
+    work: int
+    """number of subproblems"""
+    stopped: bool
+    """whether the time limit ended the search"""
+    witness: Tensor | None = None
+    """an input of the region at which none of the functions is positive, if one was found"""
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """Subproblems of one example, as rows of tensors."""
+
+    signs: Mapping[int, Tensor]
+    """assumed signs (d, *shape) of the inputs of ReLUs, by the index of the ReLU: 1, -1, or 0"""
+    bounds: Mapping[int, Interval]
+    """bounds (d, *shape) of the inputs of nonlinear operations, by index"""
+    bound: Tensor
+    """largest lower bound (d) of the functions; infinity where the assumed signs contradict each other"""
+    choices: Choices
+
+    def __len__(self) -> int:
+        return len(self.bound)
+
+    def take(self, rows: Tensor) -> "_Problems":
+        return _Problems(
+            {i: sign[rows] for i, sign in self.signs.items()},
+            {i: (low[rows], high[rows]) for i, (low, high) in self.bounds.items()},
+            self.bound[rows],
+            Choices(
+                {i: slope[rows] for i, slope in self.choices.slopes.items()},
+                {i: each[rows] for i, each in self.choices.multipliers.items()},
+            ),
+        )
+
+    @staticmethod
+    def joined(parts: "list[_Problems]") -> "_Problems":
+        first = parts[0]
+        return _Problems(
+            {i: torch.cat([part.signs[i] for part in parts]) for i in first.signs},
+            {
+                i: (
+                    torch.cat([part.bounds[i][0] for part in parts]),
+                    torch.cat([part.bounds[i][1] for part in parts]),
+                )
+                for i in first.bounds
+            },
+            torch.cat([part.bound for part in parts]),
+            Choices(
+                {i: torch.cat([part.choices.slopes[i] for part in parts]) for i in first.choices.slopes},
+                {
+                    i: torch.cat([part.choices.multipliers[i] for part in parts])
+                    for i in first.choices.multipliers
+                },
+            ),
+        )
+
+
+def _next(problems: _Problems, count: int) -> tuple[Tensor, Tensor]:
+    """The indices of the subproblems that are divided next, and of the others.
+
+    Most are those with the smallest bounds. The others have the most assumed signs, because subproblems in which all
+    signs are known are solved exactly, so that counterexamples are found even while the smallest bound stays the same.
+    """
+    by_bound = problems.bound.argsort(stable=True)
+    first = count - count // _DEEP
+    rest = by_bound[first:]
+    depth = sum((sign != 0).flatten(1).sum(1) for sign in problems.signs.values())
+    assert isinstance(depth, Tensor)
+    rest = rest[depth[rest].argsort(stable=True, descending=True)]
+    return torch.cat((by_bound[:first], rest[: count - first])), rest[count - first :]
+
+
+def splittable(graph: Graph) -> bool:
+    """Return whether the network has ReLUs, on whose signs subproblems can be formed."""
+    return any(isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear)
+
+
+@dataclass(eq=False)
+class Tree:
+    """Branch and bound for one claim about one example, from the relaxation of the example."""
+
+    root: Relaxation
+    claim: OutputProperty
+    search: Search
+    deadline: float
+    """value of `time.perf_counter()` at which the search ends"""
+    violated: Callable[[Tensor], Tensor]
+    """function that returns for inputs (n, *shape) the mask of those at which the claim is false on the model"""
+    work: int = 1
+    rounds: int = 0
+    relus: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        graph = self.root.graph
+        self.relus = [i for i in graph.nonlinear if isinstance(graph.node(i).operation, ReLU)]
+
+    def decide(self, first: Optimised) -> BranchingResult:
+        """Return whether the claim holds, beginning with bounds (1, k) of its functions for the whole region."""
+        bound = (first.lower + self.claim.constants).amax(1)
+        problems = _Problems(
+            {i: torch.zeros(1, *self.root.graph.shape_of(i), device=bound.device) for i in self.relus},
+            {index: self.root.bound(index) for index in self.root.graph.bounded},
+            bound,
+            self._filled(first.choices),
+        )
+        solved = float("inf")
+        at_once = 4
+        while len(problems):
+            if time.perf_counter() >= self.deadline:
+                return BranchingResult(min(solved, float(problems.bound.min())), self.work, stopped=True)
+            chosen, rest = (problems.take(rows) for rows in _next(problems, at_once))
+            children, witness, final = self._divided(chosen)
+            if witness is not None:
+                return BranchingResult(float(problems.bound.min()), self.work, stopped=False, witness=witness)
+            if final:  # a subproblem without unknown signs is not proved
+                return BranchingResult(float(problems.bound.min()), self.work, stopped=False)
+            proved = children.bound > 0
+            if proved.any():
+                solved = min(solved, float(children.bound[proved].min()))
+            problems = _Problems.joined([rest, children.take((~proved).nonzero()[:, 0])])
+            at_once = min(2 * at_once, self.search.at_once)
+        return BranchingResult(solved, self.work, stopped=False)
+
+    def _filled(self, choices: Choices) -> Choices:
+        k = len(self.claim.rows)
+        slopes, multipliers = dict(choices.slopes), dict(choices.multipliers)
+        for i in self.relus:
+            lines, shape = self.root.lines_of(i), self.root.graph.shape_of(i)
+            if i not in slopes:
+                slopes[i] = lines.lower_slope[:, None].expand(1, k, *shape)  # type: ignore[union-attr]
+            multipliers.setdefault(
+                i, torch.zeros(1, k, *shape, dtype=slopes[i].dtype, device=slopes[i].device)
+            )
+        return Choices(slopes, multipliers)
+
+    def _relaxation(self, problems: _Problems) -> Relaxation:
+        d, root = len(problems), self.root
+        # with tighter bounds those of linear operations and of ReLUs are smaller; slopes of others may be larger
+        errors = {
+            i: root.error_of(i).expand(d, -1)
+            for i, node in enumerate(root.graph.nodes, 1)
+            if isinstance(node.operation, Linear | ReLU)
+        }
+        region = root.region.of(torch.zeros(d, dtype=torch.long, device=problems.bound.device))
+        return Relaxation(root.graph, region, dict(problems.bounds), errors=errors)
+
+    def _functions(self, d: int) -> Tensor:
+        return self.claim.rows[None].expand(d, -1, -1)
+
+    def _divided(self, problems: _Problems) -> tuple[_Problems, Tensor | None, bool]:
+        """The children of subproblems with their bounds, a counterexample if one was found, and whether one of the
+        subproblems cannot be divided.
+        """
+        relaxation, d = self._relaxation(problems), len(problems)
+        output = relaxation.graph.output
+        result = substitute(
+            relaxation, output, self._functions(d), problems.choices, rounded=False, passed=True
+        )
+        best = (result.lower + self.claim.constants).argmax(1)
+        rows = torch.arange(d, device=best.device)
+        corners = relaxation.region.minimiser(result.coefficients)[rows, best]
+        wrong = self.violated(corners)
+        if wrong.any():
+            return problems, corners[wrong][0], False
+        self.rounds += 1
+        if self.rounds % _DESCENT_ROUNDS == 1:
+            witness = self._descended(corners[:_DESCENT_STARTS])
+            if witness is not None:
+                return problems, witness, False
+        scores = torch.cat(
+            [self._scores(relaxation, i, result.passed[i][rows, best]).flatten(1) for i in self.relus], 1
+        )
+        leaves = (scores.amax(1) < 0).nonzero()[:, 0]
+        if len(leaves):
+            solved, witness = self._solved(problems.take(leaves))
+            if witness is None and bool((solved.bound <= 0).any()):
+                witness = self._descended(corners[leaves])
+                solved = self._bounded(solved, steps=_LEAF_STEPS)
+            if witness is not None:
+                return problems, witness, False
+            if bool((solved.bound <= 0).any()):
+                return problems, None, True
+            # leaves that are proved now take no part in the division
+            others = (scores.amax(1) >= 0).nonzero()[:, 0]
+            if not len(others):
+                return solved, None, False
+            children, witness, final = self._divided(problems.take(others))
+            return _Problems.joined([solved, children]), witness, final
+        split = self._chosen(problems, scores)
+        children = _Problems.joined([self._with_sign(problems, split, sign) for sign in (1.0, -1.0)])
+        return self._bounded(self._tightened(children, split.repeat(2))), None, False
+
+    def _solved(self, leaves: _Problems) -> tuple[_Problems, Tensor | None]:
+        """Leaves with the bounds of linear programs, if their region is a box, and a counterexample or None."""
+        if self.root.region.norm is not None:
+            return leaves, None
+        bound = leaves.bound.clone()
+        for row in (bound <= 0).nonzero()[:, 0].tolist():
+            leaf = leaves.take(torch.tensor([row], device=bound.device))
+            exact = solved_leaf(self._relaxation(leaf), leaf.signs, self.claim.rows, self.claim.constants)
+            bound[row] = max(float(bound[row]), exact.bound)
+            if bound[row] <= 0 and bool(self.violated(exact.point).any()):
+                return leaves, exact.point[0]
+        return replace(leaves, bound=bound), None
+
+    def _scores(self, relaxation: Relaxation, index: int, a: Tensor) -> Tensor:
+        """Estimates of how much a sign of each input of a ReLU improves the bound; -1 where the sign is known.
+
+        Where the coefficient is negative, the upper line of the ReLU is used, whose offset is lost. The slopes of lower
+        lines are optimised, so that a sign improves little there.
+        """
+        low, high = relaxation.bound(relaxation.graph.node(index).inputs[0])
+        unknown = (low < 0) & (high > 0)
+        gap = -low * high / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
+        return torch.where(unknown, torch.where(a < 0, -a, _BELOW * a) * gap, -1.0)
+
+    def _chosen(self, problems: _Problems, scores: Tensor) -> Tensor:
+        """For each subproblem the index of the input that is divided: of the candidates with the highest scores, the
+        one whose children have the largest bounds.
+        """
+        count = min(self.search.candidates, scores.shape[1])
+        best = scores.topk(count, 1)
+        outcomes = []
+        for c in range(count):
+            split = best.indices[:, c]
+            sides = [
+                self._plain_bound(self._with_sign(problems, split, sign)).clamp(max=0.0)
+                for sign in (1.0, -1.0)
+            ]
+            outcome = sides[0] + sides[1]
+            outcomes.append(torch.where(best.values[:, c] > 0, outcome, -torch.inf))
+        return best.indices.gather(1, torch.stack(outcomes, 1).argmax(1, keepdim=True))[:, 0]
+
+    def _plain_bound(self, problems: _Problems) -> Tensor:
+        relaxation = self._relaxation(problems)
+        functions = self._functions(len(problems))
+        lower = substitute(
+            relaxation, relaxation.graph.output, functions, problems.choices, rounded=False
+        ).lower
+        return torch.maximum((lower + self.claim.constants).amax(1), problems.bound)
+
+    def _with_sign(self, problems: _Problems, split: Tensor, sign: float) -> _Problems:
+        """The subproblems with one more assumed sign each, at which the bounds of that input are cut. `split` are
+        indices of the joined inputs of all ReLUs.
+        """
+        signs, bounds = dict(problems.signs), dict(problems.bounds)
+        for i, rows, places in self._places(split):
+            signs[i] = signs[i].clone()
+            signs[i].flatten(1)[rows, places] = sign
+            index = self.root.graph.node(i).inputs[0]
+            side = 0 if sign > 0 else 1
+            cut = [each.clone() for each in bounds[index]]
+            flat = cut[side].flatten(1)
+            flat[rows, places] = 0.0
+            cut[side] = flat.view_as(cut[side])
+            bounds[index] = (cut[0], cut[1])
+        return replace(problems, signs=signs, bounds=bounds)
+
+    def _places(self, split: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each ReLU that is divided its index, and the rows and places of the divided inputs."""
+        start = 0
+        for i in self.relus:
+            size = self.root.graph.shape_of(i).numel()
+            rows = ((split >= start) & (split < start + size)).nonzero()[:, 0]
+            if len(rows):
+                yield i, rows, split[rows] - start
+            start += size
+
+    def _tightened(self, problems: _Problems, split: Tensor) -> _Problems:
+        """The subproblems with bounds of all values after the divided inputs that make use of the assumed sign."""
+        bounds, bound = dict(problems.bounds), problems.bound.clone()
+        divided = torch.zeros_like(split)
+        for i, rows, _ in self._places(split):
+            divided[rows] = i
+        graph = self.root.graph
+        for index in graph.bounded:
+            rows = (divided < index).nonzero()[:, 0]
+            if index == 0 or not len(rows) or not self._cheap(index):
+                continue
+            part = replace(problems, bounds=bounds).take(rows)
+            relaxation = self._relaxation(part)
+            refine(relaxation, index, self.deadline)
+            low, high = relaxation.bound(index)
+            # no input has the assumed signs if a lower bound exceeds an upper one
+            bound[rows] = torch.where((low > high).flatten(1).any(1), torch.inf, bound[rows])
+            new = [each.clone() for each in bounds[index]]
+            new[0][rows], new[1][rows] = torch.minimum(low, high), high
+            bounds[index] = (new[0], new[1])
+        return replace(problems, bounds=bounds, bound=bound)
+
+    def _cheap(self, index: int) -> bool:
+        """Whether bounds of a value cost about as little as those of a subproblem."""
+        low, high = self.root.bound(index)
+        return int(((low < 0) & (high > 0)).sum()) <= self.search.tightened
+
+    def _descended(self, x: Tensor) -> Tensor | None:
+        """An input at which the claim is false, searched by gradient descent from the inputs `x` (d, *shape)."""
+        region = self.root.region.of(torch.zeros(len(x), dtype=torch.long, device=x.device))
+        width = region.high - region.low
+        for step in range(_DESCENT_STEPS):
+            with torch.enable_grad():
+                point = x.detach().requires_grad_()
+                values = self.claim.values(self.root.graph(point))
+                (slope,) = torch.autograd.grad(values.sum(), point)
+            x = point.detach() - slope.sign() * width * (0.25 * (1 - step / _DESCENT_STEPS))
+            x = torch.maximum(torch.minimum(x, region.high), region.low)
+            if bool((values <= 0).any()) or step == _DESCENT_STEPS - 1:
+                wrong = self.violated(x)
+                if wrong.any():
+                    return x[wrong][0]
+        return None
+
+    def _bounded(self, problems: _Problems, steps: int | None = None) -> _Problems:
+        relaxation, d = self._relaxation(problems), len(problems)
+        self.work += d
+        result = optimised(
+            relaxation,
+            relaxation.graph.output,
+            self._functions(d),
+            steps=self.search.steps if steps is None else steps,
+            start=problems.choices,
+            signs=problems.signs,
+        )
+        bound = torch.maximum((result.lower + self.claim.constants).amax(1), problems.bound)
+        slopes = {i: result.choices.slopes.get(i, problems.choices.slopes[i]) for i in self.relus}
+        multipliers = {
+            i: result.choices.multipliers.get(i, problems.choices.multipliers[i]) for i in self.relus
+        }
+        return replace(problems, bound=bound, choices=Choices(slopes, multipliers))
+
+
+@dataclass(frozen=True)
+class AlphaCrown(GraphProver):
+    """Alpha-CROWN: CROWN with optimised slopes of the lower bounds of ReLUs.
+
+    Xu et al., ICLR 2021, arXiv:2011.13824.
+    """
+
+    name: ClassVar[str] = "alpha-crown"
+    timeout_s: float = 60.0
+    """time limit for one example in seconds"""
+    steps: int = 20
+    """number of steps of the optimisation"""
+
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
+        return _Searching(graph, model, threat, self.steps, None, self.timeout_s)
+
+
+@dataclass(frozen=True)
+class BranchAndBound(GraphProver):
+    """Branch and bound with Lagrange multipliers (beta-CROWN), until a time limit for each example.
+
+    Wang et al., NeurIPS 2021, arXiv:2103.06624. It proves the claim or returns a counterexample if it has enough time;
+    for networks without ReLU it is alpha-CROWN.
+    """
+
+    name: ClassVar[str] = "branch-and-bound"
+    timeout_s: float = 60.0
+    """time limit for one example in seconds"""
+    steps: int = 20
+    """number of steps of the optimisation before the first division"""
+    search: Search = Search()
+
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
+        return _Searching(graph, model, threat, self.steps, self.search, self.timeout_s)
+
+
+@dataclass(frozen=True, eq=False)
+class _Claims:
+    """What is proved about the margins of an example."""
+
+    rows: Tensor
+    """coefficients (1, k, classes) of the margins"""
+    proved: Tensor
+    """lower bounds (k) of the margins, float64"""
+    choices: Choices
+    """the choices of the last optimisation, of the margins `chosen`"""
+    stopped: bool
+    """whether a deadline ended the computation of bounds"""
+    work: int = 1
+    chosen: Sequence[int] = ()
+
+    @property
+    def open(self) -> list[int]:
+        """Indices of the margins that are not proved to be positive."""
+        return (~(self.proved > 0)).nonzero()[:, 0].tolist()
+
+    def bounded(self, row: int) -> Optimised:
+        """The bound of one margin, with the choices of the last optimisation."""
+        place = list(self.chosen).index(row)
+        slopes, multipliers = (
+            {i: each[:, place : place + 1] for i, each in values.items()}
+            for values in (self.choices.slopes, self.choices.multipliers)
+        )
+        return Optimised(self.proved[row : row + 1][None].to(self.rows), Choices(slopes, multipliers))
+
+    def decided(self, row: int, decision: BranchingResult) -> "_Claims":
+        """The claims after branch and bound for one of them."""
+        proved = self.proved.clone()
+        proved[row] = max(float(proved[row]), decision.bound)
+        return replace(
+            self, proved=proved, work=self.work + decision.work, stopped=self.stopped or decision.stopped
+        )
+
+    def proofs(self, one: Batch) -> Proofs:
+        """The proofs of the example without a counterexample."""
+        none, bound = Proofs.none(one), self.proved.amin()[None].nan_to_num(nan=-torch.inf)
+        return replace(
+            none,
+            certified=bound > 0,
+            bound=bound,
+            work=none.work + self.work,
+            stopped=torch.full_like(none.stopped, self.stopped),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Searching:
+    """A prover that treats examples one after another."""
+
+    graph: Graph
+    model: Classifier
+    threat: ThreatModel
+    steps: int
+    search: Search | None
+    """settings of branch and bound; None for alpha-CROWN alone"""
+    timeout_s: float
+
+    def __call__(self, batch: Batch) -> Proofs:
+        """Return what the optimised bounds prove about the examples of a batch, with counterexamples."""
+        rows = torch.arange(len(batch), device=batch.ids.device)
+        parts = [self._example(batch.take(rows[k : k + 1])) for k in range(len(batch))]
+        return Proofs.joined([Proofs.none(batch.take(rows[:0])), *parts])
+
+    def _example(self, one: Batch) -> Proofs:
+        deadline = time.perf_counter() + self.timeout_s
+        with torch.no_grad(), exactly(one.x):
+            claims, relaxation = self._first(self.graph, one, deadline)
+            if one.x.dtype != torch.float32 or not claims.open or claims.stopped:
+                return self._continued(claims, relaxation, one, deadline)
+            work = claims.work
+            if not reducible(relaxation):
+                proofs = self._continued(claims, relaxation, one, deadline)
+                undecided = not (proofs.certified | proofs.broken | proofs.stopped).any()
+                if not undecided or not self.search:
+                    return proofs
+                work = int(proofs.work)
+            # rounding errors may be as large as the bound, and on a small network double precision costs little
+            double = one.at(one.x.double())
+            proofs = self._continued(
+                *self._first(self.graph.to(torch.float64), double, deadline), double, deadline
+            )
+            return replace(proofs, x_adv=proofs.x_adv.to(one.x.dtype), work=proofs.work + work)
+
+    def _first(self, graph: Graph, one: Batch, deadline: float) -> tuple["_Claims", Relaxation]:
+        """The margins of an example with their bounds by CROWN, and the relaxation."""
+        region = region_of(one.x, self.threat.constraint, self.model.bounds)
+        relaxation = relaxed(graph, region, deadline=deadline)
+        rows = margin_rows(one.y, graph.shape_of(graph.output)[0], one.x.dtype)
+        lower = substitute(relaxation, graph.output, rows).lower[0]
+        return _Claims(rows, lower.double(), NO_CHOICES, relaxation.stopped), relaxation
+
+    def _continued(self, claims: "_Claims", relaxation: Relaxation, one: Batch, deadline: float) -> Proofs:
+        """The result of optimised bounds, and of branch and bound, for the margins that are not proved."""
+        if not claims.open:
+            return claims.proofs(one)
+        small = not claims.stopped and reducible(relaxation)
+        if small:
+            relaxation = reduced(relaxation)
+        if small or self.search:
+            claims = self._optimised(relaxation, claims)
+        if claims.open and (small or not self.search):
+            claims = self._optimised(relaxation, self._sharpened(relaxation, claims, deadline))
+        if claims.open and self.search and splittable(relaxation.graph):
+            return self._searched(relaxation, claims, one, deadline)
+        return claims.proofs(one)
+
+    def _sharpened(self, relaxation: Relaxation, claims: "_Claims", deadline: float) -> "_Claims":
+        in_time = sharpen(relaxation, self.steps, deadline)
+        return replace(claims, stopped=claims.stopped or not in_time)
+
+    def _optimised(self, relaxation: Relaxation, claims: "_Claims") -> "_Claims":
+        """The claims with optimised bounds of those that are not proved."""
+        output, chosen = relaxation.graph.output, claims.open
+        result = optimised(relaxation, output, claims.rows[:, chosen], steps=self.steps)
+        proved = claims.proved.clone()
+        proved[chosen] = torch.maximum(proved[chosen], result.lower[0].double())
+        return replace(claims, proved=proved, work=claims.work + 1, chosen=chosen, choices=result.choices)
+
+    def _searched(self, relaxation: Relaxation, claims: "_Claims", one: Batch, deadline: float) -> Proofs:
+        """The result of branch and bound for the claims that are not proved, until one is refuted."""
+
+        def violated(x: Tensor) -> Tensor:
+            return self._wrong(self._inside(x, one), one)
+
+        for row in sorted(claims.open, key=lambda row: float(claims.proved[row])):
+            claim = OutputProperty(claims.rows[0, row : row + 1], claims.rows.new_zeros(1))
+            tree = Tree(relaxation, claim, self.search or Search(), deadline, violated)
+            decision = tree.decide(claims.bounded(row))
+            claims = claims.decided(row, decision)
+            if decision.witness is not None:
+                x_adv = self._inside(decision.witness[None], one)
+                if self._wrong(x_adv, one).all():
+                    proofs = claims.proofs(one)
+                    return replace(proofs, x_adv=x_adv, broken=torch.ones_like(proofs.broken))
+            if decision.bound <= 0:
+                break
+        return claims.proofs(one)
+
+    def _inside(self, x: Tensor, one: Batch) -> Tensor:
+        inside: Tensor = self.threat.constraint.project(x, one.x.expand_as(x), self.model.bounds)
+        return inside
+
+    def _wrong(self, x: Tensor, one: Batch) -> Tensor:
+        parameter = next(self.model.parameters(), None)
+        dtype = x.dtype if parameter is None else parameter.dtype
+        wrong: Tensor = self.model(x.to(dtype)).argmax(1) != one.y
+        return wrong

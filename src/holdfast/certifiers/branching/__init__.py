@@ -1,1 +1,0 @@
-"""Branch and bound: a region is divided until each part is proved or broken."""

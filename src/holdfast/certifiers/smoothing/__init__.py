@@ -1,1 +1,0 @@
-"""Randomised smoothing: predictions of a classifier under noise, and the radius that they prove."""

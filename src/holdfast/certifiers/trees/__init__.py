@@ -1,1 +1,0 @@
-"""Certification of tree ensembles: exact worst cases, and proofs from the structure of the trees."""

@@ -1,0 +1,1 @@
+"""Parsers of files that may be untrusted or need much memory, in a process with limits."""

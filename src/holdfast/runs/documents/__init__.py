@@ -1,0 +1,1 @@
+"""The documents of stored runs: written, read, recomputed and compared."""

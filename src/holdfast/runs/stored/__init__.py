@@ -1,1 +1,0 @@
-"""The documents of stored runs, and the comparison of what they state with their columns."""

@@ -1,0 +1,25 @@
+"""Opens the model and the data of `holdfast doctor`, and checks them."""
+
+from holdfast.core.batch import Data
+from holdfast.io.doctor import Checkup, Finding, examine
+from holdfast.io.remote.served_model import inspection_counter
+from holdfast.runs.assess.request import Subject
+from holdfast.verbs.opening.declared import edits_of, notes_of
+from holdfast.verbs.opening.python_functions import gradients
+from holdfast.verbs.opening.resolve import open_examples, open_subject
+from holdfast.verbs.settings import Doctor
+
+
+def opened(settings: Doctor) -> tuple[Subject, Data]:
+    """Open the model and the data, and return them. Data that do not fit the model are opened as well."""
+    subject = open_subject(settings)
+    inspection_counter(subject.model)
+    return subject, open_examples(settings, subject.model, lenient=True)
+
+
+@gradients()
+def checked(settings: Doctor) -> Checkup:
+    """Check the model and the data for common mistakes, and return the findings."""
+    subject, data = settings.open()
+    findings = examine(subject.model, data, texts=edits_of(settings) is not None)
+    return Checkup((*(Finding("data", "note", note) for note in notes_of(data)), *findings))

@@ -1,0 +1,1 @@
+"""The opening of models, data, guards and plans from settings, which several verbs share."""

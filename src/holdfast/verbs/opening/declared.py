@@ -1,0 +1,378 @@
+"""Converts settings to declared properties of the model and the data, such as bounds and classes, and determines
+properties that are not declared.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+
+from holdfast.attacks.parts.images import inner
+from holdfast.core.batch import Data
+from holdfast.core.errors import Remedy, UsageError
+from holdfast.core.model import Bounds, Classifier, Normalisation
+from holdfast.core.names import did_you_mean
+from holdfast.io.data.arrays import Arrays
+from holdfast.io.data.data import Names, Selection, selected
+from holdfast.io.data.layouts import Expected, FirstTable, Ranges
+from holdfast.io.doctor.behaviour import unlike_a_logit
+from holdfast.io.models.models import Declared
+from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
+from holdfast.runs.assess.request import Subject
+from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
+from holdfast.settings.values import numbers_by_feature
+from holdfast.threats.domains import TABLE, TEXT, Domain
+from holdfast.verbs.checked_settings import group_of
+from holdfast.verbs.settings import Assess, Certify, Opening
+
+if TYPE_CHECKING:
+    from holdfast.threats.tables import Table
+    from holdfast.threats.text_edits import TextEdits
+
+T = TypeVar("T", bound=Assess | Certify)
+_LISTED = 20  # classes in an error message
+_RANGE_EXAMPLES = 1000
+"""number of examples whose range of values is compared"""
+
+
+def declared(settings: Opening) -> Declared:
+    """Return the properties of the model's input and output that the settings declare. Input bounds are included only
+    if the user gave them.
+    """
+    texts, table = edits_of(settings) is not None, table_of(settings)
+    if texts or table is not None:
+        _refuse_numeric(settings, "texts" if texts else "rows of a table, whose rules state their limits")
+    return Declared(
+        bounds_of_all(settings) if "bounds" in settings.model_fields_set else None,
+        settings.mean,
+        settings.std,
+        settings.classes,
+        settings.model_output,
+        class_names=settings.class_names,
+        normalised=normalisation(settings),
+        input_shape=group_of(settings, InferenceSource).input_shape,
+        input_name=None if texts else settings.x,
+        texts=texts,
+        rules=None if table is None else table.rules,
+    )
+
+
+def edits_of(settings: Opening) -> "TextEdits | None":
+    """Return the constraint on texts if the threat model is on texts, else None."""
+    edits: TextEdits | None = _constraint_on(TEXT, settings)
+    return edits
+
+
+def table_of(settings: Opening) -> "Table | None":
+    """Return the constraint on rows of a table if the threat model has rules, else None."""
+    table: Table | None = _constraint_on(TABLE, settings)
+    return table
+
+
+def _constraint_on(domain: Domain, settings: Opening) -> Any:
+    """Return the constraint of the threat model if it changes inputs of this domain, else None."""
+    threat = settings.threat if isinstance(settings, ThreatSource) else None
+    return threat.constraint if threat is not None and threat.change.domain is domain else None
+
+
+def _refuse_numeric(settings: Opening, inputs: str) -> None:
+    """Raise `UsageError` for settings of inputs that are numbers without rules."""
+    for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape", "transform", "guard"):
+        if name in settings.model_fields_set and getattr(settings, name) is not None:
+            raise UsageError(
+                f"{name} is for inputs that are numbers, and the threat is on {inputs}", Remedy(name)
+            )
+
+
+def bounds_of_all(inputs: InputSpace) -> Bounds | None:
+    """Return the declared bounds if they are the same for all features, else None."""
+    if isinstance(inputs.bounds, Mapping):
+        return None
+    low, high = inputs.bounds
+    return Bounds(low, high) if isinstance(low, float) and isinstance(high, float) else None
+
+
+def range_of_all(inputs: InputSpace, what: str) -> Bounds:
+    """Return the declared bounds of all features. Raises `UsageError` if they were declared for each feature, which
+    `what` does not support.
+    """
+    bounds = bounds_of_all(inputs)
+    if bounds is not None:
+        return bounds
+    sides = inputs.bounds.values() if isinstance(inputs.bounds, Mapping) else zip(*inputs.bounds, strict=True)
+    lowest, highest = zip(*sides, strict=True)
+    raise UsageError(
+        f"bounds were given for each feature, and {what} has one range for all",
+        Remedy("bounds", (f"{min(lowest):g}", f"{max(highest):g}")),
+    )
+
+
+def bounds_by_feature(
+    inputs: InputSpace, features: Sequence[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the lowest and the highest valid value of each feature. Raises `UsageError` if one is not declared."""
+    if not isinstance(inputs.bounds, Mapping):
+        low, high = (
+            side if isinstance(side, tuple) else (float(side),) * len(features) for side in inputs.bounds
+        )
+        if len(low) != len(features):
+            raise UsageError(f"bounds are of {len(low)} features, and the data have {len(features)}")
+        return low, high
+    sides = [_of_feature(inputs.bounds, features, place, "bounds") for place in range(len(features))]
+    return tuple(low for low, _ in sides), tuple(high for _, high in sides)
+
+
+def sizes_by_feature(
+    unit: str, features: Sequence[str], bounds: tuple[Sequence[float], Sequence[float]], values: Arrays
+) -> tuple[float, ...]:
+    """Return the size of the unit of each feature: the range of its bounds, the standard deviation of its values in the
+    examples, or the number in a file.
+    """
+    if unit == "range":
+        return tuple(high - low for low, high in zip(*bounds, strict=True))
+    if unit == "std":
+        names = values.features or features
+        columns = dict(zip(names, values.read(0, len(values)).x.double().T, strict=True))
+        present = (columns[name][~columns[name].isnan()] for name in features)
+        return tuple(float(column.std(correction=0)) if len(column) else 0.0 for column in present)
+    sizes = numbers_by_feature(unit.removeprefix("@"), "unit")
+    return tuple(_size_of(sizes, features, place) for place in range(len(features)))
+
+
+def constant_where_still(
+    features: Sequence[str],
+    bounds: tuple[Sequence[float], Sequence[float]],
+    sizes: Sequence[float],
+    values: Arrays,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the bounds with both of a feature at its only value if its standard deviation is 0."""
+    names = values.features or features
+    first = dict(zip(names, values.read(0, 1).x[0].tolist(), strict=True))
+    still = [size == 0 and not math.isnan(first[name]) for name, size in zip(features, sizes, strict=True)]
+    low, high = (
+        tuple(first[name] if fixed else end for name, fixed, end in zip(features, still, side, strict=True))
+        for side in bounds
+    )
+    return low, high
+
+
+def _size_of(sizes: Mapping[str, Any], features: Sequence[str], place: int) -> float:
+    size = _of_feature(sizes, features, place, "unit")
+    if not isinstance(size, int | float) or not 0 < size < float("inf"):
+        raise UsageError(
+            f"the unit of {features[place]} is {size!r}; give a number above 0. A feature that does not change has "
+            "equal bounds, if it is constant in the data"
+        )
+    return float(size)
+
+
+def _of_feature(content: Mapping[str, Any], features: Sequence[str], place: int, what: str) -> Any:
+    """Return the entry of a feature, by its name or its position. Raises `UsageError` if there is none, or one of a
+    feature that the data do not have.
+    """
+    known = {*features, *map(str, range(len(features)))}
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise UsageError(f"{what} has the feature {unknown[0]!r}{did_you_mean(unknown[0], features)}")
+    for name in (features[place], str(place)):
+        if name in content:
+            return content[name]
+    raise UsageError(
+        f"{what} has no entry for {features[place]!r}; give one for each of {len(features)} features"
+    )
+
+
+def names(source: DataSource) -> Names:
+    """Return the names of arrays and columns to read from data files, such as that of the label column, and how
+    files are read, as given in the settings.
+    """
+    return {
+        "label": source.label,
+        "drop": tuple(source.drop),
+        "x": source.x,
+        "y": source.y,
+        "separator": source.separator,
+        "header": source.header,
+        "follow_links": source.follow_links,
+    }
+
+
+def normalisation(inputs: InputSpace) -> Normalisation | None:
+    """Return the normalisation that was applied to the data before they were stored, as declared in the settings, or
+    None if none is declared.
+    """
+    return None if inputs.data_normalised is None else Normalisation(*inputs.data_normalised)
+
+
+def expected(
+    settings: Opening,
+    model: Classifier,
+    data: DataSource | None = None,
+    *,
+    lenient: bool = False,
+    first: Data | None = None,
+) -> Expected:
+    """Return the properties that data must have to fit the model, such as bounds and number of classes, and options for
+    reading the data.
+
+    With `lenient`, data that do not fit the model are accepted as well. `first` are the data of the run that were
+    opened before, whose columns those of a table are matched with.
+    """
+    names = settings.class_names or model.class_names
+    source, edits, table = data or settings, edits_of(settings), table_of(settings)
+    words: tuple[str, ...] | None = () if table is None else tuple(table.rules.categories)
+    if edits is not None:
+        words = None if source.x is None else (source.x,)
+    return Expected(
+        model.bounds,
+        model.classes,
+        None if names is None else tuple(names),
+        model.class_labels,
+        model.feature_names,
+        settings.class_names is not None,
+        settings.class_order,
+        source.layout,
+        normalisation(settings),
+        model.units,
+        ProbedClassifier(model),
+        lenient,
+        first=None if first is None else first_table(first),
+        groups=group_column(settings),
+        needs_groups=data is None,
+        words=words,
+        edits=edits,
+        rules=None if table is None else table.rules,
+    )
+
+
+def expected_without_model(settings: Opening, source: DataSource, first: Data | None = None) -> Expected:
+    """Return the properties that data must have if no model is called with them, whose labels may be missing."""
+    return Expected(
+        class_names=settings.class_names,
+        class_order=settings.class_order,
+        layout=source.layout,
+        normalised=normalisation(settings),
+        lenient=True,
+        needs_labels=False,
+        first=None if first is None else first_table(first),
+    )
+
+
+def first_table(data: Data) -> FirstTable:
+    """Return the columns of a data set, with which those of another table are matched."""
+    arrays = data.whole if isinstance(data, Selection) else data
+    if not isinstance(arrays, Arrays):
+        return FirstTable(data.name, None, named=False)
+    return FirstTable(data.name, arrays.features, named=arrays.features is not None and arrays.named)
+
+
+def refuse_other_range(first: Data, second: Data) -> None:
+    """Raise `UsageError` if the values of images or signals are in another range than those of the data `first`: twice
+    as wide, half as wide, or shifted by a third of it.
+
+    Values of a table have units of their own.
+    """
+    ranges = []
+    for data in (first, second):
+        some = selected(data, n=None, sample=_RANGE_EXAMPLES, seed=0)  # a file may be sorted by class
+        ranges.append(some.read(0, len(some)).x)
+    first_x, x = ranges
+    if min(x.dim(), first_x.dim()) > 2:
+        Ranges.of(x, first_x).refuse(f"{second.name} has", f"{first.name} has")
+
+
+def notes_of(*data: Data | None) -> tuple[str, ...]:
+    """Return the notes on data sets for the report. A note on several of them is stated once."""
+    return tuple(dict.fromkeys(note for each in data for note in getattr(each, "notes", ())))
+
+
+def group_column(settings: Opening) -> str | None:
+    """Return the name of the column or array that states the groups of the examples, or None if there is none."""
+    given = group_of(settings, ExampleGroups).groups
+    return given if isinstance(given, str) else None
+
+
+def unlabelled(settings: Opening, model: Classifier, data: DataSource, first: Data | None = None) -> Expected:
+    """Return the properties that data must have to fit the model if only their inputs are used and their labels are
+    not.
+    """
+    return replace(
+        expected(settings, model, data, first=first),
+        classes=None,
+        class_names=None,
+        class_labels=None,
+        checks_labels=False,
+    )
+
+
+def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
+    """Determine those properties of the model that are not declared, by tests on the data. Return the model under test
+    with notes about them.
+
+    The properties are: whether single outputs are logits, and look like logits of the labels, whether the largest score
+    of an estimator is that of its class, whether the backward pass of the model works, and the layouts of surrogates.
+    Raises `UnclearOutput` if single outputs may be probabilities.
+    """
+    model = subject.model
+    declared = inner(model).output is not None
+    for examined in (model, *(surrogate.model for surrogate in surrogates)):
+        if examined is not model:
+            ProbedClassifier(examined).suit(data.read(0, min(2, len(data))).x)
+        settle_output(examined, data)
+    notes = (
+        *settle_predictions(model, data),
+        *(() if declared else unlike_a_logit(model, data)),
+        *settle_gradients(model, data),
+    )
+    card = {**subject.card, "access": model.access} if notes else subject.card
+    return replace(subject, card=card, notes=(*subject.notes, *notes))
+
+
+def with_numbered_goal(settings: T, model: Classifier, data: Data, name: str | None = None) -> T:
+    """Return the settings with the number of the target class in the threat, if it or `name` states the class by name.
+
+    Raises `UsageError` if there is no class with this name; its message lists classes with their numbers.
+    """
+    name = name or settings.threat.goal_name
+    if not name:
+        return settings
+    names = settings.class_names or model.class_names or data.classes or ()
+    if name not in names:
+        listed = ", ".join(f"{k} ({class_name})" for k, class_name in enumerate(names[:_LISTED]))
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        listed = f"expected one of {listed}{more}" if names else "this model has no names for its classes"
+        raise UsageError(
+            f"goal is {name!r}, which is not the name of a class; {listed}; give the number of a class, as in goal=3"
+        )
+    threat = replace(settings.threat, goal=list(names).index(name), goal_name="")
+    return cast("T", settings.model_copy(update={"threat": threat}))
+
+
+def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:
+    """Return a note on the unit of the perturbation radius eps if inputs are not in [0, 1]; otherwise an empty
+    tuple.
+    """
+    if model.units is not None:
+        return ()
+    low, high = ends(model.bounds)
+    legal = f"legal values from {low:g} to {high:g}"
+    if normalised is not None:
+        note = (
+            f"the data were normalised by {normalised}; this is undone, and eps is in the units before the "
+            f"normalisation, with {legal}"
+        )
+        return (f"{note}; the model normalises its input inside",)
+    if (low, high) == (0.0, 1.0):
+        return ()
+    return (f"eps is in the units of the inputs, with {legal}",)
+
+
+def ends(bounds: Bounds) -> tuple[float, float]:
+    """Return the lowest and the highest value that the input bounds of a model permit for any feature."""
+    return _end(bounds.low, min), _end(bounds.high, max)
+
+
+def _end(side: float | torch.Tensor, extreme: Any) -> float:
+    return float(extreme(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)
