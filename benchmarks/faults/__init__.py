@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults choose TREE     # draws places in a tree, and writes faults.json
     python -m benchmarks.faults trace TREE      # runs the tests once, and records which of them execute which place
-    python -m benchmarks.faults run TREE        # plants each fault, and runs the tests that execute its place
+    python -m benchmarks.faults run TREE --column after  # plants each fault, and runs the tests that execute its place
     python -m benchmarks.faults place TREE      # prints the faults whose line is not found in a tree
     python -m benchmarks.faults report          # prints the table of the record
 

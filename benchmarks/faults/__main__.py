@@ -22,6 +22,8 @@ N = 60
 MOST_S = 120
 """time for the tests of one fault"""
 MOST_TESTS = 400
+COLUMNS = ("before", "after")
+"""names of two versions in the record"""
 CHUNK = 12
 """files of tests in one process"""
 DESELECTED = (
@@ -142,8 +144,9 @@ def chosen_places(by_place: Mapping[int, Any], drawn: list[dict[str, Any]]) -> l
     return kept
 
 
-def run(tree: Path, work: Path) -> None:
-    """Plant each fault, and record the first test that fails."""
+def run(tree: Path, work: Path, column: str) -> None:
+    """Plant each fault, and record in a column the first test that fails."""
+    work.mkdir(parents=True, exist_ok=True)
     drawn = json.loads(CHOSEN.read_text())
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     known = {name: entry["tests"] for name, entry in record.items()}
@@ -161,22 +164,19 @@ def run(tree: Path, work: Path) -> None:
         if name in done:
             continue
         fault = Fault(**drawn[int(name)])
-        quick = [test for test in tests if not slow.get(test, False)]
-        outcome: dict[str, Any] = {
-            "tests": tests[:MOST_TESTS],
-            "executed_by": len(tests),
-            "quick": len(quick),
-        }
         place = found_in(tree, fault, int(name))
         if place is None:
-            outcome["caught"] = "not placed"
+            outcome: dict[str, Any] = {"caught": "", "not_placed": True}
         else:
-            outcome |= _tried(tree, work, place, tests[:MOST_TESTS])
+            outcome = _tried(tree, work, place, tests[:MOST_TESTS])
             outcome["by_a_slow_test"] = slow.get(outcome["caught"], False)
         done[name] = outcome
         _write(results, done)
         print(f"{name}: {fault.kind}, {fault.file}: {outcome['caught'] or 'not caught'}", flush=True)
-    _write(RECORD, done)
+    for name, tests in known.items():
+        entry = record.setdefault(name, {})
+        record[name] = {**entry, "tests": tests[:MOST_TESTS], "executed_by": len(tests), column: done[name]}
+    _write(RECORD, record)
 
 
 def _tried(tree: Path, work: Path, place: tuple[Path, int, str], tests: list[str]) -> dict[str, Any]:
@@ -254,16 +254,19 @@ def place(tree: Path) -> int:
 
 
 def report() -> None:
-    """Print how many faults of each kind are caught by quick tests, by slow ones and by none."""
+    """Print how many faults of each kind are caught by quick tests, by slow ones and by none, in each column."""
     drawn, record = json.loads(CHOSEN.read_text()), json.loads(RECORD.read_text())
-    table: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for number, entry in record.items():
-        how = "none" if not entry["caught"] else "slow" if entry.get("by_a_slow_test") else "quick"
-        table[drawn[int(number)]["kind"]][how] += 1
-    for kind, counts in table.items():
-        print(
-            f"{kind}: {counts['quick']} by a quick test, {counts['slow']} by a slow test, {counts['none']} by none"
-        )
+    for column in COLUMNS:
+        table: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        for number, entry in record.items():
+            if outcome := entry.get(column):
+                how = (
+                    "none" if not outcome["caught"] else "slow" if outcome.get("by_a_slow_test") else "quick"
+                )
+                table[drawn[int(number)]["kind"]][how] += 1
+        for kind, counts in table.items():
+            caught = f"{counts['quick']} by a quick test, {counts['slow']} by a slow test, {counts['none']} by none"
+            print(f"{column}, {kind}: {caught}")
 
 
 def _write(path: Path, content: Any) -> None:
@@ -283,10 +286,15 @@ def main() -> int:
             command.add_argument(
                 "--work", type=lambda text: Path(text).resolve(), default=Path("build/faults").resolve()
             )
+        if name == "run":
+            command.add_argument("--column", choices=COLUMNS, required=True)
     commands.add_parser("report")
     given = parser.parse_args()
-    if given.command in ("trace", "run"):
-        (trace if given.command == "trace" else run)(given.tree, given.work)
+    if given.command == "trace":
+        trace(given.tree, given.work)
+        return 0
+    if given.command == "run":
+        run(given.tree, given.work, given.column)
         return 0
     if given.command == "report":
         report()
