@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.audits.audit import FINDING, judged, open_audit
+from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.io.files import GENESIS, Link, canonical, digest
 from holdfast.runs.store.folder import CHAIN, document
 
 Place = tuple[str | int, ...]

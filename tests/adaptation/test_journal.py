@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from holdfast.adaptation.journal import OF_FILE, concluded, open_journal, read_adaptation
 from holdfast.cli.app import run as command
 from holdfast.cli.app import verbs
+from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.files import digest
 from holdfast.runs.store.folder import document
 from holdfast.server.adaptations import Adaptations
 from holdfast.server.audit_folder import AuditFolder
@@ -106,7 +106,7 @@ def rewritten(folder, name, content, *, record=True):
     data = content if isinstance(content, bytes) else document(content)
     file.write_bytes(data)
     if record:
-        from holdfast.io.files import GENESIS, Link
+        from holdfast.core.chain import GENESIS, Link
         from store.forging import line_of
 
         chain, previous = folder / "chain.jsonl", GENESIS

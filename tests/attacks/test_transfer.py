@@ -67,7 +67,7 @@ def test_a_resized_image_is_smaller_somewhere_on_an_empty_ground_and_each_for_it
     assert below.min() >= -2
 
 
-def test_a_split_continues_on_the_lower_side_of_the_box():
+def test_values_are_halved_towards_the_lower_bound():
     x = torch.tensor([[1.0, -1.0, 0.0]])
     torch.testing.assert_close(halved_view(x, 2, Bounds(-1.0, 1.0)), torch.tensor([[-0.5, -1.0, -0.75]]))
 

@@ -23,7 +23,7 @@ def _obeyed(said):
     return CI_COMMAND.search(said) or re.search(r"[^\n -~\u00a1-\uffff]", said)
 
 
-def test_the_output_of_a_command_is_no_instruction(capsys, tmp_path, monkeypatch):
+def test_the_output_of_a_command_has_no_control_characters(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Voice().say(f"note: {HOSTILE}")
     table = tmp_path / "data.csv"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from holdfast.io.files import GENESIS, Link, canonical, digest
+from holdfast.core.chain import GENESIS, Link, canonical, digest
 
 
 def test_the_digest_is_sha_256_of_canonical_json():

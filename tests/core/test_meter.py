@@ -157,7 +157,7 @@ def test_dead_gradients_of_the_first_pass_are_noted():
     assert meter.spent.dead.tolist() == [False, True, True, False]
 
 
-def test_the_spent_times_are_a_copy():
+def test_the_counts_of_a_meter_are_a_copy():
     meter, _, _ = metered()
     before = meter.spent
     meter(X)

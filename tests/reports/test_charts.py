@@ -49,7 +49,7 @@ def test_the_line_holds_each_level_until_the_next():
     assert drawn.mark.text_y > 134
 
 
-def test_no_sets_are_drawn_without_a_collection():
+def test_a_chart_without_points_has_no_drawings():
     assert staircases([], "eps") == []
     assert staircases(_points([0.0], [1.0]), "eps") == []
     assert staircases(_points([0.0], [1.0]), "eps", mark=math.inf) == []

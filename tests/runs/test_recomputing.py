@@ -10,8 +10,8 @@ import torch
 
 from holdfast.cli.app import run as command_line
 from holdfast.cli.app import verbs
+from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError
-from holdfast.io.files import GENESIS, Link
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.documents.run_manifest import command_of
 from holdfast.runs.documents.stored_runs import runs_in

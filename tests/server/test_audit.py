@@ -9,9 +9,9 @@ import stat
 import pytest
 
 from holdfast.cli.app import run
+from holdfast.core.chain import GENESIS, canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.rules import Action, Mode, RequestDecision, RowDecision, Score
-from holdfast.io.files import GENESIS, canonical, digest
 from holdfast.server import audit_folder
 from holdfast.server.audit_chain import (
     SERVER,

@@ -18,11 +18,11 @@ from holdfast.attacks.parts.losses import dlr
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.suites import LABELS_ONLY, SUITES, VARIANTS, curve, suite, variant
 from holdfast.core.catalogue import ATTACKS
+from holdfast.core.chain import canonical
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import parse_number
 from holdfast.doubts.answering import arms
-from holdfast.io.files import canonical
 from holdfast.recipes.training.recipe import RecipeFacts
 from holdfast.settings.grammar import (
     ADAPTIVE,

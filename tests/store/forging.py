@@ -1,6 +1,6 @@
 """Chains that are computed again, as a forger would."""
 
-from holdfast.io.files import Link, canonical
+from holdfast.core.chain import Link, canonical
 
 
 def line_of(link):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from disk import failing
+from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError
-from holdfast.io.files import GENESIS, Link, canonical
 from holdfast.runs.store.append_log import AppendLog, Head, LogForm, LogReader
 from store.forging import chained
 

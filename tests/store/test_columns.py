@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.io.files import digest
 from holdfast.runs.store import columns
 
 EXAMPLE = {

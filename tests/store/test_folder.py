@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from disk import failing
+from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Seconds
-from holdfast.io.files import Link, canonical
 from holdfast.runs.store.append_log import FOREIGN_LEASE_S, Owner, ShardTimes, leased, spent_in, start_time
 from holdfast.runs.store.folder import differences, open_run_folder, parsed
 from holdfast.runs.store.verify import verify

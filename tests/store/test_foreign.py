@@ -11,9 +11,9 @@ from typing_extensions import TypedDict
 
 from holdfast.cli.app import run as command_line
 from holdfast.cli.look import verify as verify_command
+from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Seconds
-from holdfast.io.files import GENESIS, Link, canonical, digest
 from holdfast.rotation.pool import Pool
 from holdfast.runs.documents.stored_runs import open_run, runs_in
 from holdfast.runs.store import journal

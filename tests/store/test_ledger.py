@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disk import failing
+from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.io.files import GENESIS, Link, canonical
 from holdfast.rotation.ledger import HEAD, LedgerHead, utc_now
 from holdfast.rotation.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
 from holdfast.runs.store import Ledger as AnyLedger

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.core.names import line
-from holdfast.io.files import canonical, digest
 from holdfast.reports.tree import Check, Report, Section, Table
 from holdfast.reports.write import rendered, write
 from holdfast.runs.documents.record import VERDICT

@@ -26,11 +26,11 @@ from holdfast.audits.finding import (
     shown,
 )
 from holdfast.core.catalogue import AUDITS
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Need, TargetError, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Verdict, exit_code, judged_estimate, overall
-from holdfast.io.files import canonical, digest
 from holdfast.reports import audit as reported
 from holdfast.reports.terminal import body
 from holdfast.reports.tree import Report

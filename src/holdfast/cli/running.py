@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from holdfast.cli.options import Voice
+from holdfast.core.chain import canonical as as_bytes
+from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
 from holdfast.core.names import line
-from holdfast.io.files import canonical as as_bytes
-from holdfast.io.files import digest
 from holdfast.reports.run import shown_notes
 from holdfast.reports.terminal import body, verdict
 from holdfast.reports.tree import Report, Section, Table

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.guard.detectors.outputs import Fitted, Observation
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import QUERIES, RANGE, Basis, InputSchema, Rule
-from holdfast.io.files import canonical, content_of_file, digest
+from holdfast.io.files import content_of_file
 from holdfast.reports.charts import rounded_up
 from holdfast.runs.store.files import mode_of, write_atomically
 from holdfast.statistics.intervals import clopper_pearson, combined_thresholds, fewest_examples

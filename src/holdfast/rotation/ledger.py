@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import TypedDict
 
+from holdfast.core.chain import Link, canonical, digest, refuse_no_digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.io.files import Link, canonical, digest, refuse_no_digest
 from holdfast.rotation.ledger_state import (
     Exposure,
     LedgerState,

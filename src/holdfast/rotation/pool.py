@@ -18,8 +18,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
-from holdfast.io.files import canonical, digest
 from holdfast.rotation.ledger import (
     HEAD,
     LOCK,

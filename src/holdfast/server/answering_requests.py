@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
 from holdfast.guard.rules import (
     Action,
@@ -27,7 +28,6 @@ from holdfast.guard.rules import (
     labels,
 )
 from holdfast.guard.state_in_memory import Charge
-from holdfast.io.files import canonical
 from holdfast.server.audit_chain import AuditKey, ChainFile, advice_for, answered, now, started, timed_record
 from holdfast.server.keys import Quotas
 from holdfast.server.requests import (

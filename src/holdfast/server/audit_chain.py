@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 from typing_extensions import TypedDict
 
+from holdfast.core.chain import canonical
 from holdfast.core.errors import Placeholder, Remedy, TargetError
 from holdfast.guard.rules import Action, RequestDecision, RowDecision
-from holdfast.io.files import canonical, open_regular
+from holdfast.io.files import open_regular
 from holdfast.runs.store import files as store
 from holdfast.runs.store.append_log import BEGINNING, WAIT_S, Head, LogForm, LogReader
 from holdfast.runs.store.columns import Count, Whole, conforming, required

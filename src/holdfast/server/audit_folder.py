@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from holdfast.core.chain import GENESIS, refuse_no_digest
 from holdfast.core.errors import TargetError
-from holdfast.io.files import GENESIS, refuse_no_digest
 from holdfast.runs.store.append_log import BEGINNING, Owner, locked
 from holdfast.runs.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
 from holdfast.server.audit_chain import (

@@ -36,6 +36,7 @@ from holdfast.adaptation.server_state import (
     server_state,
 )
 from holdfast.core.batch import Batch, Data, TrainingData
+from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, Need, TargetError, UsageError, refuse_unmet
 from holdfast.core.types import Labels, Mask
@@ -45,7 +46,7 @@ from holdfast.generators.networks import names_generator
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.data import selected
-from holdfast.io.files import canonical, content_of_file, digest
+from holdfast.io.files import content_of_file
 from holdfast.io.models.factories import names_code
 from holdfast.io.remote.remote import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.words import strict

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Data
+from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.guard.calibration import (
@@ -26,7 +27,6 @@ from holdfast.guard.rules import QUERIES, Action, Incoming, RequestDecision, Req
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.data import Selection
-from holdfast.io.files import digest
 from holdfast.io.models.models import ROTATING
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject

@@ -14,6 +14,7 @@ from torch import nn
 
 from holdfast.attacks.suites import suite
 from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
@@ -21,7 +22,6 @@ from holdfast.core.names import did_you_mean
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.gallery import ITEMS, Item, undefended
 from holdfast.io.data import data as data_sources
-from holdfast.io.files import canonical, digest
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.runs.assess.assess import assess as run_assessment

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import rotation
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.names import kind_of
-from holdfast.io.files import canonical, digest
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe, facts_of
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UPSTREAM_KEY, Placeholder, Remedy, UsageError, model_argument
 from holdfast.core.model import Classifier
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import Action, RequestGuard
-from holdfast.io.files import canonical, digest
 from holdfast.io.models.models import ROTATING, bundled_models
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.monitoring.signals import Reference

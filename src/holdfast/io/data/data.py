@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Remedy, TargetError, UsageError, data_argument
 from holdfast.core.types import Layout
 from holdfast.io.data import tables
@@ -29,7 +30,7 @@ from holdfast.io.data.layouts import Expected, layout_of_images
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
 from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder
-from holdfast.io.files import canonical, digest, reading, similar_file, similar_name
+from holdfast.io.files import reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.names import kind_of
-from holdfast.io.files import canonical, digest
 from holdfast.io.models.adapting import digest_of_object
 from holdfast.io.models.factories import error_text, function_digest, function_from_file, function_name
 

@@ -12,10 +12,11 @@ from math import prod
 from typing import Any
 from urllib.parse import SplitResult
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Placeholder, TargetError, TargetLost, UsageError, model_argument
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
-from holdfast.io.files import canonical, digest, similar_name
+from holdfast.io.files import similar_name
 from holdfast.io.remote import payloads
 from holdfast.io.remote.http_client import Client
 from holdfast.io.remote.remote import Remote, allowed_address

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.chain import canonical
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
@@ -22,7 +23,6 @@ from holdfast.core.meter import results_in_pieces
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import without_prefix
-from holdfast.io.files import canonical
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import trained_as
 from holdfast.reports.words import strict

@@ -17,6 +17,7 @@ from holdfast.attacks.apgd import APGD
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch, Lookup
+from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Doubt, Evidence
@@ -25,7 +26,6 @@ from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Mask
 from holdfast.io.data.arrays import Arrays
-from holdfast.io.files import canonical, digest
 from holdfast.metrics.shares import robust
 from holdfast.reports.words import percent, strict
 from holdfast.rotation.pool import Pool

@@ -12,10 +12,10 @@ from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, by_smoothing, smoothed_model
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import PARTITIONS, SUBSTITUTIONS, TREES
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, Remedy, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
-from holdfast.io.files import canonical, digest
 from holdfast.io.models.composed import Ensemble
 from holdfast.runs.assess.request import AssessRequest, Subject
 from holdfast.runs.harness.kinds.proof import prepared_prover

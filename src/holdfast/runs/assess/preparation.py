@@ -14,6 +14,7 @@ from holdfast.attacks.parts.fast_networks import multiply_adds
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import UNLABELLED, Batch, Data, off_range
+from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
 from holdfast.core.errors import OTHER_EXAMPLES, SURROGATE, Remedy, TargetError, UsageError
 from holdfast.core.evidence import Columns, Evidence
@@ -26,7 +27,6 @@ from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge, refuse_rotation
 from holdfast.io.data.data import selected
 from holdfast.io.doctor import FILLED, share_filled
-from holdfast.io.files import canonical, digest
 from holdfast.io.remote.probing import (
     BYTES,
     before_normalisation,

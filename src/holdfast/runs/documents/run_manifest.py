@@ -14,13 +14,13 @@ import torch
 from holdfast.attacks.suites import SUITES
 from holdfast.core.batch import Data
 from holdfast.core.catalogue import RECIPES, load, names
+from holdfast.core.chain import canonical, digest
 from holdfast.core.estimate import Goal
 from holdfast.core.meter import batch_size_for
 from holdfast.core.names import exact
 from holdfast.doubts.answering import BUDGET
 from holdfast.gates.judging import Judgement
 from holdfast.io.doctor import spread_examples
-from holdfast.io.files import canonical, digest
 from holdfast.io.models.factories import function_digest, names_code
 from holdfast.io.remote.probing import NO_GRADIENT
 from holdfast.io.remote.served_model import Served

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import RESUME, HoldfastError, Remedy, TargetError, UnsoundProof, UsageError
 from holdfast.core.estimate import Estimate, Goal
 from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Before, Doubts, Judgement, exit_code, judge, judged_estimate
-from holdfast.io.files import canonical, digest
 from holdfast.metrics.comparisons import clean_accuracy_drop, regression
 from holdfast.metrics.names import PAIRED
 from holdfast.metrics.shares import robust_accuracy

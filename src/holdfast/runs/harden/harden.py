@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
+from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier, of_values
 from holdfast.gates.grammar import Claim
@@ -21,7 +22,6 @@ from holdfast.gates.judging import Before, refuse_goal
 from holdfast.io.data.data import selected
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_data
-from holdfast.io.files import digest
 from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.exported import exported
 from holdfast.io.models.weights import written

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Constraint
 from holdfast.core.estimate import Goal
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.judging import TrainingVerdict, training_verdict
-from holdfast.io.files import canonical, digest
 from holdfast.io.models.architectures import int8_layers
 from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS

@@ -17,8 +17,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import OTHER_FOLDER, RESUME, InUse, TargetError, UsageError
-from holdfast.io.files import GENESIS, Link, canonical, open_regular, refuse_irregular
+from holdfast.io.files import open_regular, refuse_irregular
 from holdfast.runs.store.columns import Count, FormFault, Name, conforming
 from holdfast.runs.store.files import (
     PRIVATE,

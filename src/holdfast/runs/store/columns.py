@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError
-from holdfast.io.files import canonical, digest
 from holdfast.runs.store.files import content_of, usable, write_atomically
 
 if TYPE_CHECKING:

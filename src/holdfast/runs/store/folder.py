@@ -14,10 +14,10 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import OTHER_FOLDER, RESUME, TargetError, UsageError
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.names import kind_of
-from holdfast.io.files import canonical, digest
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.append_log import (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.catalogue import names
+from holdfast.core.chain import digest, refuse_no_digest
 from holdfast.core.errors import RESUME, TargetError
-from holdfast.io.files import digest, refuse_no_digest
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.append_log import OF_LEASE
 from holdfast.runs.store.files import (

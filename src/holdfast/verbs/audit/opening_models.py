@@ -20,6 +20,7 @@ from holdfast.audits.poison import write_suspects
 from holdfast.audits.poison_steps import EPOCHS, PoisonRequest, Train, refuse_unscorable, scored, with_trusted
 from holdfast.audits.poison_steps import measure as measure_poison
 from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Need, Remedy, UsageError
@@ -28,7 +29,6 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.training import Checkpoint
 from holdfast.io.data.npz import write_trigger
 from holdfast.io.data_catalogue import cache_folder
-from holdfast.io.files import canonical, digest
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.reports.write import refuse_unwritable

@@ -42,6 +42,7 @@ from holdfast.audits.membership_references import (
     trained_signals,
 )
 from holdfast.core.batch import Batch, Data
+from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
 from holdfast.core.evidence import Columns
@@ -49,7 +50,7 @@ from holdfast.core.meter import Room
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
-from holdfast.io.files import canonical, digest, text_of_file
+from holdfast.io.files import text_of_file
 from holdfast.io.models.factories import TrainingFunction, open_training, refuse_other_classes
 from holdfast.io.models.models import CARD
 from holdfast.recipes.training.recipe import Recipe

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import HoldfastError, UsageError, model_argument
 from holdfast.core.estimate import Estimate
 from holdfast.guard.calibration import Calibration, read_calibration, refuse_stale, with_calibration
@@ -41,7 +42,6 @@ from holdfast.guard.state_in_memory import MemoryState
 from holdfast.guard.state_in_redis import RedisState
 from holdfast.guard.state_in_sqlite import SQLiteState
 from holdfast.guard.stored_inputs import StoredInputs
-from holdfast.io.files import canonical, digest
 from holdfast.reports.charts import rounded_up
 from holdfast.reports.words import strict
 from holdfast.runs.assess.request import Subject

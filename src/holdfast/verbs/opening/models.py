@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from typing_extensions import TypedDict
 
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TRUST_CODE, Remedy, TargetError, UsageError, model_argument
 from holdfast.core.model import Bounds, Classifier, Normalisation
 from holdfast.core.types import ACCESS_ORDER
-from holdfast.io.files import canonical, digest
 from holdfast.io.models.composed import Ensemble, Mixture
 from holdfast.io.models.factories import converted_arguments
 from holdfast.io.models.models import ROTATING, Declared, OpenedModel, open_model

@@ -15,6 +15,7 @@ from torch import nn
 
 from holdfast.attacks.parts.images import seen_through
 from holdfast.core.batch import Data
+from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.errors import OTHER_EXAMPLES, NoSplit, Remedy, TargetError, UsageError, model_argument
 from holdfast.core.gradients import DECAY, skipped
@@ -25,7 +26,6 @@ from holdfast.io.data.data import Selection, grouped, noting_fewer, open_data, s
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_array, as_data
 from holdfast.io.data.tables import is_frame, open_frame, text_of
-from holdfast.io.files import canonical, digest
 from holdfast.io.models.adapting import object_identity, refuse_no_model
 from holdfast.io.models.estimators import Estimator
 from holdfast.io.models.models import Declared, open_model
