@@ -34,7 +34,7 @@ from holdfast.cli.setting_options import (
 )
 from holdfast.core.errors import REFERENCE, HoldfastError, Placeholder, Remedy, UsageError
 from holdfast.core.names import line
-from holdfast.io.remote.remote import SCHEMES, OperatorPort, read_key
+from holdfast.io.remote.remote import SCHEMES
 from holdfast.settings.grammar import per_second, seconds
 from holdfast.settings.texts import read_labels
 from holdfast.verbs.settings import Adapt, Monitor, Serve
@@ -42,6 +42,7 @@ from holdfast.verbs.settings import Adapt, Monitor, Serve
 if TYPE_CHECKING:
     from holdfast.adaptation.journal import Adapted
     from holdfast.adaptation.server_state import Alarm, MonitorState
+    from holdfast.io.remote.operator_port import OperatorPort
 
 
 _HELP = """\
@@ -189,6 +190,7 @@ def _watch_server(
     refuse_reports(output)
     from holdfast.adaptation.server_state import monitor_state
     from holdfast.cli.running import tell_report
+    from holdfast.io.remote.operator_port import OperatorPort, read_key
     from holdfast.reports.audit import monitoring_report
 
     port = OperatorPort(url, None if key_file is None else read_key(key_file))
@@ -218,7 +220,7 @@ def _tests_with_alarm(state: "MonitorState") -> "dict[str, Alarm]":
     return {test["name"]: test["alarm"] for test in state["tests"] if test["alarm"]}
 
 
-def _send(voice: Voice, port: OperatorPort, file: str) -> None:
+def _send(voice: Voice, port: "OperatorPort", file: str) -> None:
     """Send labels to the server, and report those that it does not accept."""
     from holdfast.adaptation.server_state import send_labels
 

@@ -47,7 +47,7 @@ from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.data import selected
 from holdfast.io.files import canonical, content_of_file, digest
 from holdfast.io.models.factories import names_code
-from holdfast.io.remote.remote import Json, OperatorPort, Refusal, read_key
+from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.words import strict
 from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import rows_of

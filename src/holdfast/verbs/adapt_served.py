@@ -22,7 +22,7 @@ from holdfast.guard.query_rule import derived_key, guard_key
 from holdfast.guard.rules import QUERIES
 from holdfast.guard.state_in_memory import MemoryState
 from holdfast.io.models.models import ROTATING
-from holdfast.io.remote.remote import Json, OperatorPort
+from holdfast.io.remote.operator_port import Json, OperatorPort
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.reports.words import amount
 from holdfast.reports.write import refuse_unwritable
