@@ -11,7 +11,8 @@ from typing import Any
 
 from holdfast.audits.audit import FINDING, judged, open_audit
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.io.files import GENESIS, Link, canonical, digest
+from holdfast.io.files import canonical, digest
+from holdfast.runs.store.append_log import GENESIS, Link
 from holdfast.runs.store.folder import CHAIN, document
 
 Place = tuple[str | int, ...]

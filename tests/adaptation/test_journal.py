@@ -106,7 +106,7 @@ def rewritten(folder, name, content, *, record=True):
     data = content if isinstance(content, bytes) else document(content)
     file.write_bytes(data)
     if record:
-        from holdfast.io.files import GENESIS, Link
+        from holdfast.runs.store.append_log import GENESIS, Link
         from store.forging import line_of
 
         chain, previous = folder / "chain.jsonl", GENESIS

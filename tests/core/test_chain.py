@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from holdfast.io.files import GENESIS, Link, canonical, digest
+from holdfast.io.files import canonical, digest
+from holdfast.runs.store.append_log import GENESIS, Link
 
 
 def test_the_digest_is_sha_256_of_canonical_json():

@@ -11,11 +11,11 @@ import torch
 from holdfast.cli.app import run as command_line
 from holdfast.cli.app import verbs
 from holdfast.core.errors import TargetError
-from holdfast.io.files import GENESIS, Link
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.documents.run_manifest import command_of
 from holdfast.runs.documents.stored_runs import runs_in
 from holdfast.runs.store import columns as column_files
+from holdfast.runs.store.append_log import GENESIS, Link
 from holdfast.verbs.reports import report, verify
 from runs import stored
 from runs.fakes import data, order, subject

@@ -11,7 +11,8 @@ import pytest
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.rules import Action, Mode, RequestDecision, RowDecision, Score
-from holdfast.io.files import GENESIS, canonical, digest
+from holdfast.io.files import canonical, digest
+from holdfast.runs.store.append_log import GENESIS
 from holdfast.server import audit_folder
 from holdfast.server.audit_chain import (
     SERVER,
@@ -181,7 +182,7 @@ def test_the_chains_of_a_killed_server_are_completed_by_the_next_one(tmp_path, m
         file.write(b'{"content')
     audit.chain.close()
     assert verify_audit(tmp_path / "audit").open == 1
-    monkeypatch.setattr("holdfast.runs.store.append_log.Owner.alive", lambda owner: False)
+    monkeypatch.setattr("holdfast.runs.store.leases.Owner.alive", lambda owner: False)
     following = AuditFolder.open(tmp_path / "audit", {})
     assert following.recovered == 1
     verified = verify_audit(tmp_path / "audit")

@@ -1,6 +1,7 @@
 """Chains that are computed again, as a forger would."""
 
-from holdfast.io.files import Link, canonical
+from holdfast.io.files import canonical
+from holdfast.runs.store.append_log import Link
 
 
 def line_of(link):

@@ -6,8 +6,8 @@ import pytest
 
 from disk import failing
 from holdfast.core.errors import TargetError
-from holdfast.io.files import GENESIS, Link, canonical
-from holdfast.runs.store.append_log import AppendLog, Head, LogForm, LogReader
+from holdfast.io.files import canonical
+from holdfast.runs.store.append_log import GENESIS, AppendLog, Head, Link, LogForm, LogReader
 from store.forging import chained
 
 CONTENTS = [{"kind": "a", "k": 0}, {"kind": "b", "name": "x", "k": 'é"\\'}, {"kind": "b", "k": [1.5, None]}]

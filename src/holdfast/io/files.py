@@ -1,20 +1,15 @@
-"""Opens and checks files and computes their digests; and the hash chain of evidence and ledgers, in which each record
-contains the digest of the record before it.
-"""
+"""Opens and checks files, replaces them, and computes their digests."""
 
 import hashlib
 import json
 import os
-import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from holdfast.core.errors import (
     HoldfastError,
@@ -26,9 +21,6 @@ from holdfast.core.errors import (
     model_argument,
 )
 from holdfast.core.names import most_similar, suggestion
-
-GENESIS = "0" * 64
-"""value of the previous digest in the first record of a chain"""
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -44,28 +36,6 @@ def canonical(content: object) -> bytes:
 def digest(data: bytes) -> str:
     """Return the SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
-
-
-def refuse_no_digest(expected: str, command: str) -> None:
-    """Raise `UsageError` if the expected head is neither empty nor a digest, as `command` prints it."""
-    if expected and not re.fullmatch("[0-9a-f]{64}", expected):
-        raise UsageError(
-            f"the expected head is {expected[:80]!r}, which is not the head of a chain; 64 hex digits were expected, "
-            f"as printed by {command}"
-        )
-
-
-@dataclass(frozen=True)
-class Link:
-    """One record of a hash chain: its content, and the digest of the previous record."""
-
-    previous: str
-    content: Mapping[str, Any]
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the digest of the previous record and the content of this record, in hexadecimal."""
-        return digest(canonical({"previous": self.previous, "content": self.content}))
 
 
 MOST_TEXT = 16 * 2**20

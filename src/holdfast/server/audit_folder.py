@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import TargetError
-from holdfast.io.files import GENESIS, refuse_no_digest
-from holdfast.runs.store.append_log import BEGINNING, Owner, locked
+from holdfast.runs.store.append_log import BEGINNING, GENESIS, refuse_no_digest
 from holdfast.runs.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
+from holdfast.runs.store.leases import Owner, locked
 from holdfast.server.audit_chain import (
     ENDS,
     SERVER,

@@ -44,9 +44,9 @@ from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import ExampleSelection
 from holdfast.settings.guard_settings import GuardSettings, read_guard_settings
 from holdfast.statistics.intervals import fewest_examples
+from holdfast.verbs.adapt_comparison import LivePairs
 from holdfast.verbs.calibrate import calibration_stream
 from holdfast.verbs.harden import name_of
-from holdfast.verbs.live_pairs import LivePairs
 from holdfast.verbs.opening.guard import (
     bounds_of,
     calibration_path,

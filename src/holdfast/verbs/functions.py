@@ -13,8 +13,8 @@ from holdfast.reports.write import check_destination as check_place
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.verbs.configuration import DEMO, DEMO_COMMAND, given
+from holdfast.verbs.opening.arguments import DataLike, ModelLike, verb_with
 from holdfast.verbs.opening.plans import SuiteLike
-from holdfast.verbs.opening.python_functions import DataLike, ModelLike, verb_with
 from holdfast.verbs.opening.recipes import ThreatLike
 from holdfast.verbs.settings import Adapt, Assess, Certify, Doctor, Harden, Monitor
 

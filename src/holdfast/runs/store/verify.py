@@ -9,9 +9,9 @@ from typing import Any
 
 from holdfast.core.catalogue import names
 from holdfast.core.errors import RESUME, TargetError
-from holdfast.io.files import digest, refuse_no_digest
+from holdfast.io.files import digest
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.append_log import OF_LEASE
+from holdfast.runs.store.append_log import refuse_no_digest
 from holdfast.runs.store.files import (
     CHECKPOINTS,
     MANIFEST,
@@ -30,6 +30,7 @@ from holdfast.runs.store.folder import (
     read_splits,
 )
 from holdfast.runs.store.journal import NAME as ANSWERS
+from holdfast.runs.store.leases import OF_LEASE
 
 _BESIDE = OF_LEASE | {CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, "report.json", "curve.svg"}
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""
