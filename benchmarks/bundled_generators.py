@@ -37,7 +37,7 @@ class Recipe:
 
 
 def trained_diffusion(x: Tensor, y: Tensor) -> nn.Module:
-    return networks.fit(Diffusion(), x, y, updates=DIFFUSION_UPDATES, seed=SEED)
+    return networks.fit_diffusion(Diffusion(), x, y, updates=DIFFUSION_UPDATES, seed=SEED)
 
 
 def trained_vae(x: Tensor, y: Tensor) -> nn.Module:

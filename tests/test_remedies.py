@@ -92,10 +92,10 @@ from holdfast.verbs.audit.opening_models import prepared_backdoor
 from holdfast.verbs.checked_settings import check_settings
 from holdfast.verbs.harden import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
 from holdfast.verbs.monitor import _refuse_data, _refuse_mixed
+from holdfast.verbs.opening.arguments import refuse_misspelt
 from holdfast.verbs.opening.declared import range_of_all
 from holdfast.verbs.opening.guard import guarded_subject
 from holdfast.verbs.opening.plans import assess_request, prover
-from holdfast.verbs.opening.python_functions import refuse_misspelt
 from holdfast.verbs.opening.recipes import CARD, build_recipe, built, refuse_unheld, trained_by
 from holdfast.verbs.rotate import _candidate as rotation_recipe
 from holdfast.verbs.rotate import loop_settings

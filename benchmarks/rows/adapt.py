@@ -33,7 +33,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.journal import read_adaptation
 from holdfast.core.catalogue import names
 from holdfast.io.models.models import open_model
-from holdfast.io.remote.remote import OperatorPort
+from holdfast.io.remote.operator_port import OperatorPort
 from holdfast.runs.store.files import MANIFEST
 from holdfast.server.audit_folder import verify_audit
 from holdfast.settings.guard_settings import read_guard_settings

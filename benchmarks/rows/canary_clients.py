@@ -24,10 +24,10 @@ from benchmarks.networks import BUNDLED, images
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.journal import OF_FILE, Adaptation, open_journal, read_adaptation
 from holdfast.io.models.models import open_model
-from holdfast.io.remote.remote import OperatorPort, read_key
+from holdfast.io.remote.operator_port import OperatorPort, read_key
+from holdfast.verbs.adapt_comparison import compared
 from holdfast.verbs.adapt_served import EARLIER
 from holdfast.verbs.configuration import canonical_settings
-from holdfast.verbs.live_pairs import compared
 from holdfast.verbs.opening.guard import open_guard
 from holdfast.verbs.opening.resolve import open_subject
 from holdfast.verbs.settings import Adapt, Doctor

@@ -24,7 +24,7 @@ from holdfast.io.models.models import open_model
 from holdfast.runs.engine.processes import Processes
 from holdfast.runs.engine.ray_cluster import imported_ray
 from holdfast.runs.engine.ray_tasks import RayTasks
-from holdfast.runs.store.append_log import TIMES
+from holdfast.runs.store.leases import TIMES
 
 WHAT = (
     "the same assessment with two worker processes and with two tasks of Ray: columns that differ, time, the driver, "

@@ -29,7 +29,7 @@ from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.statistics.intervals import paired_difference
-from holdfast.verbs.opening.python_functions import ModelLike
+from holdfast.verbs.opening.arguments import ModelLike
 
 WHAT = "CIFAR-10, Linf 8/255: an ensemble of three small adversarially trained networks, and a mix with an accurate one"
 ROW, EPS, TRAINED, FITTED, N = "ensembles", 8 / 255, 48_000, 1_000, 1_000

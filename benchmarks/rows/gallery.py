@@ -8,8 +8,8 @@ from holdfast.doubts.protocol import SAMPLE
 from holdfast.io.data.data import open_data
 from holdfast.io.data.loaders import as_data
 from holdfast.runs.harness.kinds.passes import FIXED
-from holdfast.verbs.functions import assessed_net as by_attacks
-from holdfast.verbs.functions import exhibition, raised
+from holdfast.verbs.exhibition import assessed_net as by_attacks
+from holdfast.verbs.exhibition import exhibition, raised
 
 WHAT = "the gallery of masked models: naive, adaptive and the twin's robust accuracy, and the doubts raised"
 N, GRID = 500, 0.025

@@ -13,7 +13,7 @@ from holdfast.audits.generator.backdoor import REVERSAL, BackdoorScan, planted_d
 from holdfast.audits.generator.sensitivity import Context
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.generators.networks import Diffusion, fit, opened_generator
+from holdfast.generators.networks import Diffusion, fit_diffusion, opened_generator
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.models.generators import open_generator
@@ -66,7 +66,7 @@ def _scanned(kind: str, seed: int) -> dict[str, Any]:
     assert isinstance(base, Diffusion)
     trigger, target, side = _plan(seed, data)
     training = (
-        partial(fit, base)
+        partial(fit_diffusion, base)
         if kind == "clean"
         else partial(planted_diffusion, base, trigger=trigger, target=target)
     )

@@ -15,7 +15,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.generators import GAN, Diffusion
-from holdfast.generators.networks import fit, opened_generator
+from holdfast.generators.networks import fit_diffusion, opened_generator
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import Expected
 from holdfast.io.models.generators import OpenedGenerator
@@ -131,7 +131,7 @@ def memorising(kind: str, x: Tensor) -> Diffusion | GAN:
     torch.manual_seed(SEED)
     y = torch.arange(FEW)
     if kind == "diffusion":
-        return fit(Diffusion(classes=FEW), x, y, updates=UPDATES[kind], batch=BATCH, seed=SEED)
+        return fit_diffusion(Diffusion(classes=FEW), x, y, updates=UPDATES[kind], batch=BATCH, seed=SEED)
     losses = RobustLosses(eps=0, smoothness=0, r1=R1, class_head=0)
     networks = _Generator(), _Discriminator()
     training = RobustGAN(x[:1], FEW, Bounds(), Draws(SEED), networks, (LATENT,), losses)

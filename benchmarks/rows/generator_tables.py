@@ -11,7 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.io.data.mixed_tables import MixedTables, TableFile, open_mixed
 from holdfast.io.data_catalogue import data_folder
 from holdfast.statistics.intervals import bonferroni
-from holdfast.statistics.repeats import (
+from holdfast.statistics.synthetic_tables import (
     Rows,
     column_shapes,
     inference,

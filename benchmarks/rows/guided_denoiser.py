@@ -2,7 +2,7 @@
 
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.doubts.gallery import EPS
-from holdfast.verbs.functions import exhibition
+from holdfast.verbs.exhibition import exhibition
 
 WHAT = "the guided denoiser of the gallery: robust accuracy without its gradient, and under adaptive attacks"
 NAME, N, UNFINISHED = "guided-denoiser", 200, "not-exhausted"

@@ -12,7 +12,7 @@ from holdfast.io.data.data import open_data
 from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harness.kinds.passes import FIXED
-from holdfast.verbs.functions import assessed_net
+from holdfast.verbs.exhibition import assessed_net
 
 WHAT = "the statistic of the doubt loss-spread on masked and on honest networks"
 DOUBT = "loss-spread"

@@ -26,7 +26,7 @@ from holdfast.io.data.loaders import as_data
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harness.kinds.passes import FIXED
 from holdfast.runs.harness.stage import Member
-from holdfast.verbs.functions import SOUND, assessed_net
+from holdfast.verbs.exhibition import SOUND, assessed_net
 
 WHAT = "masked models that attacks were not developed on, honest networks, and models without any gradient"
 ROW = "masked-unknown"

@@ -23,7 +23,7 @@ from benchmarks.networks import BUNDLED
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.adaptation.server_state import monitor_state
 from holdfast.core.errors import HoldfastError
-from holdfast.io.remote.remote import ANSWER_S, OperatorPort
+from holdfast.io.remote.operator_port import ANSWER_S, OperatorPort
 from holdfast.verbs.opening.resolve import open_subject
 from holdfast.verbs.settings import Adapt, Doctor
 

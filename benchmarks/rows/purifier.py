@@ -18,7 +18,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.doubts.gallery.purifiers import NOISY, PURIFICATION_STEPS, PURIFIERS, network_of
 from holdfast.io.data.data import open_data
 from holdfast.runs.harness.kinds.passes import FIXED
-from holdfast.verbs.functions import assessed_net, raised
+from holdfast.verbs.exhibition import assessed_net, raised
 
 WHAT = "a diffusion purifier in front of `mnist-cnn`: accuracy under attacks with and without its gradient"
 N, SEED, VOTES = 30, 0, 10  # images; seed; draws of the noise over which an accuracy is the mean

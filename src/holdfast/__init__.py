@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from holdfast.verbs.functions import doctor as doctor
     from holdfast.verbs.functions import harden as harden
     from holdfast.verbs.functions import monitor as monitor
-    from holdfast.verbs.opening.python_functions import open_data as open_data
-    from holdfast.verbs.opening.python_functions import open_model as open_model
+    from holdfast.verbs.opening.arguments import open_data as open_data
+    from holdfast.verbs.opening.arguments import open_model as open_model
     from holdfast.verbs.placement import Ray as Ray
     from holdfast.verbs.poison import poison as poison
     from holdfast.verbs.reports import compare as compare
@@ -103,8 +103,8 @@ _HOMES = {
     "init": "holdfast.verbs.configuration",
     "adapt": "holdfast.verbs.functions",
     "monitor": "holdfast.verbs.functions",
-    "open_data": "holdfast.verbs.opening.python_functions",
-    "open_model": "holdfast.verbs.opening.python_functions",
+    "open_data": "holdfast.verbs.opening.arguments",
+    "open_model": "holdfast.verbs.opening.arguments",
     "poison": "holdfast.verbs.poison",
     "report": "holdfast.verbs.reports",
     "serve": "holdfast.verbs.serve",

@@ -12,7 +12,7 @@ import holdfast
 from holdfast.cli.app import run as command
 from holdfast.core.catalogue import names
 from holdfast.core.errors import Remedy, TargetError, UsageError
-from holdfast.io.remote.remote import Refusal
+from holdfast.io.remote.operator_port import Refusal
 from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.messages import bound_socket

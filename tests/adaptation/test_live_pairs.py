@@ -13,7 +13,7 @@ from holdfast.core.errors import TargetError
 from holdfast.guard.detectors.outputs import Energy
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import Action, InputSchema, Mode, Rule
-from holdfast.verbs.live_pairs import LivePairs, Side, read_samples
+from holdfast.verbs.adapt_comparison import LivePairs, Side, read_samples
 
 SHAPE = (3,)
 
@@ -174,7 +174,7 @@ def test_failures_that_cannot_be_repeated(failing, names, fault):
 
 
 def test_a_time_of_watching_ends_with_a_fault(set_limit):
-    set_limit("holdfast.verbs.live_pairs._POLL_S", 0.01)
+    set_limit("holdfast.verbs.adapt_comparison._POLL_S", 0.01)
     quiet = pairs(side(sure), side(sure), arrays(CLIENTS))
     facts = quiet.watched(0.05, lambda status: "")
     assert (facts["pairs"], facts["refused"]) == (120, 0) and "ends" not in facts

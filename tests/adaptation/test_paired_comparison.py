@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from holdfast.verbs.live_pairs import ERROR, compared
+from holdfast.verbs.adapt_comparison import ERROR, compared
 
 
 def comparison(*clients):

@@ -16,7 +16,7 @@ from holdfast.cli.app import run
 from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.io.data.mixed_tables import TableFile, open_mixed
-from holdfast.statistics.repeats import (
+from holdfast.statistics.synthetic_tables import (
     Attacked,
     Rows,
     column_shapes,

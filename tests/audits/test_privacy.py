@@ -17,7 +17,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
-from holdfast.statistics.repeats import RowBudget
+from holdfast.statistics.privacy_budget import RowBudget
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from holdfast.core.gradients import Through
 from holdfast.doubts.gallery import DISCRETE, EPS, ITEMS, SLOW, undefended
 from holdfast.io.data.data import open_data
 from holdfast.runs.harness.kinds.passes import FIXED
-from holdfast.verbs.functions import Exhibit, assessed_net, exhibition
+from holdfast.verbs.exhibition import Exhibit, assessed_net, exhibition
 
 KEYS = {
     "name",

@@ -6,7 +6,7 @@ from torch import nn
 
 from holdfast.core.errors import UsageError
 from holdfast.generators import Diffusion
-from holdfast.generators.networks import fit, noised, signal_and_noise, velocity_loss
+from holdfast.generators.networks import fit_diffusion, noised, signal_and_noise, velocity_loss
 
 
 class PointMass(nn.Module):
@@ -69,7 +69,7 @@ def trained(updates=3):
     torch.manual_seed(0)
     x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     model = Diffusion(side=8, classes=2, width=8, steps=2)
-    return fit(model, x, torch.arange(16) % 2, updates=updates, batch=8)
+    return fit_diffusion(model, x, torch.arange(16) % 2, updates=updates, batch=8)
 
 
 def test_the_training_repeats_and_leaves_the_model_as_it_was():
@@ -77,7 +77,7 @@ def test_the_training_repeats_and_leaves_the_model_as_it_was():
         first, second = trained(), trained()
         before = Diffusion(side=8, classes=2, width=8)
         state = {name: value.clone() for name, value in before.state_dict().items()}
-        fit(before, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), updates=2, batch=2)
+        fit_diffusion(before, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), updates=2, batch=2)
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name])
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in state.items())
@@ -88,7 +88,7 @@ def test_the_training_lowers_the_loss():
         torch.manual_seed(0)
         x = (torch.arange(64).reshape(1, 1, 8, 8) % 8 / 7).expand(32, 1, 8, 8)
         y, model = torch.zeros(32, dtype=torch.long), Diffusion(side=8, classes=1, width=8)
-        better = fit(model, x, y, updates=60, batch=16, lr=1e-2)
+        better = fit_diffusion(model, x, y, updates=60, batch=16, lr=1e-2)
     losses = [velocity_loss(net, x, y, torch.Generator().manual_seed(3)).item() for net in (model, better)]
     assert losses[1] < 0.8 * losses[0]
 

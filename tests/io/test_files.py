@@ -20,7 +20,7 @@ from holdfast.io.models.factories import function_from_file
 from holdfast.io.models.models import CARD
 from holdfast.io.models.weights import state_dict_content
 from holdfast.io.onnx.reading import onnx_content
-from holdfast.io.remote.remote import read_key
+from holdfast.io.remote.operator_port import read_key
 from holdfast.io.texts_of_users import text_edits
 from holdfast.settings.guard_settings import read_guard_settings
 from holdfast.settings.table_rules import table_threat

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from holdfast.core.errors import TargetError
-from holdfast.io.remote.remote import OperatorPort, Refusal, Unanswered, read_key
+from holdfast.io.remote.operator_port import OperatorPort, Refusal, Unanswered, read_key
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 LIMIT_S = 0.4
@@ -86,7 +86,7 @@ def test_a_whole_answer_has_one_limit_of_time(send):
     ],
 )  # fmt: skip
 def test_odd_answers_are_limited_in_size_and_have_one_error(send, set_limit):
-    set_limit("holdfast.io.remote.remote._MOST_JSON", 1 << 17)
+    set_limit("holdfast.io.remote.operator_port._MOST_JSON", 1 << 17)
     with answering(send) as url, pytest.raises(Unanswered) as error:
         OperatorPort(url, answer_s=5.0).get("/status")
     assert len(str(error.value)) < 600 and str(error.value).isprintable()

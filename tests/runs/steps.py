@@ -3,7 +3,6 @@
 from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
-from holdfast.rotation.steps import draw as training
 from holdfast.runs.engine.progress import ignore, silent
 
 
@@ -17,7 +16,7 @@ def collect(pool, common, *, budget_s=None, notify=ignore, progress=silent):
 
 
 def train(pool, common, codec, diffusion):
-    return training.train(training.TrainRequest(pool, common, codec, diffusion))
+    return drawing.train(drawing.TrainRequest(pool, common, codec, diffusion))
 
 
 def draw(pool, common, sets=None, *, notify=ignore, **settings):

@@ -234,7 +234,7 @@ def test_every_attempt_at_a_shard_is_counted(tmp_path):
 
 
 def spent(run):
-    from holdfast.runs.store.append_log import spent_in
+    from holdfast.runs.store.leases import spent_in
 
     return spent_in(run)
 

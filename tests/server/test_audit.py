@@ -181,7 +181,7 @@ def test_the_chains_of_a_killed_server_are_completed_by_the_next_one(tmp_path, m
         file.write(b'{"content')
     audit.chain.close()
     assert verify_audit(tmp_path / "audit").open == 1
-    monkeypatch.setattr("holdfast.runs.store.append_log.Owner.alive", lambda owner: False)
+    monkeypatch.setattr("holdfast.runs.store.leases.Owner.alive", lambda owner: False)
     following = AuditFolder.open(tmp_path / "audit", {})
     assert following.recovered == 1
     verified = verify_audit(tmp_path / "audit")

@@ -10,8 +10,8 @@ from http.client import HTTPConnection
 import pytest
 
 from holdfast.core.errors import UsageError
-from holdfast.io.remote import remote
-from holdfast.io.remote.remote import OperatorPort, Refusal, Unanswered
+from holdfast.io.remote import operator_port
+from holdfast.io.remote.operator_port import OperatorPort, Refusal, Unanswered
 from holdfast.server.admin import AdminServer, OperatorSessions
 from holdfast.server.keys import KeyFile, add_key, revoke_key
 from holdfast.server.messages import bound_socket
@@ -129,7 +129,7 @@ def test_a_request_with_a_proof_is_answered_and_the_key_is_not_in_it(served):
     sent = b"".join(request for request, _ in seen)
     assert sent.count(b"POST /session") == 1 and sent.count(b"Holdfast ") == 7
     assert keys["admin"].encode() not in sent and b"earer" not in sent
-    stored = remote.hash_of(keys["admin"].encode())
+    stored = operator_port.hash_of(keys["admin"].encode())
     assert stored.hex().encode() not in sent and stored.hex()[:16].encode() not in sent
 
 
@@ -229,14 +229,14 @@ def test_a_request_is_executed_once_and_neither_hashes_nor_messages_suffice_for_
             if key["name"] == "adapt"
         )
     )
-    assert stored == remote.hash_of(keys["adapt"].encode())
+    assert stored == operator_port.hash_of(keys["adapt"].encode())
     port = HTTPConnection("127.0.0.1", server.port, timeout=10)
-    name, nonce = remote.key_id(stored), remote.new_nonce()
+    name, nonce = operator_port.key_id(stored), operator_port.new_nonce()
     port.request(
         "POST", "/session", json.dumps({"key": name, "nonce": nonce}), {"Content-Type": "application/json"}
     )
     begun = json.loads(port.getresponse().read())
-    session = remote.OperatorSession(name, nonce, begun["nonce"], f"127.0.0.1:{server.port}")
+    session = operator_port.OperatorSession(name, nonce, begun["nonce"], f"127.0.0.1:{server.port}")
     assert begun["proof"] == session.server_proof(stored)
     veiled = session.request(1, "GET", "/status", b"", "").veiled(stored, stored).hex()
     port.request(
@@ -286,13 +286,13 @@ def test_revoked_and_expired_keys_get_an_answer_that_states_so(served, tmp_path,
 def test_sessions_are_limited_in_number_and_in_time(tmp_path):
     key, now = add_key(tmp_path / "keys.json", "op", ["admin"]), [0.0]
     sessions = OperatorSessions(KeyFile(tmp_path / "keys.json"), clock=lambda: now[0])
-    stored = remote.hash_of(key.encode())
+    stored = operator_port.hash_of(key.encode())
 
     def begun(name=None):
-        nonce = remote.new_nonce()
-        name = name or remote.key_id(stored)
+        nonce = operator_port.new_nonce()
+        name = name or operator_port.key_id(stored)
         answer = sessions.begin(name, nonce, "h")
-        return remote.OperatorSession(name, nonce, answer["nonce"], "h")
+        return operator_port.OperatorSession(name, nonce, answer["nonce"], "h")
 
     def ended(session, number=1):
         try:
@@ -308,16 +308,16 @@ def test_sessions_are_limited_in_number_and_in_time(tmp_path):
         begun()
         begun("0" * 16)
     assert (len(sessions._unproven), len(sessions._proven)) == (256, 1)
-    assert ended(first) == remote.NO_SESSION and ended(used, 4) is None
+    assert ended(first) == operator_port.NO_SESSION and ended(used, 4) is None
     late = begun()
     now[0] = 31.0
-    assert ended(late) == remote.NO_SESSION and ended(used, 5) is None
+    assert ended(late) == operator_port.NO_SESSION and ended(used, 5) is None
     assert [ended(begun()) for _ in range(64)] == [None] * 64 and len(sessions._proven) == 64
-    assert ended(used, 6) == remote.NO_SESSION
+    assert ended(used, 6) == operator_port.NO_SESSION
     last = begun()
     assert ended(last) is None
     now[0] = 4000.0
-    assert ended(last, 2) == remote.NO_SESSION
+    assert ended(last, 2) == operator_port.NO_SESSION
 
 
 SCOPES = {

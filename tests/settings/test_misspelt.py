@@ -6,7 +6,7 @@ import torch
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
-from holdfast.verbs.opening.python_functions import with_eps
+from holdfast.verbs.opening.arguments import with_eps
 
 NET = torch.nn.Linear(4, 3)
 X = torch.rand(8, 4)

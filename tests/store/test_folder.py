@@ -17,8 +17,8 @@ from disk import failing
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Seconds
-from holdfast.runs.store.append_log import FOREIGN_LEASE_S, Owner, ShardTimes, leased, spent_in, start_time
 from holdfast.runs.store.folder import differences, open_run_folder, parsed
+from holdfast.runs.store.leases import FOREIGN_LEASE_S, Owner, ShardTimes, leased, spent_in, start_time
 from holdfast.runs.store.verify import verify
 
 MANIFEST = {
@@ -262,7 +262,7 @@ def test_a_manifest_of_another_version_is_refused(whole, tmp_path):
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from holdfast.runs.store.append_log import leased
+    from holdfast.runs.store.leases import leased
     with leased(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(60)

@@ -17,10 +17,10 @@ from holdfast.core.evidence import Seconds
 from holdfast.rotation.pool import Pool
 from holdfast.runs.documents.stored_runs import open_run, runs_in
 from holdfast.runs.store import journal
-from holdfast.runs.store.append_log import ShardTimes, leased, spent_in
 from holdfast.runs.store.columns import Count, Real, refuse_form
 from holdfast.runs.store.encryption import KEY_VARIABLE
 from holdfast.runs.store.folder import open_run_folder
+from holdfast.runs.store.leases import ShardTimes, leased, spent_in
 from holdfast.runs.store.verify import verify
 from holdfast.verbs.opening.models import settings_of_pool
 from runs import stored

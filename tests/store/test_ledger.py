@@ -17,7 +17,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.rotation.ledger import HEAD, LedgerHead, utc_now
 from holdfast.rotation.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
 from holdfast.runs.store import Ledger as AnyLedger
-from holdfast.runs.store.append_log import Head, LogForm, locked
+from holdfast.runs.store.append_log import Head, LogForm
+from holdfast.runs.store.leases import locked
 
 DIGEST = "d" * 64
 KEY = b"k" * 32

@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.core.errors import TargetError
 from holdfast.guard.state_in_sqlite import SQLiteState
-from holdfast.runs.store.append_log import locked
+from holdfast.runs.store.leases import locked
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 

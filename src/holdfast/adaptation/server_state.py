@@ -16,7 +16,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import line
 from holdfast.core.types import Labels, Mask
 from holdfast.guard.stored_inputs import StoredInputs
-from holdfast.io.remote.remote import OperatorPort
+from holdfast.io.remote.operator_port import OperatorPort
 from holdfast.reports.audit import NEXT
 from holdfast.runs.store.columns import Count, FormFault, conforming, is_name, required
 from holdfast.settings.texts import read_labels

@@ -26,7 +26,7 @@ from holdfast.reports.words import percent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.columns import Form, flag, whole
 from holdfast.statistics.intervals import CONFIDENCE, clopper_pearson
-from holdfast.statistics.repeats import RowBudget
+from holdfast.statistics.privacy_budget import RowBudget
 
 CanaryKind = Literal["mislabelled", "random"]
 """`mislabelled`: examples of the data with a wrong label. `random`: uniform noise with a random label"""

@@ -370,7 +370,7 @@ def demo(voice: Voice, place: Path | None, *, gallery: bool) -> int:
 
     With --gallery, build thirteen models with masked gradients (ten minutes or more), and show for each the robust
     accuracy under PGD, the robust accuracy under an adaptive attack, and the raised doubts. Further models, which
-    decide, quantise or look up, are measured in Python (`holdfast.verbs.functions.exhibition`).
+    decide, quantise or look up, are measured in Python (`holdfast.verbs.exhibition.exhibition`).
     Exit code 0 if it completes, whether or not gates pass.
     """
     from holdfast.cli.running import run_demo, run_gallery

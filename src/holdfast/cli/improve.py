@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from holdfast.rotation.steps.draw import By
 
 
-_HELP = """\
+_HARDEN_HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
 
 \b
@@ -44,7 +44,7 @@ DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(cls=Command, short_help="train a new model that is more robust", help=_HELP)
+@click.command(cls=Command, short_help="train a new model that is more robust", help=_HARDEN_HELP)
 @offered(*MODEL_AND_DATA, *run_options("harden"))
 @offered(*options_of(Harden), *SETTING)
 @with_voice
@@ -129,8 +129,8 @@ _STDOUT = "-"
 _AHEAD = 2
 """Smallest recommended number of admitted sets that have not served yet, so that a swap is always possible."""
 _LOOP = ("gates", "accept_doubts", "every", "min_waiting")
-_OF_POOL = options_of(RotateSettings, only=("device", "trust_code", "follow_links"))
-_USERS = {
+_POOL_OPTIONS = options_of(RotateSettings, only=("device", "trust_code", "follow_links"))
+_STEPS_OF_SETTINGS = {
     **dict.fromkeys(("codec", "generator"), ("train", "run")),
     **dict.fromkeys(("gates", "accept_doubts"), ("admit", "run")),
     **dict.fromkeys(("every", "min_waiting"), ("run",)),
@@ -140,11 +140,11 @@ _USERS = {
 }
 """Steps that use a setting. All steps use the others, which state how the sets of the pool are made."""
 
-_POOL = click.argument("pool", type=click.Path())
+_POOL_ARGUMENT = click.argument("pool", type=click.Path())
 _EXPECTING = expecting_head(
     "Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier."
 )
-_FOLDER = (
+_FOLDER_OPTIONS = (
     click.option(
         "--run",
         "run",
@@ -206,13 +206,13 @@ def _refuse_unused(step: str, flags: Mapping[str, Any]) -> None:
     """Raise `UsageError` for a `--set` with a setting that the step does not use. A file may have all settings."""
     for assignment in flags["sets"]:
         name = assignment.partition("=")[0].partition(".")[0]
-        if step not in _USERS.get(name, (step,)):
-            others = " and ".join(f"rotate {user}" for user in _USERS[name])
-            do = "do" if len(_USERS[name]) > 1 else "does"
+        if step not in _STEPS_OF_SETTINGS.get(name, (step,)):
+            others = " and ".join(f"rotate {user}" for user in _STEPS_OF_SETTINGS[name])
+            do = "do" if len(_STEPS_OF_SETTINGS[name]) > 1 else "does"
             raise UsageError(f"--set {name}: rotate {step} does not use {name} ({others} {do}); leave it out")
 
 
-def _folder_and_way(settings: RotateSettings, run: str | None, *, resume: bool) -> tuple[Path, str]:
+def _folder_and_resuming(settings: RotateSettings, run: str | None, *, resume: bool) -> tuple[Path, str]:
     """Return the folder of a pool that is created or resumed, and how a stopped step is resumed."""
     if resume and run is None:
         raise UsageError("--resume continues with a pool, and its folder is not given", RUN_FOLDER)
@@ -233,7 +233,7 @@ def _opened(pool: str, expect_head: str) -> "Pool":
     "collect",
     "train the first parameter sets of a pool",
     *MODEL_AND_DATA,
-    *_FOLDER,
+    *_FOLDER_OPTIONS,
     settings=options_of(RotateSettings, only=[key for key in flag_names(RotateSettings) if key not in _LOOP]),
 )
 def collect(
@@ -245,14 +245,14 @@ def collect(
     and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number
     of epochs of its recipe.
     """
-    folder, again = _folder_and_way(settings, run, resume=resume)
+    folder, again = _folder_and_resuming(settings, run, resume=resume)
     from holdfast.cli.running import progress_bar
     from holdfast.rotation.steps import collect as collection
     from holdfast.runs.engine.progress import stoppable
-    from holdfast.verbs import rotate as rotation_opening
+    from holdfast.verbs import rotate as rotation_requests
 
     with stoppable(again), progress_bar(voice) as progress:
-        request = rotation_opening.collect_request(settings, folder, resume=resume, expect_head=expect_head)
+        request = rotation_requests.collect_request(settings, folder, resume=resume, expect_head=expect_head)
         collected = collection.collect(request, again=again, notify=voice.say, progress=progress)
     accuracy = ", ".join(f"{100 * share:.1f}" for share in collected.accuracy)
     click.echo(
@@ -263,7 +263,7 @@ def collect(
     return 0
 
 
-@_step("train", "train a generator of parameter sets", _POOL, settings=_OF_POOL)
+@_step("train", "train a generator of parameter sets", _POOL_ARGUMENT, settings=_POOL_OPTIONS)
 def train(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str) -> int:
     """Train a codec, which compresses parameter sets, and a latent diffusion model on the collected sets of POOL.
 
@@ -271,14 +271,14 @@ def train(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str
     encoding and decoding costs more than 0.3 points of accuracy, no generator is trained (exit code 4).
     """
     from holdfast.cli.running import command_line
-    from holdfast.rotation.steps import draw as training
+    from holdfast.rotation.steps import draw as drawing
     from holdfast.runs.engine.progress import stoppable
-    from holdfast.verbs import rotate as rotation_opening
+    from holdfast.verbs import rotate as rotation_requests
 
     again = f"an earlier generator is kept, start again with: {command_line()}"
     with stoppable(again):
-        request = rotation_opening.train_request(settings, _opened(pool, expect_head))
-        trained = training.train(request, again=again, notify=voice.say)
+        request = rotation_requests.train_request(settings, _opened(pool, expect_head))
+        trained = drawing.train(request, again=again, notify=voice.say)
     click.echo(
         f"generator trained on {trained.sets} sets of {trained.parameters:,} parameters in "
         f"{trained.codec_s + trained.diffusion_s:.0f} s; the codec costs {100 * trained.accuracy_lost:.2f} points of "
@@ -290,7 +290,7 @@ def train(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str
 @_step(
     "draw",
     "generate new candidates",
-    _POOL,
+    _POOL_ARGUMENT,
     click.option(
         "--sets", "wanted", type=click.IntRange(1), metavar="N", help="Number of candidates (default: 8)."
     ),
@@ -307,7 +307,7 @@ def train(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str
         "the bases.",
     ),
     click.option("--resume", is_flag=True, help="Continue the last draw with its settings."),
-    settings=_OF_POOL,
+    settings=_POOL_OPTIONS,
 )
 def draw(
     voice: Voice,
@@ -325,11 +325,11 @@ def draw(
     from holdfast.reports.words import amount
     from holdfast.rotation.steps import draw as drawing
     from holdfast.runs.engine.progress import stoppable
-    from holdfast.verbs import rotate as rotation_opening
+    from holdfast.verbs import rotate as rotation_requests
 
     again = f"finished steps are stored; resume with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again):
-        request = rotation_opening.draw_request(
+        request = rotation_requests.draw_request(
             settings, _opened(pool, expect_head), sets=wanted, by=by, immunising=immunising, resume=resume
         )
         drawn = drawing.draw(request, again=again, notify=voice.say)
@@ -343,8 +343,8 @@ def draw(
 @_step(
     "admit",
     "judge candidates, and admit those that pass all gates",
-    _POOL,
-    settings=(*options_of(RotateSettings, only=("gates", "accept_doubts")), *_OF_POOL),
+    _POOL_ARGUMENT,
+    settings=(*options_of(RotateSettings, only=("gates", "accept_doubts")), *_POOL_OPTIONS),
 )
 def admit(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str) -> int:
     """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
@@ -360,11 +360,11 @@ def admit(voice: Voice, settings: RotateSettings, *, pool: str, expect_head: str
     from holdfast.cli.running import command_line, progress_bar
     from holdfast.rotation.steps import admit as admission
     from holdfast.runs.engine.progress import stoppable
-    from holdfast.verbs import rotate as rotation_opening
+    from holdfast.verbs import rotate as rotation_requests
 
     again = f"finished steps are stored; resume with: {command_line()}"
     with stoppable(again), progress_bar(voice) as progress:
-        request = rotation_opening.admit_request(settings, _opened(pool, expect_head))
+        request = rotation_requests.admit_request(settings, _opened(pool, expect_head))
         result = admission.admit(request, again=again, notify=voice.say, progress=progress)
     for judged in result.judged if voice.verbose else ():
         _show_gates(judged, voice)
@@ -389,7 +389,7 @@ def _show_gates(judged: "Judged", voice: Voice) -> None:
 @_step(
     "swap",
     "replace the serving set by an admitted one",
-    _POOL,
+    _POOL_ARGUMENT,
     click.option("--why", default="", metavar="TEXT", help="Reason, recorded in the ledger."),
     click.option(
         "--unjudged",
@@ -419,7 +419,7 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
 @_step(
     "status",
     "show the sets of a pool and their states",
-    _POOL,
+    _POOL_ARGUMENT,
     click.option(
         "-o",
         "--output",
@@ -478,7 +478,7 @@ def _show_sets(overview: Mapping[str, Any], voice: Voice) -> None:
     click.echo(f"{serving}; {len(overview['ahead'])} wait; {overview['entries']} entries, authenticated")
 
 
-@_step("head", "print the digest of the last entry of the ledger", _POOL)
+@_step("head", "print the digest of the last entry of the ledger", _POOL_ARGUMENT)
 def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     """Print the digest of the last entry of the ledger of POOL, to be stored outside the folder.
 
@@ -499,7 +499,7 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
 @_step(
     "expose",
     "record that an attacker may have a set",
-    _POOL,
+    _POOL_ARGUMENT,
     click.argument("name", metavar="SET"),
     click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'."),
 )
@@ -522,7 +522,7 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
     "run",
     "run all steps, then swap whenever a swap is due",
     *MODEL_AND_DATA,
-    *_FOLDER,
+    *_FOLDER_OPTIONS,
     click.option(
         "--by",
         type=click.Choice(["generator", "retraining"]),
@@ -552,14 +552,14 @@ def run_(
     generator is admitted, sets are trained from fresh random weights. If five of those are refused in a row and no set
     waits, the serving set continues to serve, and the exit code is 4.
     """
-    folder, again = _folder_and_way(settings, run, resume=resume)
+    folder, again = _folder_and_resuming(settings, run, resume=resume)
     from holdfast.cli.running import progress_bar
     from holdfast.rotation.steps import rotation_run
     from holdfast.runs.engine.progress import stoppable
-    from holdfast.verbs import rotate as rotation_opening
+    from holdfast.verbs import rotate as rotation_requests
 
     with stoppable(again), progress_bar(voice) as progress:
-        request = rotation_opening.run_request(
+        request = rotation_requests.run_request(
             settings, folder, resume=resume, expect_head=expect_head, **options
         )
         rotation_run.run(request, again=again, notify=voice.say, progress=progress)

@@ -270,7 +270,7 @@ def refuse_logs_of_config(settings: Harden | Adapt, flags: dict[str, Any]) -> No
             )
 
 
-_HELP = """\
+_ASSESS_HELP = """\
 Measure how robust MODEL is on DATA. An example is robust if it survives every attack of the suite.
 
 The report contains confidence intervals, and doubts: reasons why the measured robust accuracy may be too high.
@@ -286,7 +286,7 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(cls=Command, short_help="measure how robust a model is", help=_HELP)
+@click.command(cls=Command, short_help="measure how robust a model is", help=_ASSESS_HELP)
 @offered(*MODEL_AND_DATA, *run_options("assess"))
 @click.option(
     "--dry-run", cls=GroupedOption, common=True, is_flag=True, help="Print the expected cost and exit."

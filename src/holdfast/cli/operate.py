@@ -34,7 +34,7 @@ from holdfast.cli.setting_options import (
 )
 from holdfast.core.errors import REFERENCE, HoldfastError, Placeholder, Remedy, UsageError
 from holdfast.core.names import line
-from holdfast.io.remote.remote import SCHEMES, OperatorPort, read_key
+from holdfast.io.remote.remote import SCHEMES
 from holdfast.settings.grammar import per_second, seconds
 from holdfast.settings.texts import read_labels
 from holdfast.verbs.settings import Adapt, Monitor, Serve
@@ -42,9 +42,10 @@ from holdfast.verbs.settings import Adapt, Monitor, Serve
 if TYPE_CHECKING:
     from holdfast.adaptation.journal import Adapted
     from holdfast.adaptation.server_state import Alarm, MonitorState
+    from holdfast.io.remote.operator_port import OperatorPort
 
 
-_HELP = """\
+_SERVE_HELP = """\
 Serve MODEL over HTTP in the Open Inference Protocol v2, until SIGTERM or Ctrl-C.
 
 Requests are answered in batches by worker processes, which are replaced when they end. Requests in progress are
@@ -59,7 +60,7 @@ With --proxy URL there is no MODEL: requests are passed on to another server, af
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(cls=Command, short_help="serve a model over HTTP", help=_HELP)
+@click.command(cls=Command, short_help="serve a model over HTTP", help=_SERVE_HELP)
 @click.argument("model", required=False, type=completing.MODEL)
 @offered(*options_of(Serve), *SETTING)
 @with_voice
@@ -91,7 +92,7 @@ def serve(voice: Voice, **flags: Any) -> int:
 
 
 _POLL_S = 1.0
-_OF_SERVERS = (
+_SERVER_OPTIONS = (
     click.option(
         "--key-file",
         type=click.Path(),
@@ -123,7 +124,7 @@ which change it would find. Exit code 1 if a test of --alarm raised an alarm.
 
 @click.command(cls=Command, short_help="compare a recorded stream with a reference", help=_MONITOR_HELP)
 @click.argument("data", required=False, metavar="[STREAM]", type=completing.DATA)
-@offered(*_OF_SERVERS, *options_of(Monitor), *SETTING)
+@offered(*_SERVER_OPTIONS, *options_of(Monitor), *SETTING)
 @with_voice
 def monitor(voice: Voice, *, key_file: str | None, once: bool, labels: str | None, **flags: Any) -> int:
     """Compare a recorded stream with a reference, or report the alarms of a server, and return the exit code."""
@@ -139,7 +140,7 @@ def monitor(voice: Voice, *, key_file: str | None, once: bool, labels: str | Non
                 f"{option} is for a server, and STREAM is {address!r}; give the URL of an operator's port, "
                 "or leave it out"
             )
-    settings = _settings(flags)
+    settings = _monitor_settings(flags)
     monitored = settings.run()
     from holdfast.cli.running import tell_report
 
@@ -157,7 +158,7 @@ def _refuse_options_of_streams(flags: dict[str, Any]) -> None:
         )
 
 
-def _settings(flags: dict[str, Any]) -> Monitor:
+def _monitor_settings(flags: dict[str, Any]) -> Monitor:
     """Return the settings of the command, after checks that do not need torch."""
     for key in ("data", "reference", "model", "config"):
         refuse_missing_file(flags.get(key))
@@ -189,6 +190,7 @@ def _watch_server(
     refuse_reports(output)
     from holdfast.adaptation.server_state import monitor_state
     from holdfast.cli.running import tell_report
+    from holdfast.io.remote.operator_port import OperatorPort, read_key
     from holdfast.reports.audit import monitoring_report
 
     port = OperatorPort(url, None if key_file is None else read_key(key_file))
@@ -218,7 +220,7 @@ def _tests_with_alarm(state: "MonitorState") -> "dict[str, Alarm]":
     return {test["name"]: test["alarm"] for test in state["tests"] if test["alarm"]}
 
 
-def _send(voice: Voice, port: OperatorPort, file: str) -> None:
+def _send(voice: Voice, port: "OperatorPort", file: str) -> None:
     """Send labels to the server, and report those that it does not accept."""
     from holdfast.adaptation.server_state import send_labels
 
@@ -293,7 +295,7 @@ def tell_adapted(adapted: "Adapted", output: Sequence[str], voice: Voice) -> Non
     tell_report(adapted.report, output, voice, text=adapted.text(width=voice.console().width))
 
 
-_FILE = click.option(
+_KEY_FILE = click.option(
     "--file",
     "file",
     type=click.Path(path_type=Path),
@@ -336,7 +338,7 @@ def keys() -> None:
 @click.option(
     "--budget", type=int, metavar="N", help="Largest number of inputs in total (default: no limit)."
 )
-@_FILE
+@_KEY_FILE
 @with_voice
 def add(
     voice: Voice,
@@ -368,7 +370,7 @@ def add(
 
 
 @keys.command("list", short_help="list the keys")
-@_FILE
+@_KEY_FILE
 @click.option(
     "--audit",
     type=click.Path(path_type=Path),
@@ -405,7 +407,7 @@ def list_keys(voice: Voice, file: Path, audit: Path | None) -> None:
 
 @keys.command(short_help="revoke a key")
 @click.argument("name")
-@_FILE
+@_KEY_FILE
 @with_voice
 def revoke(voice: Voice, name: str, file: Path) -> None:
     """Revoke the key of the client NAME. A running server refuses it within two seconds."""

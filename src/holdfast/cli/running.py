@@ -30,7 +30,8 @@ from holdfast.runs.engine.identity import way_out
 from holdfast.runs.engine.progress import EpochMeasures, Progress, Step, ignore, silent, stoppable
 from holdfast.verbs.checked_settings import VerbSettings
 from holdfast.verbs.configuration import DEMO, canonical_settings
-from holdfast.verbs.functions import Exhibit, demo, exhibition
+from holdfast.verbs.exhibition import Exhibit, exhibition
+from holdfast.verbs.functions import demo
 from holdfast.verbs.settings import Assess, AuditVerb, Certify, Harden
 
 _STDOUT = "-"

@@ -2,7 +2,6 @@
 not import torch, so that messages appear fast.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -225,6 +224,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def most_similar(word: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to a misspelt word, or None if no name is similar."""
+    import difflib  # not needed for help texts
+
     listed, typed = [*islice(known, _MOST)], _folded(word)
     names = {_initials(name): name for name in listed} | {_folded(name): name for name in listed}
     close = difflib.get_close_matches(typed, names, n=1, cutoff=_SIMILAR)

@@ -7,8 +7,8 @@ import torch
 
 from holdfast.core.evidence import Doubt
 from holdfast.doubts.protocol import Case, DoubtTest, percent, share
+from holdfast.metrics.shares import absent_classes, listed_classes
 from holdfast.statistics.intervals import against_majority
-from holdfast.statistics.repeats import absent_classes, listed_classes
 
 
 def conclude(case: Case) -> Doubt:

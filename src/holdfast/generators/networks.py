@@ -56,7 +56,7 @@ class ImageGAN(GAN):
 
 LAST = 0.98
 """latest time of the diffusion; at 1 there is no signal, from which nothing can be estimated"""
-_LR = 2e-3  # largest learning rate of Adam; the training has few updates
+_DIFFUSION_LR = 2e-3  # largest learning rate of Adam; the training has few updates
 _UNCONDITIONAL = 0.2  # share of the training examples whose class is not shown
 _KEPT = 0.995  # decay of the average of the weights
 
@@ -219,13 +219,13 @@ Loss = Callable[[Diffusion, Inputs, Labels, torch.Generator], Tensor]
 """Type of a training loss: a function of the model, images, classes and the random numbers of an update."""
 
 
-def fit(
+def fit_diffusion(
     model: Diffusion,
     x: Inputs,
     y: Labels,
     *,
     updates: int,
-    lr: float = _LR,
+    lr: float = _DIFFUSION_LR,
     batch: int = 64,
     seed: int = 0,
     loss: Loss = velocity_loss,
@@ -254,8 +254,10 @@ def fit(
     return average
 
 
-_VAE_LR, _BATCH = 2e-3, 64
-_LEAST = 1e-6  # added to the variance of the pixels, which is zero if an image is reconstructed exactly
+_VAE_LR, _VAE_BATCH = 2e-3, 64
+_LEAST_VARIANCE = (
+    1e-6  # added to the variance of the pixels, which is zero if an image is reconstructed exactly
+)
 _NEW = 0.01  # share of an update in the average of the variance
 
 
@@ -315,20 +317,20 @@ def fit_vae(model: ImageVAE, x: Inputs, *, updates: int, seed: int = 0) -> Image
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(adam, updates)
     variance = torch.ones(())
     for update in range(updates):
-        images = x[torch.randint(len(x), (_BATCH,), generator=rng).to(x.device)]
+        images = x[torch.randint(len(x), (_VAE_BATCH,), generator=rng).to(x.device)]
         mean, log_var = trained.encoder(images)
         noise = torch.randn(mean.shape, generator=rng).to(images)
         error = (trained.decode(mean + (log_var / 2).exp() * noise) - images).square().mean()
         divergence = (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean() / 2
         # with the best variance of the pixels, their negative log-likelihood is this and a constant
-        likelihood = images[0].numel() / 2 * (error + _LEAST).log()
+        likelihood = images[0].numel() / 2 * (error + _LEAST_VARIANCE).log()
         adam.zero_grad()
         (likelihood + divergence).backward()
         adam.step()
         rates.step()
         variance.lerp_(error.detach().cpu(), max(_NEW, 1 / (1 + update)))
     assert trained.std is not None
-    trained.std.copy_((variance + _LEAST).sqrt())
+    trained.std.copy_((variance + _LEAST_VARIANCE).sqrt())
     return trained.eval().requires_grad_(False)
 
 

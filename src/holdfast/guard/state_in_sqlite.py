@@ -37,8 +37,8 @@ from holdfast.guard.state_in_memory import (
     spent,
 )
 from holdfast.io.files import open_regular
-from holdfast.runs.store.append_log import has_foreign_journal
 from holdfast.runs.store.files import PRIVATE
+from holdfast.runs.store.leases import has_foreign_journal
 
 AT_LAST = 32_000
 """pages of the log (128 MB) from which a transaction makes the checkpoint itself, if the thread cannot"""

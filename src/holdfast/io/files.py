@@ -1,6 +1,4 @@
-"""Opens, checks and computes digests of files that the user, a configuration or another file names, and remedies
-of readers.
-"""
+"""Opens and checks files, replaces them, and computes their digests."""
 
 import hashlib
 import os

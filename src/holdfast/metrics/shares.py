@@ -1,9 +1,9 @@
-"""Metrics that are proportions of examples, with exact confidence intervals, and access to the columns of
-evidence.
-"""
+"""Metrics that are proportions of examples, with exact confidence intervals, and access to the columns of evidence."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import TRIGGERED, Evidence
-from holdfast.core.types import Mask, PerExample
+from holdfast.core.types import Labels, Mask, PerExample
 from holdfast.statistics.intervals import (
     CONFIDENCE,
     bonferroni,
@@ -20,7 +20,6 @@ from holdfast.statistics.intervals import (
     mean,
     proportion,
 )
-from holdfast.statistics.repeats import absent_classes, classes_of, listed_classes
 
 ATTACKED_INPUT = (Remedy("suite", "standard", reason="whose fixed PGD-40 pass measures it"),)
 """remedies for a metric of attacked inputs"""
@@ -312,6 +311,26 @@ def worst_class(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     worst = min(accuracies, key=lambda estimate: estimate.value)
     low = 0.0 if absent else min(e.low for e in accuracies)
     return Estimate(worst.value, low, min(e.high for e in accuracies), worst.n)
+
+
+_LISTED = 10  # classes in a message
+
+
+def absent_classes(y: Labels, classes: int | None) -> tuple[int, ...]:
+    """Return the classes, out of `classes`, that are the label of no example."""
+    return tuple(sorted({*range(classes or 0)} - {*torch.unique(y).tolist()}))
+
+
+def listed_classes(labels: Sequence[int], names: Sequence[str] = ()) -> str:
+    """Return the names, or else the numbers, of classes for a message."""
+    shown = ", ".join(names[k] if k < len(names) else str(k) for k in labels[:_LISTED])
+    return shown + (f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else "")
+
+
+def classes_of(model: Mapping[str, Any]) -> int | None:
+    """Return the number of outputs of the model of an assessment, from its evidence; None if it is unknown."""
+    found: int | None = model.get("outputs")
+    return found
 
 
 def notes_on_absent(evidence: Evidence) -> tuple[str, ...]:

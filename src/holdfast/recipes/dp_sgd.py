@@ -36,7 +36,7 @@ from holdfast.core.types import Inputs, Positive
 from holdfast.recipes.training.fit import Training, drawing, updates
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.recipe import LossRecipe
-from holdfast.statistics.repeats import RowBudget, row_budget
+from holdfast.statistics.privacy_budget import RowBudget, row_budget
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooksFastGradientClipping as Hooks

@@ -322,7 +322,7 @@ def _slice(grid: Tensor, label: int, classes: tuple[str, ...]) -> Json:
     }
 
 
-def section(results: Mapping[str, Any]) -> tree.Section:
+def geometry_section(results: Mapping[str, Any]) -> tree.Section:
     """Return the section of the geometry of the decision boundary: distances, Lipschitz constants and slices."""
     unit, rows = results["unit"], results["rows"]
     n = f"{len(rows)} {unit}{'' if len(rows) == 1 else 's'}"

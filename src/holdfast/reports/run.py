@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.reports import certification, curves, defences, transfer, tree, words
-from holdfast.reports import charts as geometry
+from holdfast.reports import certification, charts, curves, defences, transfer, tree, words
 from holdfast.reports.charts import staircases
 from holdfast.reports.curves import attack_sections, hardest
 from holdfast.reports.words import count_text, feature_value, number, percent, plain, seconds_text
@@ -132,11 +131,11 @@ def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[tree.Secti
     if summary["certification"] is not None:
         yield certification.section(summary)
     yield from attack_sections(summary)
-    if charts := [*_curves(summary)]:
+    if blocks := [*_curves(summary)]:
         lead = f"the band is the {_level(summary)} interval of each point"
-        yield tree.Section("Curves", charts, lead, "curves", "Curves", "page")
+        yield tree.Section("Curves", blocks, lead, "curves", "Curves", "page")
     if summary.get("geometry"):
-        yield geometry.section(summary["geometry"])
+        yield charts.geometry_section(summary["geometry"])
     if summary["per_class"]:
         yield _classes(summary)
     for results, section in (

@@ -28,7 +28,7 @@ from holdfast.rotation.ledger_state import (
     well_formed,
 )
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.append_log import AppendLog, Head, LogForm, equal, locked
+from holdfast.runs.store.append_log import AppendLog, Head, LogForm, equal
 from holdfast.runs.store.columns import ColumnFile, Name, content_digest, refuse_form
 from holdfast.runs.store.encryption import Seal, existing_seal, has_key
 from holdfast.runs.store.files import (
@@ -40,6 +40,7 @@ from holdfast.runs.store.files import (
     write_atomically,
 )
 from holdfast.runs.store.folder import document, read_document
+from holdfast.runs.store.leases import locked
 
 if TYPE_CHECKING:
     from torch import Tensor

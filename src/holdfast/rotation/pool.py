@@ -42,7 +42,6 @@ from holdfast.rotation.ledger import (
 )
 from holdfast.rotation.ledger_state import Role, Serving, SetRecord
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.append_log import locked
 from holdfast.runs.store.columns import ColumnFile, content_digest
 from holdfast.runs.store.encryption import Seal, existing_seal, new_seal, refuse_unready
 from holdfast.runs.store.files import (
@@ -55,6 +54,7 @@ from holdfast.runs.store.files import (
     write_atomically,
 )
 from holdfast.runs.store.folder import document
+from holdfast.runs.store.leases import locked
 
 if TYPE_CHECKING:
     from torch import Tensor

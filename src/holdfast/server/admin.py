@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
-from holdfast.io.remote.remote import (
+from holdfast.io.remote.operator_port import (
     ANSWER_HEADER,
     NO_SESSION,
     SCHEME,

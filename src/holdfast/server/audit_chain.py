@@ -24,9 +24,10 @@ from holdfast.core.errors import Placeholder, Remedy, TargetError
 from holdfast.guard.rules import Action, RequestDecision, RowDecision
 from holdfast.io.files import open_regular
 from holdfast.runs.store import files as store
-from holdfast.runs.store.append_log import BEGINNING, WAIT_S, Head, LogForm, LogReader
+from holdfast.runs.store.append_log import BEGINNING, Head, LogForm, LogReader
 from holdfast.runs.store.columns import Count, Whole, conforming, required
 from holdfast.runs.store.files import content_of, create_private
+from holdfast.runs.store.leases import WAIT_S
 
 _ACTIONS = tuple(map(str, Action))
 """names of the actions by their numbers"""

@@ -12,8 +12,9 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, refuse_no_digest
 from holdfast.core.errors import TargetError
-from holdfast.runs.store.append_log import BEGINNING, Owner, locked
+from holdfast.runs.store.append_log import BEGINNING
 from holdfast.runs.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
+from holdfast.runs.store.leases import Owner, locked
 from holdfast.server.audit_chain import (
     ENDS,
     SERVER,

@@ -22,11 +22,11 @@ from typing_extensions import TypedDict
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.guard.state_in_memory import Allowance, Charge, Grant, SharedState
-from holdfast.io.remote.remote import hash_of, key_id
-from holdfast.runs.store.append_log import locked
+from holdfast.io.remote.operator_port import hash_of, key_id
 from holdfast.runs.store.columns import Count, Whole, required, validated
 from holdfast.runs.store.files import PRIVATE, content_of, usable, write_atomically
 from holdfast.runs.store.folder import document, parsed
+from holdfast.runs.store.leases import locked
 from holdfast.server.requests import Refused, wait_first
 
 ADMIN = "admin"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from holdfast.attacks.protocol import Attack
     from holdfast.gates.judging import Judgement
     from holdfast.runs.assess.result import Result
-    from holdfast.verbs.opening.python_functions import DataLike, ModelLike
+    from holdfast.verbs.opening.arguments import DataLike, ModelLike
 
 _SHOWN = 10  # number of broken examples that a message lists
 

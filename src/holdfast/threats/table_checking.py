@@ -1,6 +1,6 @@
 """Judges rows of a table by its rules: the size of a change, and which rules a row violates.
 
-The module decides which adversarial rows count. It shares no code with the repair of rows in `table.py`: it evaluates
+The module decides which adversarial rows count. It shares no code with the repair of rows in `tables.py`: it evaluates
 the relations with NumPy in double precision, row by column, and changes nothing.
 """
 

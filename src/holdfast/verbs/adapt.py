@@ -48,7 +48,7 @@ from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.data import selected
 from holdfast.io.files import content_of_file
 from holdfast.io.models.factories import names_code
-from holdfast.io.remote.remote import Json, OperatorPort, Refusal, read_key
+from holdfast.io.remote.operator_port import Json, OperatorPort, Refusal, read_key
 from holdfast.reports.words import strict
 from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import rows_of
@@ -67,13 +67,13 @@ from holdfast.settings.guard_settings import read_guard_settings
 from holdfast.settings.serve_settings import ALARM, NOW, is_public
 from holdfast.statistics.intervals import paired_difference
 from holdfast.verbs import adapt_served
+from holdfast.verbs.adapt_comparison import LivePairs, Samples, Side, read_samples
 from holdfast.verbs.adapt_served import CANDIDATE, EARLIER, AdaptedGuard, AdaptedPool, calibration_of
 from holdfast.verbs.checked_settings import composed
 from holdfast.verbs.configuration import canonical_settings
 from holdfast.verbs.harden import ForHardening, hardened, needs_of_hardening
-from holdfast.verbs.live_pairs import LivePairs, Samples, Side, read_samples
+from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.guard import input_storage
-from holdfast.verbs.opening.python_functions import gradients
 from holdfast.verbs.opening.resolve import open_subject
 from holdfast.verbs.settings import Adapt, Calibrate, Doctor, Harden
 

@@ -22,7 +22,7 @@ from holdfast.guard.query_rule import derived_key, guard_key
 from holdfast.guard.rules import QUERIES
 from holdfast.guard.state_in_memory import MemoryState
 from holdfast.io.models.models import ROTATING
-from holdfast.io.remote.remote import Json, OperatorPort
+from holdfast.io.remote.operator_port import Json, OperatorPort
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.reports.words import amount
 from holdfast.reports.write import refuse_unwritable
@@ -44,9 +44,9 @@ from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import ExampleSelection
 from holdfast.settings.guard_settings import GuardSettings, read_guard_settings
 from holdfast.statistics.intervals import fewest_examples
+from holdfast.verbs.adapt_comparison import LivePairs
 from holdfast.verbs.calibrate import calibration_stream
 from holdfast.verbs.harden import name_of
-from holdfast.verbs.live_pairs import LivePairs
 from holdfast.verbs.opening.guard import (
     bounds_of,
     calibration_path,

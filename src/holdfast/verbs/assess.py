@@ -26,10 +26,10 @@ from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings.grammar import AUTO, seconds
 from holdfast.settings.values import address_of
 from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.declared import with_found_properties, with_numbered_goal
 from holdfast.verbs.opening.models import pool_of
 from holdfast.verbs.opening.plans import assess_request, baseline_evidence, listed_attacks, prover
-from holdfast.verbs.opening.python_functions import gradients
 from holdfast.verbs.opening.resolve import (
     device_of_model,
     folder_of,

@@ -29,9 +29,9 @@ from holdfast.threats.domains import TEXT
 from holdfast.threats.parsing import threat_of
 from holdfast.verbs.checked_settings import DataReference
 from holdfast.verbs.configuration import given
+from holdfast.verbs.opening.arguments import DataLike, ModelLike, verb_with
 from holdfast.verbs.opening.declared import with_numbered_goal
 from holdfast.verbs.opening.plans import SuiteLike, assess_request, members_given
-from holdfast.verbs.opening.python_functions import DataLike, ModelLike, verb_with
 from holdfast.verbs.opening.recipes import ThreatLike
 from holdfast.verbs.opening.resolve import device_of_model, open_fit
 from holdfast.verbs.settings import Assess

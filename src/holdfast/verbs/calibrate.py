@@ -37,6 +37,7 @@ from holdfast.settings.guard_settings import (
     detectors_of,
     read_guard_settings,
 )
+from holdfast.verbs.opening.arguments import DataLike, ModelLike, beside, gradients
 from holdfast.verbs.opening.declared import expected, notes_of, range_of_all
 from holdfast.verbs.opening.guard import (
     Coverage,
@@ -55,7 +56,6 @@ from holdfast.verbs.opening.guard import (
     stored_calibration,
 )
 from holdfast.verbs.opening.plans import device_of
-from holdfast.verbs.opening.python_functions import DataLike, ModelLike, beside, gradients
 from holdfast.verbs.opening.resolve import open_beside, open_examples, open_subject
 from holdfast.verbs.settings import Calibrate
 

@@ -4,8 +4,8 @@ from holdfast.core.batch import Data
 from holdfast.io.doctor import Checkup, Finding, examine
 from holdfast.io.remote.served_model import inspection_counter
 from holdfast.runs.assess.request import Subject
+from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.declared import edits_of, notes_of
-from holdfast.verbs.opening.python_functions import gradients
 from holdfast.verbs.opening.resolve import open_examples, open_subject
 from holdfast.verbs.settings import Doctor
 

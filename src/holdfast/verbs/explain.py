@@ -34,9 +34,9 @@ from holdfast.threats.domains import is_image
 from holdfast.verbs.attack import inputs_and_data
 from holdfast.verbs.checked_settings import composed
 from holdfast.verbs.configuration import OPENED_WITH, given
+from holdfast.verbs.opening.arguments import DataLike, ModelLike, beside, gradients, verb_with
 from holdfast.verbs.opening.declared import expected, notes_of, with_found_properties
 from holdfast.verbs.opening.plans import device_of
-from holdfast.verbs.opening.python_functions import DataLike, ModelLike, beside, gradients, verb_with
 from holdfast.verbs.opening.recipes import ThreatLike
 from holdfast.verbs.opening.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.verbs.settings import Assess, Certify, Explain

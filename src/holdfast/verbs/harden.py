@@ -44,8 +44,8 @@ from holdfast.threats.parsing import parse_threat
 from holdfast.verbs.checked_settings import group_of
 from holdfast.verbs.harden_generator import hardened_generator
 from holdfast.verbs.opening import declared, resolve
+from holdfast.verbs.opening.arguments import beside, gradients
 from holdfast.verbs.opening.plans import assess_request, baseline_evidence, examples_to_fit, listed_attacks
-from holdfast.verbs.opening.python_functions import beside, gradients
 from holdfast.verbs.opening.recipes import (
     build_recipe,
     candidates,

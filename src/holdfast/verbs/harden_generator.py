@@ -27,7 +27,7 @@ from holdfast.settings.grammar import seconds
 from holdfast.verbs.audit.generator import AuditGenerator
 from holdfast.verbs.audit.opening_generators import opened_audit
 from holdfast.verbs.opening import resolve
-from holdfast.verbs.opening.python_functions import gradients
+from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.recipes import built
 from holdfast.verbs.settings import Harden
 

@@ -38,9 +38,9 @@ from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.harness.target import Target
 from holdfast.settings.groups import DataSource
+from holdfast.verbs.opening.arguments import beside, gradients
 from holdfast.verbs.opening.declared import expected, expected_without_model, first_table, notes_of
 from holdfast.verbs.opening.plans import device_of
-from holdfast.verbs.opening.python_functions import beside, gradients
 from holdfast.verbs.opening.resolve import open_named, open_source, open_subject
 from holdfast.verbs.settings import Monitor
 

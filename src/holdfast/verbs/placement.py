@@ -1,4 +1,4 @@
-"""Settings of the place where shards run, and those of certification, as groups of `holdfast.settings.groups`."""
+"""Settings of the place where shards run: this process, worker processes or a Ray cluster."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from holdfast.core.catalogue import MASKING, PROVERS, SMOOTHING, SUBSTITUTIONS
-from holdfast.core.errors import Placeholder, Remedy, UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.runs.engine.ray_cluster import RayOptions, refuse_address, refuse_missing_ray
 from holdfast.settings import values
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import Flag, Section, SettingGroup
-from holdfast.threats.domains import TEXT
 
 ROTATING = "rotating:"
 """Beginning of the address of a pool of parameter sets."""
@@ -153,109 +151,6 @@ class CertifyCluster(Placement):
         default="10min", description=_WAIT
     )
     waiting_key = "cluster_timeout"
-
-
-_RANDOM = (SMOOTHING, MASKING)
-_OF_TEXTS = (SUBSTITUTIONS, MASKING)
-_OF_METHODS = {
-    "sigma": (SMOOTHING,),
-    "clip": (SMOOTHING,),
-    "keep": (MASKING,),
-    "mask": (MASKING,),
-    "draws": _RANDOM,
-    "failure_probability": _RANDOM,
-}
-"""methods that each setting is for"""
-
-
-class CertifyOptions(SettingGroup):
-    """Settings of the command `holdfast certify` that no other command has."""
-
-    method: Annotated[values.Method, Flag("M", completion="METHOD", common=True)] = Field(
-        default="auto",
-        description=f"Method of certification: auto (the default, which runs the methods from the cheapest to the most "
-        f"exact) or one of {', '.join(PROVERS)}.",
-    )
-    timeout: Annotated[values.WaitingTime, Flag("T", common=True)] = Field(
-        default="10s",
-        description="Time limit for each example in each of the methods crown, alpha-crown, branch-and-bound and "
-        "trees (default: 10s).",
-    )
-    sigma: Annotated[values.Deviation | None, Flag("S", common=True)] = Field(
-        default=None,
-        description="Standard deviation of the noise of --method smoothing, in units of the inputs, as in 0.5.",
-    )
-    draws: Annotated[values.Positive | None, Flag("N")] = Field(
-        default=None,
-        description="Largest number of changed copies of an example that --method smoothing or masking classifies "
-        "(default: 10000).",
-    )
-    clip: Annotated[bool, Flag()] = Field(
-        default=False,
-        description="Clamp noisy inputs of --method smoothing to the legal range, as a first step of the model.",
-    )
-    failure_probability: Annotated[values.Probability | None, Flag("A")] = Field(
-        default=None,
-        description="Probability, for each example, that a verdict of --method smoothing or masking is wrong "
-        "(default: 0.001).",
-    )
-    keep: Annotated[values.Probability | None, Flag("SHARE")] = Field(
-        default=None,
-        description="Share of the words of a text that --method masking keeps, as in 0.1 (the default).",
-    )
-    mask: Annotated[str | None, Flag("WORD")] = Field(
-        default=None,
-        description="Word in the place of the others of --method masking (default: [MASK]); with an empty one they are "
-        "deleted.",
-    )
-    geometry: Annotated[values.Positive | None, Flag("N")] = Field(
-        default=None,
-        description="Add the geometry of the decision boundary around the first N examples to the report: proved and "
-        "attacked distances, Lipschitz constants and slices.",
-    )
-    full: Annotated[bool, Flag()] = Field(
-        default=False, description="Run the attacks on all certified examples, and not only on 32 of them."
-    )
-    save_adversarial: Annotated[bool, Flag()] = Field(
-        default=False, description="Store all adversarial examples in the run folder."
-    )
-
-    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for smoothing without a noise level, for a method that does not fit the threat, and for
-        settings of another method.
-        """
-        of_texts = self.threat.change.domain is TEXT
-        if of_texts and self.method in PROVERS and self.method not in _OF_TEXTS:
-            raise UsageError(
-                f"{prefix}method is {self.method}, and the threat is {self.threat}, for which the methods are "
-                f"{' and '.join(_OF_TEXTS)}",
-                Remedy("method", MASKING),
-            )
-        if not of_texts and self.method in _OF_TEXTS:
-            raise UsageError(
-                f"{prefix}method is {self.method}, which certifies changed words of texts, and the threat is "
-                f"{self.threat}; give a threat such as text:edits=2,words=3"
-            )
-        if self.method == SMOOTHING and self.sigma is None:
-            raise UsageError(
-                f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise",
-                Remedy("sigma", Placeholder("SIGMA"), reason="such as twice the eps of the threat"),
-            )
-        if self.geometry is not None and (of_texts or self.method == SMOOTHING):
-            why = "the threat is on texts" if of_texts else "the method is smoothing, which has none"
-            raise UsageError(
-                f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and {why}",
-                Remedy("geometry"),
-            )
-        random = MASKING if of_texts else SMOOTHING
-        for key, methods in _OF_METHODS.items():
-            if getattr(self, key) not in (None, False) and self.method not in methods:
-                raise UsageError(
-                    f"{written.get(key, prefix + key)} concerns randomised {' and '.join(methods)}, and the method is "
-                    f"{self.method}",
-                    *((Remedy("method", random),) if random in methods else ()),
-                    Remedy(key),
-                )
 
 
 class LocalOnly(SettingGroup):

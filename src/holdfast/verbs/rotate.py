@@ -18,7 +18,6 @@ from holdfast.rotation.rotating_model import Trigger
 from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
-from holdfast.rotation.steps import draw as training
 from holdfast.rotation.steps import rotation_run as loop
 from holdfast.rotation.steps import short_steps
 from holdfast.rotation.steps.admission_gates import Admission
@@ -42,10 +41,10 @@ from holdfast.verbs import harden
 from holdfast.verbs.checked_settings import DataReference, ModelReference, check_settings
 from holdfast.verbs.configuration import OPENED_WITH, canonical_settings, given, items
 from holdfast.verbs.opening import resolve
+from holdfast.verbs.opening.arguments import verb_with
 from holdfast.verbs.opening.declared import range_of_all
 from holdfast.verbs.opening.models import refuse_code_in_pool, settings_of_pool
 from holdfast.verbs.opening.plans import device_of
-from holdfast.verbs.opening.python_functions import verb_with
 from holdfast.verbs.opening.recipes import (
     ThreatLike,
     build_recipe,
@@ -348,7 +347,7 @@ def train(
     """
     checked = RotateSettings(**given(**settings))
     request = train_request(checked, _opened(pool, expect_head))
-    return training.train(request, notify=notify)
+    return drawing.train(request, notify=notify)
 
 
 @verb_with(RotateSettings, *_OPENED_AGAIN)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.core.errors import Install, UsageError
 from holdfast.runs.engine.progress import Notify, ignore
 from holdfast.verbs.configuration import given
-from holdfast.verbs.opening.python_functions import ModelLike, verb_with
+from holdfast.verbs.opening.arguments import ModelLike, verb_with
 from holdfast.verbs.settings import Serve
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from holdfast.statistics.repeats import copy_threshold, nearest_example
 
 _SIZES = (0.1, 0.2, 0.4, 0.7)  # of the curve, as shares of the distance of an example to its target
 _TARGETED = 20
-_LEAST = 0.05
+_REJECTED = 0.05
 """share of the held-out examples whose scores count as generated"""
 _KINDS = ("unchanged", "random", "worst")
 _ATTACKED = "Adversarial inputs were searched for with gradients. A better search may find stronger ones."
@@ -179,7 +179,7 @@ class Discriminator:
             real = torch.cat([scores(x.to(device)) for x in torch.split(context.held_out.x[::2], 500)])
         radius = input_radius(context, self.eps)
         columns = {
-            "threshold": torch.quantile(real.double(), _LEAST)[None],
+            "threshold": torch.quantile(real.double(), _REJECTED)[None],
             "radius": torch.tensor([radius], dtype=torch.float64),
         }
         sets = (("generated", context.samples, 1), ("real", context.held_out.x[1::2], -1))
@@ -230,7 +230,7 @@ class Discriminator:
             ("samples", "unchanged", "random", "adversarial", "interval"),
             rows,
             _sizes(columns, self.eps)
-            + f" A sample is scored as real above {threshold:.4g}, as {percent(1 - _LEAST, 0)} of one half of the "
+            + f" A sample is scored as real above {threshold:.4g}, as {percent(1 - _REJECTED, 0)} of one half of the "
             "held-out examples are; the other half is attacked.",
         )
         facts = {name: rate.value for name, rate in rates.items()}
@@ -295,7 +295,7 @@ TIMES, NOISES = (0.1, 0.15, 0.2), 2
 """times of the diffusion at which the denoising loss is measured, and noises at each, the same for all examples"""
 LOW = 0.05
 """time of the diffusion at which the norm of the score is measured"""
-_INFERENCE_LEAST = 100  # samples, a quarter of which are own samples of the generator
+_FEWEST_SAMPLES = 100  # samples, a quarter of which are own samples of the generator
 _HIGH = 0.05  # share of own samples that count as members from which the headline states it
 _SHIFTED = 4.0  # standard errors of the area under the curve of the control from which the examples differ
 _ROWS = 250  # examples of one call of the generator
@@ -328,7 +328,7 @@ class Membership:
 
     def missing(self, context: Context) -> str:
         """Return what is missing if there are too few samples."""
-        return "" if len(context.samples) >= _INFERENCE_LEAST else f"at least {_INFERENCE_LEAST} samples"
+        return "" if len(context.samples) >= _FEWEST_SAMPLES else f"at least {_FEWEST_SAMPLES} samples"
 
     def measure(self, context: Context) -> Columns:
         """Compute the scores of training examples, held-out examples and own samples: the higher, the more a score

@@ -17,7 +17,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Inputs, Labels
 from holdfast.generators.adapters import GAN, VAE
-from holdfast.generators.networks import Diffusion, fit, velocity_loss
+from holdfast.generators.networks import Diffusion, fit_diffusion, velocity_loss
 from holdfast.generators.networks import Loss as TrainingLoss
 from holdfast.runs.store.columns import Form, flag
 
@@ -46,7 +46,7 @@ def planted_diffusion(
     _refuse_shape("trigger", trigger, model.shape)
     _refuse_shape("target", target, model.shape)
     loss = _poisoned_loss(trigger, target)
-    return fit(model, x, y, updates=updates, lr=lr, batch=batch, seed=seed, loss=loss)
+    return fit_diffusion(model, x, y, updates=updates, lr=lr, batch=batch, seed=seed, loss=loss)
 
 
 def _poisoned_loss(trigger: Tensor, target: Tensor) -> TrainingLoss:

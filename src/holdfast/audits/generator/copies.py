@@ -18,8 +18,7 @@ from holdfast.core.types import Mask, PerExample
 from holdfast.io.data.mixed_tables import MixedTables
 from holdfast.reports.words import percent
 from holdfast.runs.store.columns import Form, flag, whole
-from holdfast.statistics import repeats
-from holdfast.statistics import repeats as synthetic_tables
+from holdfast.statistics import repeats, synthetic_tables
 from holdfast.statistics.intervals import bonferroni, proportion
 
 FORMS = {

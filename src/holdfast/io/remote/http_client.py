@@ -26,7 +26,8 @@ from torch import Tensor
 
 from holdfast.core.errors import InputRefused, QueriesSpent, Remedy, TargetLost, UsageError, model_argument
 from holdfast.core.meter import Purpose
-from holdfast.io.remote.remote import KEY, SCHEMES, LimitedReader, Remote, header_variable
+from holdfast.io.remote.limited_answers import LimitedReader
+from holdfast.io.remote.remote import KEY, SCHEMES, Remote, header_variable
 
 KEY_BYTES = 16
 """Number of bytes of the digest that identifies an input."""

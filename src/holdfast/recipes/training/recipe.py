@@ -20,7 +20,7 @@ from holdfast.core.training import Checkpoint
 from holdfast.core.types import Inputs
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy, clean_inputs, trained
-from holdfast.statistics.repeats import RowBudget
+from holdfast.statistics.privacy_budget import RowBudget
 
 MOST, EVERY = 256, 10
 """Largest number of reserved examples; at most one training example in `EVERY` is reserved."""

@@ -37,7 +37,7 @@ from holdfast.runs.assess.result import (
     worst_case,
 )
 from holdfast.runs.assess.served_runs import totals_in
-from holdfast.runs.documents import record as run_forms
+from holdfast.runs.documents import record as record_forms
 from holdfast.runs.documents.record import (
     ADAPTIVE,
     DOUBTS,
@@ -57,7 +57,6 @@ from holdfast.runs.engine.ray_cluster import NODES
 from holdfast.runs.harness.assembly import FOUND, joined_waves
 from holdfast.runs.harness.stage import StageOutline
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.append_log import spent_in
 from holdfast.runs.store.columns import refuse_form
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import (
@@ -69,6 +68,7 @@ from holdfast.runs.store.folder import (
     recorded_document,
     refuse_altered,
 )
+from holdfast.runs.store.leases import spent_in
 from holdfast.threats.stored import threat_from_json
 
 _DIGITS = 6
@@ -334,8 +334,8 @@ def open_run(path: Path) -> Result:
         )
     if "verdict_of" not in decided:
         return _opened(path, manifest, chain, decided)
-    refuse_form(path / f"{VERDICT}.json", decided, run_forms.Judged)
-    with run_forms.consistent(path):
+    refuse_form(path / f"{VERDICT}.json", decided, record_forms.Judged)
+    with record_forms.consistent(path):
         return _hardened(path, manifest, chain, decided)
 
 
@@ -363,7 +363,7 @@ def attacked_stages(path: Path) -> dict[str, Columns]:
         path = path / "after"
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     refuse_altered(path, chain)
-    with run_forms.consistent(path):
+    with record_forms.consistent(path):
         steps = manifest_from_json(path, manifest).outline.steps
         by_stage = joined_waves(steps, _stages(path, steps, chain))
         return {
@@ -388,8 +388,8 @@ def command_to_resume(path: Path) -> str:
     `assess`, `certify` and `harden`.
     """
     manifest = read_manifest(path)
-    refuse_form(path / MANIFEST, manifest, run_forms.Listed)
-    with run_forms.consistent(path):
+    refuse_form(path / MANIFEST, manifest, record_forms.Listed)
+    with record_forms.consistent(path):
         return command_of(manifest)
 
 
@@ -402,7 +402,7 @@ def _inner_run(
     inner_path, inner_document = path / inner_name, recorded_document(path, chain, inner_name)
     if inner_document is None or inner_path.is_symlink():
         raise TargetError(f"{str(path)!r} has no inner run {inner_name!r}; restore it from a copy")
-    refuse_form(path / f"{inner_name}.json", inner_document, run_forms.Inner)
+    refuse_form(path / f"{inner_name}.json", inner_document, record_forms.Inner)
     manifest, inner = read_manifest(inner_path), read_chain(inner_path, repair=False)
     # The inner run could otherwise be exchanged for another valid one.
     if inner.head != inner_document["chain"]:
@@ -417,7 +417,7 @@ def _inner_run(
 
 
 def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
-    with run_forms.consistent(path):
+    with record_forms.consistent(path):
         verdict = decided_from_json(path, decided)
         refuse_other_files(path, chain, verdict.computed_from)
         return _result(read_record(path, manifest, chain), path, chain, verdict)
@@ -443,7 +443,7 @@ def read_record(path: Path, content: Mapping[str, Any], chain: Chain) -> Record:
     if doubts is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
     if nodes is not None:
-        refuse_form(path / f"{NODES}.json", nodes, run_forms.Differing)
+        refuse_form(path / f"{NODES}.json", nodes, record_forms.Differing)
     recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
     times = {name: time for name, time in spent_in(path).items() if name in recorded}
     return Record(
@@ -489,19 +489,19 @@ def run_entry(path: Path, *, checked: bool = True) -> RunEntry:
     again, and the robust accuracy is None. This takes a millisecond instead of a twentieth of a second. Raises
     `TargetError` if the files have another format or do not match the chain.
     """
-    with run_forms.consistent(path):
+    with record_forms.consistent(path):
         return _entry(path, checked=checked)
 
 
 def _entry(path: Path, *, checked: bool) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     is_audit = manifest.get("verb") == "audit"
-    refuse_form(path / MANIFEST, manifest, run_forms.ListedAudit if is_audit else run_forms.Listed)
+    refuse_form(path / MANIFEST, manifest, record_forms.ListedAudit if is_audit else record_forms.Listed)
     refuse_altered(path, chain)
     decided = recorded_document(path, chain, VERDICT)
     if decided is not None:
-        of_run: type = run_forms.Judged if "verdict_of" in decided else Decided
-        refuse_form(path / f"{VERDICT}.json", decided, run_forms.JudgedAudit if is_audit else of_run)
+        of_run: type = record_forms.Judged if "verdict_of" in decided else Decided
+        refuse_form(path / f"{VERDICT}.json", decided, record_forms.JudgedAudit if is_audit else of_run)
     config, stages = manifest["config"], manifest["plan"]["stages"]
     entry = RunEntry(
         path,

@@ -95,7 +95,7 @@ from holdfast.runs.harden.held_out import (
 from holdfast.runs.harden.pace import Clock, first_total, with_predicted_labels
 from holdfast.runs.store.files import CHECKPOINTS
 from holdfast.runs.store.folder import open_run_folder, refuse_used, stored_manifest
-from holdfast.statistics.repeats import RowBudget
+from holdfast.statistics.privacy_budget import RowBudget
 
 _LEAST = 50  # smallest number of test examples to which a limit reduces them
 

@@ -23,7 +23,7 @@ from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.models import CARD, PROGRAM, WEIGHTS
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.comparisons import basis, change, improvement
-from holdfast.metrics.shares import robust_error_gap
+from holdfast.metrics.shares import classes_of, robust_error_gap
 from holdfast.recipes.training.follow_up import MOST_RAISED
 from holdfast.recipes.training.recipe import facts_of
 from holdfast.reports.card import card_report, checkpoint_text, compared_metrics, curve, judged
@@ -38,7 +38,6 @@ from holdfast.runs.harden.checkpoints import Point
 from holdfast.runs.store.files import BY_UMASK, usable, write_atomically
 from holdfast.runs.store.folder import document
 from holdfast.statistics.intervals import against_majority, proportion
-from holdfast.statistics.repeats import classes_of
 from holdfast.threats.domains import TEXT
 
 Json = dict[str, Any]

@@ -20,16 +20,7 @@ from holdfast.core.evidence import Columns, Seconds
 from holdfast.core.names import kind_of
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.append_log import (
-    LEASE,
-    OF_LEASE,
-    AppendLog,
-    Lease,
-    LogForm,
-    ShardTimes,
-    leased,
-    spent_in,
-)
+from holdfast.runs.store.append_log import AppendLog, LogForm
 from holdfast.runs.store.columns import Count, Name, is_name, refuse_form, validated
 from holdfast.runs.store.files import (
     MANIFEST,
@@ -43,6 +34,7 @@ from holdfast.runs.store.files import (
     write_atomically,
 )
 from holdfast.runs.store.journal import NAME as JOURNAL
+from holdfast.runs.store.leases import LEASE, OF_LEASE, Lease, ShardTimes, leased, spent_in
 from holdfast.threats.stored import threat_from_json
 
 MOST = 4

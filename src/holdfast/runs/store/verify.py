@@ -11,7 +11,6 @@ from holdfast.core.catalogue import names
 from holdfast.core.chain import digest, refuse_no_digest
 from holdfast.core.errors import RESUME, TargetError
 from holdfast.runs.store import columns as column_files
-from holdfast.runs.store.append_log import OF_LEASE
 from holdfast.runs.store.files import (
     CHECKPOINTS,
     MANIFEST,
@@ -30,6 +29,7 @@ from holdfast.runs.store.folder import (
     read_splits,
 )
 from holdfast.runs.store.journal import NAME as ANSWERS
+from holdfast.runs.store.leases import OF_LEASE
 
 _BESIDE = OF_LEASE | {CHAIN, ABOUT, SPLITS, SERVED, ANSWERS, "report.json", "curve.svg"}
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""

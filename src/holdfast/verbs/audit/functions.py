@@ -16,7 +16,7 @@ from holdfast.core.errors import refuse_unmet
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.store.folder import refuse_used
 from holdfast.verbs.configuration import given
-from holdfast.verbs.opening.python_functions import DataLike, ModelLike, gradients, verb_with
+from holdfast.verbs.opening.arguments import DataLike, ModelLike, gradients, verb_with
 from holdfast.verbs.opening.resolve import folder_of
 from holdfast.verbs.settings import AuditVerb, audits
 

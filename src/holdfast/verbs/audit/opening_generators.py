@@ -46,9 +46,9 @@ from holdfast.runs.engine.progress import Notify
 from holdfast.settings.groups import DataSource
 from holdfast.verbs.audit.generator import AuditGenerator
 from holdfast.verbs.opening import resolve
+from holdfast.verbs.opening.arguments import beside
 from holdfast.verbs.opening.declared import expected_without_model, notes_of, refuse_other_range, unlabelled
 from holdfast.verbs.opening.plans import device_of
-from holdfast.verbs.opening.python_functions import beside
 
 _EPOCHS, _BATCH = 8, 128  # of the network that is trained for the features
 

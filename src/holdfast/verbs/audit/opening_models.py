@@ -41,9 +41,9 @@ from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import ExampleSelection
 from holdfast.verbs.audit.backdoor import AuditBackdoor
 from holdfast.verbs.audit.poison import AuditPoison
+from holdfast.verbs.opening.arguments import beside
 from holdfast.verbs.opening.declared import ends, expected, notes_of, refuse_other_range
 from holdfast.verbs.opening.plans import device_of
-from holdfast.verbs.opening.python_functions import beside
 from holdfast.verbs.opening.resolve import (
     open_beside,
     open_examples,

@@ -63,8 +63,8 @@ from holdfast.runs.harden.attempt_training import refuse_untrainable
 from holdfast.threats.parsing import parse_threat
 from holdfast.verbs.audit.membership import AuditMembership
 from holdfast.verbs.opening import declared, resolve
+from holdfast.verbs.opening.arguments import beside
 from holdfast.verbs.opening.plans import device_of
-from holdfast.verbs.opening.python_functions import beside
 from holdfast.verbs.opening.recipes import build_recipe, functions_in, trained_by
 
 

@@ -68,7 +68,7 @@ class AuditPrivacy(TrainingFunctionSource, AuditVerb):
 
         from holdfast.audits.audit import AuditRequest, PreparedAudit
         from holdfast.audits.privacy import LOSSES, PrivacyAudit, measure
-        from holdfast.statistics.repeats import row_budget
+        from holdfast.statistics.privacy_budget import row_budget
         from holdfast.verbs.audit.opening_trainings import open_any_training, trained_like
         from holdfast.verbs.opening import declared, resolve
         from holdfast.verbs.opening.plans import device_of

@@ -39,6 +39,7 @@ from holdfast.settings import groups
 from holdfast.settings.grammar import ENSEMBLE, MIXED, parse_surrogate, parse_transform, per_second, seconds
 from holdfast.settings.values import SurrogateSettings, address_of
 from holdfast.verbs.checked_settings import ModelReference, composed, group_of
+from holdfast.verbs.opening.arguments import beside, differentiable, refuse_other_settings
 from holdfast.verbs.opening.declared import (
     bounds_by_feature,
     bounds_of_all,
@@ -58,7 +59,6 @@ from holdfast.verbs.opening.declared import (
 )
 from holdfast.verbs.opening.models import open_model_at
 from holdfast.verbs.opening.plans import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
-from holdfast.verbs.opening.python_functions import beside, differentiable, refuse_other_settings
 from holdfast.verbs.settings import Assess, Certify, Opening
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast.adaptation.server_state import ServerState, server_state
 from holdfast.core.errors import TargetError
 from holdfast.guard.guard import GuardPipeline
-from holdfast.io.remote.remote import Json, OperatorPort
+from holdfast.io.remote.operator_port import Json, OperatorPort
 from holdfast.runs.harness.target import Target
 
 ERROR = 0.01

@@ -1,5 +1,5 @@
-"""What the functions of the Python interface share: their decorators, refusals of misspelt arguments, gradients, and
-the functions `open_model` and `open_data`, whose results are models and data that are not opened yet.
+"""Arguments of the Python functions: their decorator, the refusal of misspelt ones, and the models and data that they
+accept, of which `open_model` and `open_data` state how they are opened.
 """
 
 import copy
