@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from typing_extensions import TypedDict
 
 from holdfast.cli.app import run as command_line
-from holdfast.cli.look import verify as verify_command
+from holdfast.cli.app import verbs
 from holdfast.core.chain import GENESIS, Link, canonical, digest
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Seconds
@@ -195,7 +195,7 @@ def test_files_that_no_record_names_are_noted_or_refused(tmp_path):
     (run / "more" / "a.bin").write_text("")
     noted = [f"{str(run / name)!r} is in no record of the chain" for name in ("more/a.bin", "notes.txt")]
     assert list(verify(run).notes) == noted
-    said = CliRunner().invoke(verify_command, [str(run)])
+    said = CliRunner().invoke(verbs, ["verify", str(run)])
     assert said.exit_code == 0 and "notes.txt' is in no record" in said.output
     for name in ("doubts.json", "Adaptive.JSON", "9-made-up.safetensors"):
         (run / name).write_text("{}")
