@@ -43,7 +43,7 @@ from holdfast.testing.recipes import threat_for
 from holdfast.threats.transformations import Corruptions, Patch, Spatial
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 from holdfast.verbs.opening.recipes import build_recipe
-from holdfast.verbs.settings import Adapt, Assess, Certify, Harden, Monitor, RotateSettings, Serve
+from holdfast.verbs.settings import Adapt, Assess, Certify, Harden, Monitor, RotateSettings, Serve, audits
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -622,6 +622,12 @@ def test_the_design_names_the_packages_that_do_not_exist_yet():
         name for name in packages if not (source / name).is_dir() and not (source / f"{name}.py").is_file()
     }
     assert absent == {name for name in packages if f"`{name}`" in planned}
+
+
+def test_the_page_of_the_python_interface_has_a_row_for_each_audit():
+    row = r"^\| `holdfast\.audit\.(\w+)` \| `holdfast\.(\w+)` \|"
+    rows = re.findall(row, text("reference/python.md"), re.MULTILINE)
+    assert dict(rows) == {name: kind.__name__ for name, kind in audits().items()}
 
 
 def test_the_files_and_names_of_contributing_exist():

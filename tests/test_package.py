@@ -19,6 +19,7 @@ import pytest
 import holdfast
 from holdfast.core.catalogue import ATTACKS
 from holdfast.runs.engine.identity import DECIDING, NOT_DECIDING
+from holdfast.verbs.settings import audits
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "holdfast"
@@ -82,7 +83,8 @@ def test_exports_homes_and_the_imports_of_type_checkers_agree():
     seen = {
         a.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names
     }
-    assert seen == {name: HOMES[name] for name in seen} and not {*holdfast._HOMES} - {*seen}
+    assert seen == HOMES
+    assert seen.items() >= {kind.__name__: kind.__module__ for kind in audits().values()}.items()
     assert {*HOMES, "__version__"} == set(holdfast.__all__) == set(dir(holdfast))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.batch import UNLABELLED, Batch
+from holdfast.core.catalogue import names
 from holdfast.core.errors import TargetError
 from holdfast.reports import audit as reported
 
@@ -91,7 +92,7 @@ def test_the_tests_of_alarm_decide_the_exit_code():
         (
             ["same.npz", "--reference", "reference.npz", "-o", "r.pdf"],
             2,
-            "expected one of .csv .html .json .md",
+            f"expected one of {' '.join(names('reports'))}",
         ),
     ],
 )

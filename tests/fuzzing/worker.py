@@ -67,6 +67,7 @@ def _configuration(path: Path) -> None:
 
 def _run(folder: Path) -> None:
     """Verify a run and write its reports; one must not keep the other from being tried."""
+    from holdfast.core.catalogue import names
     from holdfast.runs.documents.record import consistent
     from holdfast.verbs.reports import report, verify
 
@@ -74,8 +75,8 @@ def _run(folder: Path) -> None:
         verify(folder)
     result = report(folder)
     with consistent(folder):
-        for suffix in ("html", "json", "xml", "md", "csv"):
-            result.write(f"report.{suffix}")
+        for suffix in names("reports"):
+            result.write(f"report{suffix}")
 
 
 _SMALL_MLP = {"features": str(FEATURES), "classes": str(CLASSES), "width": "3", "depth": "1"}

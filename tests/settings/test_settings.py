@@ -17,7 +17,7 @@ from holdfast.attacks.parts.ascent import cosine
 from holdfast.attacks.parts.losses import dlr
 from holdfast.attacks.pgd import margin_pgd
 from holdfast.attacks.suites import LABELS_ONLY, SUITES, VARIANTS, curve, suite, variant
-from holdfast.core.catalogue import ATTACKS
+from holdfast.core.catalogue import ATTACKS, AUDITS
 from holdfast.core.chain import canonical
 from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import UsageError
@@ -431,11 +431,7 @@ def test_one_file_serves_several_verbs(tmp_path):
         "harden",
         "rotate",
         "monitor",
-        "audit-backdoor",
-        "audit-poison",
-        "audit-privacy",
-        "audit-membership",
-        "audit-generator",
+        *(f"audit-{name}" for name, entry in AUDITS.items() if entry.settings),
     )
     file.write_text(FILE + "threat: l0:3\n")
     assert validate(file) == ("assess", "harden", "rotate")
