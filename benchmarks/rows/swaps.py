@@ -18,7 +18,7 @@ from benchmarks.networks import two_conv_two_fc
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.model import Classifier
 from holdfast.rotation.rotating_model import CANARIES, Live, RotatingModel, canary
-from holdfast.rotation.steps.short_steps import next_set
+from holdfast.rotation.steps.serving_set import next_set
 
 WHAT = "swapping parameters under 200 requests a second, in process: failed, mixed, and the latency beside no swaps"
 RATE, SECONDS, EVERY_S, ROUNDS = 200, 30.0, 1.0, 3

@@ -22,7 +22,7 @@ from holdfast.rotation.rotating_model import (
     loaded,
     refuse_strange,
 )
-from holdfast.rotation.steps.short_steps import next_set
+from holdfast.rotation.steps.serving_set import next_set
 from holdfast.testing import fakes
 
 X = fakes.examples(1, n=24).x

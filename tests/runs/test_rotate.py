@@ -20,7 +20,7 @@ from holdfast.rotation.collecting import last_of
 from holdfast.rotation.pool import Pool
 from holdfast.rotation.steps import collect, draw, rotation_request
 from holdfast.rotation.steps.rotation_request import split_examples, trained_generator
-from holdfast.rotation.steps.short_steps import status
+from holdfast.rotation.steps.serving_set import status
 from rotation.problem import THREAT, accuracy, examples, network
 from runs import steps
 from runs.collected_pool import CODEC, DIFFUSION, IMMUNISE, terms

@@ -128,8 +128,10 @@ class ThresholdAttack(Attack, Protocol):
     """Protocol of an attack that uses the thresholds of a tree ensemble if they can be read."""
 
     def reading(self, inner_values: Sequence[Tensor]) -> Attack:
-        """Return the attack on a model whose thresholds are known. `inner_values` has the sorted values of each feature
-        that are between two thresholds.
+        """Return the attack on a tree ensemble whose thresholds are known.
+
+        `inner_values` has a tensor for each feature: one value of each interval between successive thresholds, in
+        ascending order, so that the attack need not search for the intervals.
         """
 
     def without_reading(self) -> Attack:

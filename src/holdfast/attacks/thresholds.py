@@ -44,8 +44,10 @@ class Thresholds:
         return _searched(self, None, model, batch, threat)
 
     def reading(self, inner_values: Sequence[Tensor]) -> Attack:
-        """Return the attack on a model whose thresholds are known. `inner_values` has the sorted values of each feature
-        that are between two thresholds.
+        """Return the attack on a tree ensemble whose thresholds are known.
+
+        `inner_values` has a tensor for each feature: one value of each interval between successive thresholds, in
+        ascending order, so that the attack need not search for the intervals.
         """
         return _Reading(self, tuple(inner_values)) if self.read else self
 

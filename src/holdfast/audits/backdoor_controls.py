@@ -48,7 +48,7 @@ OUTSIDE = 1e-4
 are normally distributed. They have a heavier lower tail: one of ten clean networks was 3.9 standard deviations below
 the mean, and planted backdoors are 33 to 40 (docs/decisions/0040)."""
 MAX_DIFFERENCE = 0.03
-"""Largest difference of accuracy between the model and a control, on all inputs of their kind."""
+"""Largest difference of accuracy between the model and a control, as a fraction, on all inputs of their kind."""
 
 _ROWS = 500
 """Number of examples in one forward pass."""
@@ -225,10 +225,12 @@ class SizeCache:
 
 
 def is_comparable(difference: Estimate) -> bool:
-    """Return whether a control may be as accurate as the model, up to `MAX_DIFFERENCE`: a part of the interval of the
-    difference of both accuracies is within it.
+    """Return whether the measured accuracies are consistent with a true difference of at most 3 percentage points
+    between a control and the model.
 
-    Other controls were trained in another way, so that the sizes of their triggers are not comparable.
+    `difference` is the accuracy of the control minus that of the model, as a fraction with its interval. The result is
+    True if the interval overlaps the range from -`MAX_DIFFERENCE` to `MAX_DIFFERENCE`. Another
+    control was trained in another way than the model, so that the sizes of their triggers are not comparable.
     """
     return difference.low <= MAX_DIFFERENCE and difference.high >= -MAX_DIFFERENCE
 

@@ -596,9 +596,9 @@ def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
 def _train(run: Run, how: MembershipAudit) -> None:
     """Train the reference networks in shards that are stored."""
 
-    def report(done: Mapping[int, Columns], epochs: int) -> None:
-        finished = how.epochs * sum(len(columns["id"]) for columns in done.values())
-        run.report(NETWORKS, finished + epochs, how.epochs * how.design.networks, 0, 0)
+    def report(done: Mapping[int, Columns], reports: int) -> None:
+        finished = how.reports_per_network * sum(len(columns["id"]) for columns in done.values())
+        run.report(NETWORKS, finished + reports, how.reports_per_network * how.design.networks, 0, 0)
 
     def joined(parts: Sequence[Columns]) -> Columns:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -625,15 +625,20 @@ class Design:
 
 @dataclass(frozen=True)
 class MembershipAudit:
-    """What is audited, and how."""
+    """Inputs of a membership audit: the examples, which networks are trained on which of them, and the division of the
+    trainings into shards.
+    """
 
     design: Design
     examples: Batch
+    """examples of which the audit tests whether they were in the training set"""
     classes: int
+    """number of classes of the model"""
     together: int = 2
     """number of networks that one shard trains; an even number"""
-    epochs: int = 1
-    """number of times that progress is reported for each network"""
+    reports_per_network: int = 1
+    """number of times that progress is reported while one network is trained: the number of its epochs, or 1 if a
+    function of the user trains it"""
 
     @property
     def shards(self) -> tuple[tuple[int, int], ...]:

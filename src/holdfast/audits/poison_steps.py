@@ -424,8 +424,10 @@ class Scored:
 
 
 def refuse_unscorable(batch: Batch, *remedies: Remedy) -> None:
-    """Raise `UsageError` if the labels of the audited examples do not form classes. `remedies` are those for a single
-    class.
+    """Raise `UsageError` if the audited examples cannot be compared within and between classes: all have the same
+    label, or each has a label of its own, as with numbers of examples in place of labels.
+
+    `remedies` are part of the error if all have the same label.
     """
     counts = torch.bincount(batch.y)
     if int((counts > 0).sum()) < 2:

@@ -402,12 +402,12 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
 
     Exit code 4 if no admitted set waits that was judged against every stolen set.
     """
-    from holdfast.rotation.steps import short_steps
+    from holdfast.rotation.steps import serving_set
 
-    swapped = short_steps.swap(_opened(pool, expect_head), why, unjudged=unjudged)
+    swapped = serving_set.swap(_opened(pool, expect_head), why, unjudged=unjudged)
     click.echo(f"{swapped.name} serves as epoch {swapped.epoch}")
     if swapped.unjudged:
-        voice.say(f"note: {short_steps.UNJUDGED}")
+        voice.say(f"note: {serving_set.UNJUDGED}")
     if swapped.waiting < _AHEAD:
         voice.say(
             f"note: number of admitted sets that wait: {swapped.waiting}, and at least {_AHEAD} are recommended; draw "
@@ -435,11 +435,11 @@ def status(voice: Voice, *, pool: str, outputs: tuple[str, ...], expect_head: st
         if output != _STDOUT and Path(output).suffix != ".json":
             raise UsageError(f"-o {output} is not possible for a pool; write -o FILE.json, or - for stdout")
     from holdfast.reports.words import json_text
-    from holdfast.rotation.steps import short_steps
+    from holdfast.rotation.steps import serving_set
     from holdfast.runs.store.files import usable, write_atomically
     from holdfast.runs.store.folder import document
 
-    overview = short_steps.status(_opened(pool, expect_head))
+    overview = serving_set.status(_opened(pool, expect_head))
     for output in outputs:
         if output != _STDOUT:
             with usable(Path(output)):
@@ -485,9 +485,9 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     A later command with --expect-head DIGEST refuses the pool if its ledger does not contain that entry. Then the
     folder was replaced by an older copy, which nothing inside the folder can detect.
     """
-    from holdfast.rotation.steps import short_steps
+    from holdfast.rotation.steps import serving_set
 
-    latest = short_steps.head(_opened(pool, expect_head))
+    latest = serving_set.head(_opened(pool, expect_head))
     click.echo(latest.digest)
     voice.say(
         f"this is the digest of entry {latest.entries}; store it outside the folder. A later command with "
@@ -505,9 +505,9 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
 )
 def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) -> int:
     """Record in the ledger of POOL that an attacker may have SET. After the next swap it never serves again."""
-    from holdfast.rotation.steps import short_steps
+    from holdfast.rotation.steps import serving_set
 
-    exposed = short_steps.expose(_opened(pool, expect_head), name, why)
+    exposed = serving_set.expose(_opened(pool, expect_head), name, why)
     click.echo(f"{name} is listed as exposed: {line(why)}")
     if exposed.serving:
         voice.say(f"it is still the serving set; replace it: holdfast rotate swap {shlex.quote(pool)}")

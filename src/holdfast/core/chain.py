@@ -29,8 +29,12 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def refuse_no_digest(expected: str, command: str) -> None:
-    """Raise `UsageError` if the expected head is neither empty nor a digest, as `command` prints it."""
+def refuse_malformed_head(expected: str, command: str) -> None:
+    """Raise `UsageError` if a text that a user gave as the head of a hash chain does not have the form of one.
+
+    The head is the digest of the last record: 64 lower-case hexadecimal digits. An empty text is accepted, because no
+    head is then compared. `command` is the command line that prints the head; the error names it.
+    """
     if expected and not re.fullmatch("[0-9a-f]{64}", expected):
         raise UsageError(
             f"the expected head is {expected[:80]!r}, which is not the head of a chain; 64 hex digits were expected, "

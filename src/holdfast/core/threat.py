@@ -104,8 +104,11 @@ class ThreatModel:
         return self.change.eps
 
     def opened(self) -> "ThreatModel":
-        """Return the threat model after its files are read, with the target class that its constraint states, as a
-        trigger does. Raises `UsageError` if the threat model has another target class.
+        """Return the threat model with the target class of its constraint as the goal. Only some constraints, such as a
+        trigger, have a target class; the threat model is unchanged for others. A constraint that is still text is
+        created, which reads its file if it has one.
+
+        Raises `UsageError` if the threat model has another target class than its constraint.
         """
         goal = self.constraint.goal
         if goal is None:

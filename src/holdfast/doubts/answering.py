@@ -144,12 +144,16 @@ WEIGHTS = {"Pair": EVEN, "Pair-light": EVEN / 10, "Pair-heavy": EVEN * 10}
 
 @dataclass(frozen=True)
 class Arm:
-    """An adaptive attack, and the kinds of doubts that require it."""
+    """An adaptive attack: one that is run after the suite if a doubt is raised that it can test. An attack with a
+    `weight` is also run on every model with a detector.
+    """
 
     name: str
+    """name of the attack in reports, such as `EOT`"""
     attack: Attack
     means: tuple[Means, ...]
-    """what the attack does; it answers the doubts that are answered by one of these"""
+    """what the attack does: bypass masked gradients, search without gradients, or average gradients. Each doubt states
+    which of these test it (`DoubtTest.answered_by`)"""
     weight: float | None = None
     """weight of a detector's score, in multiples of the weight that balances it with the classes; if it is set, the
     attack runs on every model with a detector"""

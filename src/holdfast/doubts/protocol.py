@@ -214,9 +214,10 @@ def largest(values: Tensor) -> float:
 
 
 def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
-    """Return the threat model of a run. An infinite radius eps is replaced by a finite one, which probes need.
+    """Return the threat model of a run with a finite radius eps, which probes need.
 
-    For a minimum-norm run, it is the median distance of the adversarial examples.
+    A finite eps is unchanged. The infinite eps of a minimum-norm run is replaced by the median distance of the
+    adversarial examples in `columns` of examples that the model classifies correctly; it is 0 if there are none.
     """
     constraint = threat.constraint
     if constraint.eps == torch.inf:

@@ -104,7 +104,9 @@ class VAE(nn.Module):
         self.register_buffer("std", None if std is None else torch.tensor(std))
 
     def sample(self, n: int, seed: int) -> Inputs:
-        """Return `n` samples."""
+        """Return `n` samples (n, *shape): the decoded outputs of standard normal latent vectors, which are the same for
+        the same `seed`.
+        """
         with torch.no_grad():
             return self.decode(drawn_latents(n, self.latent_shape, seed, _parameter(self)))
 

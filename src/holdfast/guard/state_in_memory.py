@@ -214,7 +214,12 @@ class MemoryState:
         return True
 
     def spend(self, charges: Sequence[Charge], now: float) -> list[Grant]:
-        """Answer charges, like `SharedState.spend`. It never fails."""
+        """Answer charges in their order: return for each whether its inputs are granted, and otherwise the reason and
+        the time to wait. Granted inputs are subtracted from the balance of the principal.
+
+        `now` is the time of the caller's clock in seconds. If there are more balances than `limits.accounts`, those
+        that were not used for longest are deleted. It never fails, because no other process is involved.
+        """
         grants = []
         with self._lock:
             time = self._now(now)

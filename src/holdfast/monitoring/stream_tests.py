@@ -74,7 +74,10 @@ class ConformalMartingale:
         return None
 
     def p_values(self, row: Array, ties: Array) -> Array:
-        """Smoothed p-value of a sample for each column. It is then a part of the values."""
+        """Return the p-value of a sample for each signal (columns): the fraction of the reference and earlier samples,
+        with the sample itself, that are larger. Equal values count by the fraction in `ties`, uniform random numbers in
+        [0, 1), one for each signal. The sample is then added to the earlier samples.
+        """
         p = np.empty(len(row))
         for column, value in enumerate(row.tolist()):
             values = self._sorted[column]

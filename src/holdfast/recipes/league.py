@@ -126,7 +126,10 @@ class LeagueTraining(LossRecipe):
 
 
 class Members(nn.Module):
-    """Several copies of a network, of which one at a time is used. Those after the first two are not trained."""
+    """Network that contains `n` copies of a network, and computes its outputs with the copy whose index is in `used`.
+
+    The first two copies are trained. The others store earlier states of them, and their parameters are frozen.
+    """
 
     def __init__(self, net: nn.Module, n: int) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class Members(nn.Module):
 
     @torch.no_grad()
     def store(self, source: int, place: int) -> None:
-        """Copy the weights and statistics of one network into another one."""
+        """Copy the parameters and buffers of the network with the index `source` into that with the index `place`."""
         values = self.members[source].state_dict()
         for name, value in self.members[place].state_dict().items():
             value.copy_(values[name])

@@ -103,8 +103,12 @@ class Prune(LossRecipe):
         return adversarial_cross_entropy(learner, batch, x_adv, clean=self.clean)
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:
-        """Return the sizes of both networks, and robust accuracies of the pruned one. A pruned network is stored with
-        its zeros; its size is that of a format with the other weights and one bit for each weight.
+        """Return the entry of the card, and a sentence on it for the notes.
+
+        The entry has the sizes of the given and the pruned network in bytes, their robust accuracies on the test
+        examples (`after_compression`), and in `sparsity` the fraction of the prunable weights that are zero. The file
+        of the pruned network contains its zeros. The stated size is that in a format without them, which has one more
+        bit for each prunable weight.
         """
         weights = prunable(finished.new).values()
         zeros, n = sum(int((weight == 0).sum()) for weight in weights), sum(w.numel() for w in weights)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from holdfast.rotation.rotating_model import churn as churn
     from holdfast.rotation.rotating_model import loaded as loaded
     from holdfast.rotation.rotating_model import refuse_faster as refuse_faster
-    from holdfast.rotation.steps.short_steps import next_set as next_set
+    from holdfast.rotation.steps.serving_set import next_set as next_set
 
 _MODULES = {
     **dict.fromkeys(("Basins", "LowRank", "Seeds", "Source", "Subset", "Task", "collect"), "collecting"),
@@ -46,7 +46,7 @@ _MODULES = {
     **dict.fromkeys(("Crafting", "Immunise", "chain"), "immunising"),
     **dict.fromkeys(("Members", "put", "weights_of"), "collecting"),
     **dict.fromkeys(("Answers", "Live", "RotatingModel", "canary", "churn", "loaded"), "rotating_model"),
-    "next_set": "steps.short_steps",
+    "next_set": "steps.serving_set",
     **dict.fromkeys(("AnswersPerPrincipal", "Elapsed", "Watch", "refuse_faster"), "rotating_model"),
 }
 __all__ = sorted(_MODULES)  # noqa: PLE0605

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import TypedDict
 
-from holdfast.core.chain import Link, canonical, digest, refuse_no_digest
+from holdfast.core.chain import Link, canonical, digest, refuse_malformed_head
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.names import kind_of
 from holdfast.rotation.ledger_state import (
@@ -433,7 +433,7 @@ def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int |
 
     An empty `expected` is not checked. `entry_of` returns the number of the entry with a digest, or None.
     """
-    refuse_no_digest(expected, f"holdfast rotate head {shlex.quote(str(path))}")
+    refuse_malformed_head(expected, f"holdfast rotate head {shlex.quote(str(path))}")
     if expected and entry_of(expected) is None:
         raise TargetError(
             f"no entry of {str(path / LEDGER)!r} has the digest {expected[:16]}… that was expected: the folder is "

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.chain import GENESIS, refuse_no_digest
+from holdfast.core.chain import GENESIS, refuse_malformed_head
 from holdfast.core.errors import TargetError
 from holdfast.runs.store.append_log import BEGINNING
 from holdfast.runs.store.files import AUDIT_MARK, PRIVATE, content_of, create_private
@@ -253,7 +253,7 @@ def verify_audit(path: Path, *, expect_head: str = "") -> VerifiedAudit:
     length and head, and each request must start once and end at most once. `expect_head` is an earlier head, which a
     server chain must contain; empty for none. Raises `UsageError` if it is no digest.
     """
-    refuse_no_digest(expect_head, f"holdfast verify {shlex.quote(str(path))}")
+    refuse_malformed_head(expect_head, f"holdfast verify {shlex.quote(str(path))}")
     _refuse_other_mark(path)
     totals: dict[str, int] = dict.fromkeys(
         ("records", "answered", "failed", "interrupted", "open", "lost"), 0

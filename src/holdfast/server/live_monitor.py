@@ -183,7 +183,9 @@ class SampledInputs:
         self._bytes = 0
 
     def limit(self, n_bytes: int) -> None:
-        """Sample inputs of at most this size in all, or none and forget those that were sampled if it is 0."""
+        """Set the largest size of all sampled inputs together, in bytes. With 0, the sampled inputs are deleted and no
+        further ones are sampled.
+        """
         with self._lock:
             self._bytes = n_bytes
             if not n_bytes:
@@ -269,8 +271,16 @@ class CollectedSamples:
                 self._answers.put_nowait(samples)
 
     def collected(self, ask: Callable[[int], int], class_of: Callable[[str, int], int]) -> bytes:
-        """Return the sampled inputs as an .npz file. `ask` sends a question with a number to the workers, and returns
-        to how many. `class_of` returns the class of an input of a request that was reported; -1 if there is none.
+        """Request the samples of all workers, and return them as the content of an .npz file.
+
+        `ask` sends a number to the workers, which return it with their samples, and returns the number of workers. All
+        samples that arrive within 10 seconds are used. `class_of` takes the name of a request and the row of an input
+        in it, and returns the label that a client reported for this input, or -1 if there is none.
+
+        The file has an array for each of these keys, with n inputs in the same order: `x` (n, *features) float32, `y`
+        labels as from `class_of`, `principal` pseudonyms of the clients, `age` seconds since the input arrived, `set`
+        names of the parameter sets that answered, and `failed` whether the model failed on the input. Workers whose
+        inputs have another shape than those of the first one are left out.
         """
         with self._one_at_a_time:
             self._number += 1

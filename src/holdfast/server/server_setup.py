@@ -24,7 +24,7 @@ from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.monitoring.signals import Reference
 from holdfast.rotation.pool import Pool
 from holdfast.rotation.rotating_model import Counters, Trigger, due_triggers, exposed, loaded, refuse_strange
-from holdfast.rotation.steps.short_steps import next_set
+from holdfast.rotation.steps.serving_set import next_set
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.messages import Generation, LoadedModel, PoolSet, no_rules
 from holdfast.server.protocol_v2 import Signature

@@ -68,7 +68,11 @@ _REMOTE_STORES = ("databricks", "databricks-uc", "uc")
 
 
 def parse_log(text: str) -> tuple[LogKind, str]:
-    """Return the kind and the place of a log of a training, such as the file in `csv:curve.csv`."""
+    """Split the text of the option `log` at its first colon, and return the kind of the log and the file, folder or
+    address to which it is written: `csv` and `curve.csv` for `csv:curve.csv`.
+
+    Raises `UsageError` for an unknown kind, for an empty place, and for an address with a password.
+    """
     kind, _, place = text.partition(":")
     for known in get_args(LogKind):
         if kind == known and place:

@@ -32,8 +32,8 @@ from holdfast.rotation.ledger_state import State
 from holdfast.rotation.pool import NAME_DIGITS, Pool
 from holdfast.rotation.steps.admit import AdmitRequest, admit
 from holdfast.rotation.steps.rotation_request import RotateRequest, secret, state_of
+from holdfast.rotation.steps.serving_set import swap
 from holdfast.rotation.steps.set_measuring import set_subject
-from holdfast.rotation.steps.short_steps import swap
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import Subject
 from holdfast.runs.engine.progress import Notify, Progress

@@ -19,7 +19,7 @@ from holdfast.rotation.steps import admit as admission
 from holdfast.rotation.steps import collect as collection
 from holdfast.rotation.steps import draw as drawing
 from holdfast.rotation.steps import rotation_run as loop
-from holdfast.rotation.steps import short_steps
+from holdfast.rotation.steps import serving_set
 from holdfast.rotation.steps.admission_gates import Admission
 from holdfast.rotation.steps.admit import AdmitRequest
 from holdfast.rotation.steps.collect import Collected, CollectRequest
@@ -31,7 +31,7 @@ from holdfast.rotation.steps.rotation_request import (
     trainable_subject,
 )
 from holdfast.rotation.steps.rotation_run import LoopSettings, Rotated, RunRequest
-from holdfast.rotation.steps.short_steps import Exposed, Swapped
+from holdfast.rotation.steps.serving_set import Exposed, Swapped
 from holdfast.runs.documents.stored_runs import new_folder
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.harden.candidates import Candidate
@@ -412,21 +412,21 @@ def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: 
     If `unjudged` is True and no other set waits, a set that was not judged against every stolen set is used. Raises
     `Inconclusive` if no set can serve.
     """
-    return short_steps.swap(_opened(pool, expect_head), why, unjudged=unjudged)
+    return serving_set.swap(_opened(pool, expect_head), why, unjudged=unjudged)
 
 
 def expose(pool: PoolLike, name: str, *, why: str, expect_head: str = "") -> Exposed:
     """Record that an attacker may have the parameter set `name`, with the reason `why`. The set never serves again
     after the next swap.
     """
-    return short_steps.expose(_opened(pool, expect_head), name, why)
+    return serving_set.expose(_opened(pool, expect_head), name, why)
 
 
 def status(pool: PoolLike, *, expect_head: str = "") -> dict[str, Any]:
     """Verify every entry of the ledger of a pool, and return the state of the pool and its parameter sets as a
     dictionary.
     """
-    return short_steps.status(_opened(pool, expect_head))
+    return serving_set.status(_opened(pool, expect_head))
 
 
 def head(pool: PoolLike, *, expect_head: str = "") -> Head:
@@ -436,7 +436,7 @@ def head(pool: PoolLike, *, expect_head: str = "") -> Head:
     If a later step is called with this digest as `expect_head`, it raises `TargetError` when the ledger does not
     contain that entry, as in an older copy of the folder.
     """
-    return short_steps.head(_opened(pool, expect_head))
+    return serving_set.head(_opened(pool, expect_head))
 
 
 @verb_with(

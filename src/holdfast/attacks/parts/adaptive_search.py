@@ -198,7 +198,11 @@ class Method:
     applicable"""
 
     def state(self, threat: ThreatModel, passes: int, *, randomised: bool) -> MethodState:
-        """Return whether the method is applicable: `not reached` if it is, otherwise the reason why not."""
+        """Return the state of the method before the search runs: `not reached`, the initial state of an applicable
+        method, or the reason why it is not applicable, such as `needs gradients` or `too few passes`.
+
+        `passes` is the number of forward and backward passes that the search may use for each example.
+        """
         if not threat.gives(self.needs):
             return "needs gradients" if self.needs == "gradients" else "needs scores"
         if not isinstance(threat.constraint, self.norms):

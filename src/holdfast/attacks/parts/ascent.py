@@ -409,8 +409,11 @@ class Climb:
     def highest(
         self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
     ) -> Inputs:
-        """Run APGD and return the point of highest loss of each example, from which another run can start. Examples
-        that are broken on the way are not dropped.
+        """Run APGD from the points `start` (n, *features), and return the point of highest loss of each example
+        (n, *features), from which another run can start. Examples that are broken on the way are not dropped.
+
+        `aim` (n) has the classes that the loss targets. If it is None, the loss uses the labels of the batch, or its
+        target classes if it has some.
         """
         current = best_point = self._evaluated(model, batch, aim, start)
         pace = self._pace(current, batch, constraint)

@@ -114,7 +114,12 @@ class Autoencoder:
         return as_images({"autoencoder": columns["shown"]}, context)
 
     def concluded(self, columns: Columns) -> Finding:
-        """Return the distances of the reconstructions, and the area under the curve."""
+        """Return the finding from the columns: the mean distances by which adversarial inputs and random changes of the
+        same size move the reconstructions, with intervals.
+
+        It includes the area under the curve of the distance to the reconstruction of a target, for growing changes of
+        the input; the area is larger for a more robust autoencoder. The verdict is always `not flagged`.
+        """
         names = ("away", "away_random", "target", "towards", "towards_random", "error")
         found = {name: positive_mean(columns[name]) for name in names}
         facts = {name: estimate.value for name, estimate in found.items()}

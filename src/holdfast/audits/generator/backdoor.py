@@ -219,7 +219,14 @@ class BackdoorScan:
         return as_images({"shift": pairs.flatten(0, 1)}, context)
 
     def concluded(self, columns: Columns) -> Finding:
-        """Compare the reversal or the variance of the outputs with its threshold."""
+        """Return the finding of the search from its columns.
+
+        A diffusion model is `flagged` if it subtracts at least the fraction `REVERSAL` of the shift that was found for
+        its noise. Another generator is suspicious if the variance of its outputs with the shift of its latent vector is
+        at most the fraction `COLLAPSE` of the usual variance: it is `flagged` if it has an encoder, as a VAE has, and
+        `unclear` otherwise, as for a GAN. In all other cases, and for a generator whose usual outputs are almost
+        constant, the verdict is `not flagged`.
+        """
         usual = _variance(columns["usual"])
         reversal = float(columns["reversal"][0])
         result = Result(

@@ -228,6 +228,8 @@ class DeclaredNetwork:
     equal_to: str = ""
     """name of the network whose file is also that of this network; empty if it has a file of its own"""
     isomorphic_to: str = ""
+    """name of the network that the file declares to have the same architecture, with parameters that may differ; empty
+    for none. The declaration is not checked, and decides nothing"""
 
 
 @dataclass(frozen=True)

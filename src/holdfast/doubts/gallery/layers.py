@@ -162,7 +162,10 @@ def mixed(digits: Batch, twin: nn.Module) -> nn.Module:
 
 
 def binarised(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a network that is trained with binary activations after its convolutions."""
+    """Return a network trained on digits whose activations are the signs 1 and -1, so that its gradient is zero.
+
+    `twin` is not used; it is an argument of the same function of other items of the gallery.
+    """
     return trained_on_digits(lambda: digit_network(act=Binarised), digits)
 
 

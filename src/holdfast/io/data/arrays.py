@@ -322,11 +322,12 @@ def from_numpy(
 
 
 def with_note_on_labels(data: Arrays, expected: Expected, all_labels: Array) -> Arrays:
-    """Return the data set with a note if its labels seem to count from 1: they are 1 to the number of classes minus 1,
-    and the model is no better on them than chance. `all_labels` are those of the whole source.
+    """Return the data set, with a further note if its labels seem to count from 1 instead of 0: the lowest is 1, the
+    highest is the last class of the model, and the model is no more accurate on them than chance.
 
-    Raises `TargetError` if the model is far more accurate with 1 subtracted. A model behind a server is not called.
-    Cost: a forward pass of at most 128 examples if no label is 0.
+    `all_labels` are the labels of the whole source, of which `data` may be a part. A model behind a server is not
+    called, and the data set is then unchanged. Raises `TargetError` if the model is far more accurate with 1 subtracted
+    from the labels. Cost: a forward pass of at most 128 examples if the lowest label is 1.
     """
     probe = expected.probe
     if probe is None or probe.model.remote or expected.any_label or int(all_labels.min()) != 1:

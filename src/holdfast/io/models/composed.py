@@ -289,7 +289,11 @@ class Mixture(nn.Module):
         return {"weight": self.weight, "scale": self.scale, "power": self.power, "shift": self.shift}
 
     def forward(self, x: Inputs) -> Tensor:
-        """Return the logarithms of the mixed probabilities (n, classes)."""
+        """Return the logarithms of the weighted mean of the class probabilities of both networks, (n, classes). The
+        logits of the robust network are transformed first, as the settings of the mix state.
+
+        Raises `TargetError` if a network does not accept the inputs, or for different or fewer than 3 classes.
+        """
         accurate, robust = outputs_of(self.members, x, names=self.names)
         if robust.shape[1] < 3:
             raise TargetError(

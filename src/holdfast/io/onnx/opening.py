@@ -451,7 +451,9 @@ def _refuse_different(
 
 @dataclass(frozen=True, eq=False)
 class OnnxNetwork:
-    """A network from an ONNX file, as a function of one flat input."""
+    """A network with one input and one output from an ONNX file, as a torch module for batches, and as a function that
+    runs the file in onnxruntime.
+    """
 
     net: nn.Module
     """module from inputs (n, *example) to outputs, whose first dimension is n"""
@@ -460,10 +462,11 @@ class OnnxNetwork:
     input_shape: tuple[int, ...]
     """shape of the input in the file; a free batch size is 1"""
     output_shape: tuple[int, ...]
-    """shape of the output in the file for one input"""
+    """shape of the output of onnxruntime for an input of `input_shape`"""
     dtype: np.dtype[Any]
+    """element type of the input in the file"""
     runtime: Callable[[NDArray[Any]], NDArray[Any]]
-    """function that returns the output of onnxruntime for an input of the shape in the file"""
+    """function from an input with as many elements as `input_shape`, in any shape, to the output of onnxruntime"""
 
 
 class _Each(nn.Module):

@@ -67,16 +67,23 @@ class OperatorSession:
         return _mac(stored, "server", *vars(self).values()).hex()
 
     def request(self, number: int, method: str, path: str, body: bytes, content_type: str) -> "ProvenRequest":
-        """Return a request of the session. `path` includes the query."""
+        """Return a request of the session whose proof authenticates all arguments and the session. Nothing is sent.
+
+        `number` is 1 for the first request of the session and increases by 1; the server accepts only a larger one than
+        before, so that a recorded request cannot be sent again. `path` includes the query. `content_type` is the header
+        of the same name, empty without a body.
+        """
         digest = hashlib.sha256(body).hexdigest()
         return ProvenRequest((*vars(self).values(), number, method, path, digest, content_type))
 
 
 @dataclass(frozen=True)
 class ProvenRequest:
-    """A request, of which each part is authenticated."""
+    """A request with the values that its proofs authenticate; each proof is valid for exactly these values."""
 
     parts: tuple[str | int, ...]
+    """the fields of the session, the number of the request, its method, its path, the SHA-256 of its body in
+    hexadecimal, and its content type"""
 
     def veiled(self, key: bytes, stored: bytes) -> bytes:
         """Return the exclusive or of a key with the pad of the request, or the key again if it was veiled."""

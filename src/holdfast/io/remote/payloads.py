@@ -203,10 +203,11 @@ def _kind(content: Any) -> str:
 
 
 def as_values(content: Any) -> Values:
-    """Convert the scores or labels of a server's response to an array. Integers and strings are unchanged, other
-    numbers become floats, and null becomes NaN.
+    """Convert the scores or labels of a server's response, a value or nested lists of values, to an array of the same
+    shape. Integers and strings are unchanged, and other numbers become floats. An array is returned unchanged.
 
-    Raises `TargetLost` for anything else, such as booleans, objects, lists of different lengths, and a single null.
+    A null beside numbers, or in a list of rows, becomes NaN. Raises `TargetLost` for a null alone or a single list of
+    nothing but nulls, and for booleans, objects, strings beside other values, and lists of different lengths.
     """
     if isinstance(content, np.ndarray):
         return content

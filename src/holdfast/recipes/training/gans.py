@@ -284,7 +284,12 @@ class RobustGAN(GAN):
         self._teacher = None if teacher is None else deepcopy(teacher).eval().requires_grad_(False)
 
     def discriminator_loss(self, batch: Batch, fake: Inputs) -> Tensor:
-        """Return the hinge loss on perturbed images, with the class head and R1."""
+        """Return the loss of the discriminator on real images and as many generated ones, `fake`, of the same classes.
+
+        It is the sum of the hinge loss on both after an attack on the discriminator, `class_head` times the
+        cross-entropy of its class head on the attacked real images, and `r1` times half the mean squared norm of its
+        gradient at the real images. It is the loss of `GAN` if these weights and the attack are zero.
+        """
         if not (self.how.eps or self.how.r1 or self.how.class_head):
             usual_loss: Tensor = super().discriminator_loss(batch, fake)
             return usual_loss

@@ -116,34 +116,39 @@ def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[st
 
 
 def distance(
-    weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
+    weights: Mapping[str, Tensor], stolen: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> tuple[float, str]:
     """Return the mean absolute difference between the parameters of a set and those of the nearest stolen set, and the
     name of the stolen set.
 
-    The difference is 0 if values are not finite, and infinite if there is no stolen set.
+    `weights`, and each set of `stolen` by its name, are tensors by name; those with the given `names` are compared. The
+    difference is 0 if values are not finite, and infinite if there is no stolen set.
     """
-    if not exposed:
+    if not stolen:
         return math.inf, ""
     if not all(bool(weights[name].isfinite().all()) for name in names):
         return 0.0, ""
-    tested, stolen = _side_by_side([weights], names), _side_by_side([*exposed.values()], names)
-    distances = l1(tested, stolen)[0]
+    distances = l1(_side_by_side([weights], names), _side_by_side([*stolen.values()], names))[0]
     place = int(distances.argmin())
-    return float(distances[place]), list(exposed)[place]
+    return float(distances[place]), list(stolen)[place]
 
 
 def duplicate_gate(
-    weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
+    weights: Mapping[str, Tensor], stolen: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> GateResult | None:
-    """Return a failed gate if a parameter set is equal to a stolen set up to rounding, or None for any other set."""
-    difference, name = distance(weights, exposed, names)
+    """Return a failed gate if a parameter set is equal to a stolen set up to rounding, or None for any other set.
+
+    The sets are equal if their `distance` is at most one millionth of the mean absolute parameter of the tested set.
+    `weights`, and each set of `stolen` by its name, are tensors by name; those with the given `names` are compared, and
+    their values must be finite.
+    """
+    difference, name = distance(weights, stolen, names)
     size = sum(float(weights[tensor_name].abs().sum()) for tensor_name in names) / sum(
         weights[tensor_name].numel() for tensor_name in names
     )
-    if not exposed or difference > _SAME * size:
+    if not stolen or difference > _SAME * size:
         return None
-    estimate = Estimate(difference, difference, difference, len(exposed))
+    estimate = Estimate(difference, difference, difference, len(stolen))
     bound, reason = "different from every stolen set", f"it equals the stolen set {name}"
     return GateResult("distance", estimate, bound, "fail", reason)
 

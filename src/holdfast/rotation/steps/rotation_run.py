@@ -22,8 +22,8 @@ from holdfast.rotation.steps.admit import AdmitRequest, admission_time, admit, f
 from holdfast.rotation.steps.collect import Collected, CollectRequest, collect
 from holdfast.rotation.steps.draw import FRESH, UPDATES, By, DrawRequest, TrainRequest, draw, train
 from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest, trained_generator
+from holdfast.rotation.steps.serving_set import UNJUDGED, swap
 from holdfast.rotation.steps.set_measuring import MEASURED_LATER, planned_needs, sufficient, tolerance_text
-from holdfast.rotation.steps.short_steps import UNJUDGED, swap
 from holdfast.runs.assess.expected_time import duration
 from holdfast.runs.engine.identity import way_out
 from holdfast.runs.engine.progress import Notify, Progress, Stopper, ignore, silent, stoppable

@@ -223,7 +223,10 @@ class _Groups(TypedDict):
 
 @_open
 class DataCard(TypedDict):
-    """The description of the test examples."""
+    """The description of the test examples in the record of a run: name of the data set, number of examples, names of
+    the classes, shape of one example, digest of the examples, and groups. `sampled` is whether the examples are a
+    random part of the data set.
+    """
 
     name: str
     n: NotRequired[Count]

@@ -173,8 +173,8 @@ def temporary_run_folder() -> Iterator[Path]:
 
 
 def repeatable(command: str) -> str:
-    """Return the command line of a run without the options `--run DIR`, `--resume` and `--log`, which do not change
-    its results: a folder or a file has the results of one run.
+    """Return the command line with which the results of a run can be measured again: that of the run without `--run`,
+    `--resume` and `--log`. They do not change results, and refer to the folder and the file that this run has written.
     """
     return without(_in_other_folder(command), "--log")
 

@@ -105,7 +105,11 @@ class MemoryStore:
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Store the columns of a complete stage, and delete those of its separate shards."""
+        """Store the columns of a complete stage, and delete those of its separate shards.
+
+        `reached` is the number of measured shards if time ran out, and otherwise None. `about` contains plain values
+        that describe the columns.
+        """
         self._stages[stage] = StoredStage(columns, reached, about)
         self._shards.pop(stage, None)
 

@@ -106,8 +106,12 @@ def residual(waves: Sequence[Columns], surviving: int) -> Residual | None:
 
 
 def remark(waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
-    """Return a note on an attack that stopped before it had tried all surviving examples, with a bound on the fraction
-    that it would break.
+    """Return a note in a tuple for an attack that stopped before it had tried all surviving examples; otherwise an
+    empty tuple.
+
+    `waves` has the columns of the successive groups of examples on which the attack was run. `risk` is the result of
+    `residual` for them: the number of examples that were not tried, and the upper bound on the fraction of them that
+    the attack would break. The note states both. Without a bound, that is if `risk` is None, the tuple is empty.
     """
     if risk is None:
         return ()

@@ -154,7 +154,9 @@ class StageKind(Protocol):
         return self.columns(work.clean)
 
     def cost(self, columns: Columns, *, randomised: bool) -> Cost:
-        """Return the number of forward and backward passes of a stage through the model."""
+        """Return the cost of a stage from its columns, summed over the examples, without times: forward passes, which
+        are the queries of the attack and the passes with which its results were judged, backward passes, and queries.
+        """
         queries = int(columns["queries"].sum())
         judged = self.judged(columns, randomised=randomised)
         return Cost(queries + judged, int(columns["backwards"].sum()), queries)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.catalogue import names
-from holdfast.core.chain import digest, refuse_no_digest
+from holdfast.core.chain import digest, refuse_malformed_head
 from holdfast.core.errors import RESUME, TargetError
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.files import (
@@ -65,7 +65,7 @@ def verify(path: Path, *, expect_head: str = "") -> Verified:
     Files outside the chain (times, hosts, attempts, reports) are not verified. A file that is in no record is refused
     if its name is that of evidence; otherwise the notes mention it.
     """
-    refuse_no_digest(expect_head, f"holdfast verify {shlex.quote(str(path))}")
+    refuse_malformed_head(expect_head, f"holdfast verify {shlex.quote(str(path))}")
     outer = _verified(path)
     if expect_head and expect_head not in {link.digest for link in read_chain(path, repair=False).links}:
         raise TargetError(

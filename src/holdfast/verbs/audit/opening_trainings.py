@@ -199,7 +199,7 @@ def prepared_membership(settings: AuditMembership, start: AuditStart) -> Iterato
 def _how(
     settings: AuditMembership, opened: _Opened, examples: Batch, networks: int, training: Training | None
 ) -> MembershipAudit:
-    """Return what is audited, and how."""
+    """Return the inputs of the audit. Raises `TargetError` or `UsageError` for a model that cannot be trained."""
     model = opened.subject.model
     if networks and training is None:
         refuse_untrainable(model)

@@ -1,4 +1,6 @@
-"""The short steps of a rotation: `expose`, `swap`, `status` and `head`."""
+"""The serving set of a pool: `swap` replaces it by a randomly chosen admitted set, `expose` lists a set as stolen, and
+`status` and `head` return the state of the pool and of its ledger.
+"""
 
 import secrets
 from collections.abc import Sequence
