@@ -17,7 +17,7 @@ from holdfast.server.admin import AdminServer
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.messages import bound_socket
 from holdfast.server.supervisor import Supervisor
-from holdfast.verbs import adapt, live_pairs
+from holdfast.verbs import adapt, adapt_comparison
 from holdfast.verbs.reports import annex_of, verify
 from holdfast.verbs.serve_opening import server_setup
 from holdfast.verbs.settings import Adapt, Calibrate, Serve
@@ -117,7 +117,7 @@ def served(tmp_path_factory):
 def worse_on_live_requests():
     """The candidate is worse than the served model on the requests that are compared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live_pairs.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
+        patch.setattr(adapt_comparison.LivePairs, "watched", lambda *_: {"ends": "it is worse"})
         yield
 
 

@@ -104,7 +104,7 @@ def test_a_finished_run_is_reported_again_without_measuring(whole, monkeypatch):
         raise AssertionError("measured again")
 
     first = assess(subject(), data(), order(), run=whole, resume=True)
-    for name in ("measuring.ShardMeasure.__call__", "probes.run_probes"):
+    for name in ("measuring.ShardMeasure.__call__", "measuring.run_probes"):
         monkeypatch.setattr(f"holdfast.runs.assess.{name}", refused)
     before = settled(whole)
     again = assess(subject(), data(), order(), run=whole, resume=True)

@@ -45,7 +45,7 @@ INSTEAD = (
 def lenient_limits():
     """A generator that was trained for a short time is accepted, and so is each set that it draws."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"train._LOST": 0.2, "draw._POINT": 1.0}.items():
+        for name, value in {"draw._LOST": 0.2, "draw._POINT": 1.0}.items():
             patch.setattr(f"holdfast.rotation.steps.{name}", value)
         yield
 
