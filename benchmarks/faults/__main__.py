@@ -200,6 +200,8 @@ def _tried(tree: Path, work: Path, place: tuple[Path, int, str], tests: list[str
         if code == 0:
             break
         if not failures.exists():  # the package cannot be imported, or a test ends the process
+            if _pytest(tree, work, ["--collect-only", *remaining], MOST_S) != 0:
+                raise SystemExit(f"{tree} has not all of these tests, so correct the record: {remaining}")
             return {"caught": "every test", "out_of_time": False, "doubtful": doubtful}
         test = json.loads(failures.read_text().splitlines()[0])["test"]
         if _pytest(tree, work, [test], MOST_S) == 0:
