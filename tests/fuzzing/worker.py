@@ -171,7 +171,7 @@ def serve(form: str, folder: str, first: str, answers: Connection) -> None:
         os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     torch.set_num_threads(1)
     calling.HERE.limited = True
-    parse = calling.answers_of
+    parse = sandbox_main.answers_of
 
     def answered(*request: Any) -> Mapping[str, Any]:
         answers.send("parser")
@@ -180,7 +180,7 @@ def serve(form: str, folder: str, first: str, answers: Connection) -> None:
         return found
 
     warm = _exit_code(form, Path(first))
-    calling.answers_of = answered
+    sandbox_main.answers_of = answered
     sandbox_main.apply(limit(form), _CPU_SECONDS)
     answers.send((*warm, 0, 0.0))
     while path := answers.recv():
