@@ -18,6 +18,7 @@ import pytest
 
 import holdfast
 from holdfast.core.catalogue import ATTACKS
+from holdfast.moved_modules import MOVED
 from holdfast.runs.engine.identity import DECIDING, NOT_DECIDING
 from holdfast.verbs.settings import audits
 
@@ -96,6 +97,48 @@ def test_an_unknown_attribute_names_the_known_ones():
 # --- costs
 
 
+DOCUMENTED = {
+    "api.rotate": "collect",
+    "api.verb_settings": "Assess",
+    "api.verbs.exhibition": "exhibition",
+    "audits.generator.planting": "planted_diffusion",
+    "audits.privacy.bounds": "epsilon_from_guesses",
+    "certifiers.smoothing.smoothed": "Smoothed",
+    "certifiers.texts.masking": "masked",
+    "certifiers.trees.monotone": "monotone_in",
+    "core.goal": "Goal",
+    "generators.opening": "opened_generator",
+    "guard.states.memory": "MemoryState",
+    "io.models.mixtures": "fitted",
+    "metrics.paired": "LOSSES",
+    "recipes.training.loss_recipe": "LossRecipe",
+    "rotation.pool.pool": "Pool",
+    "testing.linear": "LinearOracle",
+}
+"""earlier module → a name that the documentation imported from it"""
+
+
+def test_earlier_import_paths_work_in_a_new_process_and_name_the_present_path():
+    statements = [f"from holdfast.{module} import {name}" for module, name in DOCUMENTED.items()]
+    code = "\n".join(
+        [
+            "import warnings",
+            "with warnings.catch_warnings(record=True) as caught:",
+            "    warnings.simplefilter('always')",
+            *(f"    {statement}" for statement in statements),
+            "print(*(warning.message for warning in caught if 'holdfast' in str(warning.message)), sep='\\n')",
+        ]
+    )
+    assert python("-c", code).splitlines() == [
+        f"holdfast.{earlier} has moved: import {name} from holdfast.{MOVED[earlier]}"
+        for earlier, name in DOCUMENTED.items()
+    ]
+
+
+def test_every_earlier_import_path_leads_to_a_module_that_exists():
+    assert {f"holdfast.{present}" for present in MOVED.values()} <= NAMES.keys()
+
+
 def test_import_costs_at_most_50_ms_of_cpu():
     assert cpu_ms("-c", "import holdfast") - cpu_ms("-c", "") <= 50
 
@@ -118,8 +161,9 @@ def test_help_brings_neither_torch_nor_numpy():
 
 def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_no_number():
     code = "import sys, holdfast.runs.assess.assess, holdfast.runs.harden.harden, holdfast.rotation.steps.set_measuring"
-    names = python("-c", f"{code}; print(*sys.modules)").split()
-    packages = {name.split(".")[1] for name in names if name.startswith("holdfast.")}
+    read = "(name for name, module in sys.modules.items() if getattr(module, '__file__', None))"
+    names = [name.split(".") for name in python("-c", f"{code}; print(*{read})").split()]
+    packages = {name[1] for name in names if name[0] == "holdfast" and len(name) > 2}
     covered = {name.partition("/")[0] for name in DECIDING}
     assert packages - covered == set(NOT_DECIDING)
 

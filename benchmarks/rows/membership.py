@@ -150,7 +150,7 @@ def _rates(attack: Attack, scaled_logit: Tensor, inside: Tensor, references: int
 
 
 def _null(scaled_logit: Tensor, rng: Draws) -> float:
-    """Mean AUC over the targets on halves that nobody trained on."""
+    """Mean AUC over the targets on two halves that no network was trained on."""
     null = halves(torch.arange(scaled_logit.shape[1]), NETWORKS, rng.at("null"))
     return _rates(membership_references.bavaria, scaled_logit, null, NETWORKS - 2)[1]
 

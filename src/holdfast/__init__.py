@@ -5,6 +5,8 @@ A module is imported when one of its names is first used, so that `import holdfa
 
 from typing import TYPE_CHECKING, Any
 
+from holdfast import moved_modules
+
 if TYPE_CHECKING:
     from holdfast.certifiers.smoothing import Smoothed as Smoothed
     from holdfast.core.batch import Batch as Batch
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from holdfast.verbs.settings import Serve as Serve
 
 __version__ = "0.2.0"
+
+moved_modules.register()
 
 _HOMES = {
     "Adapt": "holdfast.verbs.settings",

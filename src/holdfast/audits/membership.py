@@ -51,7 +51,7 @@ class Results:
     columns: Columns
     """the stored score of each example"""
     null_auc: float
-    """area under the curve of the headline on halves that nobody trained on"""
+    """area under the curve of the headline on two halves that no network was trained on"""
     blind_auc: float
     """area under the curve of a classifier without the model"""
     accuracy: float
@@ -129,7 +129,7 @@ def _judged(how: Design, results: Results, rate: Estimate, width: float) -> tupl
     allowed = f"allowed: {0.5 - width:.2f} to {0.5 + width:.2f}"
     reasons = [
         f"without the model, members and non-members are told apart with an AUC of {results.blind_auc:.3f}, {allowed}",
-        f"on halves that nobody trained on, the attack has an AUC of {results.null_auc:.3f}, {allowed}",
+        f"on two halves that no network was trained on, the attack has an AUC of {results.null_auc:.3f}, {allowed}",
         f"the accuracy is {percent(results.accuracy)} on members and {percent(results.other_accuracy)} on non-members",
     ]
     verdict: AuditVerdict = "flagged" if rate.low > how.fpr else "not flagged"

@@ -309,12 +309,10 @@ class Windows:
 
 
 @dataclass
-class KolmogorovSmirnov:
-    """State of the tests of all columns, which are evaluated when a window is complete."""
+class WindowTest:
+    """State of tests that are evaluated when a window is complete."""
 
     guarantee: ClassVar[str] = IN_WINDOWS
-    reads: ClassVar[str] = "the distribution of each signal in windows of 250 samples"
-    compares: ClassVar[Part] = "columns"
     fewest: ClassVar[int] = WINDOW
     restarted: ClassVar[tuple[str, ...]] = ()
 
@@ -323,8 +321,16 @@ class KolmogorovSmirnov:
     rng: Draws
     windows: Windows = field(default_factory=Windows)
 
-    def __post_init__(self) -> None:
-        self._sorted = np.sort(self.reference.values, axis=0)
+
+class KolmogorovSmirnov(WindowTest):
+    """State of the tests of all columns."""
+
+    reads: ClassVar[str] = "the distribution of each signal in windows of 250 samples"
+    compares: ClassVar[Part] = "columns"
+
+    def __init__(self, reference: Signals, alpha: float, rng: Draws) -> None:
+        super().__init__(reference, alpha, rng)
+        self._sorted = np.sort(reference.values, axis=0)
 
     def update(self, batch: Signals) -> Alarm | None:
         """Add the signals of further samples, and return the first alarm among them, if there is one."""
@@ -363,20 +369,11 @@ _AT_ONCE = 111
 _ROUNDING = 1e-9  # of the values; without it, those of identical points would differ by chance
 
 
-@dataclass
-class MMD:
-    """State of the tests of all views, which are evaluated when a window is complete."""
+class MMD(WindowTest):
+    """State of the tests of all views."""
 
-    guarantee: ClassVar[str] = IN_WINDOWS
     reads: ClassVar[str] = "the joint distribution of the signals of each view in windows of 250 samples"
     compares: ClassVar[Part] = "views"
-    fewest: ClassVar[int] = WINDOW
-    restarted: ClassVar[tuple[str, ...]] = ()
-
-    reference: Signals
-    alpha: float
-    rng: Draws
-    windows: Windows = field(default_factory=Windows)
 
     def update(self, batch: Signals) -> Alarm | None:
         """Add the signals of further samples, and return the first alarm among them, if there is one."""

@@ -246,7 +246,7 @@ class ReLUOracle:
         pieces, low, high = list(self._pieces()), *self.bounds.like(x.double().flatten(1)[0])
         box = (low.expand(x[0].numel()).numpy(), high.expand(x[0].numel()).numpy())
         distances = [
-            _relu_smallest([_wrong_on(piece, label) for piece in pieces], point, norm, box)
+            _smallest_distance([_wrong_on(piece, label) for piece in pieces], point, norm, box)
             for point, label in zip(x.double().flatten(1).numpy(), y.tolist(), strict=True)
         ]
         return torch.tensor(distances, dtype=torch.float64)
@@ -289,7 +289,7 @@ def _wrong_on(piece: tuple[_Array, _Array, _Array, _Array], label: int) -> list[
     ]
 
 
-def _relu_smallest(
+def _smallest_distance(
     wrong: Sequence[Sequence[_Polytope]], point: _Array, norm: Linf | L2 | L1, box: tuple[_Array, _Array]
 ) -> float:
     """Distance of a point to the nearest of the polytopes, beginning with those that are nearest in L2."""
