@@ -58,6 +58,6 @@ def by_suite(
 ) -> Evidence:
     """The evidence of a named suite, waves and all, without the fixed pass and the doubts of a run."""
     composed = suite(name, constraint(norm, eps))
-    members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
+    members = tuple(map(Member.of, composed.specs))
     plan = Plan(members, ThreatModel(constraint(norm, eps)), seed)
     return measure_plan(Classifier(net), [batch(x, y)], plan, batch_size=size)

@@ -247,7 +247,7 @@ def test_a_named_suite_brings_what_a_list_does_not():
 def test_only_and_skip_choose_from_the_suite():
     only = holdfast.assess(network(), (X, Y), "linf:0.1", "fast", only=["sprint", "apgd-t"], doubts=False)
     assert [record.name for record in only.attacks] == ["Sprint", "APGD-T"]
-    assert only.evidence.suite == "fast@1 without FMN, Relay, Relay-2, Square"
+    assert only.evidence.suite == "fast@2 without FMN, Relay, Relay-2, Square"
     assert "no doubt was measured, because the doubts were switched off" in only.evidence.notes
     skip = holdfast.assess(
         network(), (X, Y), "linf:0.1", "fast", skip=["relay", "square", "apgd-t"], doubts=False

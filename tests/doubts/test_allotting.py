@@ -20,7 +20,7 @@ THREAT = ThreatModel(Linf(0.1), access="scores", queries=60)
 @pytest.mark.parametrize("n", [0, 3, 20, 100])
 def test_all_probes_together_keep_to_the_budget_and_none_runs_on_too_few(batches, budget, n):
     attacks, passes = (Square(),), Passes(64, batches)
-    probes = {probe.name: probe for probe in probes_for(THREAT, attacks)}
+    probes = {probe.name: probe for probe in probes_for(THREAT, dict(enumerate(attacks)))}
     wanted = {name: min(n, 32) if name == "again" else n for name in probes}
 
     def cost(name, k):
@@ -40,7 +40,7 @@ def test_all_probes_together_keep_to_the_budget_and_none_runs_on_too_few(batches
 def test_a_probe_sends_at_most_the_computed_number_of_rows(batches, randomised):
     model, n, threat = network(), 7, ThreatModel(Linf(0.01), access="scores", queries=30)
     batch, passes, rows = labelled(model, examples(n=n)), Passes(n, batches), []
-    for probe in probes_for(threat, (Square(), RayS())):
+    for probe in probes_for(threat, {0: Square(), 1: RayS()}):
 
         class Sent:
             bounds = model.bounds
@@ -57,7 +57,7 @@ def test_a_probe_sends_at_most_the_computed_number_of_rows(batches, randomised):
 
 def test_an_attack_that_nothing_bounds_is_not_run_again():
     threat = ThreatModel(Linf(0.1))
-    again = {probe.name: probe for probe in probes_for(threat, (PGD(),))}["again"]
+    again = {probe.name: probe for probe in probes_for(threat, {0: PGD()})}["again"]
 
     def cost(name, k):
         return probe_rows(again, threat, k, Passes(8), randomised=False)

@@ -112,7 +112,7 @@ def probe_all(model, batch, columns, threat=THREAT, suite=SUITE, *, only=None, s
     """What every probe that applies (of those named) returned, and what it spent of each example."""
     rng, within = Draws(seed).at("doubts"), probing_threat(threat, columns)
     found, spent = {}, {}
-    for probe in probes_for(within, suite):
+    for probe in probes_for(within, dict(enumerate(suite))):
         rows = rows_for(probe, columns, threat, rng)
         if len(rows) and (only is None or probe.name in only):
             some = batch.take(rows)
@@ -136,7 +136,7 @@ def findings(module, *, batch=None, threat=THREAT, suite=SUITE, context=None, on
 
 def broken_by(found, columns, threat):
     """Which examples each probe that counts broke."""
-    probes = {probe.name: probe for probe in probes_for(threat, SUITE)}
+    probes = {probe.name: probe for probe in probes_for(threat, dict(enumerate(SUITE)))}
     passes = {}
     for name, probed in found.items():
         if counts(probes[name], threat):
@@ -425,7 +425,7 @@ def test_probes_draw_by_example_and_not_by_batch(net):
         columns = evidence_columns(model, batch)
         some = torch.arange(3, 40, 5)
         rng = Draws(0).at("doubts")
-        for probe in probes_for(THREAT, SUITE):
+        for probe in probes_for(THREAT, dict(enumerate(SUITE))):
             if probe.name == "steadiness":
                 continue
             whole = probe.run(Metered(model, batch, THREAT), batch, THREAT, rng)

@@ -7,12 +7,12 @@ from typing import ClassVar
 import pytest
 import torch
 
+from holdfast.attacks.suites import LEAST
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.harness.assembly import due_examples, untried_bound
-from holdfast.runs.harness.kinds.attack import LEAST
 from holdfast.runs.harness.measure import measure_plan
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.stage import Member
@@ -154,3 +154,17 @@ def test_no_example_is_due_after_a_wave_without_success():
     }
     by_stage = {"clean": clean, stages[1].name: first}
     assert not due_examples(stages[2], waves, by_stage).any()
+
+
+@pytest.mark.parametrize(("below", "asked_again"), [(0, 0), (1, N - 1)])
+def test_an_attack_after_another_is_run_only_if_that_one_broke_an_example(below, asked_again):
+    batch, rank = problem()
+    first, second = [], []
+    members = (
+        Member("First", breaks(rank, below, first)),
+        Member("Second", breaks(rank, 0, second), after="First"),
+    )
+    evidence = measure_plan(Classifier(Slope()), [batch], plan(*members))
+    assert sum(map(len, second)) == asked_again
+    notes = evidence.attacks[1].notes
+    assert ("it was not run, because First broke no example" in notes) == (not asked_again)

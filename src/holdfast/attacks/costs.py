@@ -71,6 +71,13 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
     return min((n for n in (setting, threat.queries) if n is not None), default=None)
 
 
+def search_queries(attack: Attack) -> int:
+    """Return the number of queries of the random searches of an attack for each example; 0 if it makes none."""
+    if isinstance(attack, Relay):
+        return attack.queries * (attack.searches + attack.rounds)
+    return attack.queries if isinstance(attack, QueryAttack) else 0
+
+
 def most_rows(attack: Attack, threat: ThreatModel, n: int, passes: Passes) -> int | None:
     """Return the largest number of inputs, padding included, that an attack on `n` examples sends to a model, or None
     if it is unknown.

@@ -3,7 +3,8 @@ same settings.
 
 `fast` is Holdfast's default suite. Its order starts with the attacks that break the most examples for their cost. The
 later attacks process the examples in waves, those nearest to being broken first, and stop after a wave in which they
-break none (docs/decisions/0007). `quick` consists of its first attack, with other settings.
+break none (docs/decisions/0007). Under Linf, Square is run only if the last searches of Relay broke an example
+(docs/decisions/0056). `quick` consists of its first attack, with other settings.
 
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
@@ -42,6 +43,11 @@ Kind = Literal[
 ]
 """What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
 
+LEAST: Final = 32
+"""Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
+_FEW: Final = 8
+"""The same for attacks under Linf, where the examples that break have the lowest margins (docs/decisions/0056)."""
+
 
 @dataclass(frozen=True)
 class AttackSpec:
@@ -52,6 +58,10 @@ class AttackSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     waves: int = 0
     """number of halvings of the robust examples, for an attack that starts with those nearest to being broken"""
+    least: int = LEAST
+    """smallest number of examples in a wave"""
+    after: str = ""
+    """name of an earlier attack of the suite: this attack is run only if that one broke an example. Empty for none"""
 
     def build(self) -> "Attack":
         """Return the attack."""
@@ -126,6 +136,8 @@ _SHORT_SPRINT = _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1, targe
 _PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=10, refine=20)
 # a first step of twice the length breaks other examples than the default one
 _WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
+_RELAY = _spec("Relay", restarts=1, targets=3, searches=2, rounds=2, queries=150)
+_RELAY_2 = _spec("Relay-2", "Relay", restarts=1, targets=3, searches=3, rounds=3, queries=150)
 _WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
 _TEXTS = (_spec("TextSearch"),)
 _TRIGGER = (_spec("TriggerStamp"),)
@@ -159,11 +171,12 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
     "fast": {
         "linf": (
             _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1),
-            _spec("FMN", waves=4, steps=60),
+            replace(_spec("FMN", waves=4, steps=60), least=_FEW),
             # two Relays, the second on the margins that the first has lowered, break more than one of twice the length
-            _spec("Relay", waves=5, restarts=1, targets=3, searches=2, rounds=2, queries=150),
-            _spec("Relay-2", "Relay", waves=4, restarts=1, targets=3, searches=3, rounds=3, queries=150),
-            *_LAST,
+            replace(_RELAY, waves=5, least=_FEW),
+            replace(_RELAY_2, waves=4, least=_FEW),
+            replace(_LAST[0], least=_FEW, after="Relay-2"),
+            replace(_LAST[1], least=_FEW),
         ),
         "l2": (
             _SHORT_SPRINT,
@@ -237,6 +250,9 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
 }
 """The attacks of each suite, by what the attacker may change."""
 
+_VERSIONS: Final[Mapping[SuiteName, int]] = {"fast": 2}
+"""The versions of the suites that have changed; that of the others is 1."""
+
 LABELS_ONLY: Final[Mapping[Kind, Specs]] = {
     "linf": (_spec("RayS", queries=5000),),
     "l2": (_spec("HopSkipJump", queries=5000), _spec("SurFree", queries=5000)),
@@ -304,7 +320,8 @@ def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -
     if not found:
         raise _no_suite(known, kind, constraint)
     # under corruptions, `fast` and `standard` are the suite `corruptions`
-    return Suite("corruptions" if kind == "corruptions" else known, 1, found, known == "minimum-norm")
+    chosen: SuiteName = "corruptions" if kind == "corruptions" else known
+    return Suite(chosen, _VERSIONS.get(chosen, 1), found, known == "minimum-norm")
 
 
 def kind_of_change(change: "Constraint | Change") -> Kind:

@@ -2,16 +2,32 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from holdfast.attacks.costs import search_queries
 from holdfast.attacks.square import Square
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import VOTES, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.protocol import POINTS_BY_RIVAL, SEARCHES, Case, DoubtTest, Probe, within_budget
-from holdfast.doubts.short_attacks import MARGIN, MARGIN_TITLE, compared, voted_columns
+from holdfast.doubts.protocol import (
+    DISCORDANT,
+    POINTS_BY_RIVAL,
+    SEARCHED,
+    SEARCHES,
+    Case,
+    DoubtTest,
+    Probe,
+    within_budget,
+)
+from holdfast.doubts.short_attacks import (
+    MARGIN,
+    MARGIN_TITLE,
+    compared,
+    voted_columns,
+)
 
 
 def search(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1) -> dict[str, Tensor]:
@@ -26,7 +42,7 @@ SEARCH = Probe(
     voted=partial(search, votes=VOTES),
     applies=lambda threat: threat.constraint.eps != 0 and threat.constraint.in_input_units,
     rows=lambda threat, n, passes, votes: (within_budget(SEARCHES, threat) + votes) * passes.once(n),
-    order=10,
+    order=11,
 )
 
 
@@ -36,12 +52,38 @@ def conclude(case: Case) -> Doubt:
     return compared(case, (SEARCH, blind), (MARGIN, MARGIN_TITLE))
 
 
+def settled(case: Case) -> Doubt | None:
+    """Return the doubt as clear if the suite has searched without a result, and almost all that it broke was broken by
+    its attacks that follow gradients and do not search.
+    """
+    searched, outcomes = case.idle(searches=SEARCHED), case.context.outcomes
+    by_gradients = [
+        outcome.broken
+        for outcome in outcomes
+        if outcome.attack is not None
+        and outcome.attack.needs == "gradients"
+        and not search_queries(outcome.attack)
+    ]
+    if searched is None or not by_gradients:
+        return None
+    by_searches = case.columns["success"] & ~torch.stack(by_gradients).any(0)
+    if int(by_searches.sum()) >= DISCORDANT:
+        return None
+    text = (
+        f"the search of {searched.name} breaks none of the last {searched.n_last} examples, and searches alone break "
+        f"{int(by_searches.sum())} of {len(by_searches)} examples in the suite; a difference needs {DISCORDANT}"
+    )
+    n = len(by_searches)
+    return case.judged(int(by_searches.sum()) / n, POINTS_BY_RIVAL, n, text, more=False)
+
+
 TEST = DoubtTest(
     title="Search without gradients breaks more",
     meaning="An attack without gradients breaks more examples than one with gradients, so the gradients are "
     "misleading.",
     advice="Add --adaptive, and look for the part of the model that masks gradients.",
     conclude=conclude,
+    settled=settled,
     probes=(MARGIN, SEARCH),
     thresholds=(POINTS_BY_RIVAL,),
     of_strength=True,

@@ -14,7 +14,14 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Logits, PerExample
 from holdfast.doubts.protocol import P_BY_RIVAL, Case, DoubtTest, Probe, share
-from holdfast.doubts.short_attacks import CROSS_ENTROPY, MARGIN, STEPS, short_pgd, short_pgd_on
+from holdfast.doubts.short_attacks import (
+    CROSS_ENTROPY,
+    MARGIN,
+    STEPS,
+    missed_by,
+    short_pgd,
+    short_pgd_on,
+)
 from holdfast.statistics.intervals import mcnemar
 
 LOSS_SPREAD = 0.15
@@ -78,12 +85,25 @@ def conclude(case: Case) -> Doubt:
     return case.judged(spread, LOSS_SPREAD, n, text, more=test.p < P_BY_RIVAL)
 
 
+def settled(case: Case) -> Doubt | None:
+    """Return the doubt as clear if the whole suite is ahead of the cross-entropy by no more than the losses may be."""
+    missed = missed_by(CROSS_ENTROPY, case)
+    if missed is None or float(missed.double().mean()) > LOSS_SPREAD:
+        return None
+    text = (
+        f"the suite breaks {share(missed)} of the sample that PGD-20 on the cross-entropy does not, and the losses may "
+        f"differ by {100 * LOSS_SPREAD:.0f} points, so the others were not tried"
+    )
+    return case.judged(float(missed.double().mean()), LOSS_SPREAD, len(missed), text)
+
+
 TEST = DoubtTest(
     title="The loss decides the result",
     meaning="Attacks that differ only in their loss break very different numbers of examples. At least one loss has "
     "misleading gradients.",
     advice="Use the lowest robust accuracy, and add the losses that broke most to the suite.",
     conclude=conclude,
+    settled=settled,
     probes=(CROSS_ENTROPY, MARGIN, PROBABILITY_MARGIN, RUNNER_UP),
     thresholds=(LOSS_SPREAD,),
     of_strength=True,

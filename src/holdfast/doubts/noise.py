@@ -13,7 +13,7 @@ from holdfast.core.evidence import Doubt
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
-from holdfast.doubts.protocol import Case, DoubtTest, Probe, within_budget
+from holdfast.doubts.protocol import SEARCHED, Case, DoubtTest, Probe, within_budget
 from holdfast.doubts.short_attacks import broken_columns, unbroken_columns, update_lower
 
 THRESHOLD = 0.005
@@ -48,7 +48,7 @@ NOISE = Probe(
     noise,
     on="surviving",
     rows=lambda threat, n, passes, votes: within_budget(DRAWS, threat) * passes.once(n),
-    order=9,
+    order=10,
 )
 
 
@@ -66,11 +66,24 @@ def conclude(case: Case) -> Doubt:
     return case.judged(float(broken.double().mean()), THRESHOLD, len(broken), text)
 
 
+def settled(case: Case) -> Doubt | None:
+    """Return the doubt as clear if a random search of the suite, which is stronger than random inputs, breaks none."""
+    searched = case.idle(searches=SEARCHED)
+    if searched is None:
+        return None
+    text = (
+        f"the random search of {searched.name} breaks none of the last {searched.n_last} examples that it was run on, "
+        "so random inputs were not tried"
+    )
+    return case.judged(0.0, THRESHOLD, searched.n_last, text)
+
+
 TEST = DoubtTest(
     title="Random noise breaks examples that attacks did not",
     meaning="Random perturbations inside the threat model break examples that survived the suite.",
     advice="The suite is too weak: add attacks, steps or restarts.",
     conclude=conclude,
+    settled=settled,
     probes=(NOISE,),
     thresholds=(THRESHOLD,),
     of_strength=True,

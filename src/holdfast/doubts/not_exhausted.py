@@ -2,6 +2,7 @@
 examples, or a probe, the fixed PGD-40 pass, the curve or the transfer matrix breaks one.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,21 +15,42 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import VOTES, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.doubts.protocol import AGAIN, Case, DoubtTest, Probe, probe_title
+from holdfast.doubts.protocol import AGAIN, FRESH_ROWS, Case, DoubtTest, Outcome, Probe, probe_title
 from holdfast.doubts.short_attacks import unbroken_columns, update_lower, voted_columns
 
 FRESH_BROKEN = 3
 """number of the `FRESH_ROWS` examples that a fresh pass must break to raise the doubt"""
 
 
-def again(attacks: tuple[Attack, ...]) -> Probe:
-    """Return the probe that runs the attacks of the suite a second time, on the surviving examples with the lowest
-    margin.
+REPEATED = 0.15
+"""largest share of the passes of the suite that the fresh pass takes, unless its first attack alone takes more"""
+
+
+def repeated(outcomes: Sequence[Outcome]) -> dict[int, Outcome]:
+    """Return the attacks of a suite that the fresh pass repeats, by their places in it: those that broke an example,
+    cheapest first, while they stay within `REPEATED`; at least one. An attack that broke nothing is not repeated,
+    unless none broke anything.
+    """
+    ran = [(place, outcome) for place, outcome in enumerate(outcomes) if outcome.n]
+    worth = [(place, outcome) for place, outcome in ran if outcome.broken.any()] or ran
+    budget = REPEATED * sum(outcome.passes for outcome in outcomes)
+    chosen: dict[int, Outcome] = {}
+    for place, outcome in sorted(worth, key=lambda each: each[1].passes / each[1].n):
+        budget -= FRESH_ROWS * outcome.passes / outcome.n
+        if chosen and budget < 0:
+            break
+        chosen[place] = outcome
+    return dict(sorted(chosen.items()))
+
+
+def again(attacks: Mapping[int, Attack]) -> Probe:
+    """Return the probe that runs attacks of the suite, by their places in it, a second time, on the surviving examples
+    with the lowest margin.
     """
 
     def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1) -> dict[str, Tensor]:
         columns = unbroken_columns(batch)
-        for place, attack in enumerate(attacks):
+        for place, attack in attacks.items():
             surviving = (~columns["broken"]).nonzero()[:, 0]
             if not len(surviving):
                 break
@@ -37,11 +59,13 @@ def again(attacks: tuple[Attack, ...]) -> Probe:
         return columns
 
     def rows(threat: ThreatModel, n: int, passes: Passes, votes: int) -> int | None:
-        fresh = [most_rows(attack, threat, n, passes) for attack in attacks]
+        fresh = [most_rows(attack, threat, n, passes) for attack in attacks.values()]
         known = [rows for rows in fresh if rows is not None]
         return sum(known) + len(fresh) * votes * passes.once(n) if len(known) == len(fresh) else None
 
-    return Probe(AGAIN, "none", run, on="closest", voted=partial(run, votes=VOTES), rows=rows)
+    return Probe(
+        AGAIN, "none", run, on="closest", most=FRESH_ROWS, voted=partial(run, votes=VOTES), rows=rows
+    )
 
 
 def conclude(case: Case) -> Doubt:
@@ -57,7 +81,8 @@ def conclude(case: Case) -> Doubt:
     if fresh_pass is not None:
         fresh, n_fresh = int(fresh_pass.columns["broken"].sum()), len(fresh_pass.columns["broken"])
         texts.append(
-            f"a fresh pass of the suite breaks {fresh} of the {n_fresh} surviving examples closest to the boundary"
+            f"a fresh pass of {_listed(case.context.repeated)} breaks {fresh} of the {n_fresh} surviving examples "
+            "closest to the boundary"
         )
     if n_elsewhere:
         texts.append(
@@ -68,6 +93,10 @@ def conclude(case: Case) -> Doubt:
         return case.judged(float(n_elsewhere), 0.0, n_fresh, "; ".join(texts))
     # `judged` raises a doubt above its threshold, and `FRESH_BROKEN` examples are enough
     return case.judged(float(fresh), float(FRESH_BROKEN - 1), n_fresh, "; ".join(texts))
+
+
+def _listed(attacks: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(attacks[:-1]), *attacks[-1:]))) or "the suite"
 
 
 TEST = DoubtTest(

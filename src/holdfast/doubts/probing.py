@@ -39,15 +39,18 @@ def doubt_test(name: str) -> DoubtTest:
     return load("doubts", name, DoubtTest) if known else DoubtTest(name.replace("-", " ").capitalize())
 
 
+NO_ATTACKS: Mapping[int, Attack] = {}
+
+
 def all_probes() -> tuple[Probe, ...]:
     """Return all probes in their order, except the new run of the suite."""
     probes = {probe.name: probe for test in doubt_tests().values() for probe in test.probes}
     return tuple(sorted(probes.values(), key=lambda probe: probe.order))
 
 
-def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[Probe, ...]:
-    """Return the probes that are possible under a threat model, with those that run the attacks of the suite again. If
-    eps is 0, these are only the ones that do not change inputs.
+def probes_for(threat: ThreatModel, attacks: Mapping[int, Attack] = NO_ATTACKS) -> tuple[Probe, ...]:
+    """Return the probes that are possible under a threat model, with those that run attacks of the suite again, which
+    `attacks` has by their places in the suite. If eps is 0, these are only the ones that do not change inputs.
     """
     of_suite = [test.of_suite for test in doubt_tests().values() if test.of_suite is not None and attacks]
     probes = (*all_probes(), *(probe(attacks) for probe in of_suite))
@@ -206,6 +209,16 @@ class Findings:
     """ids of the examples that a probe or pass broke and the suite did not, by name of the probe or pass"""
 
 
+def is_wanted(probe: Probe, results: ProbeResults, columns: Columns, context: MeasurementContext) -> bool:
+    """Return whether a doubt needs the results of a probe, after the results of the probes before it."""
+    deciding = [
+        test.settled(Case(name, results, columns, context)) is None if test.settled is not None else True
+        for name, test in doubt_tests().items()
+        if probe.name in {each.name for each in test.probes}
+    ]
+    return not deciding or any(deciding)
+
+
 def conclude(
     results: ProbeResults,
     columns: Columns,
@@ -221,11 +234,14 @@ def conclude(
     """
     missed = missed_by_suite(columns, context.threat, passes)
     attacked = any(probe.breaks and probe.name in results for probe in all_probes())
-    doubts = [
-        test.conclude(Case(name, results, columns, context, missed, attacked))
-        for name, test in doubt_tests().items()
-        if test.conclude is not None and (context.suite or test.free or (missed and name == "not-exhausted"))
-    ]
+    doubts = []
+    for name, test in doubt_tests().items():
+        if test.conclude is None or not (context.suite or test.free or (missed and name == "not-exhausted")):
+            continue
+        case = Case(name, results, columns, context, missed, attacked)
+        complete = all(probe.name in results for probe in test.probes)
+        settled = None if complete or test.settled is None else test.settled(case)
+        doubts.append(test.conclude(case) if settled is None else settled)
     return Findings(tuple(doubts), missed)
 
 

@@ -3,13 +3,13 @@ thresholds.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from holdfast.attacks.costs import Passes
+from holdfast.attacks.costs import Passes, search_queries
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -34,6 +34,10 @@ POINTS_BY_RIVAL: Final = 0.02
 """difference of success rates by which a weaker attack must exceed a stronger one to raise a doubt"""
 P_BY_RIVAL: Final = 0.01
 """exact McNemar p-value below which this difference is significant"""
+DISCORDANT: Final = 8
+"""number of examples that one attack breaks and the other does not, below which the p-value cannot be so small"""
+SEARCHED: Final = 500
+"""least number of queries of a random search of the suite that settles what a shorter search of a probe would show"""
 CHANGE: Final = 1e-4
 """relative change of the logits between two calls that raises a doubt; differences of about 1e-6 are normal for
 different batch sizes"""
@@ -71,11 +75,8 @@ class Probe:
     number, the batches and the number of votes for a final input; None for a probe that needs gradients"""
     order: int = 99
     """place of the probe among all: they run in the order of these numbers, and the new run of the suite is last"""
-
-    @property
-    def most(self) -> int:
-        """Largest number of examples that the probe runs on."""
-        return FRESH_ROWS if self.on == "closest" else SAMPLE
+    most: int = SAMPLE
+    """largest number of examples that the probe runs on"""
 
 
 def probe_title(probe: str) -> str:
@@ -93,6 +94,25 @@ class Probed:
 
 ProbeResults = Mapping[str, Probed]
 """examples and returned columns of each probe, by name of the probe"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack of the suite did, in all its waves together."""
+
+    name: str
+    broken: Mask
+    """mask of the examples that it broke"""
+    n: int
+    """number of examples that it was run on"""
+    n_last: int
+    """number of examples of its last wave, or all of them if it has no waves; 0 if it was not run"""
+    idle: bool
+    """whether it was run, and broke none of the examples of its last wave"""
+    passes: int
+    """its forward and backward passes over all examples"""
+    attack: Attack | None = None
+    """the attack; None if it is known from a stored run alone"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,11 @@ class MeasurementContext:
     """largest access that the model itself gives, regardless of what the threat model allows"""
     classes: int | None = None
     """number of classes of the model"""
+    outcomes: tuple[Outcome, ...] = ()
+    """what the attacks of the suite did, in their order; empty if nothing may be concluded from them: for a randomised
+    model, if gradients vanish, and in a search for smallest changes"""
+    repeated: tuple[str, ...] = ()
+    """names of the attacks of the suite that the fresh pass of `not-exhausted` repeats"""
 
 
 @dataclass(frozen=True)
@@ -127,14 +152,26 @@ class Case:
     results: ProbeResults
     columns: Columns
     context: MeasurementContext
-    missed: Mapping[str, Ids]
+    missed: Mapping[str, Ids] = field(default_factory=dict)
     """ids of the examples that a probe or pass broke and the suite did not, by name of the probe or pass"""
-    attacked: bool
+    attacked: bool = False
     """whether a probe with inputs inside the threat model was run"""
 
     def broken(self, probe: Probe, column: str = "broken") -> Mask | None:
         """Return which examples a probe broke; None if it was not run."""
         return self.results[probe.name].columns[column] if probe.name in self.results else None
+
+    def idle(self, *, searches: int = 0) -> Outcome | None:
+        """Return the last attack of the suite that uses gradients or, with `searches`, that makes at least so many
+        queries in random searches, if it broke none of the examples of its last wave. Otherwise return None.
+        """
+
+        def counts(attack: Attack) -> bool:
+            return search_queries(attack) >= searches if searches else attack.needs == "gradients"
+
+        ran = [outcome for outcome in self.context.outcomes if outcome.n]
+        alike = [outcome for outcome in ran if outcome.attack is not None and counts(outcome.attack)]
+        return alike[-1] if alike and alike[-1].idle else None
 
     def judged(self, statistic: float, threshold: float, n: int, text: str, *, more: bool = True) -> Doubt:
         """Return the doubt, raised if the statistic is above the threshold and `more` is true, otherwise clear."""
@@ -176,8 +213,11 @@ class DoubtTest:
     """function that decides the state of the doubt; None if the verbs of a rotation decide it"""
     probes: tuple[Probe, ...] = ()
     """probes whose results the doubt uses; doubts may share them"""
-    of_suite: Callable[[tuple[Attack, ...]], Probe] | None = None
-    """function that returns a probe for the attacks of the suite"""
+    settled: Callable[[Case], Doubt | None] | None = None
+    """function that returns the doubt if the attacks of the suite and the earlier probes decide it, so that no further
+    probe is run for it; None if only its probes can"""
+    of_suite: Callable[[Mapping[int, Attack]], Probe] | None = None
+    """function that returns a probe for attacks of the suite, by their places in it"""
     thresholds: tuple[float, ...] = ()
     """thresholds that the doubt may have; empty if they depend on the model or the data"""
     free: bool = False

@@ -6,8 +6,8 @@ from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Doubt
 from holdfast.core.types import Logits, PerExample
-from holdfast.doubts.protocol import P_BY_RIVAL, Case, DoubtTest, Probe, share
-from holdfast.doubts.short_attacks import CROSS_ENTROPY, STEPS, short_pgd_on
+from holdfast.doubts.protocol import DISCORDANT, P_BY_RIVAL, Case, DoubtTest, Probe, share
+from holdfast.doubts.short_attacks import CROSS_ENTROPY, STEPS, missed_by, short_pgd_on
 from holdfast.statistics.intervals import mcnemar
 
 POINTS_BY_SCALE = 0.03
@@ -42,6 +42,18 @@ def conclude(case: Case) -> Doubt:
     return case.judged(ahead, POINTS_BY_SCALE, n, text, more=test.p < P_BY_RIVAL)
 
 
+def settled(case: Case) -> Doubt | None:
+    """Return the doubt as clear if the suite breaks too few examples more than the attack on the unscaled logits."""
+    missed = missed_by(CROSS_ENTROPY, case)
+    if missed is None or int(missed.sum()) >= DISCORDANT:
+        return None
+    text = (
+        f"the suite breaks {int(missed.sum())} of {len(missed)} examples that PGD-20 on the cross-entropy does not; a "
+        f"difference needs {DISCORDANT}, so scaled-down logits were not attacked"
+    )
+    return case.judged(float(missed.double().mean()), POINTS_BY_SCALE, len(missed), text, more=False)
+
+
 TEST = DoubtTest(
     title="Large logits mask the gradient",
     meaning="The same attack breaks more examples when the logits are scaled down, so saturation made the attacks "
@@ -49,6 +61,7 @@ TEST = DoubtTest(
     advice="Use the smaller robust accuracy, or evaluate the model with its logits divided by the temperature of its "
     "training.",
     conclude=conclude,
+    settled=settled,
     probes=(CROSS_ENTROPY, SMALL_CROSS_ENTROPY),
     thresholds=(POINTS_BY_SCALE,),
     of_strength=True,

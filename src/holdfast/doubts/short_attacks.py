@@ -124,8 +124,23 @@ def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -
 
 
 CROSS_ENTROPY = Probe("cross-entropy", "gradients", short_pgd_on(cross_entropy), queries=STEPS + 1, order=2)
+
+
 MARGIN = Probe("margin", "gradients", _margin_twice, queries=2 * (STEPS + 1), order=5)
 MARGIN_TITLE = "PGD on the margin, twice 20 steps,"
+
+
+def missed_by(probe: Probe, case: Case) -> Mask | None:
+    """Return the mask of the examples of a probe that the suite broke and the probe did not.
+
+    No other attack is expected to be ahead of the probe on more examples, because the last attack of the suite that
+    uses gradients broke none of the surviving ones nearest to the boundary. None if this is not so, or the probe was
+    not run.
+    """
+    broken = case.broken(probe)
+    if broken is None or case.idle() is None:
+        return None
+    return case.columns["success"][case.results[probe.name].rows] & ~broken
 
 
 def voted_columns(

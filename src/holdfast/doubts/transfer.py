@@ -29,15 +29,20 @@ TRANSFER = Probe(
     transferred,
     voted=partial(transferred, votes=VOTES),
     applies=lambda threat: threat.constraint.eps != 0 and bool(threat.surrogates),
-    order=11,
+    order=12,
 )
+
+
+def settled(case: Case) -> Doubt | None:
+    """Return the doubt as not measured without a surrogate."""
+    if case.context.threat.surrogates:
+        return None
+    message = "no surrogate was declared; name one with --surrogate MODEL"
+    return Doubt(case.name, "not measured", message=message)
 
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the inputs of the surrogates and PGD on the margin."""
-    if not case.context.threat.surrogates:
-        message = "no surrogate was declared; name one with --surrogate MODEL"
-        return Doubt(case.name, "not measured", message=message)
     return compared(case, (TRANSFER, "a transfer attack from the surrogates"), (MARGIN, MARGIN_TITLE))
 
 
@@ -46,6 +51,7 @@ TEST = DoubtTest(
     meaning="Examples computed on another model break this one more often than examples computed on it directly.",
     advice="Use attacks on the surrogate, and find the part of this model that masks its gradient.",
     conclude=conclude,
+    settled=settled,
     probes=(MARGIN, TRANSFER),
     thresholds=(POINTS_BY_RIVAL,),
     of_strength=True,

@@ -11,6 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Mask
 from holdfast.doubts.protocol import Case, DoubtTest, Probe, percent
 from holdfast.doubts.short_attacks import short_pgd
 from holdfast.statistics.intervals import clopper_pearson
@@ -29,7 +30,17 @@ def whole_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> di
     return short_pgd(model, batch, threat, rng, margin_loss, eps=eps)
 
 
-WHOLE_BOX = Probe("whole-box", "gradients", whole_box, breaks=False, order=8)
+FEW = Probe("whole-box-few", "gradients", whole_box, breaks=False, most=32, order=8)
+WHOLE_BOX = Probe("whole-box", "gradients", whole_box, breaks=False, order=9)
+
+
+def settled(case: Case) -> Doubt | None:
+    """Return the doubt as clear if the attack breaks all of a few examples.
+
+    If 13 of 128 survive, the smallest number that raises the doubt, none of them is among 32 with a probability of 2 %.
+    """
+    few = case.broken(FEW)
+    return None if few is None or not few.all() else _judged(case, few)
 
 
 def conclude(case: Case) -> Doubt:
@@ -37,6 +48,10 @@ def conclude(case: Case) -> Doubt:
     broken = case.broken(WHOLE_BOX)
     if broken is None:
         return case.absent(WHOLE_BOX)
+    return _judged(case, broken)
+
+
+def _judged(case: Case, broken: Mask) -> Doubt:
     surviving, n = int((~broken).sum()), len(broken)
     low, _ = clopper_pearson(surviving, n)
     text = f"with every legal input allowed, {surviving} of {n} examples survive (at least {percent(low)})"
@@ -49,7 +64,8 @@ TEST = DoubtTest(
     "this model.",
     advice="Check that the output depends on the input, and that gradients reach the input.",
     conclude=conclude,
-    probes=(WHOLE_BOX,),
+    settled=settled,
+    probes=(FEW, WHOLE_BOX),
     thresholds=(THRESHOLD,),
     of_strength=True,
     answered_by=("bypass", "search"),

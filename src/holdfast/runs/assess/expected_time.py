@@ -9,11 +9,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 
-from holdfast.attacks.costs import Passes, expected_passes, is_counted, most_rows
+from holdfast.attacks.costs import Passes, expected_passes, is_counted, most_rows, search_queries
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import margin_loss
 from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import Attack, Itemised, ThresholdAttack
+from holdfast.attacks.suites import LEAST
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
@@ -22,7 +23,7 @@ from holdfast.core.model import VOTES, Classifier, Model
 from holdfast.core.outputs import SAME, change
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import JUDGED_AT_RANDOM, probe_rows, probes_for
-from holdfast.doubts.protocol import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE, SEARCHES
+from holdfast.doubts.protocol import BACKWARDS, FORWARDS, FRESH_ROWS, SAMPLE, SEARCHED, SEARCHES
 from holdfast.io.data.data import concatenated
 from holdfast.io.remote.served_model import InspectionCounter, rows_of_calls
 from holdfast.reports.words import amount
@@ -32,7 +33,6 @@ from holdfast.runs.assess.result import enumerated
 from holdfast.runs.assess.served_runs import served_by
 from holdfast.runs.documents.record import Division
 from holdfast.runs.documents.run_manifest import work_of
-from holdfast.runs.harness.kinds.attack import LEAST
 from holdfast.runs.harness.kinds.checks import CHECKED, PARTS
 from holdfast.runs.harness.kinds.passes import FIXED, MATRIX_ROWS
 from holdfast.runs.harness.kinds.proof import AT_ONCE
@@ -120,14 +120,22 @@ class StepTimes:
         return max(forwards - backwards, 0.0) * self.query.of(n) + backwards * self.gradient.of(n)
 
 
+_SETTLED = (55, 44)
+"""Forward and backward passes of the probes for each example if the results of the suite settle the others."""
+
+
 @dataclass(frozen=True)
 class CountedAttack:
     """An attack of the suite in an estimate."""
 
     passes: tuple[float, float]
     """forward and backward passes for an example that survives it"""
-    waves: int
+    waves: int = 0
     """see `Member.waves`"""
+    least: int = LEAST
+    """see `Member.least`"""
+    after: bool = False
+    """see `Member.after`"""
 
 
 @dataclass(frozen=True)
@@ -144,29 +152,36 @@ class StageTimes:
     """number of examples in a batch"""
     share: float
     """share of examples that survive the first attack"""
+    settling: bool
+    """whether the suite uses gradients and searches, so that its results usually settle the doubts about them"""
 
     def of(self, n: int, share: float | None = None, limit_s: float = math.inf) -> float:
         """Return the expected seconds for `n` examples, if `share` of them survive the first attack: by default as many
         as on the measured model. The attacks of the suite end after `limit_s`.
 
-        An attack in waves is expected to end with the first one, which is so if it breaks none.
+        An attack in waves is expected to end with the first one, which is so if it breaks none. An attack that is run
+        only if another one breaks an example is not expected to run.
         """
         surviving = max(n * (self.share if share is None else share), 1.0)
         attacks_s = self._seconds((1, 0), n)
         for k, attack in enumerate(self.attacks):
             rows = surviving if k else surviving + _FEWEST * (n - surviving)
             if attack.waves:
-                rows = min(rows, max(LEAST, surviving / 2**attack.waves))
+                rows = 0.0 if attack.after else min(rows, max(attack.least, surviving / 2**attack.waves))
             attacks_s += self._seconds(attack.passes, rows)
         others_s = sum(self._seconds(passes, n) for passes in self.on_all)
         return min(attacks_s, limit_s) + others_s + (self._probed_s(n, surviving) if self.probed else 0.0)
 
     def _probed_s(self, n: int, surviving: float) -> float:
-        """Seconds of the probes, of which one repeats the suite on a few surviving examples."""
+        """Seconds of the probes, of which one repeats the cheapest attack on a few surviving examples."""
         rows = min(n, SAMPLE)
-        seconds = self._seconds((FORWARDS, BACKWARDS), rows) if self.gradients else 0.0
-        seconds += self._seconds((SEARCHES, 0), rows * surviving / n)
-        return seconds + sum(self._seconds(each.passes, min(surviving, FRESH_ROWS)) for each in self.attacks)
+        if self.settling:
+            seconds = self._seconds(_SETTLED, rows)
+        else:
+            seconds = self._seconds((FORWARDS, BACKWARDS), rows) if self.gradients else 0.0
+            seconds += self._seconds((SEARCHES, 0), rows * surviving / n)
+        fresh = min(surviving, FRESH_ROWS)
+        return seconds + min((self._seconds(each.passes, fresh) for each in self.attacks), default=0.0)
 
     def _seconds(self, passes: tuple[float, float], n: float) -> float:
         batches = max(math.ceil(n / self.size), 1)
@@ -207,14 +222,22 @@ def stage_times(
 
     outside = [FIXED.attack] if plan.attacked and gradients else []
     every = plan.full or plan.smallest
+
+    def counted_attack(member: Member) -> CountedAttack:
+        in_waves = () if every else (member.waves, member.least, bool(member.after))
+        return CountedAttack(passes(member.attack), *in_waves)
+
     return StageTimes(
         step_times(target.quick, plan.threat, sample, size, gradients=gradients),
-        tuple(CountedAttack(passes(member.attack), 0 if every else member.waves) for member in plan.members),
+        tuple(counted_attack(member) for member in plan.members),
         tuple(passes(attack) for attack in (*outside, *(member.attack for member in plan.curve))),
         plan.doubts == "all",
         gradients,
         size,
         1.0 if every else surviving_share(plan.threat, target, sample, gradients=gradients),
+        gradients
+        and not target.randomised
+        and any(search_queries(member.attack) >= SEARCHED for member in plan.members),
     )
 
 
@@ -428,7 +451,7 @@ def _doubts(plan: Plan, due: int, passes: Passes, *, randomised: bool) -> int:
     """Rows of all probes on their largest number of examples, limited by the rows of the suite."""
     if plan.doubts != "all":
         return 0
-    unsharded, attacks = replace(passes, shards=()), tuple(member.attack for member in plan.members)
+    unsharded, attacks = replace(passes, shards=()), dict(enumerate(member.attack for member in plan.members))
     probes = sum(
         probe_rows(probe, plan.threat, min(due, probe.most), unsharded, randomised=randomised) or 0
         for probe in probes_for(plan.threat, attacks)

@@ -27,6 +27,7 @@ from holdfast.doubts.probing import (
     conclude,
     counts,
     doubt_test,
+    is_wanted,
     missed_by_suite,
     probe_rows,
     probes_for,
@@ -56,7 +57,17 @@ from holdfast.runs.harness.assembly import (
 )
 from holdfast.runs.harness.measure import ShardTask, shard_rows, stage_of, task_of
 from holdfast.runs.harness.plan import Plan
-from holdfast.runs.harness.stage import Outline, Stage, StageKind, Work, broken_by_suite, suite_columns
+from holdfast.runs.harness.stage import (
+    Outline,
+    Stage,
+    StageKind,
+    Work,
+    broken_by_suite,
+    gradients_vanish,
+    outcomes,
+    repeated_attacks,
+    suite_columns,
+)
 from holdfast.runs.harness.target import Target, judge_inputs
 from holdfast.threats.domains import TEXT
 
@@ -366,15 +377,19 @@ def run_probes(
         return ProbeResults(Findings((), missed_by_suite(columns, plan.threat, broken_by)))
     suite = plan.suite if plan.doubts == "all" else ""
     target = measurement.target
+    of_suite = suite_columns(plan.stages(), by_stage)
+    unclear = target.randomised or plan.smallest or gradients_vanish(of_suite)
     context = MeasurementContext(
         plan.threat,
         suite,
         target.in_training,
-        _first_gradients(suite_columns(plan.stages(), by_stage)),
+        _first_gradients(of_suite),
         target.blind,
         target.randomised,
         access=target.bare.access,
         classes=target.classes,
+        outcomes=() if unclear else outcomes(plan.stages(), by_stage),
+        repeated=tuple(repeated_attacks(plan.stages(), by_stage).values()),
     )
     counting_model = PassCounter(measurement.target.quick)
     fitting, n_forwards = _input(measurement, columns)
@@ -384,13 +399,12 @@ def run_probes(
         findings = conclude({}, columns, context, broken_by)
         findings = _unfinished(findings, missed) if suite else findings
         return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
-    allotment = _allotment(measurement, columns, by_stage)
+    probes = _probes(measurement, columns, by_stage)
+    allotment = _allotment(measurement, columns, by_stage, probes)
     raising = dict[str, str]()
-    probed = dict(_probed(measurement, counting_model, columns, stopwatch, allotment, raising))
+    probed = _probed(measurement, probes, context, counting_model, columns, stopwatch, allotment, raising)
     counted_probes = tuple(
-        (p.name, len(probed[p.name].rows))
-        for p in _probes(measurement, columns)
-        if p.name in probed and counts(p, plan.threat)
+        (p.name, len(probed[p.name].rows)) for p in probes if p.name in probed and counts(p, plan.threat)
     )
     adversarial = _judged(measurement, columns, probed, counted_probes)
     judged = Cost(len(adversarial.get("id", ())) * (JUDGED_AT_RANDOM if target.randomised else 1))
@@ -418,14 +432,14 @@ def _without_raising(findings: Findings, raising: Mapping[str, str]) -> Findings
 
 
 def _allotment(
-    measurement: Measurement, columns: Columns, by_stage: Mapping[str, Columns]
+    measurement: Measurement, columns: Columns, by_stage: Mapping[str, Columns], possible: Sequence[Probe]
 ) -> Allotment | None:
     """Number of examples for each probe on a served model, within the rows of the suite; None for other models."""
     if measurement.served is None:
         return None
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
     within = probing_threat(plan.threat, columns)
-    probes = {probe.name: probe for probe in _probes(measurement, columns)}
+    probes = {probe.name: probe for probe in possible}
     n_by_probe = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
     passes = Passes(measurement.run.room(DOUBTS, 0).size, measurement.target.bare.batches)
 
@@ -470,10 +484,13 @@ def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int
     return in_room(lambda size: misfit(model, batch, size, names, texts=texts), room, 0, len(batch))
 
 
-def _probes(measurement: Measurement, columns: Columns) -> tuple[Probe, ...]:
+def _probes(measurement: Measurement, columns: Columns, by_stage: Mapping[str, Columns]) -> tuple[Probe, ...]:
     """The probes that the threat model allows."""
-    within = probing_threat(measurement.plan.threat, columns)
-    return probes_for(within, tuple(member.attack for member in measurement.plan.members))
+    plan = measurement.plan
+    again = repeated_attacks(plan.stages(), by_stage)
+    return probes_for(
+        probing_threat(plan.threat, columns), {place: plan.members[place].attack for place in again}
+    )
 
 
 def _judged(
@@ -521,20 +538,27 @@ def _first_gradients(suite: Mapping[str, Columns]) -> Mask | None:
 
 def _probed(
     measurement: Measurement,
+    probes: Sequence[Probe],
+    context: MeasurementContext,
     model: Model,
     columns: Columns,
     stopwatch: Stopwatch,
     allotment: Allotment | None,
     raising: dict[str, str],
-) -> Iterator[tuple[str, Probed]]:
-    """Results of the probes. A probe with inputs outside the threat model for which the model's own code raises an
-    error is left out, and the error is added to `raising` under its name.
+) -> dict[str, Probed]:
+    """Results of the probes whose doubts the suite and the probes before them leave open.
+
+    A probe with inputs outside the threat model for which the model's own code raises an error is left out, and the
+    error is added to `raising` under its name.
     """
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
-    within, probes = probing_threat(plan.threat, columns), _probes(measurement, columns)
+    within = probing_threat(plan.threat, columns)
     n_surviving = int((columns["correct"] & ~columns["success"]).sum())
     examples: dict[tuple[str, int], Batch] = {}
+    results: dict[str, Probed] = {}
     for place, probe in enumerate(probes):
+        if not is_wanted(probe, results, columns, context):
+            continue
         measurement.run.report(DOUBTS, place, len(probes), n_surviving, len(measurement.data))
         limit = None if allotment is None else allotment.examples.get(probe.name, 0)
         rows = rows_for(probe, columns, plan.threat, rng, limit)
@@ -559,15 +583,15 @@ def _probed(
                 }
 
         try:
-            result = Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
+            results[probe.name] = Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
         except TargetError as error:
             own = isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, HoldfastError)
             if probe.breaks or not own or isinstance(error, (TargetLost, TargetRefused)):
                 raise  # only an error of the model's own code may come from the inputs of the probe
             raising[probe.name] = f"{type(error.__cause__).__name__}: {error.__cause__}"
             continue
-        yield probe.name, result
         stopwatch.tick()
+    return results
 
 
 def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:

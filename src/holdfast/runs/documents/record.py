@@ -160,6 +160,7 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
                 **{name: step[name] for name in _OF_STEP},
                 kind=KINDS[step["kind"]],
                 notes=tuple(step["notes"]),
+                after=step.get("after", ""),  # runs of `fast@1` have none
             )
             for step in content["stages"]
         ),

@@ -32,7 +32,14 @@ from holdfast.doubts.protocol import AGAIN, probe_title
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.kinds.attack import fit_stage_of
 from holdfast.runs.harness.plan import Plan
-from holdfast.runs.harness.stage import Outline, Stage, StageKind, StageOutline, certified_in
+from holdfast.runs.harness.stage import (
+    Outline,
+    Stage,
+    StageKind,
+    StageOutline,
+    certified_in,
+    repeated_attacks,
+)
 from holdfast.runs.harness.target import DISTANCES, GALLERY, NORMS, unattacked
 
 _CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
@@ -183,7 +190,8 @@ def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes)
     """Return the results of the probes, restricted to adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
-    attacks = [{"name": step.attack, **step.settings} for step in suite]
+    again = {*repeated_attacks(plan.steps, by_stage).values()}
+    attacks = [{"name": step.attack, **step.settings} for step in suite if step.attack in again]
     results = []
     for place, (probe, tried) in enumerate(probes):
         columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
@@ -460,6 +468,7 @@ def _attack_records(
                 *_learned(by_stage.get(learned)),
                 *_placed(places),
                 *remark(risky, risk),
+                *_not_run(stage, waves),
                 *_searched(search),
                 *remarks.get(stage.name, ()),
             )
@@ -470,6 +479,13 @@ def _attack_records(
             )
             surviving = survived
     return tuple(records), total
+
+
+def _not_run(stage: StageOutline, waves: Sequence[Columns]) -> tuple[str, ...]:
+    """The note on an attack that was not run because the attack that it continues broke no example."""
+    if not stage.after or any(columns["ran"].any() for columns in waves):
+        return ()
+    return (f"it was not run, because {stage.after} broke no example",)
 
 
 def _fits(columns: Columns | None) -> int:

@@ -96,6 +96,7 @@ class Plan:
             plain_settings,
             (*few_classes(plain_settings, classes, aimed=aimed), *weighed),
             "".join(stage.earlier[:1]),
+            stage.member.after,
             stage.adaptive,
         )
 

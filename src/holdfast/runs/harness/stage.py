@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
+from holdfast.attacks.suites import LEAST, AttackSpec
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Cost, Table
@@ -21,6 +22,9 @@ from holdfast.core.model import VOTES
 from holdfast.core.outputs import Aim
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
+from holdfast.doubts.not_exhausted import repeated
+from holdfast.doubts.protocol import Outcome
+from holdfast.doubts.zero_gradient import ZERO_GRADIENTS
 from holdfast.runs.harness.target import Target
 
 if TYPE_CHECKING:
@@ -51,6 +55,15 @@ class Member:
     once"""
     against: Against | None = None
     """how the attack treats a detector; None if it treats the model as an ordinary classifier"""
+    least: int = LEAST
+    """smallest number of examples in a wave"""
+    after: str = ""
+    """name of an earlier attack, if this one is run only if that one broke an example; otherwise empty"""
+
+    @classmethod
+    def of(cls, spec: AttackSpec) -> "Member":
+        """Return the attack of an entry of a suite."""
+        return cls(spec.name, spec.build(), spec.waves, least=spec.least, after=spec.after)
 
 
 @dataclass(frozen=True)
@@ -211,6 +224,11 @@ class Stage:
         return f"{prefix}{(self.kind.title or '{}').format(run.name)}{wave}"
 
     @property
+    def first(self) -> str:
+        """Name of the first wave of the same attack."""
+        return (*self.earlier, self.name)[0]
+
+    @property
     def attack(self) -> Attack:
         """Attack that the stage runs on its examples."""
         assert self.member is not None
@@ -230,8 +248,15 @@ class StageOutline:
     """notes for the reader of a report"""
     wave_of: str = ""
     """name of the first wave of the same attack, if this is a later wave"""
+    after: str = ""
+    """see `Member.after`"""
     adaptive: bool = False
     """whether the stage is run only if a raised doubt requires it"""
+
+    @property
+    def first(self) -> str:
+        """Name of the first wave of the same attack."""
+        return self.wave_of or self.name
 
 
 @dataclass(frozen=True)
@@ -274,6 +299,48 @@ def suite_columns(
     return {
         stage.name: by_stage[stage.name] for stage in stages if stage.kind.in_suite and stage.name in by_stage
     }
+
+
+def outcomes(stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]) -> tuple[Outcome, ...]:
+    """Return what each attack of the suite did in its waves together, without the adaptive attacks."""
+    waves: dict[str, list[Stage | StageOutline]] = {}
+    for stage in stages:
+        if stage.kind.in_suite and not stage.adaptive and stage.name in by_stage:
+            waves.setdefault(stage.first, []).append(stage)
+    return tuple(_outcome(of_attack, [by_stage[s.name] for s in of_attack]) for of_attack in waves.values())
+
+
+def _outcome(waves: Sequence[Stage | StageOutline], columns: Sequence[Columns]) -> Outcome:
+    ran, first = [int(wave["ran"].sum()) for wave in columns], waves[0]
+    last = max((k for k, n in enumerate(ran) if n), default=0)
+    return Outcome(
+        first.title if isinstance(first, Stage) else first.attack,
+        torch.stack([wave["success"] for wave in columns]).any(0),
+        sum(ran),
+        ran[last],
+        bool(ran[last]) and not columns[last]["success"].any(),
+        sum(int((wave["queries"] + wave["backwards"]).sum()) for wave in columns),
+        first.attack if isinstance(first, Stage) else None,
+    )
+
+
+def gradients_vanish(suite: Mapping[str, Columns]) -> bool:
+    """Return whether the first gradients of the attacks of a suite were zero or not a number for more than 1 % of the
+    examples, from the columns of its stages.
+    """
+    dead = sum(int(columns["dead"].sum()) for columns in suite.values())
+    return dead > ZERO_GRADIENTS * sum(int(columns["ran"].sum()) for columns in suite.values())
+
+
+def repeated_attacks(
+    stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]
+) -> dict[int, str]:
+    """Return the names of the attacks of the suite that the fresh pass of `not-exhausted` repeats, by their places in
+    it: all of them if gradients vanish.
+    """
+    done = outcomes(stages, by_stage)
+    chosen = dict(enumerate(done)) if gradients_vanish(suite_columns(stages, by_stage)) else repeated(done)
+    return {place: outcome.name for place, outcome in chosen.items()}
 
 
 def broken_by_suite(stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]) -> Mask:

@@ -192,7 +192,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
             replace(threat, access=access), trees=trees and threat.access == "gradients"
         )
         composed = suite(suite_name, threat.constraint, access)
-        members = tuple(Member(spec.name, spec.build(), spec.waves) for spec in composed.specs)
+        members = tuple(map(Member.of, composed.specs))
         name, smallest = str(composed), composed.smallest
     if threat.access != "gradients":
         members = tuple(_without_reading(member) for member in members)

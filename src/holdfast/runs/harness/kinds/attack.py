@@ -1,7 +1,7 @@
 """Stages that run an attack of the suite on some of the examples, and the fitting of learned attacks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -18,6 +18,7 @@ from holdfast.attacks.protocol import (
     Refitted,
     ThresholdAttack,
 )
+from holdfast.attacks.suites import LEAST
 from holdfast.core.batch import Batch, without_missing
 from holdfast.core.draws import Draws
 from holdfast.core.errors import OTHER_EXAMPLES, UsageError
@@ -37,6 +38,7 @@ from holdfast.runs.harness.stage import (
     Work,
     broken_by_suite,
     certified_in,
+    gradients_vanish,
     suite_columns,
 )
 from holdfast.runs.harness.target import (
@@ -168,8 +170,6 @@ def _score(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng:
     return int((~(heights > 0)).sum()), -float(heights.nan_to_num(-torch.inf).mean())
 
 
-LEAST = 32
-"""Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
 TESTED = 32
 """Number of certified examples that attacks are run on, as a test of the certificates."""
 TEST_QUERIES = 200
@@ -327,7 +327,9 @@ class SuiteAttack(AttackKind):
 
         An attack with waves starts with the surviving examples of the lowest margins and continues while it succeeds:
         the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
-        as the one before. No wave has fewer than `LEAST` examples, and a wave that breaks none is the last.
+        as the one before. No wave has fewer than `Member.least` examples, and a wave that breaks none is the last. An
+        attack with `Member.after` is not run if that attack broke none. If gradients vanish, margins say little about
+        which examples break, so that a wave has at least `LEAST` examples, and no attack is left out.
 
         Of the examples that earlier stages certified, only a random sample is attacked, once by each attack, and with
         at most `TEST_QUERIES` queries of a query attack.
@@ -345,8 +347,11 @@ class SuiteAttack(AttackKind):
         measured = suite_columns(stages, by_stage)
         if stage.adaptive:
             return surviving | tested | eligible & ~certified & (_chance(clean, measured) > AT_TIMES)
-        first = (*stage.earlier, stage.name)[0]
-        waves = sum(later.earlier[:1] == (first,) for later in stages)
+        member, waves = stage.member, sum(later.earlier[:1] == (stage.first,) for later in stages)
+        assert member is not None
+        vanish = gradients_vanish(measured)
+        if not vanish and _is_idle(member.after, stages, by_stage):
+            return torch.zeros_like(surviving) if stage.earlier else tested
         if not waves:
             return surviving | tested
         earlier = [by_stage[name] for name in stage.earlier]
@@ -360,7 +365,9 @@ class SuiteAttack(AttackKind):
         share = math.ceil(n_first / 2 ** (waves - max(len(earlier) - 1, 0)))
         last = len(earlier) == waves
         heights = _heights(clean, measured, goal=plan.threat.goal)
-        wave = _lowest(surviving & ~tried, heights, n_first if last else max(share, LEAST))
+        wave = _lowest(
+            surviving & ~tried, heights, n_first if last else max(share, LEAST if vanish else member.least)
+        )
         return wave if earlier else wave | tested
 
     def evidence(
@@ -383,6 +390,13 @@ class SuiteAttack(AttackKind):
             )
             added[TRIGGERED] = moved if outline.threat.goal is None else reached
         return added
+
+
+def _is_idle(attack: str, stages: Sequence[Stage], by_stage: Mapping[str, Columns]) -> bool:
+    """Whether the attack with this name has run and broke no example."""
+    waves = [stage.name for stage in stages if stage.member is not None and stage.member.name == attack]
+    ran = [by_stage[name] for name in waves if name in by_stage]
+    return bool(ran) and not any(columns["success"].any() for columns in ran)
 
 
 def _tested(plan: "Plan", clean: Columns, certified: Mask) -> Mask:
@@ -427,7 +441,7 @@ def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
     """Return the perturbation that was fitted in an earlier stage for the attack of a stage, or None if its attack is
     not a learned one.
     """
-    first = fit_stage_of((*stage.earlier, stage.name)[0])
+    first = fit_stage_of(stage.first)
     return by_stage[first]["learned.x"] if first in by_stage else None
 
 
