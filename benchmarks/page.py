@@ -67,8 +67,8 @@ SUBJECTS = {
     "serving-small": "`holdfast serve` of the bundled CNN (MNIST), beside FastAPI that calls the model with each "
     "request and FastAPI with the same batches, and of the bundled CNN and ResNet-20 (CIFAR-10) with the default guard "
     "and without: requests per CPU second of the server.",
-    "serving-monitor": "`holdfast serve` of the bundled CNN (MNIST) with `--monitor` and without: throughput in rounds "
-    "that alternate.",
+    "serving-monitor": "`holdfast serve` of the bundled CNN (MNIST) with `--monitor` and without: requests per CPU "
+    "second and throughput in rounds that alternate.",
     "serving-soak": "`holdfast serve` for 20 minutes with two workers, of which one is killed each minute: what "
     "clients that retry receive, how requests in the audit end, and the memory of the processes.",
     "reading-files": "`holdfast assess` on files of each format: CPU time with the limits of reading and without.",

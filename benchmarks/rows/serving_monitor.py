@@ -1,4 +1,4 @@
-"""Throughput of `holdfast serve` with the bundled CNN, with `--monitor` and without.
+"""Requests per CPU second of `holdfast serve` with the bundled CNN, with `--monitor` and without.
 
 `python -m benchmarks.rows.serving_monitor ROUNDS SECONDS` is a trial without a record.
 """
@@ -21,9 +21,9 @@ from holdfast.statistics.intervals import resampled
 from holdfast.verbs.monitor import live_reference
 from holdfast.verbs.settings import Monitor
 
-WHAT = "holdfast serve, bundled CNN: throughput with the monitor and without"
+WHAT = "holdfast serve, bundled CNN: requests per CPU second with the monitor and without"
 NAME, SHAPE = "mnist-cnn", (1, 28, 28)
-CONNECTIONS, ROUNDS, SECONDS, LEAST = 16, 20, 1.0, 0.95
+CONNECTIONS, ROUNDS, SECONDS, LEAST = 16, 20, 1.0, 0.97
 MOST_PER_SECOND = {"JSON": 3000, "binary": 4500}
 """Different requests that are prepared for each second of a round."""
 SENT = 50_000
@@ -62,8 +62,8 @@ def outcome(rounds: int, seconds: float) -> Outcome:
                     "95 % interval": f"{low:.3f} to {high:.3f}",
                     "requests per CPU second / without": round(cpu_ratio(rows[MONITORED], rows[PLAIN]), 3),
                 }
-                text = f"{form}: throughput of {MONITORED} / {PLAIN} >= {LEAST:g}"
-                claims.append(Claim(text, ratio(rows[MONITORED], rows[PLAIN]), LEAST, least=True))
+                text = f"{form}: requests per CPU second of {MONITORED} / {PLAIN} >= {LEAST:g}"
+                claims.append(Claim(text, cpu_ratio(rows[MONITORED], rows[PLAIN]), LEAST, least=True))
             compared = monitor.summary()["stream"]["n"]
     claims.append(Claim("inputs that the monitor compared >= 1", compared, 1, least=True))
     config: Cells = {
@@ -73,6 +73,7 @@ def outcome(rounds: int, seconds: float) -> Outcome:
     }  # fmt: skip
     notes = [
         "rounds of both servers alternate, and each image is sent once to a server",
+        "the CPU time is that of the worker, without that of the supervisor, which runs the tests",
         "ratios are medians over the rounds; the interval is that of the median by the bootstrap",
         "the rounds begin after the power of the tests was computed, which takes seconds once after the start",
         f"the monitor compared {compared:,} inputs",

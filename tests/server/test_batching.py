@@ -1,9 +1,12 @@
 """Batches: they grow with the load, keep the order, and a request that would wait too long is refused."""
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
+import torch
 
 from holdfast.server.requests import Batcher, Refused
 
@@ -47,6 +50,33 @@ def test_requests_that_arrive_during_a_batch_form_the_next_one():
     assert answer.batches == [[0], [1, 2], [3, -4]]
 
 
+def test_concurrent_clients_share_batches_and_a_client_alone_does_not_wait():
+    batches = []
+
+    def answer(batch):
+        batches.append(list(batch))
+        return batch
+
+    async def main():
+        queue = batcher(answer, gather_s=60.0)
+
+        async def client(k, pause_s):
+            for _ in range(3):
+                await queue.submit(k, 1)
+                await asyncio.sleep(pause_s)
+
+        await asyncio.wait_for(client(7, 0.0), 30)
+        alone = list(batches)
+        batches.clear()
+        # the second batch waits for the client that sends its next request later
+        await asyncio.wait_for(asyncio.gather(client(0, 0.0), client(1, 0.02)), 30)
+        queue.close()
+        return alone
+
+    assert asyncio.run(main()) == [[7]] * 3
+    assert batches == [[0, 1]] * 3
+
+
 def test_one_cancelled_request_and_one_error_do_not_affect_the_others():
     answer = Gated()
 
@@ -62,6 +92,25 @@ def test_one_cancelled_request_and_one_error_do_not_affect_the_others():
 
     cancelled, failed, answered = asyncio.run(main())
     assert isinstance(cancelled, asyncio.CancelledError) and isinstance(failed, ValueError) and answered == 30
+
+
+def test_refused_requests_do_not_wait_for_the_garbage_collector():
+    async def main():
+        queue, references = batcher(lambda batch: [Refused(422, "refused") for _ in batch]), []
+        gc.disable()
+        try:
+            for _ in range(4):
+                request = torch.zeros(1)
+                references.append(weakref.ref(request))
+                with pytest.raises(Refused):
+                    await queue.submit(request, 1)
+                del request
+            queue.close()
+            return sum(each() is not None for each in references)
+        finally:
+            gc.enable()
+
+    assert asyncio.run(main()) <= 1  # that of the last batch
 
 
 def test_an_error_of_a_whole_batch_reaches_its_requests_and_the_thread_continues():

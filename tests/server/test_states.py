@@ -237,6 +237,39 @@ def test_processes_write_one_file_at_the_same_time(tmp_path):
     assert path.stat().st_mode & 0o077 == 0  # nobody else may read it
 
 
+ANSWERING = """
+import sys, torch
+from pathlib import Path
+from holdfast.guard.detectors.queries import QueryDetector
+from holdfast.guard.state_in_sqlite import SQLiteState
+detector = QueryDetector(bytes(range(32)), SQLiteState(Path(sys.argv[1])), (3, 32, 32))
+for k in range(10**6):
+    x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(k))
+    detector.score(x, ["client"] * 8, float(k))
+    print(k, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_loses_no_answered_query_and_no_part_of_a_batch(tmp_path):
+    path = tmp_path / "state.db"
+    with subprocess.Popen([sys.executable, "-c", ANSWERING, str(path)], stdout=subprocess.PIPE) as process:
+        for _ in range(40):
+            process.stdout.readline()
+        process.kill()
+        answered = 40 + len([line for line in process.stdout if line.endswith(b"\n")])
+    state = SQLiteState(path)
+    detector = QueryDetector(KEY, state, SHAPE)
+    for k in range(answered):
+        x = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(k))
+        assert all(each.repeat for each in detector.examine(x, ["client"] * 8, float(k)).details)
+    state.close()
+    with closing(sqlite3.connect(path)) as db:
+        clusters, answers = db.execute("SELECT clusters, answers FROM state").fetchone()
+        assert clusters == answers and answers // 8 in (answered, answered + 1) and answers % 8 == 0
+        assert db.execute("SELECT count(*) FROM answers").fetchone() == (answers,)
+
+
 def test_a_process_waits_for_another_one_that_creates_the_file(tmp_path):
     path = tmp_path / "state.db"
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:

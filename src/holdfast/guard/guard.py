@@ -93,7 +93,10 @@ class _Draft:
 
     @classmethod
     def of(cls, made: RequestDecision) -> "_Draft":
-        """Return the draft of a decision to which further scores are added."""
+        """Return the draft of a decision to which further scores are added: the one that it was created from, once."""
+        drafted: _Draft | None = made.__dict__.pop("_draft", None)
+        if drafted is not None:
+            return drafted
         rows = [list(row.scores) for row in made.rows]
         draft = cls(made.request, made.principal, _x(made), rows, dict(made.notes), made.action)
         draft.fired = any(score.fired for row in rows for score in row)
@@ -116,18 +119,20 @@ class _Draft:
 
     def decision(self) -> RequestDecision:
         """Return the decision."""
-        decision = RequestDecision(
-            self.request,
-            self.principal,
-            tuple([RowDecision(tuple(row)) for row in self.rows]),
-            self.refusal,
-            self.delay_s,
-            self.x,
-            self.unchecked,
-            self.unavailable,
-            self.notes,
+        decision: RequestDecision = object.__new__(RequestDecision)
+        # in one step: the constructor of a frozen dataclass takes three times as long; and with the cached property
+        decision.__dict__.update(
+            request=self.request,
+            principal=self.principal,
+            rows=tuple([RowDecision(tuple(row)) for row in self.rows]),
+            refusal=self.refusal,
+            delay_s=self.delay_s,
+            x=self.x,
+            unchecked=self.unchecked,
+            unavailable=self.unavailable,
+            notes=self.notes,
+            action=self.action,
         )
-        decision.__dict__["action"] = self.action  # the cached property, so that it is not computed again
         return decision
 
 
@@ -206,6 +211,12 @@ class GuardPipeline(RequestGuard):
         used = {name: self.detectors[name] for name in self._after}
         return {name: each for name, each in used.items() if not isinstance(each, Fitted) or each.fitted}
 
+    @cached_property
+    def _valid(self) -> Score | None:
+        """The score of a valid input by the rule on shape and data type, if it is such that the rule does not fire."""
+        score = self.rules[SCHEMA].score(0.0) if SCHEMA in self.rules else None
+        return None if score is None or score.fired else score
+
     def before_many(self, requests: Sequence[Incoming]) -> list[RequestDecision]:
         """Return the decisions about several requests, with one call of each rule for all of them.
 
@@ -267,7 +278,10 @@ class GuardPipeline(RequestGuard):
 
     def _with_schema(self, request: Incoming) -> _Draft:
         """The decision about a request after the rule on its shape and data type."""
-        x, fault, rule = request.x, self.schema.fault(request.x), self.rules.get(SCHEMA)
+        x, fault = request.x, self.schema.fault(request.x)
+        if not fault and self._valid is not None:
+            return _Draft(request.request, request.principal, x, [[self._valid] for _ in range(x.shape[0])])
+        rule = self.rules.get(SCHEMA)
         draft = _Draft(
             request.request, request.principal, x, [[] for _ in range(x.shape[0] if x.dim() else 1)] or [[]]
         )
@@ -353,10 +367,13 @@ class GuardPipeline(RequestGuard):
 
         The score is infinite if the logits contain NaN or plus infinity, so that a faulty model raises an alarm.
         """
+        scores = {name: detector(seen) for name, detector in self._ready.items()}
+        if all_finite(seen.logits) and all(map(all_finite, scores.values())):  # as nearly always
+            return scores
         faulty = ~(seen.logits < torch.inf).all(1)
         return {
-            name: detector(seen).masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
-            for name, detector in self._ready.items()
+            name: values.masked_fill(faulty, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            for name, values in scores.items()
         }
 
     def _finished(self, drafts: Sequence[_Draft], *, final: bool) -> list[RequestDecision]:
@@ -378,6 +395,8 @@ class GuardPipeline(RequestGuard):
                 if draft.fired and self.stored is not None and not self.stored.add(decision):
                     notes = {**decision.notes, "stored": "the inputs could not be stored"}
                     decision = replace(decision, notes=notes)
+            else:
+                decision.__dict__["_draft"] = draft  # see `_Draft.of`
             decisions.append(decision)
         self.observed.add(n, alarms)
         return decisions
@@ -390,9 +409,15 @@ class GuardPipeline(RequestGuard):
 
 def _add(drafts: Sequence[_Draft], rule: Rule, values: Tensor) -> None:
     """Add the scores (n,) of a rule, one for each input, to the decisions about these requests."""
-    scores = map(rule.score, values.tolist())
+    numbers = values.tolist()
+    scores = map(rule.score, numbers)
+    if max(numbers) > rule.threshold:
+        for draft in drafts:
+            draft.add(scores)
+        return
     for draft in drafts:
-        draft.add(scores)
+        for row in draft.rows:
+            row.append(next(scores))
 
 
 def _x(decision: RequestDecision) -> Tensor:

@@ -117,12 +117,13 @@ class HashIndex:
     def __len__(self) -> int:
         return len(self._hashes) + self._n_recent
 
-    def add(self, hashes: Iterable[int], row: int) -> None:
+    def add(self, hashes: Sequence[int], row: int) -> None:
         """Add the hashes of a row."""
+        recent = self._recent
         for each in hashes:
-            if self._recent.setdefault(each, row) != row:
+            if recent.setdefault(each, row) != row:
                 self._further.setdefault(each, []).append(row)
-            self._n_recent += 1
+        self._n_recent += len(hashes)
         if self._n_recent > _RECENT:
             self._merge()
 
@@ -167,11 +168,9 @@ class HashIndex:
         return int(self._hashes.searchsorted(each)), int(self._hashes.searchsorted(each, "right"))
 
     def _merge(self) -> None:
-        pairs = [
-            *self._recent.items(),
-            *((each, row) for each, rows in self._further.items() for row in rows),
-        ]
-        hashes, rows = np.array(pairs, np.int64).reshape(-1, 2).T
+        further = [(each, row) for each, rows in self._further.items() for row in rows]
+        hashes = np.array([*self._recent, *(each for each, _ in further)], np.int64)
+        rows = np.array([*self._recent.values(), *(row for _, row in further)], np.int64)
         self._recent, self._further, self._n_recent = {}, {}, 0
         self._insert(hashes, rows)
         if self._dropped:
@@ -207,7 +206,7 @@ Counts = tuple[int, int, int, int]
 _Pairs = tuple[HashIndex, Sequence[int], int]
 """an index, the hashes that are to be added to it, and the number of their row"""
 
-_GAIN = 50  # new rows of one process after which it drops old ones
+_GAIN = 200  # new rows of one process after which it drops old ones
 _AGAIN_S = 0.02  # between two attempts to open a file that another process creates
 _LONGEST_LOG = 16 * 2**20  # bytes of the write-ahead log from which a process makes a checkpoint
 _HASH = 8  # bytes of a stored hash
@@ -337,7 +336,7 @@ class SQLiteState:
             timeout=self._wait_s,
             isolation_level=None,
             check_same_thread=False,
-            cached_statements=64,
+            cached_statements=4 * _ROWS,  # those of `_insert` for each number of rows, and the others
         )
         try:
             db.execute("PRAGMA journal_mode = WAL")
@@ -569,15 +568,12 @@ def _insert(db: sqlite3.Connection, statement: str, rows: Sequence[tuple[object,
     """Insert rows, many with each statement.
 
     SQLite releases the interpreter lock in each step of a statement, and a thread that computes a model may keep it
-    then. `executemany` takes one step for each row. Numbers of rows are powers of two, so that few statements are
-    compiled.
+    then. `executemany` takes one step for each row.
     """
-    first = 0
-    while first < len(rows):
-        n = min(_ROWS, 1 << (len(rows) - first).bit_length() - 1)
-        values = ",".join([f"({','.join('?' * len(rows[first]))})"] * n)
-        db.execute(f"{statement} VALUES {values}", list(itertools.chain(*rows[first : first + n])))
-        first += n
+    for first in range(0, len(rows), _ROWS):
+        part = rows[first : first + _ROWS]
+        values = ",".join([f"({','.join('?' * len(part[0]))})"] * len(part))
+        db.execute(f"{statement} VALUES {values}", list(itertools.chain(*part)))
 
 
 def _sequences(db: sqlite3.Connection, table: str) -> Hashes:

@@ -247,6 +247,10 @@ class Batcher(Generic[Request, Response]):
     place of a response; an exception that it raises is that of all of its requests. A batch has at most `max_rows`
     inputs, and fewer if it would take longer than half of `max_latency_s`. A request that would wait for longer than
     `max_latency_s` is refused with status 503.
+
+    With `gather_s`, a batch waits up to so many seconds until it has as many inputs as were unanswered when the last
+    batch ended: concurrent clients that send the next request after a response then share a batch. A request waits for
+    no other one if it was alone before.
     """
 
     def __init__(
@@ -255,13 +259,16 @@ class Batcher(Generic[Request, Response]):
         *,
         max_rows: int,
         max_latency_s: float,
+        gather_s: float = 0.0,
         seen: Callable[[int, float], object] = lambda rows, seconds: None,
     ) -> None:
         self._answer, self._seen = answer, seen
-        self._max_rows, self._max_latency_s = max_rows, max_latency_s
+        self._max_rows, self._max_latency_s, self._gather_s = max_rows, max_latency_s, gather_s
         self._queue: deque[_Waiting[Request, Response]] = deque()
         self._arrived = threading.Condition()
         self._rows = self._running = 0
+        self._wanted = 1  # number of waiting inputs from which the thread is woken
+        self._open = 0  # number of inputs that waited or ran when the last batch ended
         self._row_s = 0.0
         self._progress_s: float | None = None
         self._closed = False
@@ -288,13 +295,17 @@ class Batcher(Generic[Request, Response]):
         if self._waking is not loop:  # once for all requests that the loop receives at a time
             self._waking = loop
             loop.call_soon(self._wake)
-        return await entry.future
+        try:
+            return await entry.future
+        finally:  # an error refers to this frame: with `entry`, its inputs would wait for the garbage collector
+            del entry
 
     def _wake(self) -> None:
         """Wake the thread. Called by the event loop."""
         self._waking = None
         with self._arrived:
-            self._arrived.notify()
+            if self._rows >= self._wanted:
+                self._arrived.notify()
 
     @property
     def busy_s(self) -> float:
@@ -337,6 +348,7 @@ class Batcher(Generic[Request, Response]):
             taken_s = time.perf_counter() - begin
             self._row_s += (taken_s / rows - self._row_s) * (_WEIGHT if self._row_s else 1.0)
             self._seen(rows, taken_s)
+            self._open = self._rows + rows  # before the responses, after which the same clients send again
             # one call for all requests, because waking the loop is expensive
             if self._loop is not None and not self._loop.is_closed():
                 pairs = [(entry.future, response) for entry, response in zip(batch, responses, strict=True)]
@@ -345,10 +357,15 @@ class Batcher(Generic[Request, Response]):
     def _next(self) -> list[_Waiting[Request, Response]]:
         """Return the requests of the next batch; none after the queue is closed and empty."""
         with self._arrived:
-            self._running, self._progress_s = 0, None
+            limit = self.largest
+            expected = min(self._open, limit)
+            self._running, self._progress_s, self._wanted = 0, None, 1
             self._arrived.wait_for(lambda: self._queue or self._closed)
+            if self._gather_s:
+                self._wanted = expected
+                self._arrived.wait_for(lambda: self._rows >= expected or self._closed, self._gather_s)
             batch: list[_Waiting[Request, Response]] = []
-            rows, limit = 0, self.largest
+            rows = 0
             while self._queue and (not batch or rows + self._queue[0].rows <= limit):
                 batch.append(self._queue.popleft())
                 rows += batch[-1].rows

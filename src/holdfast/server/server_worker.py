@@ -4,6 +4,7 @@ It ends when the pipe from the supervisor is closed, after it has answered the r
 """
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -86,6 +87,11 @@ _OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
+_GATHER_S = 0.003
+"""longest time in which requests are gathered for one transaction of the state of the query detector"""
+_YOUNG = 10_000
+"""Number of new objects from which the garbage collector looks for cycles. Requests of some batches are fewer, so that
+they are gone before; the default of Python is 700."""
 
 
 @dataclass(eq=False)
@@ -135,6 +141,7 @@ class Worker:
             self.answering,
             max_rows=settings.max_rows,
             max_latency_s=seconds(settings.max_latency, "max_latency"),
+            gather_s=_GATHER_S if isinstance(guard, GuardPipeline) and guard.queries is not None else 0.0,
             seen=self._seen,
         )
         self.answering.progress = self.batcher.progress
@@ -379,6 +386,9 @@ class Worker:
     def run(self, listener: socket.socket) -> None:
         """Answer requests until `drain` is called, and then those that were received before."""
         self.served.readiness.start()
+        # A full collection visits every object of torch and of the model, which takes 0.1 s; these objects stay.
+        gc.freeze()
+        gc.set_threshold(_YOUNG)
         for repeated in (self._report_often, self._flush_often):
             threading.Thread(target=repeated, daemon=True).start()
         with asyncio.Runner(

@@ -246,6 +246,8 @@ class Energy:
 
     def __call__(self, seen: Observation) -> torch.Tensor:
         """Return the energy (n,) of each input."""
+        if self.temperature == 1:
+            return -seen.logits.logsumexp(1)
         return -self.temperature * (seen.logits / self.temperature).logsumexp(1)
 
 

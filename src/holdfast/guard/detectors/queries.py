@@ -120,7 +120,10 @@ class StateView:
         self.clusters[cluster.key] = cluster
         self.added[cluster.key] = list(dict.fromkeys(hashes))
         for each in self.added[cluster.key]:
-            bucket = self.buckets.setdefault(each, [])
+            bucket = self.buckets.get(each)
+            if bucket is None:  # as for most hashes
+                self.buckets[each] = [cluster.key]
+                continue
             if len(bucket) >= BUCKET:
                 # a key without a cluster is that of one that was dropped meanwhile
                 oldest = min(
