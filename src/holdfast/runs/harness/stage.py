@@ -89,6 +89,8 @@ class StageKind(Protocol):
     """whether the stage is divided into shards; otherwise it is run once, on its own data sets"""
     in_suite: ClassVar[bool] = False
     """whether the stage runs an attack of the suite, so that later stages skip the examples that it breaks"""
+    reuses: ClassVar[bool] = False
+    """whether the stage starts from results of an earlier run, so that comparisons of runs ignore it"""
     of_attack: ClassVar[bool] = False
     """whether the stage prepares an attack, so that its cost and its deadline are those of that attack"""
     smallest: ClassVar[bool] = False
