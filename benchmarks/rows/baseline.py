@@ -15,7 +15,7 @@ from benchmarks.absent import Absent
 from benchmarks.networks import images, network
 from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.side_by_side import timed
-from holdfast import Result
+from holdfast.runs.assess.result import Result
 
 WHAT = "`assess --baseline` after 50 further updates of training, beside a fresh run on the same images"
 N, UPDATES, BATCH, STEPS, LR, MOST = 200, 50, 64, 5, 1e-3, 0.5
