@@ -84,7 +84,10 @@ def test_examples_are_found_by_their_inputs_and_not_by_their_places(earlier):
 
 def test_unusable_baselines_are_refused_or_only_compared_with(earlier):
     empty = assess()
-    with pytest.raises(UsageError, match="stores no adversarial examples; a run with save_adversarial does"):
+    with pytest.raises(
+        UsageError,
+        match="stores no adversarial examples of its suite; a run with save_adversarial stores them",
+    ):
         assess(0.05, baseline=empty)
     with pytest.raises(UsageError, match="is a run under linf:0.3, and the threat is l2:0.1"):
         assess(0.05, "l2:0.1", baseline=earlier)

@@ -98,12 +98,11 @@ def with_stored_inputs(request: AssessRequest, run: Result) -> AssessRequest:
     if earlier.constraint.name != constraint.name:
         reason = f"is a run under {earlier.text}, and the threat is {plan.threat.text}"
         remedies.insert(0, Remedy("threat", plan.threat.with_change(str(earlier.constraint))))
-    elif not len(run.adversarial.get("id", ())):
-        reason = "stores no adversarial examples; a run with save_adversarial does"
     else:
-        chain = run.about.get("hashes", {}).get("chain")
-        attack = baseline_of(run.evidence, run.adversarial, chain)
-        return replace(request, plan=replace(plan, baseline=attack))
+        attack = baseline_of(run.evidence, run.adversarial, run.about.get("hashes", {}).get("chain"))
+        if attack is not None:
+            return replace(request, plan=replace(plan, baseline=attack))
+        reason = "stores no adversarial examples of its suite; a run with save_adversarial stores them"
     if any(claim.versus == "baseline" for claim in request.gates):
         return replace(request, notes=(*request.notes, f"no attack begins with the baseline, which {reason}"))
     raise UsageError(f"baseline {reason}", *remedies)

@@ -47,7 +47,7 @@ class Baseline:
     """digests of the clean inputs and labels, (n, 32) uint8"""
     x: Inputs = field(repr=False, compare=False)
     """adversarial inputs, (n, *features)"""
-    queries: Tensor = field(repr=False, compare=False)
+    earlier_queries: Tensor = field(repr=False, compare=False)
     """number of queries that the attacks of the earlier run made for each of these examples, (n) int64"""
     steps: Count = 20
     """number of gradient steps from an input that is classified correctly"""
@@ -91,14 +91,18 @@ class Baseline:
         return best.x
 
 
-def baseline_of(evidence: Evidence, inputs: Columns, chain: str | None) -> Baseline:
-    """Return the attack with the stored adversarial inputs of an earlier run.
+def baseline_of(evidence: Evidence, inputs: Columns, chain: str | None) -> Baseline | None:
+    """Return the attack with the adversarial inputs that an earlier run stored, or None if its suite found none.
 
     `inputs` has the columns `id` and `x` with these inputs. `chain` is the head of the hash chain of the run, which
     identifies it; a run in memory, with None, is identified by the SHA-256 of its inputs.
     """
+    if not inputs:
+        return None
     rows = Lookup(evidence["id"]).rows(inputs["id"])
     of_suite = (evidence["suite_success"] & evidence["success"])[rows]
+    if not of_suite.any():
+        return None
     rows, x = rows[of_suite], inputs["x"][of_suite]
     keys = evidence["digest"][rows]
     contents = hashlib.sha256(keys.numpy().tobytes() + x.contiguous().numpy().tobytes())
@@ -147,7 +151,7 @@ class FromBaseline(AttackKind):
         for each example.
         """
         assert isinstance(stage.attack, Baseline)
-        earlier = stage.attack.queries[stage.attack.rows(digests(batch))]
+        earlier = stage.attack.earlier_queries[stage.attack.rows(digests(batch))]
         return super().piece(stage, work, batch, rng, missed) | {EARLIER_QUERIES: earlier}
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
