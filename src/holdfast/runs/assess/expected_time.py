@@ -387,6 +387,8 @@ def expected_rows(
     ]
     attack_rows += _attacked(checks, plan, min(due, CHECKED), passes)[0]
     judging = sum(judged * _of(member, passes).once(due) for member in members)
+    if plan.baseline is not None:  # without gradients, its stored inputs are only judged
+        judging += judged * passes.once(due)
     judging += _on_surrogates(plan, n, passes, judged) + _across(
         plan, n, passes, tuple(map(len, order.across))
     )
