@@ -68,6 +68,7 @@ ROWS = {
     "scores": "scores",
     "transfer": "transfer",
     "resume": "resume",
+    "baseline": "baseline",
     "swaps": "swaps",
     "draws": "draws",
     "smoothing": "smoothing",

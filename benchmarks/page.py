@@ -101,6 +101,9 @@ SUBJECTS = {
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",
+    "baseline": "Assessments of networks after 50 further updates of training: with the run before them as "
+    "`--baseline`, and afresh. Examples that the baseline breaks take few of the queries of a fresh run, so that it "
+    "saves little time.",
     "resume": "Hardening runs that are killed ten times while they train: tensors that differ from an uninterrupted "
     "run.",
     "swaps": "Parameters swapped every second under 200 requests a second: failed requests, requests that mixed two "

@@ -1024,6 +1024,14 @@ situation("curve without a norm", planned, threat="corruptions:3", suite="corrup
 situation(
     "gate against no run", assessed, {"baseline": Later(baseline)}, gates=["regression <= 0.1 vs baseline"]
 )
+situation("a baseline without adversarial examples", assessed, suite="pgd", baseline=Later(baseline))
+situation(
+    "a baseline under another norm",
+    assessed,
+    threat="l2:0.5",
+    suite="pgd",
+    baseline=Later(lambda: assessed(threat="linf:0.5", suite="pgd", save_adversarial=True)),
+)
 situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)

@@ -66,10 +66,14 @@ class Relay:
             self._search(model, remaining, constraint, searched, rng.at("search", number), self.p_init)
             best.offer(remaining, searched.x, searched.margin)
             self._refine(model, remaining, constraint, best, searched)
+        self.improve(model, batch, constraint, best, rng)
+        return best.x
+
+    def improve(self, model: Model, batch: Batch, constraint: Constraint, best: Best, rng: Draws) -> None:
+        """Run the `rounds` of the attack from the points in `best`, and add the points that they find to it."""
         for number in range(self.rounds):
             self._search(model, batch, constraint, best, rng.at("round", number), self.p_best)
             self._refine(model, batch, constraint, best, best)
-        return best.x
 
     def _aim(self, model: Model, batch: Batch, constraint: Constraint, best: Best, rng: Draws) -> None:
         rows = best.surviving

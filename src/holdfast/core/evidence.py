@@ -120,6 +120,22 @@ class Places:
     """number of examples that survive the change at one random position of each"""
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """Record of an attack with the stored adversarial inputs of an earlier run."""
+
+    tried: int
+    """number of correct examples with a stored input"""
+    transferred: int
+    """number of them that the stored input itself broke"""
+    broke: int
+    """number of them that were broken, by the stored input or in a search that begins with it"""
+    queries: int
+    """number of queries of the attack for the broken examples"""
+    earlier_queries: int
+    """number of queries of all attacks of the earlier run for the same examples"""
+
+
 MethodState = Literal[
     "not reached",
     "run",
@@ -192,6 +208,8 @@ class AttackRecord:
     """numbers about the positions of a change that is placed at the worst one of each image; None for other attacks"""
     search: SearchRecord | None = None
     """methods of an adaptive search; None for other attacks"""
+    reuse: Reuse | None = None
+    """numbers about the stored inputs of an earlier run; None for other attacks"""
 
 
 @dataclass(frozen=True)

@@ -56,17 +56,23 @@ def settled(case: Case) -> Doubt | None:
     """Return the doubt as clear if the suite has searched without a result, and almost all that it broke was broken by
     its attacks that follow gradients and do not search.
     """
-    searched, outcomes = case.idle(searches=SEARCHED), case.context.outcomes
-    by_gradients = [
-        outcome.broken
-        for outcome in outcomes
-        if outcome.attack is not None
-        and outcome.attack.needs == "gradients"
-        and not search_queries(outcome.attack)
-    ]
-    if searched is None or not by_gradients:
+    searched = case.idle(searches=SEARCHED)
+    by_gradients, by_searches = (
+        torch.zeros_like(case.columns["success"]),
+        torch.zeros_like(case.columns["success"]),
+    )
+    followed = False
+    for outcome in case.context.outcomes:
+        if outcome.attack is None:
+            continue
+        if search_queries(outcome.attack):
+            by_searches |= outcome.broken
+        elif outcome.attack.needs == "gradients":
+            by_gradients |= outcome.broken
+            followed = True
+    if searched is None or not followed:
         return None
-    by_searches = case.columns["success"] & ~torch.stack(by_gradients).any(0)
+    by_searches &= ~by_gradients
     if int(by_searches.sum()) >= DISCORDANT:
         return None
     text = (

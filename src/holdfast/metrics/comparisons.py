@@ -64,8 +64,10 @@ def basis(first: Evidence, second: Evidence) -> Scope:
 
 
 def _passes(evidence: Evidence) -> tuple[object, ...]:
-    """Attacks and passes whose examples count, for comparison."""
-    attacks = [(record.name, record.settings) for record in evidence.attacks]
+    """Attacks and passes whose examples count, for comparison. Stored inputs of an earlier run are left out, since its
+    suite had found them.
+    """
+    attacks = [(record.name, record.settings) for record in evidence.attacks if record.reuse is None]
     passes = [(record.stage, record.settings) for record in evidence.passes]
     return evidence.suite, attacks, passes, [surrogate["digest"] for surrogate in evidence.surrogates]
 

@@ -72,7 +72,7 @@ def attack_sections(summary: SummaryPart) -> Iterator[Section]:
     )
     budget = query_budget(summary["threat"])
     allowed = f"the threat model allows {budget}" if budget else ""
-    notes = (allowed, _risks(summary), _fits(summary), _passes_line(summary))
+    notes = (allowed, _baseline(summary), _risks(summary), _fits(summary), _passes_line(summary))
     blocks: list[Block] = [table, *(Paragraph(note) for note in notes if note)]
     if noted := [f"{attack['name']}: {note}" for attack in summary["attacks"] for note in attack["notes"]]:
         blocks += [Paragraph(note, "page") for note in noted]
@@ -143,6 +143,25 @@ def bar(estimate: SummaryPart) -> Cell:
 def _left_out(attack: SummaryPart) -> bool:
     """Whether an attack was not run on any surviving example, because the time of the run was over."""
     return not attack["forwards"] and bool(attack["surviving_before"])
+
+
+def _baseline(summary: SummaryPart) -> str:
+    """A line on what the stored adversarial examples of an earlier run broke, and the queries that this saved."""
+    stored = next((attack["baseline"] for attack in summary["attacks"] if attack.get("baseline")), None)
+    if stored is None:
+        return ""
+    transferred, broke = stored["transferred"], stored["broke"]
+    line = (
+        f"baseline: the stored adversarial examples of the earlier run broke {count_text(transferred)} of "
+        f"{count_text(stored['tried'])} examples, and searches that began with them "
+        f"{count_text(broke - transferred)} more"
+    )
+    if broke:
+        line += (
+            f"; the attacks of the earlier run made {count_text(stored['earlier_queries'])} queries for these "
+            f"{count_text(broke)}, and this one {count_text(stored['queries'])}"
+        )
+    return f"{line}. All attacks of the suite were run on the others, and the doubts do not depend on it"
 
 
 def _risks(summary: SummaryPart) -> str:

@@ -113,6 +113,23 @@ class Search(TypedDict):
     changed: Natural
 
 
+class StoredInputs(TypedDict):
+    """Results with the stored adversarial inputs of an earlier run.
+
+    - `tried`: correct examples with a stored input
+    - `transferred`: those that the stored input itself broke
+    - `broke`: those that were broken, by the stored input or in a search that begins with it
+    - `queries`: queries of this attack for the broken examples
+    - `earlier_queries`: queries of all attacks of the earlier run for the same examples
+    """
+
+    tried: Natural
+    transferred: Natural
+    broke: Natural
+    queries: Natural
+    earlier_queries: Natural
+
+
 class AnswerCheck(TypedDict):
     """A check of the adaptive attack itself. If one is failed, the attack answers no doubt.
 
@@ -148,6 +165,7 @@ class Attack(CostJson, Smallest):
     - `fits`: fits of a learned attack, of which the best was used; 0 for other attacks
     - `positions`: positions of a change of which the worst of each image counts; null if there is a single one
     - `search`: methods of an adaptive search; null for other attacks
+    - `baseline`: results with the stored inputs of an earlier run; null for other attacks
     """
 
     stage: str
@@ -162,6 +180,7 @@ class Attack(CostJson, Smallest):
     fits: Natural
     positions: Positions | None
     search: NotRequired[Search | None]
+    baseline: NotRequired[StoredInputs | None]
 
 
 class CertificationRow(TypedDict):

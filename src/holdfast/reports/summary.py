@@ -237,6 +237,7 @@ def _attack(record: AttackRecord, after: forms.EstimateJson | None, smallest: fo
         "fits": record.fits,
         "positions": _positions(record.places),
         "search": None if record.search is None else strict(asdict(record.search)),
+        "baseline": None if record.reuse is None else strict(asdict(record.reuse)),
         **smallest,
     }
 

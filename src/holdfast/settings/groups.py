@@ -550,8 +550,10 @@ class Reports(SettingGroup):
     """Settings for the reports of a run, and for the earlier run with which it is compared."""
 
     section: ClassVar[Section] = "report"
-    baseline: Annotated[values.Given | None, Flag("RUN", completion="PATH", identifies=False)] = Field(
-        default=None, description="Run folder for gates that end in `vs baseline`."
+    baseline: Annotated[values.Given | None, Flag("RUN", completion="PATH")] = Field(
+        default=None,
+        description="Folder of an earlier run, for gates that end in `vs baseline`. assess also begins with the "
+        "adversarial examples that it stores (--save-adversarial).",
     )
     output: ReportFiles = Field(default_factory=list, description=REPORT_FILE)
 

@@ -29,7 +29,13 @@ from holdfast.verbs.checked_settings import check_settings
 from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.declared import with_found_properties, with_numbered_goal
 from holdfast.verbs.opening.models import pool_of
-from holdfast.verbs.opening.plans import assess_request, baseline_evidence, listed_attacks, prover
+from holdfast.verbs.opening.plans import (
+    assess_request,
+    baseline_run,
+    listed_attacks,
+    prover,
+    with_stored_inputs,
+)
 from holdfast.verbs.opening.resolve import (
     device_of_model,
     folder_of,
@@ -63,7 +69,7 @@ def measured(
     place = folder_of(folder, resume=resume)
     settings.refuse_unusable_cluster()
     listed_attacks(settings)  # before the model is opened
-    baseline = baseline_evidence(settings)
+    baseline = baseline_run(settings)
     with gradients(), journaled(place, resume=resume, keep=settings.keep_answers):
         subject, data, surrogates = settings.open()
         request = replace(
@@ -96,14 +102,16 @@ def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:
     """Return the expected cost of a run, from a few examples: for a model behind a server, the number of rows that the
     run would send to it, otherwise the numbers of passes and the time.
     """
-    baseline = baseline_evidence(settings)
+    baseline = baseline_run(settings)
     if isinstance(settings.model, str) and settings.model.partition(":")[0] in SCHEMES:
         return _estimated_rows(settings, baseline)
     with gradients():
         subject, data, surrogates = settings.open()
         request = _request(settings, (subject, data, surrogates), baseline)
         examples = selected(data, n=min(_TRIED, len(data)), sample=None, seed=settings.seed)
-        result = assess(subject, examples, replace(request, gates=(), workers=None, ray=None))
+        # an earlier run may have none of the first examples
+        tried = replace(request, plan=replace(request.plan, baseline=None), gates=(), workers=None, ray=None)
+        result = assess(subject, examples, tried)
         with readied(subject, data, torch.device(request.device)) as (target, sample):
             seconds = expected_seconds(request, request.plan, target, data, sample.x.device)
     cost, factor = result.cost, len(data) / len(examples)
@@ -117,7 +125,7 @@ def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:
     )
 
 
-def _estimated_rows(settings: Assess | Certify, baseline: Evidence | None) -> Rehearsed:
+def _estimated_rows(settings: Assess | Certify, baseline: Result | None) -> Rehearsed:
     """Return the expected number of rows. At most 64, or one larger batch, are sent to the server for it."""
     subject = open_subject(settings, transform=settings.transform)
     sent = inspection_counter(subject.model)
@@ -152,7 +160,7 @@ def _statistical(settings: Assess | Certify) -> StatisticalProver | None:
 def _request(
     settings: Assess | Certify,
     opened: Opened,
-    baseline: Evidence | None,
+    baseline: Result | None,
 ) -> AssessRequest:
     """Return the request of an assessment of the opened model and surrogates. It does not contain the measurement
     of attackers of a rotation pool.
@@ -161,7 +169,7 @@ def _request(
     settings = with_numbered_goal(settings, subject.model, data)
     request = assess_request(
         settings,
-        baseline=baseline,
+        baseline=None if baseline is None else baseline.evidence,
         device=device_of_model(settings, subject),
         target=subject.model.access,
         trees=reads_trees(subject.model),
@@ -170,6 +178,8 @@ def _request(
         from holdfast.certifiers.partitions import refuse_unpartitioned  # late, as few threats need it
 
         refuse_unpartitioned(subject.model)
+    if baseline is not None and isinstance(settings, Assess):
+        request = with_stored_inputs(request, baseline)
     smoothing, guard = _statistical(settings), settings.guard
     if smoothing is not None:
         request = certify_request(request, [smoothing], [])

@@ -52,8 +52,9 @@ TRIED = 32
 """Number of examples on which a short attack estimates how many survive the first attack."""
 _FEWEST = 0.2
 """Share of the passes of an attack on an example that it breaks early."""
-_STATED = ("clean", "attack", "fixed-pgd", "curve")
-"""Kinds of stages whose time is stated: that of others depends on how soon a search or a proof ends."""
+_STATED = ("clean", "baseline", "attack", "fixed-pgd", "curve")
+"""Kinds of stages whose time is stated: that of others depends on how soon a search or a proof ends. Stored inputs of a
+baseline take few passes and save others, which are both left out."""
 
 
 @dataclass(frozen=True)
@@ -409,6 +410,8 @@ def expected_rows(
     ]
     attack_rows += _attacked(checks, plan, min(due, CHECKED), passes)[0]
     judging = sum(judged * _of(member, passes).once(due) for member in members)
+    if plan.baseline is not None:  # without gradients, its stored inputs are only judged
+        judging += judged * passes.once(due)
     judging += _on_surrogates(plan, n, passes, judged) + _across(
         plan, n, passes, tuple(map(len, order.across))
     )

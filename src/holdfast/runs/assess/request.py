@@ -72,6 +72,8 @@ class AssessRequest:
     """function that measures the table of attackers of a model with rotation after the suite; None without rotation"""
     sampled: bool = False
     """whether the test examples are a random sample, and not the first ones"""
+    notes: tuple[str, ...] = ()
+    """notes for the reader on settings without an effect"""
     command: str = ""
     """command that repeats the run"""
     opening: Mapping[str, Any] = field(default_factory=dict)

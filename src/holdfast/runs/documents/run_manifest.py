@@ -163,6 +163,7 @@ def _attacks(manifest: Mapping[str, Any]) -> list[str]:
             words += ["--adaptive-budget", str(config["adaptive_budget"])]
     kinds = {step.get("kind") for step in steps}
     words += [option for kind, option in _OPTIONS_OF_KINDS.items() if kind in kinds]
+    words += ["--baseline", "RUN"] if "baseline" in kinds else []
     return [*words, "--no-doubts"] if config.get("doubts") == "none" else words
 
 
@@ -394,7 +395,15 @@ def _notes(
     climbing = any(member.attack.needs == "gradients" for member in plan.members)
     cut = (NO_GRADIENT,) if subject.model.cut and climbing else ()
     hidden = () if plan.shown else ("the run stores no examples, so that reports show none",)
-    notes = (*dict.fromkeys(notes_of_data), *target.notes, *small, *wide, *unknown, *hidden)
+    notes = (
+        *dict.fromkeys(notes_of_data),
+        *target.notes,
+        *small,
+        *wide,
+        *unknown,
+        *hidden,
+        *request.notes,
+    )
     return [*subject.notes, *cut, *surrogates, *notes]
 
 

@@ -22,6 +22,7 @@ from holdfast.core.evidence import (
     Places,
     ProofRecord,
     Residual,
+    Reuse,
     SearchRecord,
     Seconds,
     Table,
@@ -31,6 +32,7 @@ from holdfast.core.types import Ids, Mask, Rows
 from holdfast.doubts.protocol import AGAIN, probe_title
 from holdfast.runs.harness.kinds import KINDS
 from holdfast.runs.harness.kinds.attack import fit_stage_of
+from holdfast.runs.harness.kinds.baseline import EARLIER_QUERIES
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.stage import (
     Outline,
@@ -191,7 +193,11 @@ def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes)
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
     again = {*repeated_attacks(plan.steps, by_stage).values()}
-    attacks = [{"name": step.attack, **step.settings} for step in suite if step.attack in again]
+    attacks = [
+        {"name": step.attack, **step.settings}
+        for step in suite
+        if step.attack in again and not step.kind.reuses
+    ]
     results = []
     for place, (probe, tried) in enumerate(probes):
         columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
@@ -462,7 +468,7 @@ def _attack_records(
             before, after = int(surviving.sum()), int(survived.sum())
             risky = [{**columns, "ran": columns["ran"] & ~certified} for columns in waves]
             risk = residual(risky, int((surviving & ~certified).sum())) if len(waves) > 1 else None
-            places, search = _places(waves[0], surviving), _search(waves[0])
+            places, search, reuse = _places(waves[0], surviving), _search(waves[0]), _reuse(waves[0])
             notes = (
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
@@ -475,7 +481,9 @@ def _attack_records(
             fits = _fits(by_stage.get(learned))
             fields = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
             records.append(
-                AttackRecord(*fields, adaptive=stage.adaptive, fits=fits, places=places, search=search)
+                AttackRecord(
+                    *fields, adaptive=stage.adaptive, fits=fits, places=places, search=search, reuse=reuse
+                )
             )
             surviving = survived
     return tuple(records), total
@@ -523,6 +531,16 @@ def _placed(places: Places | None) -> tuple[str, ...]:
         return ()
     worst = f"judged at the worst of {places.tried:,} places of each image"
     return (f"{worst}; at one random place of each, {places.surviving_at_random:,} survive",)
+
+
+def _reuse(columns: Columns) -> Reuse | None:
+    """The numbers about stored inputs of an earlier run; None for other attacks."""
+    if EARLIER_QUERIES not in columns:
+        return None
+    broke = columns["success"]
+    as_stored = broke & (columns["backwards"] == 0)
+    queries = (int(columns[name][broke].sum()) for name in ("queries", EARLIER_QUERIES))
+    return Reuse(int(columns["ran"].sum()), int(as_stored.sum()), int(broke.sum()), *queries)
 
 
 _MOST_FIRST: tuple[MethodState, ...] = (

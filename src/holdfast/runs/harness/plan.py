@@ -15,6 +15,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import BUDGET, Arm, arms, within
 from holdfast.runs.harness.kinds import KINDS
+from holdfast.runs.harness.kinds.baseline import Baseline
 from holdfast.runs.harness.kinds.checks import Geometer, Trials
 from holdfast.runs.harness.stage import Against, Member, Outline, Stage, StageOutline
 
@@ -61,6 +62,8 @@ class Plan:
     """methods of certification that are run before the attacks of the suite; these then skip certified examples"""
     late_proofs: tuple[Prover, ...] = ()
     """methods of certification that are run after the attacks of the suite, on the examples that are still undecided"""
+    baseline: Baseline | None = None
+    """attack with the stored adversarial inputs of an earlier run, before those of the suite; None without them"""
     adaptive: tuple[Member, ...] = ()
     """attacks that are run if raised doubts require them, on the examples that survive all other attacks"""
     adaptive_budget: int = BUDGET
@@ -148,6 +151,8 @@ def settings(attack: Attack | Prover) -> dict[str, Any]:
     """
     plain: dict[str, Any] = {}
     for f in fields(attack):  # type: ignore[arg-type]
+        if not f.repr:  # stored inputs, which `run` identifies
+            continue
         value = getattr(attack, f.name)
         if isinstance(value, Attack):
             plain[f.name] = {"use": type(value).__name__, **settings(value)}

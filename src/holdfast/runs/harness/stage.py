@@ -102,6 +102,8 @@ class StageKind(Protocol):
     """whether the stage is divided into shards; otherwise it is run once, on its own data sets"""
     in_suite: ClassVar[bool] = False
     """whether the stage runs an attack of the suite, so that later stages skip the examples that it breaks"""
+    reuses: ClassVar[bool] = False
+    """whether the stage starts from results of an earlier run, so that comparisons of runs ignore it"""
     of_attack: ClassVar[bool] = False
     """whether the stage prepares an attack, so that its cost and its deadline are those of that attack"""
     smallest: ClassVar[bool] = False
@@ -302,10 +304,10 @@ def suite_columns(
 
 
 def outcomes(stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]) -> tuple[Outcome, ...]:
-    """Return what each attack of the suite did in its waves together, without the adaptive attacks."""
+    """Return what each attack of the suite did in its waves together, without adaptive attacks and a baseline."""
     waves: dict[str, list[Stage | StageOutline]] = {}
     for stage in stages:
-        if stage.kind.in_suite and not stage.adaptive and stage.name in by_stage:
+        if stage.kind.in_suite and not stage.kind.reuses and not stage.adaptive and stage.name in by_stage:
             waves.setdefault(stage.first, []).append(stage)
     return tuple(_outcome(of_attack, [by_stage[s.name] for s in of_attack]) for of_attack in waves.values())
 

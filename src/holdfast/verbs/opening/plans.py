@@ -23,6 +23,7 @@ from holdfast.gates.grammar import parse as parse_gate
 from holdfast.runs.assess.request import AssessRequest
 from holdfast.runs.assess.result import Result
 from holdfast.runs.documents.stored_runs import open_run
+from holdfast.runs.harness.kinds.baseline import baseline_of
 from holdfast.runs.harness.plan import DoubtsWanted, Plan, adaptive_members, members_of
 from holdfast.runs.harness.stage import Member
 from holdfast.settings.grammar import (
@@ -64,14 +65,47 @@ def examples_to_fit(plan: Plan) -> int:
     return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
 
 
-def baseline_evidence(settings: Measuring) -> Evidence | None:
-    """Return the evidence of the run with which gates compare: of a result, or of the folder of a finished run."""
+def baseline_run(settings: Measuring) -> Result | None:
+    """Return the earlier run of the setting `baseline`: a result, or that in the folder of a finished run."""
     run = settings.baseline
-    if run is None or isinstance(run, Evidence):
+    if run is None or isinstance(run, Result):
         return run
-    if not isinstance(run, Result | str):
+    if isinstance(run, Evidence):
+        return Result(run)
+    if not isinstance(run, str):
         raise UsageError(f"baseline is {kind_of(run)}; give a result, or the folder of a run")
-    return (run if isinstance(run, Result) else open_run(Path(run))).evidence
+    return open_run(Path(run))
+
+
+def baseline_evidence(settings: Measuring) -> Evidence | None:
+    """Return the evidence of the run with which gates compare."""
+    run = baseline_run(settings)
+    return None if run is None else run.evidence
+
+
+def with_stored_inputs(request: AssessRequest, run: Result) -> AssessRequest:
+    """Return the request with the attack that uses the stored adversarial inputs of an earlier run.
+
+    They are not used under a threat without a norm, for a search for the smallest change, and if every attack is run
+    on every example. If they cannot be used, and no gate compares with the run, it serves no purpose: this raises
+    `UsageError`. With such a gate, a note states the reason.
+    """
+    plan, earlier = request.plan, run.evidence.threat
+    constraint = plan.threat.constraint
+    if plan.smallest or plan.full or not constraint.is_ball or not plan.members:
+        return request
+    remedies = [Remedy("baseline")]
+    if earlier.constraint.name != constraint.name:
+        reason = f"is a run under {earlier.text}, and the threat is {plan.threat.text}"
+        remedies.insert(0, Remedy("threat", plan.threat.with_change(str(earlier.constraint))))
+    else:
+        attack = baseline_of(run.evidence, run.adversarial, run.about.get("hashes", {}).get("chain"))
+        if attack is not None:
+            return replace(request, plan=replace(plan, baseline=attack))
+        reason = "stores no adversarial examples of its suite; a run with save_adversarial stores them"
+    if any(claim.versus == "baseline" for claim in request.gates):
+        return replace(request, notes=(*request.notes, f"no attack begins with the baseline, which {reason}"))
+    raise UsageError(f"baseline {reason}", *remedies)
 
 
 def assess_request(

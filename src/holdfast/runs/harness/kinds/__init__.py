@@ -7,6 +7,7 @@ The names of the kinds are stored in `run.json`. The stages of a plan follow the
 from collections.abc import Mapping
 
 from holdfast.runs.harness.kinds.attack import Fit, SuiteAttack
+from holdfast.runs.harness.kinds.baseline import FromBaseline
 from holdfast.runs.harness.kinds.checks import AnswerChecks, GeometryTable, StatefulTable
 from holdfast.runs.harness.kinds.passes import (
     AcrossSets,
@@ -26,6 +27,7 @@ KINDS: Mapping[str, StageKind] = {
         QuickProof(),
         StatisticalProof(),
         RadiusProof(),
+        FromBaseline(),
         Fit(),
         SuiteAttack(),
         LateProof(),
