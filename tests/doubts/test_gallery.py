@@ -108,7 +108,7 @@ def exhibited(shown):
 
 
 def test_the_table_and_the_file_agree(monkeypatch, tmp_path):
-    monkeypatch.setattr(running, "exhibition", exhibited)
+    monkeypatch.setattr("holdfast.verbs.exhibition.exhibition", exhibited)
     place = tmp_path / "g.json"
     done = CliRunner().invoke(verbs, ["demo", "--gallery", "-o", str(place)])
     assert done.exit_code == 0, done.output

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,9 +30,11 @@ from holdfast.runs.engine.identity import way_out
 from holdfast.runs.engine.progress import EpochMeasures, Progress, Step, ignore, silent, stoppable
 from holdfast.verbs.checked_settings import VerbSettings
 from holdfast.verbs.configuration import DEMO, canonical_settings
-from holdfast.verbs.exhibition import Exhibit, exhibition
 from holdfast.verbs.functions import demo
 from holdfast.verbs.settings import Assess, AuditVerb, Certify, Harden
+
+if TYPE_CHECKING:
+    from holdfast.verbs.exhibition import Exhibit
 
 _STDOUT = "-"
 _REPEATED_S = 30.0  # seconds without a line of progress, after which one is written
@@ -321,13 +323,15 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
     """Measure the bundled models with masked gradients, print a table, and write a report to the file `place`. Return
     exit code 0.
     """
+    from holdfast.verbs.exhibition import exhibition  # late, as the other commands do without the gallery
+
     if place is not None and str(place) != _STDOUT:
         check_destination(place)
     voice.say(
         "building models with masked gradients on real digits, and running PGD and adaptive attacks on each"
     )
 
-    def show(exhibit: Exhibit) -> None:
+    def show(exhibit: "Exhibit") -> None:
         naive, adaptive = percent(exhibit.naive_robust_accuracy), percent(exhibit.adaptive_robust_accuracy)
         voice.say(f"  {exhibit.name}: {naive} robust under PGD, {adaptive} under adaptive attacks")
 
