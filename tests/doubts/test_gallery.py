@@ -7,7 +7,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from holdfast.cli import running
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
 from holdfast.core.gradients import Through

@@ -215,6 +215,10 @@ class Metered:
 
     def _record(self, x: Inputs, logits: Logits, rows: Tensor, classes: Labels, earlier: Tensor) -> None:
         """Record the first query that breaks each example with an allowed input; `earlier` are the previous counts."""
+        label = logits.gather(1, classes[:, None])
+        lower = int((logits < label).sum())  # comparisons with NaN are false, so that it counts as broken
+        if self._batch.target is None and lower == logits.numel() - len(logits):
+            return  # most queries break nothing
         limited, unbroken = self._threat.queries is not None, self._first[rows] == 0
         if not limited and not unbroken.any():
             return

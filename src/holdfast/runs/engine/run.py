@@ -320,6 +320,8 @@ class Run:
     of a stage is stored"""
     titles: Mapping[str, str] = field(default_factory=dict)
     """names of stages in reports, by the names of the stages; a stage without one is shown by its own name"""
+    n: int | None = None
+    """number of examples, if the run measures robust accuracy; otherwise None"""
 
     def document(self, kind: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the JSON document of the given kind from the store of the run. If it is not stored, it is computed and
@@ -436,4 +438,6 @@ class Run:
         """
         place = self.stages.index(stage) + 1
         title = self.titles.get(stage, "")
-        self.progress(Step(stage, place, len(self.stages), done, of, surviving, examples, title=title))
+        self.progress(
+            Step(stage, place, len(self.stages), done, of, surviving, examples, title=title, n=self.n)
+        )
