@@ -23,6 +23,7 @@ from benchmarks.absent import Absent
 
 ROWS = {
     "import": "imports",
+    "starting": "starting",
     "odd-batches": "odd_batches",
     "soundness": "soundness",
     "certification": "certification",

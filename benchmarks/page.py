@@ -17,6 +17,7 @@ PLACES = {"masked-unknown": PAGE.parent / "concepts" / "adaptive.md"}
 
 SUBJECTS = {
     "import": "CPU time of importing all attacks after torch, beside other attack libraries.",
+    "starting": "CPU time of short commands on the bundled network, in new processes that may use both cores.",
     "odd-batches": "Attacks on batches that are already broken, empty, of one image, non-contiguous or channels-last. "
     "*As any other* means the same result as for the same examples stored as usual.",
     "soundness": "Certificates of random small networks beside a mixed-integer solver, and of networks with a hidden "

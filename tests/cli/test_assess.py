@@ -344,7 +344,7 @@ def test_the_demo_runs_offline_in_a_minute_and_ends_with_0(elsewhere):
         [sys.executable, "-m", "holdfast", "demo"], capture_output=True, text=True, timeout=300, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    assert "stage 3/33: FMN, " in ended.stderr  # a pipe sees how far it has come
+    assert ended.stderr.count("robust accuracy at most ") > 1  # a pipe sees how far it has come
     report = elsewhere / ended.stdout.strip().splitlines()[-1]
     assert report.stat().st_size < 2_000_000
     content = json.loads(report.with_suffix(".json").read_text())

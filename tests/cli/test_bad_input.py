@@ -400,7 +400,7 @@ def test_a_signal_in_a_command_that_keeps_no_run_names_none(monkeypatch, capsys)
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("holdfast.cli.running.exhibition", stopped)
+    monkeypatch.setattr("holdfast.verbs.exhibition.exhibition", stopped)
     assert run(["demo", "--gallery"]) == 130
     assert capsys.readouterr().err.endswith("holdfast: stopped by SIGINT; start it again\n")
 

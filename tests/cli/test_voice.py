@@ -67,3 +67,26 @@ def test_lines_of_a_hardening_are_written_for_each_epoch_and_repeated_where_noth
         progress(Step("training pgd", 2, 3, 1, 2, 3, 9, EpochMeasures(1, 2, 0.5, 1 / 3, 1.0, 9, 30.0)))
     expected = "epoch 1 of 2: loss 0.5, robust 33.3 % and clean 100.0 % of 9 held-out examples, about 30 s"
     assert f"training pgd, {expected} left\n" in capsys.readouterr().err
+
+
+def test_a_bound_of_the_robust_accuracy_is_written_when_it_falls_and_at_most_every_few_seconds(
+    set_limit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def written(*steps: Step) -> str:
+        with running.progress_bar(Voice(), piped=running._bound_lines) as progress:
+            for step in steps:
+                progress(step)
+        return capsys.readouterr().err
+
+    part, clean, attacked = (
+        Step("clean", 1, 3, 50, 100, 48, 50, n=100),
+        Step("clean", 1, 3, 100, 100, 93, 100, n=100),
+        Step("1-pgd", 2, 3, 50, 100, 60, 100, n=100),
+    )
+    first = "robust accuracy at most 96.0 % (86.3 to 99.5 %), estimated from 50 of 100 examples\n"
+    assert written(part, clean, attacked) == first
+    set_limit("holdfast.cli.running._BETWEEN_S", 0.0)
+    later = (
+        "robust accuracy at most 93.0 % (86.1 to 97.1 %)\nrobust accuracy at most 60.0 % (49.7 to 69.7 %)\n"
+    )
+    assert written(part, clean, clean, attacked, Step("training", 1, 1, 1, 1, 3, 9)) == first + later

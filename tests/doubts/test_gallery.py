@@ -7,7 +7,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from holdfast.cli import running
 from holdfast.cli.app import verbs
 from holdfast.core.errors import UsageError
 from holdfast.core.gradients import Through
@@ -108,7 +107,7 @@ def exhibited(shown):
 
 
 def test_the_table_and_the_file_agree(monkeypatch, tmp_path):
-    monkeypatch.setattr(running, "exhibition", exhibited)
+    monkeypatch.setattr("holdfast.verbs.exhibition.exhibition", exhibited)
     place = tmp_path / "g.json"
     done = CliRunner().invoke(verbs, ["demo", "--gallery", "-o", str(place)])
     assert done.exit_code == 0, done.output

@@ -100,7 +100,9 @@ def test_the_model_is_unchanged_afterwards():
 @pytest.mark.slow
 def test_progress_increases_and_ends_complete():
     steps = []
-    result = assess(subject(), data(), order(doubts="all"), progress=steps.append)
+    result = assess(
+        subject(), data(), order(doubts="all", shard_size=15, batch_size=4), progress=steps.append
+    )
     places = [(step.place, step.done) for step in steps]
     assert places == sorted(places)
     for name in ("clean", "1-pgd", "2-pgd-again", "fixed-pgd"):
@@ -109,6 +111,19 @@ def test_progress_increases_and_ends_complete():
     surviving = int((result.evidence["correct"] & ~result.evidence["suite_success"]).sum())
     assert steps[-1].surviving == surviving
     assert steps[-1].place == steps[-1].of_stages == 5
+    bounds = [step.surviving / step.n for step in steps if step.seen == step.n]
+    assert bounds == sorted(bounds, reverse=True)
+    assert (
+        len({step.surviving for step in steps if step.stage == "1-pgd"}) > 1 + 3
+    )  # also within its three shards
+    assert result.metrics["robust_accuracy"].value <= bounds[-1]
+
+
+def test_no_bound_of_the_robust_accuracy_is_shown_for_a_targeted_attack():
+    steps = []
+    asked = order(threat=ThreatModel(Linf(0.06), goal=0), gates=("targeted_success_rate <= 1",))
+    assess(subject(), data(), asked, progress=steps.append)
+    assert {step.n for step in steps} == {None}
 
 
 def test_an_expired_time_is_reported_and_raises_a_doubt(tmp_path):

@@ -596,7 +596,7 @@ def columns_of(networks: Sequence[int], signals: Signals) -> Columns:
 def _train(run: Run, how: MembershipAudit) -> None:
     """Train the reference networks in shards that are stored."""
 
-    def report(done: Mapping[int, Columns], reports: int) -> None:
+    def report(done: Mapping[int, Columns], reports: int, _: int) -> None:
         finished = how.reports_per_network * sum(len(columns["id"]) for columns in done.values())
         run.report(NETWORKS, finished + reports, how.reports_per_network * how.design.networks, 0, 0)
 

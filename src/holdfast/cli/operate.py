@@ -1,6 +1,5 @@
 """The commands for models in use: `holdfast serve`, `monitor`, `adapt` and `keys`."""
 
-import gc
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -87,7 +86,6 @@ def serve(voice: Voice, **flags: Any) -> int:
 
         click.echo(json_line("error", error.on_command_line()), err=True)
         return error.exit_code
-    gc.freeze()  # the process ends half a second earlier if it does not search the objects of torch for cycles
     return 0
 
 

@@ -1,5 +1,6 @@
 """Output of runs on the command line: progress and the verdict on stderr, tables on stdout, and reports in files."""
 
+import math
 import os
 import shlex
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,14 +29,18 @@ from holdfast.runs.assess.result import Result
 from holdfast.runs.documents.stored_runs import new_folder
 from holdfast.runs.engine.identity import way_out
 from holdfast.runs.engine.progress import EpochMeasures, Progress, Step, ignore, silent, stoppable
+from holdfast.statistics.intervals import clopper_pearson
 from holdfast.verbs.checked_settings import VerbSettings
 from holdfast.verbs.configuration import DEMO, canonical_settings
-from holdfast.verbs.exhibition import Exhibit, exhibition
 from holdfast.verbs.functions import demo
 from holdfast.verbs.settings import Assess, AuditVerb, Certify, Harden
 
+if TYPE_CHECKING:
+    from holdfast.verbs.exhibition import Exhibit
+
 _STDOUT = "-"
 _REPEATED_S = 30.0  # seconds without a line of progress, after which one is written
+_BETWEEN_S = 5.0  # fewest seconds between two lines with bounds of the robust accuracy
 
 
 def command_line() -> str:
@@ -63,7 +68,9 @@ def finished_run(
             f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
         )
     with stoppable(way_out(command, folder)):
-        with progress_bar(voice, piped=_timed_lines if isinstance(settings, Harden) else None) as progress:
+        with progress_bar(
+            voice, piped=_timed_lines if isinstance(settings, Harden) else _bound_lines
+        ) as progress:
             shared: dict[str, Any] = {
                 "resume": resume,
                 "progress": progress,
@@ -185,7 +192,17 @@ def progress_bar(voice: Voice, *, piped: PipedProgress | None = None) -> Iterato
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.progress import Progress as Bars
+    from rich.progress import Progress as RichProgress
+
+    class Bars(RichProgress):
+        """A bar, and below it the bound of the robust accuracy."""
+
+        bound = ""
+
+        def get_renderables(self) -> Iterator[Any]:
+            yield from super().get_renderables()
+            if self.bound:
+                yield self.bound
 
     columns = (
         TextColumn("{task.fields[place]:>5}"),
@@ -205,6 +222,7 @@ def progress_bar(voice: Voice, *, piped: PipedProgress | None = None) -> Iterato
             if step.stage != last:
                 bars.reset(task, total=step.of)
                 last = step.stage
+            bars.bound = _bound(step) or bars.bound
             unfinished = step.done < step.of  # the next work may take long and is not a stage
             bars.update(task, completed=step.done, total=step.of, visible=unfinished, **_texts(step))
 
@@ -212,17 +230,18 @@ def progress_bar(voice: Voice, *, piped: PipedProgress | None = None) -> Iterato
 
 
 @contextmanager
-def _stage_lines(voice: Voice) -> Iterator[Progress]:
-    """Context manager that yields a callback which writes a line when a stage begins, with the robust accuracy so
-    far.
+def _bound_lines(voice: Voice) -> Iterator[Progress]:
+    """Context manager that yields a callback which writes the bound of the robust accuracy when it has changed, at most
+    every few seconds.
     """
-    last = ""
+    last, written_at = "", -math.inf
 
     def progress(step: Step) -> None:
-        nonlocal last
-        if step.stage != last:
-            last = step.stage
-            voice.say(_stage_line(step))
+        nonlocal last, written_at
+        if time.monotonic() < written_at + _BETWEEN_S or (bound := _bound(step)) in ("", last):
+            return
+        last, written_at = bound, time.monotonic()
+        voice.say(bound)
 
     yield progress
 
@@ -269,7 +288,20 @@ def _timed_lines(voice: Voice) -> Iterator[Progress]:
 def _stage_line(step: Step) -> str:
     texts = _texts(step)
     robust = f", {texts['surviving'].strip()} so far" if texts["surviving"] else ""
-    return f"stage {texts['place']}: {texts['description']}{robust}"
+    bound = f", {_bound(step)}" if _bound(step) else ""
+    return f"stage {texts['place']}: {texts['description']}{bound or robust}"
+
+
+def _bound(step: Step) -> str:
+    """Return the bound of the robust accuracy and its 95 % interval. It is an estimate until the clean pass has run on
+    all examples. The text is empty if the run measures no robust accuracy.
+    """
+    if step.n is None or not step.seen:
+        return ""
+    low, high = clopper_pearson(step.surviving, step.seen)
+    share = percent(step.surviving / step.seen)
+    from_part = f", estimated from {step.seen:,} of {step.n:,} examples" if step.seen < step.n else ""
+    return f"robust accuracy at most {share} ({100 * low:.1f} to {percent(high)}){from_part}"
 
 
 def _epoch_line(stage: str, measured: EpochMeasures) -> str:
@@ -281,7 +313,7 @@ def _epoch_line(stage: str, measured: EpochMeasures) -> str:
 
 
 def _texts(step: Step) -> dict[str, Any]:
-    share = f"{step.surviving / step.seen:6.1%} robust" if step.seen else ""
+    share = f"{step.surviving / step.seen:6.1%} robust" if step.seen and step.n is None else ""
     return {
         "description": step.title or step.stage,
         "place": f"{step.place}/{step.of_stages}",
@@ -321,13 +353,15 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
     """Measure the bundled models with masked gradients, print a table, and write a report to the file `place`. Return
     exit code 0.
     """
+    from holdfast.verbs.exhibition import exhibition  # late, as the other commands do without the gallery
+
     if place is not None and str(place) != _STDOUT:
         check_destination(place)
     voice.say(
         "building models with masked gradients on real digits, and running PGD and adaptive attacks on each"
     )
 
-    def show(exhibit: Exhibit) -> None:
+    def show(exhibit: "Exhibit") -> None:
         naive, adaptive = percent(exhibit.naive_robust_accuracy), percent(exhibit.adaptive_robust_accuracy)
         voice.say(f"  {exhibit.name}: {naive} robust under PGD, {adaptive} under adaptive attacks")
 
@@ -342,7 +376,7 @@ def run_demo(folder: Path, voice: Voice) -> int:
         f"attacking a classifier of handwritten digits on {DEMO['n']} real images with the attacks of the suite "
         f"{DEMO['suite']}"
     )
-    with progress_bar(voice, piped=_stage_lines) as progress:
+    with progress_bar(voice, piped=_bound_lines) as progress:
         result = demo(folder, progress=progress, notify=voice.say)
     tell(result, [], voice)
     voice.say(

@@ -215,6 +215,10 @@ class Metered:
 
     def _record(self, x: Inputs, logits: Logits, rows: Tensor, classes: Labels, earlier: Tensor) -> None:
         """Record the first query that breaks each example with an allowed input; `earlier` are the previous counts."""
+        label = logits.gather(1, classes[:, None])
+        lower = int((logits < label).sum())  # comparisons with NaN are false, so that it counts as broken
+        if self._batch.target is None and lower == logits.numel() - len(logits):
+            return  # most queries break nothing
         limited, unbroken = self._threat.queries is not None, self._first[rows] == 0
         if not limited and not unbroken.any():
             return
@@ -337,6 +341,8 @@ class Room:
     """function that is called with the row at which memory ran out and the next size, before that size is tried"""
     progress: Callable[[int], None] = field(default=lambda n: None)
     """function that is called with the number of examples that were just finished"""
+    n_broken: int = 0
+    """number of finished examples that an attack broke"""
 
     def enter(self, row: int) -> int:
         """Return the number of examples to process at once from the position `row` of a shard on. It is at most the
@@ -407,6 +413,8 @@ class Pieces:
     def add(self, columns: dict[str, Tensor]) -> None:
         """Append the columns that were computed from the current piece to those of the earlier pieces."""
         self._done.append(columns)
+        if "success" in columns:
+            self._room.n_broken += int(columns["success"].sum())
         self._room.progress(self._stop - self._start)
         self._start = self._stop
 

@@ -55,7 +55,10 @@ ReportFiles = Annotated[list[str], Flag("FILE", short="-o", completion="PATH", i
 class SettingGroup(BaseModel):
     """Base class of groups of related settings, such as those of the data or of the threat model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+    # the validators of a class are built when it is first used, because a command uses few of all classes
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), strict=False, defer_build=True
+    )
     section: ClassVar[Section] = "command"
     """part of the help with the options of the settings that this class declares"""
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import sparse
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -430,8 +429,11 @@ def as_array(values: object, what: str) -> Array:
         values = values.detach().cpu()
         # numpy has no bfloat16, and float16 would round the results of attacks.
         return np.asarray(values.float() if values.dtype in (torch.bfloat16, torch.float16) else values)
-    if sparse.issparse(values):
-        return _dense(values)
+    if not isinstance(values, np.ndarray):
+        from scipy.sparse import issparse  # late, as few data are sparse
+
+        if issparse(values):
+            return _dense(values)
     try:
         array = np.asarray(values)
     except ValueError as error:

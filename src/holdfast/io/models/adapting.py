@@ -12,12 +12,11 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from holdfast.core.batch import decoded
@@ -29,6 +28,9 @@ from holdfast.core.types import Layout
 from holdfast.io.models import estimators
 from holdfast.io.models.estimators import Adapted, Estimator, Predictor, adapted_estimator
 from holdfast.io.models.trees import adapted_booster, adapted_lightgbm
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _REFERENCED = (FunctionType, MethodType, partial, nn.Module, type)
@@ -555,7 +557,9 @@ class _Features:
         """Return the object itself, because a call does not change it, and a vocabulary may be large."""
         return self
 
-    def __call__(self, texts: list[str]) -> csr_matrix:
+    def __call__(self, texts: list[str]) -> "csr_matrix":
+        from scipy.sparse import csr_matrix
+
         return csr_matrix(self.pipeline[:-1].transform(np.array(texts, dtype=object)))
 
 

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from holdfast.core.batch import CLASSIFIERS_ONLY
@@ -262,6 +261,8 @@ class Estimator(nn.Module):
         if form == "array":
             return rows
         if form == "sparse":
+            from scipy.sparse import csr_matrix
+
             return csr_matrix(rows)
         import pandas as pd
 

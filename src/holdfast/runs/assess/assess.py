@@ -172,6 +172,8 @@ class _Job:
         the time budget.
         """
         work, budget_s = self.manifest.plan, self.request.time_budget_s
+        threat = self.plan.threat
+        robust = bool(self.plan.members) and threat.goal is None and math.isfinite(threat.constraint.eps)
         spent_s = sum(store.spent(name).wall for name in work.stages)
         return Run(
             tuple(work.stages),
@@ -184,6 +186,7 @@ class _Job:
             progress,
             self.settle,
             {stage.name: stage.title for stage in self.plan.stages()},
+            len(self.data) if robust else None,
         )
 
     def settle(self, stage: str, shard: int | None) -> None:

@@ -1,5 +1,6 @@
 """Runs the stages of an assessment, and the probes that test its doubts."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -213,9 +214,14 @@ class Measurement:
                 return None
             return stage.kind.unattacked(stage, shard_rows(by_stage["clean"], start, stop))
 
-        def report(done: Mapping[int, Columns], more: int) -> None:
+        plan = self.plan
+        complete = plan.full or plan.smallest or plan.threat.constraint.judges_misclassified
+        # in a complete plan these examples may not have survived before, and a deadline discards unfinished shards
+        falls = stage.kind.in_suite and not complete and math.isinf(self.run.deadline)
+
+        def report(done: Mapping[int, Columns], more: int, n_broken: int) -> None:
             finished = sum(len(columns["id"]) for columns in done.values())
-            surviving, n = self._surviving(stage, done, left), len(self.data)
+            surviving, n = self._surviving(stage, done, left) - (n_broken if falls else 0), len(self.data)
             self.run.report(stage.name, finished + more, n, surviving, finished if chosen is None else n)
 
         return Shards(

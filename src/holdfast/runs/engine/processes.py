@@ -280,7 +280,7 @@ class Processes:
             elif worker not in self._workers and worker.shard is not None:  # it died
                 waiting.appendleft(worker.shard)
                 del finished[worker.shard]
-            moved(sum(finished.values()))
+            moved(sum(finished.values()), 0)  # a shard has one batch, and is counted when it is stored
             stopwatch.tick()
         stopwatch.tick(least=0.0)
 

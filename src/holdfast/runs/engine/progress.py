@@ -50,6 +50,9 @@ class Step:
     """measurements after an epoch, for the step of a training"""
     title: str = ""
     """name of the stage in reports, such as `APGD-CE`; empty if it is the same as `stage`"""
+    n: int | None = None
+    """number of examples of a run that measures robust accuracy; when all are `seen`, it is at most `surviving` / `n`.
+    None for other runs"""
 
 
 Progress = Callable[[Step], None]

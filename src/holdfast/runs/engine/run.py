@@ -197,8 +197,9 @@ The result depends only on the task, the room, and what the run was started with
 `time.perf_counter()`, the function raises `OutOfTime`.
 """
 
-Moved = Callable[[int], None]
-"""Function that is called with the number of finished examples in shards that are not finished yet."""
+Moved = Callable[[int, int], None]
+"""Function that is called with the number of finished examples in shards that are not finished yet, and the number of
+these that an attack broke; 0 if it is not known."""
 
 
 class Executor(Protocol):
@@ -235,11 +236,11 @@ class Inline:
             run.store.begin(stage, shard)
             stopwatch, room, finished = Stopwatch(run.store, stage, shard), run.room(stage, shard), 0
 
-            def progress(n: int, stopwatch: Stopwatch = stopwatch) -> None:
+            def progress(n: int, stopwatch: Stopwatch = stopwatch, room: Room = room) -> None:
                 nonlocal finished
                 finished += n
                 stopwatch.tick()
-                moved(finished)
+                moved(finished, room.n_broken)
 
             room.progress = progress
             try:
@@ -289,9 +290,9 @@ class Shards:
     """function that returns the task of a shard"""
     join: Callable[[list[Columns]], Columns]
     """function that concatenates the columns of shards"""
-    report: Callable[[Mapping[int, Columns], int], None]
-    """function that is called with the columns of the finished shards, and the number of finished examples of other
-    shards"""
+    report: Callable[[Mapping[int, Columns], int, int], None]
+    """function that is called with the columns of the finished shards, the number of finished examples of other shards,
+    and the number of these that an attack broke"""
     timed: bool = True
     """whether the deadline of the run applies to the stage"""
 
@@ -320,6 +321,8 @@ class Run:
     of a stage is stored"""
     titles: Mapping[str, str] = field(default_factory=dict)
     """names of stages in reports, by the names of the stages; a stage without one is shown by its own name"""
+    n: int | None = None
+    """number of examples, if the run measures robust accuracy; otherwise None"""
 
     def document(self, kind: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the JSON document of the given kind from the store of the run. If it is not stored, it is computed and
@@ -375,12 +378,12 @@ class Run:
             if shard not in done and (columns := work.filled(shard)) is not None:
                 done[shard] = columns
         tasks = {shard: work.task(shard) for shard in range(len(self.shards)) if shard not in done}
-        work.report(done, 0)
+        work.report(done, 0, 0)
         if tasks:
             until = self.deadline if work.timed else math.inf
             for shard, columns in self.executor.measure(self, name, tasks, until, partial(work.report, done)):
                 done[shard] = columns
-                work.report(done, 0)
+                work.report(done, 0, 0)
         reached = next((shard for shard in range(len(self.shards)) if shard not in done), None)
         # shards after a gap are left out: the columns of a stage are those of its first examples
         consecutive = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
@@ -436,4 +439,6 @@ class Run:
         """
         place = self.stages.index(stage) + 1
         title = self.titles.get(stage, "")
-        self.progress(Step(stage, place, len(self.stages), done, of, surviving, examples, title=title))
+        self.progress(
+            Step(stage, place, len(self.stages), done, of, surviving, examples, title=title, n=self.n)
+        )

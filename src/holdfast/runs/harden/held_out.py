@@ -14,7 +14,6 @@ from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.suites import attack_on_held_out
-from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
 from holdfast.core.errors import OTHER_EXAMPLES, Remedy, TargetError, UsageError
@@ -166,6 +165,8 @@ def proved_accuracy(
     """
     if not any(facts_of(recipe).proves for recipe in recipes):
         return None
+    from holdfast.certifiers.provers import CrownIBP  # late, as few trainings are certified
+
     mode = model.training
     prover = CrownIBP().ready(model.eval(), held_out.take(torch.arange(min(_TRACED, len(held_out)))), threat)
     certified = results_in_pieces(held_out, lambda part: int(prover(part).certified.sum()))
