@@ -285,6 +285,24 @@ Scope = Literal["every pass", "suite only"]
 
 
 @dataclass(frozen=True)
+class Looks:
+    """How many examples a run measured until its condition was decided. The examples are in a random order, and the
+    condition is judged after each of several blocks of them, by an interval that is valid at all these looks together.
+    """
+
+    condition: str
+    """the condition, such as `robust_accuracy >= 0.4`"""
+    look: int
+    """number of the last look, from 1"""
+    examples: int
+    """number of examples at the last look"""
+    of: int
+    """number of all examples that could be measured"""
+    ended: bool
+    """whether no further look follows"""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Evidence of a run: measurements of each example, together with the attacks, the threat model, the model and the
     data.
@@ -357,6 +375,8 @@ class Evidence:
     None; and the sentences `messages` with the same content."""
     others: tuple[Mapping[str, Any], ...] = ()
     """`name`, `digest` and `n` of each further data set, between which and that of the run changes were transferred"""
+    looks: Looks | None = None
+    """how many examples were measured until a condition was decided; None for a run on all examples"""
 
     @property
     def gallery(self) -> Columns:

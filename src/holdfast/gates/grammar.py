@@ -71,6 +71,46 @@ GATED = frozenset({*METRICS, *ROTATION})
 """names of the metrics of classifiers on which gates can be set"""
 
 
+SEQUENTIAL = frozenset(
+    {
+        "certified_accuracy",
+        "clean_accuracy",
+        "clean_error_rate",
+        "rejection_rate",
+        "robust_accuracy",
+        "robust_error_rate",
+        "suite_robust_accuracy",
+    }
+)
+"""names of the metrics that are shares of all examples, on which a condition can be judged after each block of them"""
+_FIRST_LOOK, _GROWTH = 32, 1.5  # a look may repeat some waves of attacks, so that their number is kept small
+
+
+def look_sizes(n: int) -> tuple[int, ...]:
+    """Return the numbers of examples after which a condition on `n` examples is judged, in ascending order.
+
+    >>> look_sizes(1000)
+    (32, 48, 72, 108, 162, 243, 364, 546, 819, 1000)
+    """
+    sizes = [min(_FIRST_LOOK, n)]
+    while sizes[-1] < n:
+        sizes.append(min(n, int(_GROWTH * sizes[-1])))
+    return tuple(sizes)
+
+
+def parse_until(text: str) -> Claim:
+    """Return the condition until whose decision a run measures. Raises `UsageError` if the text is no gate, or its
+    metric is not a share of all examples.
+    """
+    claim = parse(text)
+    if claim.metric not in SEQUENTIAL:
+        raise UsageError(
+            f"until is {text!r}, and {claim.metric} is not decided by the first examples; expected a condition on a "
+            f"share of all examples: {_list(SEQUENTIAL)}"
+        )
+    return claim
+
+
 def parse(text: str, metrics: Collection[str] = GATED) -> Claim:
     """Return the gate in a text such as `robust_accuracy >= 0.40`, or in the name of a verdict such as `improved`.
     `metrics` are the names of the metrics that the command has. Raises `UsageError` with the mistake and the correct

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate, Goal
-from holdfast.core.evidence import Doubt, Evidence, Scope
+from holdfast.core.evidence import Doubt, Evidence, Looks, Scope
 from holdfast.doubts.probing import doubt_test
-from holdfast.gates.grammar import Claim, refused_verdict
+from holdfast.gates.grammar import Claim, parse, refused_verdict
 from holdfast.metrics.catalogue import estimate as estimate_of
 from holdfast.metrics.comparisons import LOSSES, basis, change, improvement
 from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
+from holdfast.statistics.intervals import confidence_sequence
 
 TrainingVerdict = Literal["improved", "no difference shown", "worse"]
 
@@ -124,6 +125,8 @@ class Judgement:
     open_doubts: tuple[str, ...] = ()
     scope: Scope | None = None
     """which adversarial examples are counted in a comparison of robust accuracies; None for other gates"""
+    looks: Looks | None = None
+    """for the condition until whose decision the run measured, how many examples it took; None for other gates"""
 
     @property
     def because(self) -> str:
@@ -132,6 +135,8 @@ class Judgement:
         numbers = (
             f"{estimate.value:.4g}, 95 % interval {estimate.low:.4g} to {estimate.high:.4g}, n = {estimate.n}"
         )
+        if self.looks is not None:
+            numbers += f" of {self.looks.of}, valid at every look"
         if self.verdict == "unclear" and self._inside():
             return (
                 f"{numbers}: the interval meets {bound}, but doubts are open: {', '.join(self.open_doubts)}"
@@ -177,7 +182,18 @@ def judge(
     except UsageError as error:
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error.message}", *error.remedies) from error
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
-    return replace(judged_estimate(claim, measured, doubts), scope=scope)
+    looks = evidence.looks
+    if looks is None or replace(parse(looks.condition), text=claim.text) != claim:
+        return replace(judged_estimate(claim, measured, doubts), scope=scope)
+    return replace(judged_estimate(claim, sequential(measured), doubts), looks=looks)
+
+
+def sequential(estimate: Estimate) -> Estimate:
+    """Return the estimate of a share of examples with the interval that is valid at all numbers of examples together,
+    so that a run may end as soon as it decides a gate.
+    """
+    low, high = confidence_sequence(estimate.value * estimate.n, estimate.n)
+    return replace(estimate, low=low, high=high)
 
 
 def judged_estimate(claim: Claim, estimate: Estimate, doubts: Doubts) -> Judgement:

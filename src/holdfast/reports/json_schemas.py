@@ -44,11 +44,25 @@ class CostJson(TypedDict):
     cpu_seconds: Number
 
 
+class LooksJson(TypedDict):
+    """How many examples a run measured until its condition was decided.
+
+    - `look`: number of the last look, from 1
+    - `examples`: examples at the last look
+    - `of`: all examples that could be measured
+    """
+
+    look: Positive
+    examples: Positive
+    of: Positive
+
+
 class Gate(TypedDict):
     """A gate and its verdict.
 
     - `condition`: the gate as the user wrote it
     - `scope`: adversarial examples that count in a comparison of robust accuracies; null for other gates
+    - `looks`: for the condition of `until`, whose interval is valid at every look; null for other gates
     """
 
     condition: str
@@ -61,6 +75,7 @@ class Gate(TypedDict):
     estimate: EstimateJson
     message: str
     scope: NotRequired[Scope | None]
+    looks: NotRequired[LooksJson | None]
 
 
 class NotTried(TypedDict):

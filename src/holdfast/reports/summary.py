@@ -175,6 +175,9 @@ def _gate(gate: Judgement) -> forms.Gate:
         "verdict": gate.verdict,
         "estimate": estimate_to_json(gate.estimate),
         "scope": gate.scope,
+        "looks": None
+        if gate.looks is None
+        else {"look": gate.looks.look, "examples": gate.looks.examples, "of": gate.looks.of},
         "message": "",
     }
 

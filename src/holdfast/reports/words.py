@@ -464,7 +464,16 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
     the threshold.
     """
     scope = f"; {SCOPES[gate['scope']]}" if gate["scope"] else ""
-    return f"{_because(gate, interval_of_gate(gate), doubts)}{scope}"
+    return f"{_because(gate, interval_of_gate(gate), doubts)}{scope}{_looks_text(gate['looks'])}"
+
+
+def _looks_text(looks: Mapping[str, Any] | None) -> str:
+    if looks is None:
+        return ""
+    return (
+        f"; this was look {looks['look']}, after {looks['examples']:,} of {looks['of']:,} examples, and the interval "
+        "is valid at every look"
+    )
 
 
 SCOPES: Mapping[str, str] = {

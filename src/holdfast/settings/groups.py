@@ -608,6 +608,11 @@ class AssessOptions(SettingGroup):
         default=False,
         description="First prove robustness by interval bounds and CROWN. Of the certified examples, 32 are attacked.",
     )
+    until: Annotated[values.Until | None, Flag("G", common=True)] = Field(
+        default=None,
+        description='Measure examples in a random order only until this condition is decided, as in "robust_accuracy '
+        '>= 0.40". It is also a gate, whose interval is valid at every look.',
+    )
     transform: Annotated[values.Transform | None, Flag("T")] = Field(
         default=None,
         description="Transform every input at random before the model, as in rotate=15,scale=0.1,brightness=0.2.",

@@ -31,7 +31,7 @@ from holdfast.core.catalogue import AUDITS, DRIFT_TESTS, GENERATOR_RECIPES, name
 from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
 from holdfast.core.names import did_you_mean, kind_of, parse_number
 from holdfast.core.threat import ThreatModel
-from holdfast.gates.grammar import GATED, with_equality
+from holdfast.gates.grammar import GATED, parse_until, with_equality
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.files import text_of_file
 from holdfast.io.remote.remote import header_variable
@@ -485,6 +485,7 @@ Gates = Annotated[
     list[Annotated[str, _read_by(partial(parse_gate, metrics=GATED | {*GENERATOR_METRICS}))]],
     BeforeValidator(_gates),
 ]
+Until = Annotated[str, _read_by(parse_until)]
 Duration = Annotated[str, _duration()]
 Timeout = Annotated[str, _duration("open_model")]
 WaitingTime = Annotated[str, BeforeValidator(_waiting_time)]

@@ -12,7 +12,8 @@ from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, TREES, load
 from holdfast.core.evidence import Evidence
-from holdfast.io.data.data import selected
+from holdfast.gates.grammar import look_sizes, parse_until
+from holdfast.io.data.data import in_random_blocks, selected
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.io.remote.served_model import inspection_counter
 from holdfast.runs.assess.assess import assess
@@ -110,7 +111,9 @@ def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:
         request = _request(settings, (subject, data, surrogates), baseline)
         examples = selected(data, n=min(_TRIED, len(data)), sample=None, seed=settings.seed)
         # an earlier run may have none of the first examples
-        tried = replace(request, plan=replace(request.plan, baseline=None), gates=(), workers=None, ray=None)
+        tried = replace(
+            request, plan=replace(request.plan, baseline=None), gates=(), until=None, workers=None, ray=None
+        )
         result = assess(subject, examples, tried)
         with readied(subject, data, torch.device(request.device)) as (target, sample):
             seconds = expected_seconds(request, request.plan, target, data, sample.x.device)
@@ -141,6 +144,8 @@ def opened(settings: Assess | Certify) -> Opened:
     classifier of the opened one.
     """
     subject, data, surrogates = open_all(settings)
+    if isinstance(settings, Assess) and settings.until is not None and len(data):
+        data = in_random_blocks(data, look_sizes(len(data)), settings.seed)
     smoothing = _statistical(settings)
     return subject if smoothing is None else smoothed_subject(subject, smoothing), data, surrogates
 
@@ -193,6 +198,9 @@ def _request(
         request,
         fit=open_fit(settings, subject.model, request.plan, data),
         surrogates=surrogates,
+        until=None
+        if isinstance(settings, Certify) or settings.until is None
+        else parse_until(settings.until),
         across=open_others(settings, subject.model, data),
     )
 

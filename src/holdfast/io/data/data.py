@@ -1,6 +1,7 @@
 """Opens a data set of any supported format: a file, a folder or a name in the catalogue, and selects examples."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, TypeVar
@@ -36,7 +37,7 @@ from holdfast.io.models.models import BUNDLED_FOLDER
 
 @dataclass(frozen=True)
 class Selection:
-    """A data set of selected rows of another data set, in ascending order. The examples keep their ids."""
+    """A data set of selected rows of another data set. The examples keep their ids."""
 
     whole: Data
     rows: tuple[int, ...]
@@ -85,7 +86,7 @@ class Selection:
         once.
         """
         rows = self.rows[start:stop]
-        if rows and rows[-1] - rows[0] == len(rows) - 1:
+        if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
             return self.whole.read(rows[0], rows[-1] + 1)
         return concatenated([self.whole.read(row, row + 1) for row in rows])
 
@@ -99,6 +100,14 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
         return data
     notes = first_rows_note(data.y, data.y[rows], n) if isinstance(data, Arrays) else ()
     return Selection(data, tuple(rows.tolist()), own_notes=notes)
+
+
+def in_random_blocks(data: Data, ends: Sequence[int], seed: int) -> Data:
+    """Return the examples of a data set in a random order that depends on `seed`, divided into blocks with these ends.
+    Within a block they are in the order of the data set, in which they are read faster.
+    """
+    blocks = np.split(np.random.default_rng(seed).permutation(len(data)), ends[:-1])
+    return Selection(data, tuple(np.concatenate([np.sort(block) for block in blocks]).tolist()))
 
 
 def grouped(

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from holdfast.runs.assess import measuring
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.executors import executor_for
 from holdfast.runs.assess.expected_time import duration, expected_rows, expected_seconds
+from holdfast.runs.assess.looks import measured_until, refuse_undivided
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
 from holdfast.runs.assess.preparation import (
     learning_examples,
@@ -47,6 +48,7 @@ from holdfast.runs.documents.record import (
     ADAPTIVE,
     DOUBTS,
     ROTATION,
+    UNTIL,
     VERDICT,
     Adapted,
     Doubted,
@@ -55,6 +57,7 @@ from holdfast.runs.documents.record import (
     adapted_from_json,
     decided_from_json,
     doubted_from_json,
+    looks_from_json,
     manifest_from_json,
     splits_of,
 )
@@ -112,6 +115,9 @@ def assess(
     ):
         plan = plan_for(subject, data, request, target, sample, stack)
         refuse_gates(request.gates, plan, target, sample, data)
+        if request.until is not None:
+            refuse_gates((request.until,), plan, target, sample, data)
+            refuse_undivided(plan)
         stored, shape = None if run is None else stored_manifest(run), tuple(sample.x.shape[1:])
         manifest = assess_manifest(subject, data, request, plan, target, shape, served=served, stored=stored)
         stopper = Stopper() if run is None else stack.enter_context(stoppable(again))
@@ -132,6 +138,9 @@ def assess(
             if store.document(DOUBTS) is None:
                 job.announce(notify, is_step=is_step)
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
+            if request.until is not None:
+                measurement = measured_until(measurement, request.until)
+                job = replace(job, data=measurement.data)
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
             executor.pause()  # the probes run in this process, and need the memory of the workers
             doubted = job.doubted(measurement, by_stage, missed)
@@ -274,9 +283,16 @@ class _Job:
             finish(self.served)
         sent = None if self.served is None else self.served.sent.totals
         seconds = {name: run.store.spent(name) for name in run.stages}
-        nodes = run.store.document(NODES)
+        nodes, looks = run.store.document(NODES), run.store.document(UNTIL)
         return Record(
-            self.manifest, by_stage, doubted, adapted, seconds, sent, () if nodes is None else nodes["nodes"]
+            self.manifest,
+            by_stage,
+            doubted,
+            adapted,
+            seconds,
+            sent,
+            () if nodes is None else nodes["nodes"],
+            None if looks is None else looks_from_json(self.folder or Path(), looks),
         )
 
     def evidence(self, record: Record) -> Evidence:
@@ -321,9 +337,10 @@ class _Job:
         if before is not None and not claims:
             gates = judgements_of(before.gates, evidence, doubts)
         else:
-            of_training = self.request.before
+            of_training, until = self.request.before, self.request.until
             gates = tuple(
-                judge(claim, evidence, doubts, baseline=baseline, before=of_training) for claim in claims
+                judge(claim, evidence, doubts, baseline=baseline, before=of_training)
+                for claim in (*([] if until is None else [until]), *claims)
             )
         files = {} if folder is None else files_of(folder.chain)
         run.record(VERDICT, decided(gates, accepted, files).to_json())
@@ -361,7 +378,10 @@ class _Job:
         """
         budget_s = self.request.time_budget_s
         seconds = expected_seconds(self.request, self.plan, self.target, self.data, self.device)
-        messages = [] if seconds is None else [f"expected total time: about {duration(max(seconds, 1))}"]
+        most = "" if self.request.until is None else f" if all {len(self.data):,} examples are needed"
+        messages = (
+            [] if seconds is None else [f"expected total time{most}: about {duration(max(seconds, 1))}"]
+        )
         if budget_s is not None:
             messages.append(f"the attacks and proofs end after the time budget of {budget_s:g} s")
         return messages

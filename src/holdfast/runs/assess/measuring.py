@@ -18,6 +18,7 @@ from holdfast.core.errors import RESUME, HoldfastError, TargetError, TargetLost,
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.meter import Room, in_pieces, in_room, purpose
 from holdfast.core.model import Bounds, Model
+from holdfast.core.outputs import Aim
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.probing import (
     JUDGED_AT_RANDOM,
@@ -165,6 +166,8 @@ class Measurement:
     """data sets for the stages that are not divided into shards, by the name of the kind of stage"""
     served: Served | None = None
     """connection to the server of a served model, which may charge for each row; None for other models"""
+    looks: bool = False
+    """whether a stored shard may be that of an earlier look, at which its stage was run on other examples"""
 
     def stages(self, stages: Sequence[Stage], by_stage: dict[str, Columns]) -> tuple[str, ...]:
         """Measure the given stages and add their columns to `by_stage`. Return notes on what was left out when time ran
@@ -214,6 +217,13 @@ class Measurement:
                 return None
             return stage.kind.unattacked(stage, shard_rows(by_stage["clean"], start, stop))
 
+        def current(shard: int, columns: Columns) -> bool:
+            if chosen is None or not self.looks:
+                return True
+            start, stop = shards[shard]
+            # an aim at a detector depends on all examples of a look
+            return stage.aim == Aim() and torch.equal(columns["ran"], chosen[start:stop])
+
         plan = self.plan
         complete = plan.full or plan.smallest or plan.threat.constraint.judges_misclassified
         # in a complete plan these examples may not have survived before, and a deadline discards unfinished shards
@@ -230,6 +240,7 @@ class Measurement:
             join,
             report,
             timed=chosen is not None,  # the clean pass is always finished: nothing can be reported without it
+            current=current,
         )
 
     def _surviving(self, stage: Stage, done: Mapping[int, Columns], left: Mask | None) -> int:

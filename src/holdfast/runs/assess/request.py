@@ -82,6 +82,9 @@ class AssessRequest:
     """name of the verb in the run folder and in reports"""
     before: Before | None = None
     """measurement of the given model of a training, with which a gate on its verdict compares; None without training"""
+    until: Claim | None = None
+    """condition on which the run ends as soon as it is decided, and which is a further gate; None to measure all
+    examples"""
 
 
 @dataclass(frozen=True)

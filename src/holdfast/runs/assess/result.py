@@ -19,6 +19,7 @@ from holdfast.core.evidence import (
     Cost,
     Doubt,
     Evidence,
+    Looks,
     Seconds,
     in_table,
 )
@@ -72,7 +73,13 @@ def evidence_of(record: Record) -> Evidence:
     context = Context(
         model=manifest.model,
         data=manifest.data,
-        notes=(*manifest.notes, *doubted.notes, *served.get("messages", ()), *_mixed(record.nodes)),
+        notes=(
+            *manifest.notes,
+            *_ended(record.looks),
+            *doubted.notes,
+            *served.get("messages", ()),
+            *_mixed(record.nodes),
+        ),
         details=tuple(manifest.details),
         doubts=doubted.doubts,
         batches=doubted.batches,
@@ -85,7 +92,19 @@ def evidence_of(record: Record) -> Evidence:
         context = _adapted(context, record, record.adapted)
     randomised = manifest.model["randomised"]
     evidence = evidence_from(manifest.outline, by_stage, record.seconds, context, randomised=randomised)
-    return replace(_with_groups(evidence), served=served)
+    return replace(_with_groups(evidence), served=served, looks=record.looks)
+
+
+def _ended(looks: Looks | None) -> tuple[str, ...]:
+    """Return a note on the number of examples that were measured until a condition was decided, if there is one."""
+    if looks is None:
+        return ()
+    note = (
+        f"{looks.examples:,} of {looks.of:,} examples were measured, in a random order, until {looks.condition!r} was "
+        f"decided (look {looks.look}); the interval of this gate is valid at every look, and those of the metrics are "
+        "for a number of examples that is fixed before a run"
+    )
+    return (note,)
 
 
 def _with_groups(evidence: Evidence) -> Evidence:
@@ -95,7 +114,7 @@ def _with_groups(evidence: Evidence) -> Evidence:
         return evidence
     from holdfast.io.data.labels import places_of_letters  # only for runs with groups
 
-    group = torch.from_numpy(places_of_letters(stated["of"], len(stated["names"])))
+    group = torch.from_numpy(places_of_letters(stated["of"], len(stated["names"])))[: len(evidence)]
     data = {**evidence.data, "groups": {name: stated[name] for name in ("column", "names", "absent")}}
     return replace(evidence, columns={**evidence.columns, "group": group}, data=data)
 

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from holdfast.core.errors import Interrupted, TargetError
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import Columns, Cost, Doubt, DoubtState, Scope, Seconds
+from holdfast.core.evidence import Columns, Cost, Doubt, DoubtState, Looks, Scope, Seconds
 from holdfast.core.types import Access
 from holdfast.gates.judging import Verdict
 from holdfast.io.remote.http_client import Totals
@@ -177,6 +177,8 @@ DOUBTS = "doubts"
 """Name of the document with the doubts, and of the random stream and the timing of the probes."""
 ADAPTIVE = "adaptive"
 """Name of the document that lists which adaptive attacks ran, and why."""
+UNTIL = "until"
+"""Name of the document with the number of examples after which the condition of a run was decided."""
 ROTATION = "rotation"
 """Name of the document with the table of attackers of a model with rotation."""
 doubt_from_json = TypeAdapter(Doubt).validate_python
@@ -213,6 +215,7 @@ class Settings(TypedDict):
     seed: Whole
     suite: str
     minimum_norm: Flag
+    until: NotRequired[str]
 
 
 class _Groups(TypedDict):
@@ -406,6 +409,14 @@ def adapted_from_json(path: Path, content: Mapping[str, Any]) -> Adapted:
     return adapted
 
 
+def looks_from_json(path: Path, content: Mapping[str, Any]) -> Looks:
+    """Return how many examples the run in a folder measured until its condition was decided. Raises `TargetError` if
+    the document has another form.
+    """
+    looks: Looks = validated(path / f"{UNTIL}.json", content, Looks)
+    return looks
+
+
 class _Estimate(TypedDict):
     value: Real
     low: Real
@@ -474,3 +485,5 @@ class Record:
     """what was sent to the server of a served model"""
     nodes: Sequence[Mapping[str, str]] = ()
     """properties of the nodes of a cluster that differ from the process of the run"""
+    looks: Looks | None = None
+    """how many examples were measured until a condition was decided; None for a run on all examples"""

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from holdfast.core.estimate import Goal
 from holdfast.core.meter import batch_size_for
 from holdfast.core.names import exact
 from holdfast.doubts.answering import BUDGET
+from holdfast.gates.grammar import look_sizes
 from holdfast.gates.judging import Judgement
 from holdfast.io.doctor import spread_examples
 from holdfast.io.models.factories import function_digest, names_code
@@ -101,8 +103,10 @@ def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> 
         words += ["--time-budget", f"{config['time_budget_s']:g}s"]
     if isinstance(config.get("seed"), int) and config["seed"]:
         words += ["--seed", str(config["seed"])]
+    until = config.get("until")
+    words += [] if until is None else ["--until", until]
     for gate in gates:
-        words += ["--gate", gate.claim.text]
+        words += [] if gate.claim.text == until else ["--gate", gate.claim.text]
     return shlex.join(words)
 
 
@@ -235,9 +239,14 @@ def work_of(
         size = max(size, served.at_once)  # so that one batch fills all parallel requests
     if stored is not None:
         size = stored["plan"]["batch_size"]
-    stages = plan.stages()
+    stages, shard_size = plan.stages(), min(request.shard_size, size) if divided else request.shard_size
+    ends = (n,) if request.until is None else look_sizes(n)
     return Division(
-        shards_of(n, min(request.shard_size, size) if divided else request.shard_size),
+        tuple(
+            (first + start, first + stop)
+            for first, end in pairwise((0, *ends))
+            for start, stop in shards_of(end - first, shard_size)
+        ),
         size,
         [
             *(stage.name for stage in stages if not stage.adaptive),
@@ -339,6 +348,7 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         "across": {f"{place} {item.name}": item.digest for place, item in enumerate(request.across, 1)},
         **({} if plan.adaptive_budget == BUDGET else {"adaptive_budget": plan.adaptive_budget}),
         **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
+        **({} if request.until is None else {"until": request.until.text}),
         **({} if plan.trials is None else {"trials": plan.trials.identity}),
     }
 

@@ -12,7 +12,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import RESUME, HoldfastError, Remedy, TargetError, UnsoundProof, UsageError
 from holdfast.core.estimate import Estimate, Goal
 from holdfast.core.evidence import Columns, Evidence, Seconds
-from holdfast.gates.grammar import parse
+from holdfast.gates.grammar import look_sizes, parse
 from holdfast.gates.judging import Before, Doubts, Judgement, exit_code, judge, judged_estimate
 from holdfast.metrics.comparisons import clean_accuracy_drop, regression
 from holdfast.metrics.names import PAIRED
@@ -42,6 +42,7 @@ from holdfast.runs.documents.record import (
     ADAPTIVE,
     DOUBTS,
     ROTATION,
+    UNTIL,
     VERDICT,
     Decided,
     DecidedGate,
@@ -50,6 +51,7 @@ from holdfast.runs.documents.record import (
     adapted_from_json,
     decided_from_json,
     doubted_from_json,
+    looks_from_json,
     manifest_from_json,
 )
 from holdfast.runs.documents.run_manifest import command_of
@@ -182,6 +184,18 @@ def refuse_other_settings(path: Path, manifest: Manifest, n: int) -> None:
         refuse_other(file, "data.groups.of", len(groups["of"]), n)
         refuse_other(file, "config.groups.digest", config["groups"]["digest"], digest(canonical(groups)))
     refuse_other(file, "digests.config", manifest.digests["config"], digest(canonical(config)))
+
+
+def refuse_other_looks(path: Path, record: Record, n: int) -> None:
+    """Raise `TargetError` if the document on the looks of a run contradicts its settings or its `n` examples."""
+    file, looks = path / f"{UNTIL}.json", record.looks
+    refuse_other(
+        path / MANIFEST, "config.until", record.manifest.config.get("until"), looks and looks.condition
+    )
+    if looks is not None:
+        refuse_other(file, "ended", looks.ended, True)
+        refuse_other(file, "examples", looks.examples, n)
+        refuse_other(file, "examples", n, dict(enumerate(look_sizes(looks.of), 1)).get(looks.look))
 
 
 def refuse_other_worst_case(path: Path, expected: Columns) -> None:
@@ -426,7 +440,8 @@ def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[st
 def _result(record: Record, path: Path, chain: Chain, decided: Decided) -> Result:
     rotation = recorded_document(path, chain, ROTATION)
     evidence = with_attackers(evidence_of(record), rotation)
-    refuse_other_settings(path, record.manifest, len(evidence))
+    refuse_other_looks(path, record, len(evidence))
+    refuse_other_settings(path, record.manifest, len(evidence) if record.looks is None else record.looks.of)
     gates, inputs = computed_gates(path, decided, evidence), adversarial(record)
     refuse_other_worst_case(path, worst_case(evidence, inputs))
     about = {**read_about(path), "command": command_of(record.manifest.to_json(), gates)}
@@ -439,7 +454,9 @@ def read_record(path: Path, content: Mapping[str, Any], chain: Chain) -> Record:
     missing, has another form or does not match the chain.
     """
     manifest = manifest_from_json(path, content)
-    doubts, adapted, nodes = (recorded_document(path, chain, kind) for kind in (DOUBTS, ADAPTIVE, NODES))
+    doubts, adapted, nodes, looks = (
+        recorded_document(path, chain, kind) for kind in (DOUBTS, ADAPTIVE, NODES, UNTIL)
+    )
     if doubts is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
     if nodes is not None:
@@ -454,6 +471,7 @@ def read_record(path: Path, content: Mapping[str, Any], chain: Chain) -> Record:
         {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()},
         totals_in(path),
         () if nodes is None else nodes["nodes"],
+        None if looks is None else looks_from_json(path, looks),
     )
 
 

@@ -295,6 +295,8 @@ class Shards:
     and the number of these that an attack broke"""
     timed: bool = True
     """whether the deadline of the run applies to the stage"""
+    current: Callable[[int, Columns], bool] = lambda shard, columns: True
+    """function that returns whether the stored columns of a shard are those of its task"""
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,8 @@ class Run:
     """names of stages in reports, by the names of the stages; a stage without one is shown by its own name"""
     n: int | None = None
     """number of examples, if the run measures robust accuracy; otherwise None"""
+    partial: bool = False
+    """whether `shards` are only the first ones, so that a stage stays incomplete after them"""
 
     def document(self, kind: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the JSON document of the given kind from the store of the run. If it is not stored, it is computed and
@@ -373,7 +377,8 @@ class Run:
         """
         if (stored := self.store.stage(name)) is not None:
             return stored
-        work, done = shards(), self.store.shards(name)
+        work, stored_shards = shards(), self.store.shards(name)
+        done = {shard: columns for shard, columns in stored_shards.items() if work.current(shard, columns)}
         for shard in range(len(self.shards)):
             if shard not in done and (columns := work.filled(shard)) is not None:
                 done[shard] = columns
@@ -389,6 +394,8 @@ class Run:
         consecutive = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
         columns = work.join(consecutive) if consecutive else {"id": torch.empty(0, dtype=torch.int64)}
         artefact = StoredStage(columns, reached)
+        if self.partial:
+            return artefact
         with self.stopper.finishing():
             self.store.complete(name, artefact.columns, artefact.reached, artefact.about)
         if reached is not None:
