@@ -398,3 +398,24 @@ def test_a_closed_output_is_no_failed_gate(words: list[str]):
     os.close(writing)
     assert done.returncode == 0
     assert "Error" not in done.stderr
+
+
+def test_a_run_ends_as_soon_as_its_condition_is_decided(capsys):
+    until = ["mnist-cnn", "mnist-mini", "--threat", "linf:0.2", "--suite", "quick", "--no-doubts"]
+    until += ["--until", "robust_accuracy >= 0.5", "--run", "r"]
+    assert run(["assess", *until, "-o", "r.json", "-o", "r.xml", "-o", "r.html"]) == 1
+    said = capsys.readouterr()
+    content = json.loads(Path("r.json").read_text())
+    (gate,) = content["gates"]
+    assert gate["looks"] == {"look": 1, "examples": 32, "of": 1000} and content["n"] == 32
+    assert gate["estimate"]["high"] < 0.5
+    sentence = "this was look 1, after 32 of 1,000 examples, and the interval is valid at every look"
+    assert all(sentence in text for text in (said.err, Path("r.xml").read_text(), Path("r.html").read_text()))
+    assert "--until 'robust_accuracy >= 0.5'" in content["reproduce"] and "--gate" not in content["reproduce"]
+    assert run(["verify", "r"]) == 0
+    assert run(["report", "r", "-o", "again.json"]) == 1
+    assert json.loads(Path("again.json").read_text())["gates"] == content["gates"]
+    assert run(["assess", *until, "--resume"]) == 1
+    capsys.readouterr()
+    assert run(["assess", *until[:-4], "--until", "robust_margin >= 0.5"]) == 2
+    assert "expected a condition on a share of all examples" in capsys.readouterr().err

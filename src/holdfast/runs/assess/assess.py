@@ -353,6 +353,11 @@ class _Job:
         if not is_step:
             for note in self.manifest.notes:
                 notify(f"note: {note}")
+        if self.request.until is not None:
+            notify(
+                f"the run ends when {self.request.until.text!r} is decided; what follows is expected for all "
+                f"{len(self.data):,} examples"
+            )
         if self.served is not None:
             notify(self.rows_message(self.served))
         elif notify is not ignore and not is_step:
@@ -378,10 +383,7 @@ class _Job:
         """
         budget_s = self.request.time_budget_s
         seconds = expected_seconds(self.request, self.plan, self.target, self.data, self.device)
-        most = "" if self.request.until is None else f" if all {len(self.data):,} examples are needed"
-        messages = (
-            [] if seconds is None else [f"expected total time{most}: about {duration(max(seconds, 1))}"]
-        )
+        messages = [] if seconds is None else [f"expected total time: about {duration(max(seconds, 1))}"]
         if budget_s is not None:
             messages.append(f"the attacks and proofs end after the time budget of {budget_s:g} s")
         return messages

@@ -186,13 +186,15 @@ def refuse_other_settings(path: Path, manifest: Manifest, n: int) -> None:
     refuse_other(file, "digests.config", manifest.digests["config"], digest(canonical(config)))
 
 
-def refuse_other_looks(path: Path, record: Record, n: int) -> None:
-    """Raise `TargetError` if the document on the looks of a run contradicts its settings or its `n` examples."""
-    file, looks = path / f"{UNTIL}.json", record.looks
-    refuse_other(
-        path / MANIFEST, "config.until", record.manifest.config.get("until"), looks and looks.condition
-    )
+def refuse_other_looks(path: Path, record: Record, decided: Decided, n: int) -> None:
+    """Raise `TargetError` if the document on the looks of a run contradicts its settings, its gates or its `n`
+    examples.
+    """
+    file, looks, until = path / f"{UNTIL}.json", record.looks, record.manifest.config.get("until")
+    refuse_other(path / MANIFEST, "config.until", until, None if looks is None else looks.condition)
     if looks is not None:
+        first = next((gate.condition for gate in decided.gates), None)
+        refuse_other(path / f"{VERDICT}.json", "the first gate", first, looks.condition)
         refuse_other(file, "ended", looks.ended, True)
         refuse_other(file, "examples", looks.examples, n)
         refuse_other(file, "examples", n, dict(enumerate(look_sizes(looks.of), 1)).get(looks.look))
@@ -440,7 +442,7 @@ def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[st
 def _result(record: Record, path: Path, chain: Chain, decided: Decided) -> Result:
     rotation = recorded_document(path, chain, ROTATION)
     evidence = with_attackers(evidence_of(record), rotation)
-    refuse_other_looks(path, record, len(evidence))
+    refuse_other_looks(path, record, decided, len(evidence))
     refuse_other_settings(path, record.manifest, len(evidence) if record.looks is None else record.looks.of)
     gates, inputs = computed_gates(path, decided, evidence), adversarial(record)
     refuse_other_worst_case(path, worst_case(evidence, inputs))
