@@ -99,6 +99,7 @@ ROWS = {
     "hybrid": "hybrid",
     "fast-choice": "fast_choice",
     "fast-small": "fast_small",
+    "until": "until",
     "expected-time": "expected_time",
     "fast": "fast",
     "trades": "trades",

@@ -158,6 +158,8 @@ SUBJECTS = {
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
     "fast-small": "`fast` and `quick` against `standard` on 60 images, where the first waves, of at least 32 images, "
     "are most of the work of `fast`.",
+    "until": "`assess --until` with `fast`: gates 10 and 20 points beside the robust accuracy of 1,000 images, in 200 "
+    "random orders of the images.",
     "expected-time": "The expected time that `assess` prints before a run, beside the wall time of the run. It prints "
     "none where a search ends at a moment that is not known in advance.",
     "fast": "`fast` and `quick` against `standard`: robust accuracy, examples missed, and CPU time.",

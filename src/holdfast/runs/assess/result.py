@@ -100,9 +100,9 @@ def _ended(looks: Looks | None) -> tuple[str, ...]:
     if looks is None:
         return ()
     note = (
-        f"{looks.examples:,} of {looks.of:,} examples were measured, in a random order, until {looks.condition!r} was "
-        f"decided (look {looks.look}); the interval of this gate is valid at every look, and those of the metrics are "
-        "for a number of examples that is fixed before a run"
+        f"{looks.examples:,} of {looks.of:,} examples were measured, in a random order, to decide {looks.condition!r} "
+        f"(look {looks.look}); the interval of this gate is valid at every look, and those of the metrics are for a "
+        "number of examples that is fixed before a run"
     )
     return (note,)
 
