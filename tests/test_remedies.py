@@ -1356,6 +1356,7 @@ situation(
     **images,
 )
 situation("across without a norm", assessed, threat="linf", suite="fmn", across=[PAIR])
+situation("across with a condition that ends a run", assessed, until="robust_accuracy >= 0.4", across=[PAIR])
 situation("across towards a class", assessed, threat="linf:0.01,goal=targeted:1", across=[PAIR])
 situation(
     "across without gradients",

@@ -20,8 +20,8 @@ from benchmarks.record import Cells, Claim, Outcome
 
 WHAT = "`assess --until`: examples attacked until a gate is decided, and wrong decisions"
 N, REPEATS, SUITE = 1000, 200, "fast"
-GATES = ((">=", 0.1), (">=", -0.1), ("<=", 0.2))
-"""relation and bound of each gate, relative to the share of robust examples; the bound is rounded to two decimals"""
+NEAR, FAR = 0.1, 0.2
+"""distances of the gates from the share of robust examples"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def measured() -> Outcome:
         detail[name] = found
         verdicts = np.array([letter == "." for letter in found["measured"]["all"]])
         agreement.append(_differing(verdicts, found["measured"]["until"]))
-        for relation, distance in GATES:
-            condition = f"robust_accuracy {relation} {verdicts.mean() + distance:.2f}"
+        for condition in _gates(verdicts.mean()):
             sizes, verdict_of_run = zip(
                 *(_replayed(condition, verdicts, k) for k in range(REPEATS)), strict=True
             )
@@ -99,7 +98,7 @@ def measured() -> Outcome:
         "repeats": REPEATS,
         "suite": SUITE,
         "settings": [vars(s) for s in SETTINGS],
-        "gates": GATES,
+        "distances": [NEAR, FAR],
     }
     return Outcome(table, claims if table else [], config, detail, notes)
 
@@ -117,6 +116,13 @@ def _measured(setting: Setting) -> Cells:
     assert whole.evidence["id"].tolist() == list(range(N))
     rows = zip(ended.evidence["id"].tolist(), _robust(ended), strict=True)
     return {"all": "".join(".x"[not stands] for stands in _robust(whole)), "until": dict(rows)}
+
+
+def _gates(share: float) -> tuple[str, ...]:
+    """Two gates near the share, above and below, and one that is farther towards the middle."""
+    far = share + FAR if share < 0.5 else share - FAR
+    bounds = ((">=", share + NEAR), (">=", share - NEAR), ("<=", far))
+    return tuple(f"robust_accuracy {relation} {bound:.2f}" for relation, bound in bounds)
 
 
 def _robust(result) -> list[bool]:  # type: ignore[no-untyped-def]  # holdfast is imported when it measures

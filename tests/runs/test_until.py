@@ -96,5 +96,5 @@ def test_what_blocks_cannot_decide_is_refused():
     with pytest.raises(UsageError, match="a share of all examples: certified_accuracy"):
         parse_until("robust_margin >= 0.1")
     fitted = replace(REQUEST, plan=replace(REQUEST.plan, members=(Member("UAP", Universal()),)))
-    with pytest.raises(UsageError, match="UAP is measured on all at once"):
+    with pytest.raises(UsageError, match="the step fitting UAP needs all at once"):
         assess(subject(), DATA, replace(fitted, fit=data(50, seed=9)))

@@ -464,7 +464,7 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
     the threshold.
     """
     scope = f"; {SCOPES[gate['scope']]}" if gate["scope"] else ""
-    return f"{_because(gate, interval_of_gate(gate), doubts)}{scope}{_looks_text(gate['looks'])}"
+    return f"{_because(gate, interval_of_gate(gate), doubts)}{scope}{_looks_text(gate.get('looks'))}"
 
 
 def _looks_text(looks: Mapping[str, Any] | None) -> str:

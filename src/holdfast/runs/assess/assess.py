@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from holdfast.runs.assess import measuring
 from holdfast.runs.assess.certify import refuse_unsound
 from holdfast.runs.assess.executors import executor_for
 from holdfast.runs.assess.expected_time import duration, expected_rows, expected_seconds
-from holdfast.runs.assess.looks import measured_until, refuse_undivided
+from holdfast.runs.assess.looks import measured_until
 from holdfast.runs.assess.measuring import Measurement, ShardMeasure
 from holdfast.runs.assess.preparation import (
     learning_examples,
@@ -114,10 +114,7 @@ def assess(
         ExitStack() as stack,
     ):
         plan = plan_for(subject, data, request, target, sample, stack)
-        refuse_gates(request.gates, plan, target, sample, data)
-        if request.until is not None:
-            refuse_gates((request.until,), plan, target, sample, data)
-            refuse_undivided(plan)
+        refuse_gates(request.claims, plan, target, sample, data)
         stored, shape = None if run is None else stored_manifest(run), tuple(sample.x.shape[1:])
         manifest = assess_manifest(subject, data, request, plan, target, shape, served=served, stored=stored)
         stopper = Stopper() if run is None else stack.enter_context(stoppable(again))
@@ -138,9 +135,6 @@ def assess(
             if store.document(DOUBTS) is None:
                 job.announce(notify, is_step=is_step)
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
-            if request.until is not None:
-                measurement = measured_until(measurement, request.until)
-                job = replace(job, data=measurement.data)
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
             executor.pause()  # the probes run in this process, and need the memory of the workers
             doubted = job.doubted(measurement, by_stage, missed)
@@ -204,7 +198,9 @@ class _Job:
             self.served.sent.done(stage, shard)
 
     def measurement(self, run: Run) -> Measurement:
-        """Return the state that all stages of the run share: the plan, the models and the data."""
+        """Return the state that all stages of the run share: the plan, the models and the data. With a condition
+        `until`, the examples that decide it are measured, and the state is restricted to them.
+        """
         fit = learning_examples(self.plan, self.target, self.data, self.request.fit)
         across = paired_sets(self.plan, self.data, self.request.across)
         sets = {"fit": () if fit is None else (fit,), "across": across}
@@ -212,7 +208,8 @@ class _Job:
             sets[GEOMETRY] = (self.data.read(0, min(self.plan.geometry.n, len(self.data))),)
         if self.plan.trials is not None:
             sets[STATEFUL] = (self.data.read(0, min(self.plan.trials.n, len(self.data))),)
-        return Measurement(run, self.plan, self.target, self.data, self.device, sets, self.served)
+        measurement = Measurement(run, self.plan, self.target, self.data, self.device, sets, self.served)
+        return measurement if self.request.until is None else measured_until(measurement, self.request.until)
 
     def doubted(
         self, measurement: Measurement, by_stage: dict[str, Columns], missed: Sequence[str]
@@ -318,7 +315,7 @@ class _Job:
         stored, keep = run.store.document(ROTATION), partial(run.record, ROTATION)
         if self.request.attackers is None or (stored is not None and stored["complete"]):
             return stored
-        judged_on = self.data.read(0, min(JUDGED_BY_ATTACKERS, len(self.data)))
+        judged_on = self.data.read(0, min(JUDGED_BY_ATTACKERS, len(evidence)))
         table = self.request.attackers(evidence, judged_on, known=stored, keep=keep, progress=run.progress)
         keep(table)
         return table
@@ -329,18 +326,18 @@ class _Job:
         """Judge the gates, store the verdict, and return the judgements with the accepted doubts. If the request
         contains neither gates nor accepted doubts, those of the stored run are used.
         """
-        claims, accepted, stored = self.request.gates, self.request.accepted, run.store.document(VERDICT)
+        accepted, stored = self.request.accepted, run.store.document(VERDICT)
         before = None if stored is None else decided_from_json(self.folder or Path(), stored)
         if before is not None:
             accepted = accepted or before.accepted_doubts
         doubts, baseline = Doubts(evidence.doubts, accepted), self.request.baseline
-        if before is not None and not claims:
+        if before is not None and not self.request.gates:
             gates = judgements_of(before.gates, evidence, doubts)
         else:
-            of_training, until = self.request.before, self.request.until
+            of_training = self.request.before
             gates = tuple(
                 judge(claim, evidence, doubts, baseline=baseline, before=of_training)
-                for claim in (*([] if until is None else [until]), *claims)
+                for claim in self.request.claims
             )
         files = {} if folder is None else files_of(folder.chain)
         run.record(VERDICT, decided(gates, accepted, files).to_json())

@@ -4,27 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from holdfast.core.batch import Data
-from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.evidence import Columns, Looks
 from holdfast.gates.grammar import Claim, look_sizes
 from holdfast.gates.judging import Doubts, judge
 from holdfast.io.data.data import Selection
-from holdfast.runs.assess.measuring import Measurement, attack_of
+from holdfast.runs.assess.measuring import Measurement
 from holdfast.runs.documents.record import UNTIL, looks_from_json
 from holdfast.runs.harness.assembly import Context, evidence_from
-from holdfast.runs.harness.plan import Plan
-
-
-def refuse_undivided(plan: Plan) -> None:
-    """Raise `UsageError` for a plan with a stage that is not measured example by example, such as the fitting of an
-    attack.
-    """
-    undivided = [attack_of(stage) for stage in plan.stages() if not stage.kind.sharded]
-    if undivided:
-        raise UsageError(
-            f"until measures the examples in blocks, and {undivided[0]} is measured on all at once",
-            Remedy("until"),
-        )
 
 
 def measured_until(measurement: Measurement, claim: Claim) -> Measurement:

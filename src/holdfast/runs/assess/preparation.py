@@ -439,6 +439,12 @@ def plan_for(
     plan = within_budget(on_detector(plan, rejects=target.rejects), randomised=target.randomised)
     refuse_unfitted(plan, fit=request.fit is not None)
     refuse_unprovable(plan, target, sample, request.verb)
+    undivided = [stage.title for stage in plan.stages() if not stage.kind.sharded]
+    if request.until is not None and undivided:
+        raise UsageError(
+            f"until measures the examples in blocks, and the step {undivided[0]} needs all at once",
+            Remedy("until"),
+        )
     return plan
 
 

@@ -86,6 +86,11 @@ class AssessRequest:
     """condition on which the run ends as soon as it is decided, and which is a further gate; None to measure all
     examples"""
 
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """All gates, beginning with the condition `until`."""
+        return self.gates if self.until is None else (self.until, *self.gates)
+
 
 @dataclass(frozen=True)
 class HardenRequest:
