@@ -99,6 +99,8 @@ def test_the_time_of_a_run_follows_from_its_batches_waves_and_surviving_examples
     # the broken half takes a fifth of the passes, and the first of four waves a sixteenth of the surviving half
     some = 3 * (50 * query(200) + 100 * gradient(200))
     assert stages(on_all, waves, share=0.5).of(1000) == pytest.approx(clean_s + some + 60 * query(32))
+    idle = CountedAttack((60.0, 0.0), 4, after=True)
+    assert stages(on_all, idle, share=0.5).of(1000) == pytest.approx(clean_s + some)
     assert stages(on_all, waves).of(1000, share=0.5) == stages(on_all, waves, share=0.5).of(1000)
     assert stages(on_all, on_all=((150.0, 100.0),)).of(1000, limit_s=7.0) == pytest.approx(7 + full)
 

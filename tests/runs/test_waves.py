@@ -150,6 +150,7 @@ def test_no_example_is_due_after_a_wave_without_success():
     first = {
         "ran": due_examples(stages[1], waves, {"clean": clean}),
         "success": torch.zeros(N, dtype=torch.bool),
+        "dead": torch.zeros(N, dtype=torch.bool),
         "height": batch.x[:, 0],
     }
     by_stage = {"clean": clean, stages[1].name: first}

@@ -153,7 +153,7 @@ class StageTimes:
     """number of examples in a batch"""
     share: float
     """share of examples that survive the first attack"""
-    settling: bool
+    settling: bool = False
     """whether the suite uses gradients and searches, so that its results usually settle the doubts about them"""
 
     def of(self, n: int, share: float | None = None, limit_s: float = math.inf) -> float:
