@@ -167,8 +167,10 @@ class StageTimes:
         attacks_s = self._seconds((1, 0), n)
         for k, attack in enumerate(self.attacks):
             rows = surviving if k else surviving + _FEWEST * (n - surviving)
+            if attack.waves and attack.after:
+                continue
             if attack.waves:
-                rows = 0.0 if attack.after else min(rows, max(attack.least, surviving / 2**attack.waves))
+                rows = min(rows, max(attack.least, surviving / 2**attack.waves))
             attacks_s += self._seconds(attack.passes, rows)
         others_s = sum(self._seconds(passes, n) for passes in self.on_all)
         return min(attacks_s, limit_s) + others_s + (self._probed_s(n, surviving) if self.probed else 0.0)
