@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean, median, quantiles
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,7 +126,7 @@ def _gates(share: float) -> tuple[str, ...]:
     return tuple(f"robust_accuracy {relation} {bound:.2f}" for relation, bound in bounds)
 
 
-def _robust(result) -> list[bool]:  # type: ignore[no-untyped-def]  # holdfast is imported when it measures
+def _robust(result: Any) -> list[bool]:
     stands: list[bool] = (result.evidence["correct"] & ~result.evidence["success"]).tolist()
     return stands
 
