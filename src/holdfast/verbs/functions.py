@@ -52,8 +52,8 @@ def assess(
     condition such as `"robust_accuracy >= 0.4"`, the run ends as soon as it is decided. `fit` contains the examples on
     which learned attacks are fitted. `baseline` is an earlier run, a result or the folder of a run, with which gates
     compare, and with whose stored adversarial examples (`save_adversarial`) the attacks begin. `on` states where
-    `workers` measure: on this machine, or on a Ray cluster (`"ray"`, `"ray://HOST:PORT"`, or a `holdfast.Ray`). If `run`
-    is given, all artefacts are stored in that folder, and `resume` continues the run in it.
+    `workers` measure: on this machine, or on a Ray cluster (`"ray"`, `"ray://HOST:PORT"`, or a `holdfast.Ray`). If
+    `run` is given, all artefacts are stored in that folder, and `resume` continues the run in it.
     """
     checked = Assess(**given(model=model, data=data, threat=threat, suite=suite, **settings))
     return checked.run(run, resume=resume, progress=progress)
