@@ -171,7 +171,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
     "fast": {
         "linf": (
             _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1),
-            replace(_spec("FMN", waves=4, steps=60), least=_FEW),
+            _spec("FMN", waves=4, steps=60),
             # two Relays, the second on the margins that the first has lowered, break more than one of twice the length
             replace(_RELAY, waves=5, least=_FEW),
             replace(_RELAY_2, waves=4, least=_FEW),

@@ -25,7 +25,9 @@ from holdfast.doubts.protocol import (
 from holdfast.doubts.short_attacks import (
     MARGIN,
     MARGIN_TITLE,
+    SETTLING,
     compared,
+    is_exhausted,
     voted_columns,
 )
 
@@ -53,8 +55,8 @@ def conclude(case: Case) -> Doubt:
 
 
 def settled(case: Case) -> Doubt | None:
-    """Return the doubt as clear if the suite has searched without a result, and almost all that it broke was broken by
-    its attacks that follow gradients and do not search.
+    """Return the doubt as clear if the suite and a short search have searched without a result, and almost all that the
+    suite broke was broken by its attacks that follow gradients and do not search.
     """
     searched = case.idle(searches=SEARCHED)
     by_gradients, by_searches = (
@@ -70,7 +72,7 @@ def settled(case: Case) -> Doubt | None:
         elif outcome.attack.needs == "gradients":
             by_gradients |= outcome.broken
             followed = True
-    if searched is None or not followed:
+    if searched is None or not followed or not is_exhausted(case):
         return None
     by_searches &= ~by_gradients
     if int(by_searches.sum()) >= DISCORDANT:
@@ -90,7 +92,7 @@ TEST = DoubtTest(
     advice="Add --adaptive, and look for the part of the model that masks gradients.",
     conclude=conclude,
     settled=settled,
-    probes=(MARGIN, SEARCH),
+    probes=(SETTLING, MARGIN, SEARCH),
     thresholds=(POINTS_BY_RIVAL,),
     of_strength=True,
     answered_by=("bypass", "search"),

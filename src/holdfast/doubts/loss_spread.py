@@ -17,6 +17,7 @@ from holdfast.doubts.protocol import P_BY_RIVAL, Case, DoubtTest, Probe, share
 from holdfast.doubts.short_attacks import (
     CROSS_ENTROPY,
     MARGIN,
+    SETTLING,
     STEPS,
     missed_by,
     short_pgd,
@@ -104,7 +105,7 @@ TEST = DoubtTest(
     advice="Use the lowest robust accuracy, and add the losses that broke most to the suite.",
     conclude=conclude,
     settled=settled,
-    probes=(CROSS_ENTROPY, MARGIN, PROBABILITY_MARGIN, RUNNER_UP),
+    probes=(SETTLING, CROSS_ENTROPY, MARGIN, PROBABILITY_MARGIN, RUNNER_UP),
     thresholds=(LOSS_SPREAD,),
     of_strength=True,
     answered_by=("bypass",),

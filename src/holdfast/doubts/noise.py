@@ -14,7 +14,13 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs
 from holdfast.doubts.protocol import SEARCHED, Case, DoubtTest, Probe, within_budget
-from holdfast.doubts.short_attacks import broken_columns, unbroken_columns, update_lower
+from holdfast.doubts.short_attacks import (
+    SETTLING,
+    broken_columns,
+    is_exhausted,
+    unbroken_columns,
+    update_lower,
+)
 
 THRESHOLD = 0.005
 """fraction of the surviving examples that random inputs may break without raising the doubt"""
@@ -69,11 +75,11 @@ def conclude(case: Case) -> Doubt:
 def settled(case: Case) -> Doubt | None:
     """Return the doubt as clear if a random search of the suite, which is stronger than random inputs, breaks none."""
     searched = case.idle(searches=SEARCHED)
-    if searched is None:
+    if searched is None or not is_exhausted(case):
         return None
     text = (
         f"the random search of {searched.name} breaks none of the last {searched.n_last} examples that it was run on, "
-        "so random inputs were not tried"
+        "and a short search none of a random sample, so random inputs were not tried"
     )
     return case.judged(0.0, THRESHOLD, searched.n_last, text)
 
@@ -84,7 +90,7 @@ TEST = DoubtTest(
     advice="The suite is too weak: add attacks, steps or restarts.",
     conclude=conclude,
     settled=settled,
-    probes=(NOISE,),
+    probes=(SETTLING, NOISE),
     thresholds=(THRESHOLD,),
     of_strength=True,
     answered_by=("bypass", "search"),

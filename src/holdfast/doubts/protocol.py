@@ -77,6 +77,8 @@ class Probe:
     """place of the probe among all: they run in the order of these numbers, and the new run of the suite is last"""
     most: int = SAMPLE
     """largest number of examples that the probe runs on"""
+    settles: bool = False
+    """whether the probe only serves to settle doubts together with the results of the suite"""
 
 
 def probe_title(probe: str) -> str:

@@ -7,7 +7,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.evidence import Doubt
 from holdfast.core.types import Logits, PerExample
 from holdfast.doubts.protocol import DISCORDANT, P_BY_RIVAL, Case, DoubtTest, Probe, share
-from holdfast.doubts.short_attacks import CROSS_ENTROPY, STEPS, missed_by, short_pgd_on
+from holdfast.doubts.short_attacks import CROSS_ENTROPY, SETTLING, STEPS, missed_by, short_pgd_on
 from holdfast.statistics.intervals import mcnemar
 
 POINTS_BY_SCALE = 0.03
@@ -62,7 +62,7 @@ TEST = DoubtTest(
     "training.",
     conclude=conclude,
     settled=settled,
-    probes=(CROSS_ENTROPY, SMALL_CROSS_ENTROPY),
+    probes=(SETTLING, CROSS_ENTROPY, SMALL_CROSS_ENTROPY),
     thresholds=(POINTS_BY_SCALE,),
     of_strength=True,
     answered_by=("bypass",),

@@ -6,6 +6,7 @@ from torch import Tensor
 from holdfast.attacks.parts.ascent import ascend, gradient
 from holdfast.attacks.parts.losses import Loss, cross_entropy, margin, margin_loss
 from holdfast.attacks.protocol import Attack
+from holdfast.attacks.square import Square
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent
@@ -15,7 +16,7 @@ from holdfast.core.model import Model
 from holdfast.core.outputs import scale
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, Mask, PerExample, Rows
-from holdfast.doubts.protocol import P_BY_RIVAL, POINTS_BY_RIVAL, Case, Probe, Run, share
+from holdfast.doubts.protocol import P_BY_RIVAL, POINTS_BY_RIVAL, Case, Probe, Run, share, within_budget
 from holdfast.statistics.intervals import mcnemar
 
 SLOPE_REACH = 0.05
@@ -130,15 +131,43 @@ MARGIN = Probe("margin", "gradients", _margin_twice, queries=2 * (STEPS + 1), or
 MARGIN_TITLE = "PGD on the margin, twice 20 steps,"
 
 
+def settling_search(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """Return the columns of a short Square Attack from its own random start."""
+    return voted_columns(Square(queries=_SETTLING_QUERIES), model, batch, threat, rng.at("settling"), 1)
+
+
+_SETTLING_QUERIES = 200
+SETTLING = Probe(
+    "settling-search",
+    "scores",
+    settling_search,
+    on="surviving",
+    applies=lambda threat: threat.constraint.eps != 0 and threat.constraint.in_input_units,
+    rows=lambda threat, n, passes, votes: (within_budget(_SETTLING_QUERIES, threat) + 1) * passes.once(n),
+    order=2,
+    most=32,
+    settles=True,
+)
+"""Short search on a random sample of the surviving examples. The last waves of the suite have only the lowest margins,
+which are no evidence for the others if the margins of a model mislead."""
+
+
+def is_exhausted(case: Case) -> bool:
+    """Return whether the last attack of the suite that uses gradients broke none of its last wave, and the short search
+    none of a random sample of the surviving examples.
+    """
+    sampled = case.broken(SETTLING)
+    return case.idle() is not None and sampled is not None and not bool(sampled.any())
+
+
 def missed_by(probe: Probe, case: Case) -> Mask | None:
     """Return the mask of the examples of a probe that the suite broke and the probe did not.
 
-    No other attack is expected to be ahead of the probe on more examples, because the last attack of the suite that
-    uses gradients broke none of the surviving ones nearest to the boundary. None if this is not so, or the probe was
-    not run.
+    No other attack is expected to be ahead of the probe on more examples if the suite is exhausted (`is_exhausted`).
+    None if it is not, or the probe was not run.
     """
     broken = case.broken(probe)
-    if broken is None or case.idle() is None:
+    if broken is None or not is_exhausted(case):
         return None
     return case.columns["success"][case.results[probe.name].rows] & ~broken
 

@@ -8,7 +8,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate, Goal
 from holdfast.core.evidence import Doubt, Evidence, Looks, Scope
 from holdfast.doubts.probing import doubt_test
-from holdfast.gates.grammar import Claim, parse, refused_verdict
+from holdfast.gates.grammar import SEQUENTIAL, Claim, refused_verdict
 from holdfast.metrics.catalogue import estimate as estimate_of
 from holdfast.metrics.comparisons import LOSSES, basis, change, improvement
 from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
@@ -126,7 +126,8 @@ class Judgement:
     scope: Scope | None = None
     """which adversarial examples are counted in a comparison of robust accuracies; None for other gates"""
     looks: Looks | None = None
-    """for the condition until whose decision the run measured, how many examples it took; None for other gates"""
+    """how many examples it took to decide the condition of `until`, for a gate whose interval is valid at every look;
+    None for other gates"""
 
     @property
     def because(self) -> str:
@@ -182,9 +183,10 @@ def judge(
     except UsageError as error:
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error.message}", *error.remedies) from error
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
-    looks = evidence.looks
-    if looks is None or replace(parse(looks.condition), text=claim.text) != claim:
+    looks = evidence.looks if claim.metric in SEQUENTIAL else None
+    if looks is None:
         return replace(judged_estimate(claim, measured, doubts), scope=scope)
+    # the number of examples depends on what was measured, which an ordinary interval does not allow for
     return replace(judged_estimate(claim, sequential(measured), doubts), looks=looks)
 
 

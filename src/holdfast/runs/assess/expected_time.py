@@ -121,7 +121,7 @@ class StepTimes:
         return max(forwards - backwards, 0.0) * self.query.of(n) + backwards * self.gradient.of(n)
 
 
-_SETTLED = (55, 44)
+_SETTLED = (155, 44)
 """Forward and backward passes of the probes for each example if the results of the suite settle the others."""
 
 
@@ -460,6 +460,7 @@ def _doubts(plan: Plan, due: int, passes: Passes, *, randomised: bool) -> int:
     probes = sum(
         probe_rows(probe, plan.threat, min(due, probe.most), unsharded, randomised=randomised) or 0
         for probe in probes_for(plan.threat, attacks)
+        if not probe.settles
     )
     suite, unknown = _attacked(plan.members, plan, due, Passes(passes.size))
     judged = JUDGED_AT_RANDOM if randomised else 1

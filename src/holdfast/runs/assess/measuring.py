@@ -395,7 +395,9 @@ def run_probes(
     suite = plan.suite if plan.doubts == "all" else ""
     target = measurement.target
     of_suite = suite_columns(plan.stages(), by_stage)
-    unclear = target.randomised or plan.smallest or gradients_vanish(of_suite)
+    unclear = (
+        target.randomised or plan.smallest or measurement.served is not None or gradients_vanish(of_suite)
+    )
     context = MeasurementContext(
         plan.threat,
         suite,
@@ -416,7 +418,7 @@ def run_probes(
         findings = conclude({}, columns, context, broken_by)
         findings = _unfinished(findings, missed) if suite else findings
         return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
-    probes = _probes(measurement, columns, by_stage)
+    probes = tuple(p for p in _probes(measurement, columns, by_stage) if not (p.settles and unclear))
     allotment = _allotment(measurement, columns, by_stage, probes)
     raising = dict[str, str]()
     probed = _probed(measurement, probes, context, counting_model, columns, stopwatch, allotment, raising)

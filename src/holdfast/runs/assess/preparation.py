@@ -445,6 +445,12 @@ def plan_for(
             f"until measures the examples in blocks, and the step {undivided[0]} needs all at once",
             Remedy("until"),
         )
+    if request.until is not None and plan.baseline is not None:
+        raise UsageError(
+            "until measures the examples in blocks, and the baseline has stored adversarial examples for all of them; "
+            "leave one of the two out",
+            Remedy("until"),
+        )
     return plan
 
 

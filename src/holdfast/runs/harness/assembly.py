@@ -40,7 +40,6 @@ from holdfast.runs.harness.stage import (
     StageKind,
     StageOutline,
     certified_in,
-    repeated_attacks,
 )
 from holdfast.runs.harness.target import DISTANCES, GALLERY, NORMS, unattacked
 
@@ -192,12 +191,7 @@ def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes)
     """Return the results of the probes, restricted to adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
-    again = {*repeated_attacks(plan.steps, by_stage).values()}
-    attacks = [
-        {"name": step.attack, **step.settings}
-        for step in suite
-        if step.attack in again and not step.kind.reuses
-    ]
+    attacks = [{"name": step.attack, **step.settings} for step in suite if not step.kind.reuses]
     results = []
     for place, (probe, tried) in enumerate(probes):
         columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
@@ -474,7 +468,7 @@ def _attack_records(
                 *_learned(by_stage.get(learned)),
                 *_placed(places),
                 *remark(risky, risk),
-                *_not_run(stage, waves),
+                *_not_run(stage, risky),
                 *_searched(search),
                 *remarks.get(stage.name, ()),
             )

@@ -306,14 +306,17 @@ def suite_columns(
 def outcomes(stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]) -> tuple[Outcome, ...]:
     """Return what each attack of the suite did in its waves together, without adaptive attacks and a baseline."""
     waves: dict[str, list[Stage | StageOutline]] = {}
+    certified = certified_in(stages, by_stage)  # attacks on these only test the certificates
     for stage in stages:
         if stage.kind.in_suite and not stage.kind.reuses and not stage.adaptive and stage.name in by_stage:
             waves.setdefault(stage.first, []).append(stage)
-    return tuple(_outcome(of_attack, [by_stage[s.name] for s in of_attack]) for of_attack in waves.values())
+    return tuple(
+        _outcome(of_attack, [by_stage[s.name] for s in of_attack], certified) for of_attack in waves.values()
+    )
 
 
-def _outcome(waves: Sequence[Stage | StageOutline], columns: Sequence[Columns]) -> Outcome:
-    ran, first = [int(wave["ran"].sum()) for wave in columns], waves[0]
+def _outcome(waves: Sequence[Stage | StageOutline], columns: Sequence[Columns], certified: Mask) -> Outcome:
+    ran, first = [int((wave["ran"] & ~certified).sum()) for wave in columns], waves[0]
     last = max((k for k, n in enumerate(ran) if n), default=0)
     return Outcome(
         first.title if isinstance(first, Stage) else first.attack,
@@ -330,8 +333,9 @@ def gradients_vanish(suite: Mapping[str, Columns]) -> bool:
     """Return whether the first gradients of the attacks of a suite were zero or not a number for more than 1 % of the
     examples, from the columns of its stages.
     """
+    followed = [columns["ran"] & (columns["dead"] | (columns["backwards"] > 0)) for columns in suite.values()]
     dead = sum(int(columns["dead"].sum()) for columns in suite.values())
-    return dead > ZERO_GRADIENTS * sum(int(columns["ran"].sum()) for columns in suite.values())
+    return dead > ZERO_GRADIENTS * sum(int(mask.sum()) for mask in followed)
 
 
 def repeated_attacks(
