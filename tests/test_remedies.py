@@ -1357,6 +1357,14 @@ situation(
 )
 situation("across without a norm", assessed, threat="linf", suite="fmn", across=[PAIR])
 situation("across with a condition that ends a run", assessed, until="robust_accuracy >= 0.4", across=[PAIR])
+situation(
+    "a baseline with a condition that ends a run",
+    assessed,
+    threat="linf:0.5",
+    suite="pgd",
+    until="robust_accuracy >= 0.4",
+    baseline=Later(lambda: assessed(threat="linf:0.5", suite="pgd", save_adversarial=True)),
+)
 situation("across towards a class", assessed, threat="linf:0.01,goal=targeted:1", across=[PAIR])
 situation(
     "across without gradients",

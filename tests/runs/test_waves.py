@@ -151,6 +151,7 @@ def test_no_example_is_due_after_a_wave_without_success():
         "ran": due_examples(stages[1], waves, {"clean": clean}),
         "success": torch.zeros(N, dtype=torch.bool),
         "dead": torch.zeros(N, dtype=torch.bool),
+        "backwards": torch.zeros(N, dtype=torch.int64),
         "height": batch.x[:, 0],
     }
     by_stage = {"clean": clean, stages[1].name: first}

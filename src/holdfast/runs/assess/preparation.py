@@ -447,8 +447,7 @@ def plan_for(
         )
     if request.until is not None and plan.baseline is not None:
         raise UsageError(
-            "until measures the examples in blocks, and the baseline has stored adversarial examples for all of them; "
-            "leave one of the two out",
+            "until measures the examples in blocks, and the baseline has stored adversarial examples for all of them",
             Remedy("until"),
         )
     return plan
