@@ -100,9 +100,9 @@ def _ended(looks: Looks | None) -> tuple[str, ...]:
     if looks is None:
         return ()
     note = (
-        f"{looks.examples:,} of {looks.of:,} examples were measured, in a random order, for the condition {looks.condition!r} "
-        f"(look {looks.look}); the interval of this gate is valid at every look, and those of the metrics are for a "
-        "number of examples that is fixed before a run"
+        f"{looks.examples:,} of {looks.of:,} examples were measured, in a random order, for the condition "
+        f"{looks.condition!r} (look {looks.look}); the intervals of gates on shares of all examples are valid at every "
+        "look, and those of the metrics are for a number of examples that is fixed before a run"
     )
     return (note,)
 
