@@ -39,8 +39,8 @@ CLAIMED = ("standard", "fast")
 """The suites that must raise nothing on an honest network."""
 BESIDE = "quick"
 """The suite whose flags are told beside them, and under which masked networks must show what they hide."""
-APART = ("search", "again")
-"""Probes with a budget of their own: `black-box`, and the fresh pass of `not-exhausted`."""
+APART = ("search", "settling-search", "again")
+"""Probes with a budget of their own: two searches, and the fresh pass of `not-exhausted`."""
 Examples = tuple[Tensor, Tensor]
 
 

@@ -368,13 +368,14 @@ def test_probes_stay_within_their_budget(net):
     model, batch = Classifier(net), patterns(80, seed=2)
     columns = evidence_columns(model, batch, ThreatModel(Linf(0.01)))
     _, spent = probe_all(model, batch, columns, ThreatModel(Linf(0.01)))
-    apart = {"search", "again"}
+    apart = {"search", "settling-search", "again"}
     assert set(spent) == {probe.name for probe in all_probes()} - {"transfer"} | {"again"}
     forwards = sum(int(s.queries.max()) for name, s in spent.items() if name not in apart)
     backwards = sum(int(s.backwards.max()) for name, s in spent.items() if name not in apart)
     assert 200 < forwards <= protocol.FORWARDS
     assert 100 < backwards <= protocol.BACKWARDS
     assert int(spent["search"].queries.max()) <= 1001
+    assert int(spent["settling-search"].queries.max()) <= 201 and len(spent["settling-search"].queries) <= 32
     assert len(spent["again"].queries) <= protocol.FRESH_ROWS
 
 

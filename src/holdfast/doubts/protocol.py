@@ -21,7 +21,7 @@ from holdfast.core.types import Access, Ids, Mask, Rows
 SAMPLE: Final = 128
 """largest number of examples for a probe"""
 FORWARDS: Final = 300
-"""largest number of forward passes of all probes for each example, without `black-box` and the new run of
+"""largest number of forward passes of all probes for each example, without the searches and the new run of
 `not-exhausted`"""
 BACKWARDS: Final = 150
 """largest number of backward passes of all probes for each example, with the same exceptions"""
