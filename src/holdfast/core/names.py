@@ -4,7 +4,7 @@ not import torch, so that messages appear fast.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Literal, TypeGuard
 
@@ -38,6 +38,11 @@ CorruptionName = Literal[
     "saturate",
 ]
 """common corruptions of images, as named in their paper; the last four are not part of the suite"""
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Return the names as one string, joined with commas and "and", such as `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def slug(name: str) -> str:

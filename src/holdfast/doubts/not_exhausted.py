@@ -14,6 +14,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Doubt
 from holdfast.core.model import VOTES, Model
+from holdfast.core.names import enumerated
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.protocol import AGAIN, FRESH_ROWS, Case, DoubtTest, Outcome, Probe, probe_title
 from holdfast.doubts.short_attacks import unbroken_columns, update_lower, voted_columns
@@ -81,8 +82,8 @@ def conclude(case: Case) -> Doubt:
     if fresh_pass is not None:
         fresh, n_fresh = int(fresh_pass.columns["broken"].sum()), len(fresh_pass.columns["broken"])
         texts.append(
-            f"a fresh pass of {_listed(case.context.repeated)} breaks {fresh} of the {n_fresh} surviving examples "
-            "closest to the boundary"
+            f"a fresh pass of {enumerated(case.context.repeated) or 'the suite'} breaks {fresh} of the {n_fresh} "
+            "surviving examples closest to the boundary"
         )
     if n_elsewhere:
         texts.append(
@@ -93,10 +94,6 @@ def conclude(case: Case) -> Doubt:
         return case.judged(float(n_elsewhere), 0.0, n_fresh, "; ".join(texts))
     # `judged` raises a doubt above its threshold, and `FRESH_BROKEN` examples are enough
     return case.judged(float(fresh), float(FRESH_BROKEN - 1), n_fresh, "; ".join(texts))
-
-
-def _listed(attacks: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(attacks[:-1]), *attacks[-1:]))) or "the suite"
 
 
 TEST = DoubtTest(

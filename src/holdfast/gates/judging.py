@@ -7,6 +7,7 @@ from typing import Any, Literal
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate, Goal
 from holdfast.core.evidence import Doubt, Evidence, Looks, Scope
+from holdfast.core.names import enumerated
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.grammar import SEQUENTIAL, Claim, refused_verdict
 from holdfast.metrics.catalogue import estimate as estimate_of
@@ -299,7 +300,7 @@ def protection_verdict(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str
     stolen_share, white = by["A1"]["share"], white_box or by["A5"]["share"]
     by_effect = {effect: [row["attacker"] for row in rows if row["effect"] == effect] for effect in EFFECTS}
     parts = [
-        f"{_listed(attackers)} {'is' if len(attackers) == 1 else 'are'} {text}"
+        f"{enumerated(attackers)} {'is' if len(attackers) == 1 else 'are'} {text}"
         for effect, text in EFFECTS.items()
         if (attackers := by_effect[effect])
     ]
@@ -319,7 +320,3 @@ def protection_verdict(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str
             f"serving set {100 * white['value']:.1f} %; {text}"
         )
     return text
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

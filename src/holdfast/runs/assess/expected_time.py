@@ -20,6 +20,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.meter import batch_size_for, half_batch
 from holdfast.core.model import VOTES, Classifier, Model
+from holdfast.core.names import enumerated
 from holdfast.core.outputs import SAME, change
 from holdfast.core.threat import ThreatModel
 from holdfast.doubts.probing import JUDGED_AT_RANDOM, probe_rows, probes_for
@@ -29,7 +30,6 @@ from holdfast.io.remote.served_model import InspectionCounter, rows_of_calls
 from holdfast.reports.words import amount
 from holdfast.runs.assess.preparation import plan_for, refuse_data
 from holdfast.runs.assess.request import AssessRequest, Subject
-from holdfast.runs.assess.result import enumerated
 from holdfast.runs.assess.served_runs import served_by
 from holdfast.runs.documents.record import Division
 from holdfast.runs.documents.run_manifest import work_of

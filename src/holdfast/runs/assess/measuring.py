@@ -1,7 +1,7 @@
 """Runs the stages of an assessment, and the probes that test its doubts."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from holdfast.core.errors import RESUME, HoldfastError, TargetError, TargetLost,
 from holdfast.core.evidence import Columns, Cost, Doubt
 from holdfast.core.meter import Room, in_pieces, in_room, purpose
 from holdfast.core.model import Bounds, Model
+from holdfast.core.names import enumerated
 from holdfast.core.outputs import Aim
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.doubts.probing import (
@@ -43,7 +44,7 @@ from holdfast.io.doctor import BETTER, FILLED, Finding, misfit, names_of_labels
 from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess.preparation import model_digest, readied, refuse_batch, with_surrogates
 from holdfast.runs.assess.request import Opening
-from holdfast.runs.assess.result import counted, enumerated
+from holdfast.runs.assess.result import counted
 from holdfast.runs.documents.record import DOUBTS
 from holdfast.runs.engine.run import Measure, OutOfTime, Run, Shards, Stopwatch, Timed
 from holdfast.runs.harness.assembly import (
@@ -394,7 +395,7 @@ def run_probes(
         return ProbeResults(Findings((), missed_by_suite(columns, plan.threat, broken_by)))
     suite = plan.suite if plan.doubts == "all" else ""
     target = measurement.target
-    of_suite = suite_columns(plan.stages(), by_stage)
+    of_suite, again = suite_columns(plan.stages(), by_stage), repeated_attacks(plan.stages(), by_stage)
     unclear = (
         target.randomised or plan.smallest or measurement.served is not None or gradients_vanish(of_suite)
     )
@@ -408,7 +409,7 @@ def run_probes(
         access=target.bare.access,
         classes=target.classes,
         outcomes=() if unclear else outcomes(plan.stages(), by_stage),
-        repeated=tuple(repeated_attacks(plan.stages(), by_stage).values()),
+        repeated=tuple(again.values()),
     )
     counting_model = PassCounter(measurement.target.quick)
     fitting, n_forwards = _input(measurement, columns)
@@ -418,7 +419,7 @@ def run_probes(
         findings = conclude({}, columns, context, broken_by)
         findings = _unfinished(findings, missed) if suite else findings
         return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
-    probes = tuple(p for p in _probes(measurement, columns, by_stage) if not (p.settles and unclear))
+    probes = tuple(p for p in _probes(plan, columns, again) if not (p.settles and unclear))
     allotment = _allotment(measurement, columns, by_stage, probes)
     raising = dict[str, str]()
     probed = _probed(measurement, probes, context, counting_model, columns, stopwatch, allotment, raising)
@@ -503,13 +504,10 @@ def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int
     return in_room(lambda size: misfit(model, batch, size, names, texts=texts), room, 0, len(batch))
 
 
-def _probes(measurement: Measurement, columns: Columns, by_stage: Mapping[str, Columns]) -> tuple[Probe, ...]:
-    """The probes that the threat model allows."""
-    plan = measurement.plan
-    again = repeated_attacks(plan.stages(), by_stage)
-    return probes_for(
-        probing_threat(plan.threat, columns), {place: plan.members[place].attack for place in again}
-    )
+def _probes(plan: Plan, columns: Columns, again: Iterable[int]) -> tuple[Probe, ...]:
+    """The probes that the threat model allows. The fresh pass repeats the attacks with the places `again`."""
+    attacks = {place: plan.members[place].attack for place in again}
+    return probes_for(probing_threat(plan.threat, columns), attacks)
 
 
 def _judged(

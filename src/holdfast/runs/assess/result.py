@@ -23,7 +23,7 @@ from holdfast.core.evidence import (
     Seconds,
     in_table,
 )
-from holdfast.core.names import suggestion
+from holdfast.core.names import enumerated, suggestion
 from holdfast.doubts.answering import with_answers
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
@@ -199,11 +199,6 @@ def _answer_checks(
 def _bypass_note(adapted: Adapted, arm: str) -> tuple[str, ...]:
     bypassed = adapted.bypassed if arm != "Search" else []
     return (f"its gradient bypasses {enumerated(bypassed)}",) if bypassed else ()
-
-
-def enumerated(names: Sequence[str]) -> str:
-    """Return the names as one string, joined with commas and "and", such as `a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def adversarial(record: Record) -> dict[str, Tensor]:
