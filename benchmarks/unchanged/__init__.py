@@ -2,7 +2,7 @@
 
     python -m benchmarks.unchanged save FOLDER [--of COMMIT] [--only KIND]...
     python -m benchmarks.unchanged compare BEFORE AFTER
-    python -m benchmarks.unchanged time COMMIT [--rounds N]
+    python -m benchmarks.unchanged time COMMIT [--rounds N] [--only NAME]...
     python -m benchmarks.unchanged start COMMIT [--rounds N]
 
 `save` computes what is missing in the folder, so that it can be stopped: verdict columns of five suites on four

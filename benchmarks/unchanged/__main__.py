@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import comb
 from pathlib import Path
@@ -131,11 +131,13 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def timed(commit: str, rounds: int) -> int:
-    """Print CPU time over that of a commit, in alternated pairs; 1 where a 95 % interval lies above 1.02."""
+def timed(commit: str, rounds: int, only: Sequence[str] = ()) -> int:
+    """Print CPU time over that of a commit, in alternated pairs, of all contestants or of those named; 1 where a 95 %
+    interval lies above 1.02.
+    """
     slower = 0
     with sources(commit) as before, _worker(before) as one, _worker(ROOT / "src") as other:
-        for name in contestants():
+        for name in only or contestants():
             for worker in (one, other):  # the first call fills the caches
                 _seconds(worker, name)
             pairs = []
@@ -233,6 +235,7 @@ def main() -> int:
     timing = commands.add_parser("time", help="CPU time beside that of a commit")
     timing.add_argument("commit")
     timing.add_argument("--rounds", type=int, default=20)
+    timing.add_argument("--only", choices=tuple(contestants()), action="append", default=[])
     starting = commands.add_parser(
         "start", help="CPU time of imports, help and refusals beside that of a commit"
     )
@@ -243,7 +246,9 @@ def main() -> int:
         return save(given.folder, given.of, given.only)
     if given.command == "compare":
         return compare(given.before, given.after)
-    return (timed if given.command == "time" else started)(given.commit, given.rounds)
+    if given.command == "time":
+        return timed(given.commit, given.rounds, given.only)
+    return started(given.commit, given.rounds)
 
 
 if __name__ == "__main__":
