@@ -156,7 +156,7 @@ SUBJECTS = {
     "certified-training": "Certified training of the bundled network, MNIST, Linf 0.1: share of the 10,000 test "
     "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
-    "fast-small": "`fast` and `quick` against `standard` on 60 images, where the first waves, of at least 32 images, "
+    "fast-small": "Whole runs of `fast` and of `standard`, doubts included, on 60 and on 200 images of eight networks",
     "are most of the work of `fast`.",
     "until": "`assess --until` with `fast`: gates 10 and 20 points beside the robust accuracy of 1,000 images, in 200 "
     "random orders of the images.",
