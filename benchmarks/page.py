@@ -157,7 +157,6 @@ SUBJECTS = {
     "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
     "fast-small": "Whole runs of `fast` and of `standard`, doubts included, on 60 and on 200 images of eight networks",
-    "are most of the work of `fast`.",
     "until": "`assess --until` with `fast`: gates 10 and 20 points beside the robust accuracy of 1,000 images, in 200 "
     "random orders of the images.",
     "expected-time": "The expected time that `assess` prints before a run, beside the wall time of the run. It prints "
