@@ -95,6 +95,8 @@ def test_a_false_number_of_looks_is_refused(whole, tmp_path):
 def test_what_blocks_cannot_decide_is_refused():
     with pytest.raises(UsageError, match="a share of all examples: certified_accuracy"):
         parse_until("robust_margin >= 0.1")
+    with pytest.raises(UsageError, match="no metric 'zzz'; expected one of certified_accuracy, .{50,150}$"):
+        parse_until("zzz >= 0.1")
     fitted = replace(REQUEST, plan=replace(REQUEST.plan, members=(Member("UAP", Universal()),)))
     with pytest.raises(UsageError, match="the step fitting UAP needs all at once"):
         assess(subject(), DATA, replace(fitted, fit=data(50, seed=9)))
