@@ -113,8 +113,17 @@ def _apgd_t(*, waves: int = 0, least: int = LEAST, **settings: Any) -> AttackSpe
 
 
 def _relay(name: str, *, waves: int, searches: int, rounds: int) -> AttackSpec:
-    settings = {"restarts": 1, "targets": 3, "searches": searches, "rounds": rounds, "queries": 150}
-    return _spec(name, "Relay", waves=waves, least=_FEW, **settings)
+    return _spec(
+        name,
+        "Relay",
+        waves=waves,
+        least=_FEW,
+        restarts=1,
+        targets=3,
+        searches=searches,
+        rounds=rounds,
+        queries=150,
+    )
 
 
 def _last(*, least: int = LEAST, after: str = "") -> Specs:
