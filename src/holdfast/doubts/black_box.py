@@ -55,8 +55,9 @@ def conclude(case: Case) -> Doubt:
 
 
 def settled(case: Case) -> Doubt | None:
-    """Return the doubt as clear if the suite and a short search have searched without a result, and almost all that the
-    suite broke was broken by its attacks that follow gradients and do not search.
+    """Return the doubt as clear if the suite and a short search have searched without a result, or every example is
+    broken or certified, and almost all that the suite broke was broken by its attacks that follow gradients and do not
+    search.
     """
     searched = case.idle(searches=SEARCHED)
     by_gradients, by_searches = (
@@ -72,14 +73,19 @@ def settled(case: Case) -> Doubt | None:
         elif outcome.attack.needs == "gradients":
             by_gradients |= outcome.broken
             followed = True
-    if searched is None or not followed or not is_exhausted(case):
+    if not followed or not is_exhausted(case) or (searched is None and not case.complete):
         return None
     by_searches &= ~by_gradients
     if int(by_searches.sum()) >= DISCORDANT:
         return None
+    first = (
+        "every correct example is broken or certified"
+        if case.complete or searched is None
+        else f"the search of {searched.name} breaks none of the last {searched.n_last} examples"
+    )
     text = (
-        f"the search of {searched.name} breaks none of the last {searched.n_last} examples, and searches alone break "
-        f"{int(by_searches.sum())} of {len(by_searches)} examples in the suite; a difference needs {DISCORDANT}"
+        f"{first}, and searches alone break {int(by_searches.sum())} of {len(by_searches)} examples in the suite; a "
+        f"difference needs {DISCORDANT}"
     )
     n = len(by_searches)
     return case.judged(int(by_searches.sum()) / n, POINTS_BY_RIVAL, n, text, more=False)
