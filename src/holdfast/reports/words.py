@@ -471,8 +471,8 @@ def _looks_text(looks: Mapping[str, Any] | None) -> str:
     if looks is None:
         return ""
     return (
-        f"; this was look {looks['look']}, after {looks['examples']:,} of {looks['of']:,} examples, and the interval "
-        "is valid at every look"
+        f"; it was judged at look {looks['look']}, after {looks['examples']:,} of {looks['of']:,} examples, by an "
+        "interval that is valid at every look"
     )
 
 
