@@ -97,7 +97,7 @@ def test_unusable_baselines_are_refused_or_only_compared_with(earlier):
     for threat, attacks, message in (
         ("l2:0.1", ATTACKS, "is a run under linf:0.3, and the threat is l2:0.1"),
         ("linf", "minimum-norm", "the suite searches for the smallest change"),
-        ("spatial:rotate=10", "quick", "examples of a norm, and the threat spatial:rotate=10 has none"),
+        ("spatial:rotate=10", "quick", "only under a norm, and the threat spatial:rotate=10 has no norm"),
     ):
         with pytest.raises(UsageError, match=message):
             assess(0.05, threat, attacks=attacks, baseline=earlier)
@@ -112,7 +112,7 @@ def test_examples_of_an_attacker_with_more_access_are_refused(earlier):
         (
             earlier,
             BLIND["threat"],
-            "whose attacks had access to gradients, and the threat is linf:0.3,access=scores",
+            "whose attacks had access to gradients, which the threat linf:0.3,access=scores",
         ),
         (few, BLIND["threat"], "whose attacks had 30 queries"),
         (earlier, "linf:0.3,queries=900", "whose attacks had any number of queries"),

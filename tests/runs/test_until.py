@@ -70,7 +70,7 @@ def test_a_further_gate_does_not_end_the_run(whole):
         (
             {"until": parse_until("robust_accuracy >= 0.47")},
             "all measured",
-            "all examples were measured (300), and",
+            "the run measured every example (300), which does not decide",
         ),
         (
             {"time_budget_s": 1e-9, "plan": replace(REQUEST.plan, doubts="all")},
@@ -124,8 +124,9 @@ def test_a_false_number_of_looks_is_refused(whole, tmp_path):
 
 
 def test_what_blocks_cannot_decide_is_refused():
-    with pytest.raises(UsageError, match="a share of all examples: certified_accuracy"):
-        parse_until("robust_margin >= 0.1")
+    for condition in ("robust_margin >= 0.1", "regression >= 0.1"):
+        with pytest.raises(UsageError, match="a share of all examples: certified_accuracy"):
+            parse_until(condition)
     with pytest.raises(UsageError, match="no metric 'zzz'; expected one of certified_accuracy, .{50,150}$"):
         parse_until("zzz >= 0.1")
     fitted = replace(REQUEST, plan=replace(REQUEST.plan, members=(Member("UAP", Universal()),)))

@@ -310,7 +310,7 @@ class _Bound:
         """Return the bound after a step."""
         if step.n is None or not step.seen:
             return ""
-        part = f"{step.seen:,} of {step.n:,} examples"
+        part = f"{step.seen:,} of {step.n:,} example{'s' * (step.n != 1)}"
         if step.in_looks:
             _, high = confidence_sequence(step.surviving, step.seen)
             if high < self._lowest:

@@ -102,13 +102,13 @@ def parse_until(text: str) -> Claim:
     """Return the condition until whose decision a run measures. Raises `UsageError` if the text is no gate, or its
     metric is not a share of all examples.
     """
-    claim = parse(text, offered=SEQUENTIAL)
-    if claim.metric not in SEQUENTIAL:
+    parts = _PARTS.fullmatch(text)
+    if parts is not None and parts["metric"] in GATED - SEQUENTIAL:
         raise UsageError(
-            f"until is {text!r}, and {claim.metric} is not decided by the first examples; expected a condition on a "
+            f"until is {text!r}, and {parts['metric']} is not decided by the first examples; expected a condition on a "
             f"share of all examples: {_list(SEQUENTIAL)}"
         )
-    return claim
+    return parse(text, offered=SEQUENTIAL)
 
 
 def parse(text: str, metrics: Collection[str] = GATED, *, offered: Collection[str] | None = None) -> Claim:

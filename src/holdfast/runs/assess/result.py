@@ -100,15 +100,16 @@ def _ended(looks: Looks | None) -> tuple[str, ...]:
     """Return a note on why a run with a condition ended, and after how many examples, if it has one."""
     if looks is None or looks.ended is None:
         return ()
-    place = f"at look {looks.look}, after {looks.examples:,} of {looks.of:,} examples in a random order"
+    n = f"{looks.of:,} example{'s' * (looks.of != 1)}"
+    place = f"at look {looks.look}, after {looks.examples:,} of {n} in a random order"
     reasons: Mapping[Ending, str] = {
         "decided": f"the run ended {place}, because its attacks decided {looks.condition!r}",
-        "all measured": f"all examples were measured ({looks.of:,}), and do not decide {looks.condition!r}",
+        "all measured": f"the run measured every example ({looks.of:,}), which does not decide {looks.condition!r}",
         "out of time": f"time ran out {place}, before the attacks decided {looks.condition!r}",
     }
     intervals = (
-        "the interval of a gate on a share of all examples is valid at every look, and those of the metrics are "
-        "narrower, because they are for a number of examples that is chosen before a run"
+        "the intervals of gates on shares of all examples are valid at every look; the intervals of the metrics assume "
+        "a number of examples that was fixed before the run, and are narrower"
     )
     return (f"{reasons[looks.ended]}; {intervals}",)
 

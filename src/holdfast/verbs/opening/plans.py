@@ -108,11 +108,11 @@ def _unusable(
     threat, constraint = plan.threat, plan.threat.constraint
     if not constraint.is_ball:
         return UsageError(
-            f"baseline stores adversarial examples of a norm, and the threat {threat.text} has none", alone
+            f"baseline starts attacks only under a norm, and the threat {threat.text} has no norm", alone
         )
     if plan.smallest:
         return UsageError(
-            "baseline stores adversarial examples within an eps, and the suite searches for the smallest change",
+            "baseline starts attacks within an eps, and the suite searches for the smallest change",
             alone,
         )
     if earlier.constraint.name != constraint.name:
@@ -130,8 +130,8 @@ def _unusable(
     more = _further_access(run, request)
     if more:
         return UsageError(
-            f"baseline is a run whose attacks had {more}, and the threat is {threat.text}: an attacker of this threat "
-            "cannot find its adversarial examples",
+            f"baseline is a run whose attacks had {more}, which the threat {threat.text} does not give; its "
+            "adversarial examples would count as found without it",
             alone,
         )
     if len(data) and not attack.occurs_in(data):
