@@ -48,6 +48,12 @@ def test_if_no_example_is_left_no_probe_looks_for_more(broken):
     assert all(doubt.message for doubt in broken.doubts)
 
 
+def test_examples_that_only_a_baseline_broke_settle_nothing(broken):
+    stored = assess("linf:0.9", save_adversarial=True)
+    based = assess("linf:0.9", baseline=stored)
+    assert based.attacks[0].reuse.broke == len(X) and tried(based)["search"] and tried(based)["margin"]
+
+
 def test_the_search_that_settles_doubts_is_run_on_examples_that_are_not_certified():
     certified = assess("linf:0.06", layers=2, certify=True)
     evidence = certified.evidence
