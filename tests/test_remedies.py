@@ -1027,11 +1027,6 @@ situation(
 situation("a baseline without adversarial examples", assessed, suite="pgd", baseline=Later(baseline))
 STORED = Later(lambda: assessed(threat="linf:0.5", suite="pgd", save_adversarial=True))
 for name, settings in {
-    "a baseline under a threat without a norm": {
-        "model": Later(convolutional),
-        "data": (IMAGES, Y[:8]),
-        "threat": "corruptions:3",
-    },
     "a baseline of an attacker with more access": {
         "threat": "linf:0.5,access=scores,queries=9",
         "suite": "square",

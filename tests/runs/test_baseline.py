@@ -97,7 +97,6 @@ def test_unusable_baselines_are_refused_or_only_compared_with(earlier):
     for threat, attacks, message in (
         ("l2:0.1", ATTACKS, "is a run under linf:0.3, and the threat is l2:0.1"),
         ("linf", "minimum-norm", "the suite searches for the smallest change"),
-        ("spatial:rotate=10", "quick", "only under a norm, and the threat spatial:rotate=10 has no norm"),
     ):
         with pytest.raises(UsageError, match=message):
             assess(0.05, threat, attacks=attacks, baseline=earlier)

@@ -87,14 +87,18 @@ def baseline_evidence(settings: Measuring) -> Evidence | None:
 def with_stored_inputs(request: AssessRequest, run: Result, data: Data) -> AssessRequest:
     """Return the request with the attack that uses the stored adversarial inputs of an earlier run.
 
-    If they cannot be used, a note states the reason if a gate compares with the run. Without such a gate, the run
-    serves no purpose, and this raises `UsageError`.
+    If they cannot be used, a note states the reason if a gate compares with the run, or the threat has no norm, where
+    metrics compare with it, too. Otherwise this raises `UsageError`. Corruptions are not searched, and have no attack
+    that could begin with stored inputs.
     """
+    constraint = request.plan.threat.constraint
+    if constraint.drawn_at_random:
+        return request
     attack = baseline_of(run.evidence, run.adversarial)
     refusal = _unusable(attack, request, run.evidence, data)
     if refusal is None:
         return replace(request, plan=replace(request.plan, baseline=attack))
-    if not any(claim.versus == "baseline" for claim in request.gates):
+    if constraint.is_ball and not any(claim.versus == "baseline" for claim in request.gates):
         raise refusal
     note = f"no attack begins with the baseline: {refusal.message}"
     return replace(request, notes=(*request.notes, note))
