@@ -1025,13 +1025,17 @@ situation(
     "gate against no run", assessed, {"baseline": Later(baseline)}, gates=["regression <= 0.1 vs baseline"]
 )
 situation("a baseline without adversarial examples", assessed, suite="pgd", baseline=Later(baseline))
-situation(
-    "a baseline under another norm",
-    assessed,
-    threat="l2:0.5",
-    suite="pgd",
-    baseline=Later(lambda: assessed(threat="linf:0.5", suite="pgd", save_adversarial=True)),
-)
+STORED = Later(lambda: assessed(threat="linf:0.5", suite="pgd", save_adversarial=True))
+for name, settings in {
+    "a baseline of an attacker with more access": {
+        "threat": "linf:0.5,access=scores,queries=9",
+        "suite": "square",
+    },
+    "a baseline of other data": {"data": (X / 2, Y), "threat": "linf:0.5", "suite": "pgd"},
+    "a baseline under another norm": {"threat": "l2:0.5", "suite": "pgd"},
+    "a baseline of the smallest change": {"threat": "linf", "suite": "minimum-norm"},
+}.items():
+    situation(name, assessed, baseline=STORED, **settings)
 situation("certify of the smallest change", planned, threat="linf:0.1", suite="minimum-norm", certify=True)
 situation("adaptive without doubts", planned, adaptive=True, doubts=False)
 situation("adaptive of the smallest change", planned, threat="l2:0.1", suite="minimum-norm", adaptive=True)
@@ -1363,7 +1367,7 @@ situation(
     threat="linf:0.5",
     suite="pgd",
     until="robust_accuracy >= 0.4",
-    baseline=Later(lambda: assessed(threat="linf:0.5", suite="pgd", save_adversarial=True)),
+    baseline=STORED,
 )
 situation("across towards a class", assessed, threat="linf:0.01,goal=targeted:1", across=[PAIR])
 situation(

@@ -407,9 +407,11 @@ def test_a_run_ends_as_soon_as_its_condition_is_decided(capsys):
     said = capsys.readouterr()
     content = json.loads(Path("r.json").read_text())
     (gate,) = content["gates"]
-    assert gate["looks"] == {"look": 1, "examples": 32, "of": 1000} and content["n"] == 32
+    assert gate["looks"] == {"look": 1, "examples": 32, "of": 1000, "ended": "decided"} and content["n"] == 32
     assert gate["estimate"]["high"] < 0.5
-    sentence = "this was look 1, after 32 of 1,000 examples, and the interval is valid at every look"
+    sentence = (
+        "it was judged at look 1, after 32 of 1,000 examples, by an interval that is valid at every look"
+    )
     assert all(sentence in text for text in (said.err, Path("r.xml").read_text(), Path("r.html").read_text()))
     assert "--until 'robust_accuracy >= 0.5'" in content["reproduce"] and "--gate" not in content["reproduce"]
     assert run(["verify", "r"]) == 0

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Callable
 from contextlib import redirect_stderr
 
 import pytest
@@ -61,7 +62,7 @@ def test_lines_of_a_hardening_are_written_for_each_epoch_and_repeated_where_noth
         said.append(capsys.readouterr().err)
         return said[-1].count("; last finished: stage 1/3: clean, 0 of 9") > 1
 
-    with running.progress_bar(Voice(), piped=running._timed_lines) as progress:
+    with running.progress_bar(Voice(), piped=running.timed_lines) as progress:
         progress(Step("clean", 1, 3, 0, 9, 0, 0))
         until(repeated)
         progress(Step("training pgd", 2, 3, 1, 2, 3, 9, EpochMeasures(1, 2, 0.5, 1 / 3, 1.0, 9, 30.0)))
@@ -69,15 +70,22 @@ def test_lines_of_a_hardening_are_written_for_each_epoch_and_repeated_where_noth
     assert f"training pgd, {expected} left\n" in capsys.readouterr().err
 
 
-def test_a_bound_of_the_robust_accuracy_is_written_when_it_falls_and_at_most_every_few_seconds(
-    set_limit, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def written(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Function that returns the lines that steps of a run write."""
+
     def written(*steps: Step) -> str:
-        with running.progress_bar(Voice(), piped=running._bound_lines) as progress:
+        with running.progress_bar(Voice(), piped=running.bound_lines) as progress:
             for step in steps:
                 progress(step)
         return capsys.readouterr().err
 
+    return written
+
+
+def test_a_bound_of_the_robust_accuracy_is_written_when_it_falls_and_at_most_every_few_seconds(
+    set_limit, written: Callable[..., str]
+) -> None:
     part, clean, attacked = (
         Step("clean", 1, 3, 50, 100, 48, 50, n=100),
         Step("clean", 1, 3, 100, 100, 93, 100, n=100),
@@ -90,3 +98,19 @@ def test_a_bound_of_the_robust_accuracy_is_written_when_it_falls_and_at_most_eve
         "robust accuracy at most 93.0 % (86.1 to 97.1 %)\nrobust accuracy at most 60.0 % (49.7 to 69.7 %)\n"
     )
     assert written(part, clean, clean, attacked, Step("training", 1, 1, 1, 1, 3, 9)) == first + later
+
+
+def test_the_bound_of_a_run_that_measures_ever_more_examples_does_not_rise_at_a_new_look(
+    set_limit, written: Callable[..., str]
+) -> None:
+    set_limit("holdfast.cli.running._BETWEEN_S", 0.0)
+    clean, attacked, second, lower = (
+        Step("clean", 1, 3, 32, 32, 31, 32, n=300, in_looks=True),
+        Step("1-pgd", 2, 3, 32, 32, 4, 32, n=300, in_looks=True),
+        Step("clean", 1, 3, 48, 48, 46, 48, n=300, in_looks=True),
+        Step("1-pgd", 2, 3, 48, 48, 6, 48, n=300, in_looks=True),
+    )
+    lines = written(clean, attacked, second, lower).splitlines()
+    bounds = [float(line.split("at most ")[1].split(" %")[0]) for line in lines]
+    assert len(bounds) == 3 and bounds == sorted(bounds, reverse=True)
+    assert lines[-1].endswith("(95 % confidence), from 48 of 300 examples")

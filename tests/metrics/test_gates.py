@@ -43,7 +43,7 @@ def test_every_metric_may_be_gated(metric):
         ("robust_acuracy >= 0.4", "did you mean 'robust_accuracy'"),
         ("Robust-Accuracy >= 0.4", "did you mean 'robust_accuracy'"),
         ("robust_accuracy vs baseline >= -0.02", 'as in "regression <= 0.01 vs baseline"'),
-        ("zzz >= 0.4", "known are accepted_right_at_0_1_percent"),
+        ("zzz >= 0.4", "expected one of accepted_right_at_0_1_percent"),
         ("robust_accuracy >= 40%", "write the share 0.4"),
         ("robust_accuracy >= 40 %", "write the share 0.4"),
         ("robust_accuracy > 40%", "write >=; it also gives '40%'"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from holdfast.core.catalogue import names
+from holdfast.core.chain import canonical, digest
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import PassRecord
@@ -16,7 +17,11 @@ from holdfast.reports.formats.html import notebook
 from holdfast.reports.json_schemas import summary_schema
 from holdfast.reports.terminal import body
 from holdfast.reports.write import rendered, write
+from holdfast.runs.assess.assess import assess
+from holdfast.verbs.reports import compare, report, verify
 from reports import made
+from runs.fakes import FAST, data, order, subject
+from store.test_foreign import rewritten
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +205,23 @@ def test_names_of_users_are_shown_and_not_obeyed(first, text):
         )
         == 2
     )
+
+
+def test_a_stored_run_of_an_earlier_version_of_a_suite_is_reported_and_compared(tmp_path):
+    old, new = (
+        assess(subject(), data(), order(FAST, suite=f"fast@{k}"), run=tmp_path / f"{k}") for k in (1, 2)
+    )
+
+    def without_condition(content):
+        """Stages of `fast@1` do not state after which attack they run."""
+        for step in content["config"]["stages"]:
+            step.pop("after", None)
+        content["digests"]["config"] = digest(canonical(content["config"]))
+
+    rewritten(old.folder, "run.json", without_condition)
+    stored = report(old.folder)
+    assert verify(old.folder).complete and stored.metrics == old.metrics
+    assert stored.evidence.attacks == old.evidence.attacks
+    compared = compare(old.folder, new.folder)
+    assert compared.summary()["scope"] == "suite only"
+    assert "suite differs: fast@1 in the first run, fast@2 in the second" in compared.summary()["notes"]

@@ -8,13 +8,12 @@ import torch
 
 from holdfast.attacks import PGD, Universal
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.gates.grammar import look_sizes, parse_until
+from holdfast.gates.grammar import look_sizes, parse, parse_until
 from holdfast.io.data.data import Selection, in_random_blocks
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.measuring import ShardMeasure
 from holdfast.runs.harness.stage import Member
 from holdfast.verbs.reports import report, verify
-from runs.fakes import FAST, data, order, settled, subject
+from runs.fakes import FAST, data, network, order, settled, subject
 from store.test_foreign import rewritten
 
 CONDITION, N = "robust_accuracy >= 0.3", 300
@@ -43,18 +42,49 @@ def test_the_result_is_that_of_an_ordinary_run_on_the_same_examples(whole):
     assert gate.estimate.low < whole["robust_accuracy"].low  # it is valid at every look, and therefore wider
 
 
-def test_an_attack_without_waves_is_run_once_on_each_shard(monkeypatch):
-    tasks = []
-    measured = ShardMeasure.__call__
-    monkeypatch.setattr(
-        ShardMeasure,
-        "__call__",
-        lambda self, task, *others: tasks.append((task.stage, task.shard)) or measured(self, task, *others),
-    )
-    assess(subject(), DATA, REQUEST)
-    for stage in ("clean", "1-pgd", "fixed-pgd"):
-        shards = [shard for name, shard in tasks if name == stage]
-        assert len(shards) == len(set(shards)) > 3
+def test_an_attack_without_waves_is_run_once_on_each_example(whole):
+    rows = []
+    net = network()
+    net.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    request = replace(REQUEST, plan=replace(REQUEST.plan, members=(FAST,)))
+    looks = assess(subject(net), DATA, request).evidence.looks
+    in_looks = sum(rows)
+    rows.clear()
+    first = Selection(DATA, tuple(range(looks.examples)))
+    assess(subject(net), first, replace(request, until=None, gates=(request.until,)))
+    assert looks.look > 2 and in_looks == sum(rows)
+
+
+def test_a_further_gate_does_not_end_the_run(whole):
+    gates = (parse("clean_accuracy >= 0.1"), parse("robust_accuracy >= 0.2"))
+    result = assess(subject(), DATA, replace(REQUEST, gates=gates))
+    assert result.evidence.looks == whole.evidence.looks
+    assert [gate.claim for gate in result.gates] == [REQUEST.until, *gates]
+    assert all(gate.looks == result.evidence.looks and gate.verdict == "pass" for gate in result.gates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ended", "text"),
+    [
+        ({}, "decided", "because its attacks decided 'robust_accuracy >= 0.3'"),
+        (
+            {"until": parse_until("robust_accuracy >= 0.47")},
+            "all measured",
+            "the run measured every example (300), which does not decide",
+        ),
+        (
+            {"time_budget_s": 1e-9, "plan": replace(REQUEST.plan, doubts="all")},
+            "out of time",
+            "time ran out at look 1, after 32 of 300 examples in a random order",
+        ),
+    ],
+)
+def test_the_report_states_why_the_run_ended(changes, ended, text):
+    result = assess(subject(), DATA, replace(REQUEST, **changes))
+    assert result.evidence.looks.ended == ended
+    assert sum(text in note for note in result.evidence.notes) == 1
+    assert (result.gates[0].verdict == "unclear") is (ended != "decided")
+    assert result.summary()["gates"][0]["looks"]["ended"] == ended
 
 
 def test_a_run_that_is_stopped_anywhere_resumes_to_the_same_bytes(tmp_path, whole):
@@ -82,6 +112,7 @@ def test_a_false_number_of_looks_is_refused(whole, tmp_path):
         [
             ("until.json", lambda c: c.update(look=1), "examples"),
             ("until.json", lambda c: c.update(examples=48, look=2), "examples"),
+            ("until.json", lambda c: c.update(ended="all measured"), "examples"),
             ("verdict.json", lambda c: c["gates"].pop(0), "first gate"),
         ]
     ):
@@ -93,8 +124,11 @@ def test_a_false_number_of_looks_is_refused(whole, tmp_path):
 
 
 def test_what_blocks_cannot_decide_is_refused():
-    with pytest.raises(UsageError, match="a share of all examples: certified_accuracy"):
-        parse_until("robust_margin >= 0.1")
+    for condition in ("robust_margin >= 0.1", "regression >= 0.1"):
+        with pytest.raises(UsageError, match="a share of all examples: certified_accuracy"):
+            parse_until(condition)
+    with pytest.raises(UsageError, match="no metric 'zzz'; expected one of certified_accuracy, .{50,150}$"):
+        parse_until("zzz >= 0.1")
     fitted = replace(REQUEST, plan=replace(REQUEST.plan, members=(Member("UAP", Universal()),)))
     with pytest.raises(UsageError, match="the step fitting UAP needs all at once"):
         assess(subject(), DATA, replace(fitted, fit=data(50, seed=9)))

@@ -77,6 +77,16 @@ def test_concurrent_clients_share_batches_and_a_client_alone_does_not_wait():
     assert batches == [[0, 1]] * 3
 
 
+def test_a_batch_waits_for_others_for_at_most_half_of_the_largest_latency():
+    async def main():
+        queue = batcher(lambda batch: batch, gather_s=60.0, max_latency_s=0.1)
+        await asyncio.gather(queue.submit(0, 1), queue.submit(1, 1))
+        await asyncio.wait_for(queue.submit(2, 1), 30)  # the other client does not send again
+        queue.close()
+
+    asyncio.run(main())
+
+
 def test_one_cancelled_request_and_one_error_do_not_affect_the_others():
     answer = Gated()
 

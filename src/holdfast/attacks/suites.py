@@ -20,7 +20,7 @@ The tables name the attacks and their settings, and do not import torch: names a
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
@@ -97,8 +97,10 @@ class Suite:
         return tuple((spec.name, spec.build()) for spec in self.specs)
 
 
-def _spec(name: str, attack: str = "", *, waves: int = 0, **settings: Any) -> AttackSpec:
-    return AttackSpec(name, attack or name, MappingProxyType(settings), waves)
+def _spec(
+    name: str, attack: str = "", *, waves: int = 0, least: int = LEAST, after: str = "", **settings: Any
+) -> AttackSpec:
+    return AttackSpec(name, attack or name, MappingProxyType(settings), waves, least, after)
 
 
 def _pgd(steps: int, restarts: int) -> AttackSpec:
@@ -106,8 +108,29 @@ def _pgd(steps: int, restarts: int) -> AttackSpec:
     return _spec("PGD", steps=steps, reach=20.0, restarts=restarts, loss="margin_loss")
 
 
-def _apgd_t(*, waves: int = 0, **settings: Any) -> AttackSpec:
-    return _spec("APGD-T", "APGD", waves=waves, loss="dlr", **settings)
+def _apgd_t(*, waves: int = 0, least: int = LEAST, **settings: Any) -> AttackSpec:
+    return _spec("APGD-T", "APGD", waves=waves, least=least, loss="dlr", **settings)
+
+
+def _relay(name: str, *, waves: int, searches: int, rounds: int) -> AttackSpec:
+    return _spec(
+        name,
+        "Relay",
+        waves=waves,
+        least=_FEW,
+        restarts=1,
+        targets=3,
+        searches=searches,
+        rounds=rounds,
+        queries=150,
+    )
+
+
+def _last(*, least: int = LEAST, after: str = "") -> Specs:
+    return (
+        _spec("Square", waves=5, least=least, after=after, queries=500),
+        _apgd_t(waves=5, least=least, steps=50, targets=3),
+    )
 
 
 PUBLISHED: Final[Specs] = (
@@ -124,7 +147,6 @@ _TRANSFER = (_spec("Transfer"), *PUBLISHED)
 _CORRUPTIONS = tuple(AttackSpec(name, "Corruption", {"name": name}) for name in CORRUPTIONS)
 _SQUARE = _spec("Square", queries=5000)
 _SPARSE_RS = _spec("SparseRS", queries=5000)
-_LAST = (_spec("Square", waves=5, queries=500), _apgd_t(waves=5, steps=50, targets=3))
 _PATCHES = (_spec("PatchAttack", places=50), _pgd(100, 2))
 _WHOLE_IMAGE = (_spec("TransformPGD"), _spec("GridSearch"))
 # a few short gradient runs: in `quick`, two from random starts and two towards the nearest classes. `fast` uses one
@@ -136,8 +158,6 @@ _SHORT_SPRINT = _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1, targe
 _PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=10, refine=20)
 # a first step of twice the length breaks other examples than the default one
 _WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
-_RELAY = _spec("Relay", restarts=1, targets=3, searches=2, rounds=2, queries=150)
-_RELAY_2 = _spec("Relay-2", "Relay", restarts=1, targets=3, searches=3, rounds=3, queries=150)
 _WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
 _TEXTS = (_spec("TextSearch"),)
 _TRIGGER = (_spec("TriggerStamp"),)
@@ -173,10 +193,9 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
             _spec("Sprint", "Relay", searches=0, rounds=0, restarts=1),
             _spec("FMN", waves=4, steps=60),
             # two Relays, the second on the margins that the first has lowered, break more than one of twice the length
-            replace(_RELAY, waves=5, least=_FEW),
-            replace(_RELAY_2, waves=4, least=_FEW),
-            replace(_LAST[0], least=_FEW, after="Relay-2"),
-            replace(_LAST[1], least=_FEW),
+            _relay("Relay", waves=5, searches=2, rounds=2),
+            _relay("Relay-2", waves=4, searches=3, rounds=3),
+            *_last(least=_FEW, after="Relay-2"),
         ),
         "l2": (
             _SHORT_SPRINT,
@@ -187,7 +206,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
             # steps of 30 % beyond the plane break examples that those of 60 % miss
             _spec("FAB-T-2", "FAB", waves=4, steps=45, targets=4, eta=1.3, patience=15, refine=20),
             _WINDOWS,
-            *_LAST,
+            *_last(),
         ),
         "l1": (
             _SHORT_SPRINT,
@@ -198,7 +217,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
             _spec("Square", waves=5, queries=1000),
             _apgd_t(waves=5, steps=100, targets=3),
         ),
-        "l0": (_pgd(100, 2), replace(_SPARSE_RS, waves=4)),
+        "l0": (_pgd(100, 2), _spec("SparseRS", waves=4, queries=5000)),
         "corruptions": _CORRUPTIONS,
         "patch": _PATCHES,
         **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),

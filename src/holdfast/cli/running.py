@@ -29,7 +29,7 @@ from holdfast.runs.assess.result import Result
 from holdfast.runs.documents.stored_runs import new_folder
 from holdfast.runs.engine.identity import way_out
 from holdfast.runs.engine.progress import EpochMeasures, Progress, Step, ignore, silent, stoppable
-from holdfast.statistics.intervals import clopper_pearson
+from holdfast.statistics.intervals import clopper_pearson, confidence_sequence
 from holdfast.verbs.checked_settings import VerbSettings
 from holdfast.verbs.configuration import DEMO, canonical_settings
 from holdfast.verbs.functions import demo
@@ -69,7 +69,7 @@ def finished_run(
         )
     with stoppable(way_out(command, folder)):
         with progress_bar(
-            voice, piped=_timed_lines if isinstance(settings, Harden) else _bound_lines
+            voice, piped=timed_lines if isinstance(settings, Harden) else bound_lines
         ) as progress:
             shared: dict[str, Any] = {
                 "resume": resume,
@@ -213,6 +213,7 @@ def progress_bar(voice: Voice, *, piped: PipedProgress | None = None) -> Iterato
         TimeElapsedColumn(),
         TextColumn("{task.fields[surviving]}"),
     )
+    bound_of = _Bound()
     with Bars(*columns, console=voice.console(err=True), transient=True) as bars:
         task = bars.add_task("starting", total=None, place="", surviving="")
         last = ""
@@ -222,7 +223,7 @@ def progress_bar(voice: Voice, *, piped: PipedProgress | None = None) -> Iterato
             if step.stage != last:
                 bars.reset(task, total=step.of)
                 last = step.stage
-            bars.bound = _bound(step) or bars.bound
+            bars.bound = bound_of(step) or bars.bound
             unfinished = step.done < step.of  # the next work may take long and is not a stage
             bars.update(task, completed=step.done, total=step.of, visible=unfinished, **_texts(step))
 
@@ -230,15 +231,16 @@ def progress_bar(voice: Voice, *, piped: PipedProgress | None = None) -> Iterato
 
 
 @contextmanager
-def _bound_lines(voice: Voice) -> Iterator[Progress]:
+def bound_lines(voice: Voice) -> Iterator[Progress]:
     """Context manager that yields a callback which writes the bound of the robust accuracy when it has changed, at most
     every few seconds.
     """
-    last, written_at = "", -math.inf
+    last, written_at, bound_of = "", -math.inf, _Bound()
 
     def progress(step: Step) -> None:
         nonlocal last, written_at
-        if time.monotonic() < written_at + _BETWEEN_S or (bound := _bound(step)) in ("", last):
+        bound = bound_of(step)
+        if time.monotonic() < written_at + _BETWEEN_S or bound in ("", last):
             return
         last, written_at = bound, time.monotonic()
         voice.say(bound)
@@ -247,7 +249,7 @@ def _bound_lines(voice: Voice) -> Iterator[Progress]:
 
 
 @contextmanager
-def _timed_lines(voice: Voice) -> Iterator[Progress]:
+def timed_lines(voice: Voice) -> Iterator[Progress]:
     """Context manager that yields a callback which writes a line for each epoch of a training. After 30 s without such
     a line, a thread writes one with the last step and the time so far.
     """
@@ -288,20 +290,37 @@ def _timed_lines(voice: Voice) -> Iterator[Progress]:
 def _stage_line(step: Step) -> str:
     texts = _texts(step)
     robust = f", {texts['surviving'].strip()} so far" if texts["surviving"] else ""
-    bound = f", {_bound(step)}" if _bound(step) else ""
+    bound = f", {bound}" if (bound := _Bound()(step)) else ""
     return f"stage {texts['place']}: {texts['description']}{bound or robust}"
 
 
-def _bound(step: Step) -> str:
-    """Return the bound of the robust accuracy and its 95 % interval. It is an estimate until the clean pass has run on
-    all examples. The text is empty if the run measures no robust accuracy.
+class _Bound:
+    """Function that returns an upper bound of the robust accuracy with its 95 % confidence as text, which is empty if
+    the run measures none.
+
+    In a run on all examples it is the share of surviving ones with its interval, an estimate until the clean pass has
+    run on all of them. A run that ends when a condition is decided measures a growing part of them, on which this
+    share may rise; its bound is the lowest end of a confidence sequence so far.
     """
-    if step.n is None or not step.seen:
-        return ""
-    low, high = clopper_pearson(step.surviving, step.seen)
-    share = percent(step.surviving / step.seen)
-    from_part = f", estimated from {step.seen:,} of {step.n:,} examples" if step.seen < step.n else ""
-    return f"robust accuracy at most {share} ({100 * low:.1f} to {percent(high)}){from_part}"
+
+    def __init__(self) -> None:
+        self._lowest, self._text = 1.0, ""
+
+    def __call__(self, step: Step) -> str:
+        """Return the bound after a step."""
+        if step.n is None or not step.seen:
+            return ""
+        part = f"{step.seen:,} of {step.n:,} example{'s' * (step.n != 1)}"
+        if step.in_looks:
+            _, high = confidence_sequence(step.surviving, step.seen)
+            if high < self._lowest:
+                self._lowest = high
+                self._text = f"robust accuracy at most {percent(high)} (95 % confidence), from {part}"
+            return self._text
+        low, high = clopper_pearson(step.surviving, step.seen)
+        share = percent(step.surviving / step.seen)
+        from_part = f", estimated from {part}" if step.seen < step.n else ""
+        return f"robust accuracy at most {share} ({100 * low:.1f} to {percent(high)}){from_part}"
 
 
 def _epoch_line(stage: str, measured: EpochMeasures) -> str:
@@ -376,7 +395,7 @@ def run_demo(folder: Path, voice: Voice) -> int:
         f"attacking a classifier of handwritten digits on {DEMO['n']} real images with the attacks of the suite "
         f"{DEMO['suite']}"
     )
-    with progress_bar(voice, piped=_bound_lines) as progress:
+    with progress_bar(voice, piped=bound_lines) as progress:
         result = demo(folder, progress=progress, notify=voice.say)
     tell(result, [], voice)
     voice.say(

@@ -223,7 +223,8 @@ class PassRecord:
     name: str
     """name of the pass in sentences"""
     tried: int
-    """number of examples on which the pass was run"""
+    """number of examples on which the pass was run; 0 for a probe that could not change the result, because the doubts
+    that it tests were settled, or no example was left for it"""
     broke: int
     """number of examples that the pass broke and that no attack or earlier pass had broken"""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -284,6 +285,11 @@ Scope = Literal["every pass", "suite only"]
 """adversarial examples that a comparison of two runs counts"""
 
 
+Ending = Literal["decided", "all measured", "out of time"]
+"""Why a run with a condition ended: the attacks decided it, all examples were measured without a decision, or the time
+budget ended before a decision."""
+
+
 @dataclass(frozen=True)
 class Looks:
     """How many examples a run measured until its condition was decided. The examples are in a random order, and the
@@ -298,8 +304,8 @@ class Looks:
     """number of examples at the last look"""
     of: int
     """number of all examples that could be measured"""
-    ended: bool
-    """whether no further look follows"""
+    ended: Ending | None
+    """why no further look follows; None if one follows"""
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,11 @@ def conclude(case: Case) -> Doubt:
 
 
 def settled(case: Case) -> Doubt | None:
-    """Return the doubt as clear if the suite and a short search have searched without a result, and almost all that the
-    suite broke was broken by its attacks that follow gradients and do not search.
+    """Return the doubt as clear if almost all that the suite broke was broken by its attacks that follow gradients and
+    do not search, and the suite and a short search have searched without a result, or nothing is left to break.
     """
-    searched = case.idle(searches=SEARCHED)
-    by_gradients, by_searches = (
-        torch.zeros_like(case.columns["success"]),
-        torch.zeros_like(case.columns["success"]),
-    )
+    searched, success = case.idle(searches=SEARCHED), case.columns["success"]
+    by_gradients, by_searches = torch.zeros_like(success), torch.zeros_like(success)
     followed = False
     for outcome in case.context.outcomes:
         if outcome.attack is None:
@@ -72,17 +69,27 @@ def settled(case: Case) -> Doubt | None:
         elif outcome.attack.needs == "gradients":
             by_gradients |= outcome.broken
             followed = True
-    if searched is None or not followed or not is_exhausted(case):
+    if not followed or not is_exhausted(case):
         return None
-    by_searches &= ~by_gradients
-    if int(by_searches.sum()) >= DISCORDANT:
+    if case.complete:
+        # also what neither gradients nor searches broke, such as the inputs of a baseline
+        alone = success & ~by_gradients
+        text = (
+            f"every correct example is broken or certified, and attacks that follow gradients break all but "
+            f"{int(alone.sum())} of the {int(success.sum())} broken ones"
+        )
+    elif searched is not None:
+        alone = by_searches & ~by_gradients
+        text = (
+            f"the search of {searched.name} breaks none of the last {searched.n_last} examples, and searches alone "
+            f"break {int(alone.sum())} of {len(alone)} examples in the suite"
+        )
+    else:
         return None
-    text = (
-        f"the search of {searched.name} breaks none of the last {searched.n_last} examples, and searches alone break "
-        f"{int(by_searches.sum())} of {len(by_searches)} examples in the suite; a difference needs {DISCORDANT}"
-    )
-    n = len(by_searches)
-    return case.judged(int(by_searches.sum()) / n, POINTS_BY_RIVAL, n, text, more=False)
+    if int(alone.sum()) >= DISCORDANT:
+        return None
+    text += f"; a difference needs {DISCORDANT}"
+    return case.judged(int(alone.sum()) / len(alone), POINTS_BY_RIVAL, len(alone), text, more=False)
 
 
 TEST = DoubtTest(

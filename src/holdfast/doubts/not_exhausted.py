@@ -92,6 +92,8 @@ def conclude(case: Case) -> Doubt:
         )
         # one example is a proof, since these attacks obey the threat model too
         return case.judged(float(n_elsewhere), 0.0, n_fresh, "; ".join(texts))
+    if not texts:
+        texts.append("no example was left for a fresh pass, and no probe broke one that survived the suite")
     # `judged` raises a doubt above its threshold, and `FRESH_BROKEN` examples are enough
     return case.judged(float(fresh), float(FRESH_BROKEN - 1), n_fresh, "; ".join(texts))
 

@@ -22,6 +22,7 @@ from holdfast.doubts.protocol import (
     Probe,
     ProbeResults,
     probing_threat,
+    undecided,
     within_budget,
 )
 
@@ -89,6 +90,8 @@ def rows_for(
         among = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
         return sample_rows(columns, among, rng, n)
     surviving = surviving_examples(columns, threat)
+    if probe.on == "undecided":
+        return sample_rows(columns, surviving & undecided(columns), rng, n)
     if probe.on == "surviving":
         return sample_rows(columns, surviving, rng, n)
     # a margin in probability is at least -1, so that examples with NaN are among the first

@@ -58,9 +58,9 @@ class Probe:
     name: str
     needs: Access
     run: Run
-    on: Literal["correct", "surviving", "closest"] = "correct"
-    """examples that the probe runs on: a sample of the correct ones (`correct`), a sample of the surviving ones
-    (`surviving`), or the surviving ones with the lowest margin (`closest`)"""
+    on: Literal["correct", "surviving", "undecided", "closest"] = "correct"
+    """examples that the probe runs on: a sample of the correct ones (`correct`), of the surviving ones (`surviving`) or
+    of those of them that are not certified (`undecided`), or the surviving ones with the lowest margin (`closest`)"""
     breaks: bool = True
     """whether the inputs of the probe are inside the threat model, so that a broken example counts against the suite"""
     queries: int = 0
@@ -163,6 +163,13 @@ class Case:
         """Return which examples a probe broke; None if it was not run."""
         return self.results[probe.name].columns[column] if probe.name in self.results else None
 
+    @property
+    def complete(self) -> bool:
+        """Whether every correct example is broken by the suite or certified, so that no other attack breaks more. It is
+        false if nothing may be concluded from the suite.
+        """
+        return bool(self.context.outcomes) and not undecided(self.columns).any()
+
     def idle(self, *, searches: int = 0) -> Outcome | None:
         """Return the last attack of the suite that uses gradients or, with `searches`, that makes at least so many
         queries in random searches, if it broke none of the examples of its last wave. Otherwise return None.
@@ -253,6 +260,15 @@ def share(mask: Mask) -> str:
 def largest(values: Tensor) -> float:
     """Return the largest of some values (n), or 0 if there are none."""
     return float(values.max()) if len(values) else 0.0
+
+
+def undecided(columns: Columns) -> Mask:
+    """Return the mask of the examples that attacks may still break: the correct ones that are neither broken nor
+    certified.
+    """
+    correct, certified = columns["correct"], torch.zeros_like(columns["correct"])
+    remaining: Mask = correct & columns.get("eligible", correct) & ~columns["success"]
+    return remaining & ~columns.get("certified", certified)
 
 
 def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:

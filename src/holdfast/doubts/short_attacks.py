@@ -141,21 +141,24 @@ SETTLING = Probe(
     "settling-search",
     "scores",
     settling_search,
-    on="surviving",
+    on="undecided",
     applies=lambda threat: threat.constraint.eps != 0 and threat.constraint.in_input_units,
     rows=lambda threat, n, passes, votes: (within_budget(_SETTLING_QUERIES, threat) + 1) * passes.once(n),
     order=2,
     most=32,
     settles=True,
 )
-"""Short search on a random sample of the surviving examples. The last waves of the suite have only the lowest margins,
-which are no evidence for the others if the margins of a model mislead."""
+"""Short search on a random sample of the surviving examples that are not certified, which no search breaks. The last
+waves of the suite have only the lowest margins, which are no evidence for the others if the margins of a model
+mislead."""
 
 
 def is_exhausted(case: Case) -> bool:
-    """Return whether the last attack of the suite that uses gradients broke none of its last wave, and the short search
-    none of a random sample of the surviving examples.
+    """Return whether no example is left that another attack could break, or the last attack of the suite that uses
+    gradients broke none of its last wave, and the short search none of a random sample of the surviving examples.
     """
+    if case.complete:
+        return True
     sampled = case.broken(SETTLING)
     return case.idle() is not None and sampled is not None and not bool(sampled.any())
 

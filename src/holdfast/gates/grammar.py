@@ -102,19 +102,19 @@ def parse_until(text: str) -> Claim:
     """Return the condition until whose decision a run measures. Raises `UsageError` if the text is no gate, or its
     metric is not a share of all examples.
     """
-    claim = parse(text)
-    if claim.metric not in SEQUENTIAL:
+    parts = _PARTS.fullmatch(text)
+    if parts is not None and parts["metric"] in GATED - SEQUENTIAL:
         raise UsageError(
-            f"until is {text!r}, and {claim.metric} is not decided by the first examples; expected a condition on a "
+            f"until is {text!r}, and {parts['metric']} is not decided by the first examples; expected a condition on a "
             f"share of all examples: {_list(SEQUENTIAL)}"
         )
-    return claim
+    return parse(text, offered=SEQUENTIAL)
 
 
-def parse(text: str, metrics: Collection[str] = GATED) -> Claim:
+def parse(text: str, metrics: Collection[str] = GATED, *, offered: Collection[str] | None = None) -> Claim:
     """Return the gate in a text such as `robust_accuracy >= 0.40`, or in the name of a verdict such as `improved`.
     `metrics` are the names of the metrics that the command has. Raises `UsageError` with the mistake and the correct
-    form if the text is invalid.
+    form if the text is invalid; for an unknown metric, it offers `metrics`, or only those of them in `offered`.
     """
     name = text.strip()
     if name in VERDICTS:
@@ -125,7 +125,7 @@ def parse(text: str, metrics: Collection[str] = GATED) -> Claim:
         form = VERSUS if "baseline" in words else STATIC if "static" in words else FORM
         similar = suggestion(name, VERDICTS) if len(words) == 1 else ""
         raise UsageError(f"gate {text!r} cannot be read; {f'{similar} Or ' if similar else ''}{form}")
-    metric = _metric(parts["metric"], text, metrics)
+    metric = _metric(parts["metric"], text, metrics, metrics if offered is None else offered)
     eps = None if parts["eps"] is None else _number(parts["eps"], text)
     if eps is not None and metric not in AT_EPS:
         raise UsageError(
@@ -159,11 +159,11 @@ def with_equality(text: str) -> str:
     return re.sub("[<>](?!=)", r"\g<0>=", text)
 
 
-def _metric(name: str, text: str, metrics: Collection[str]) -> str:
+def _metric(name: str, text: str, metrics: Collection[str], offered: Collection[str]) -> str:
     if name in metrics:
         return name
-    offered = suggestion(name, metrics) or f"known are {_list(metrics)}"
-    raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
+    advice = suggestion(name, offered) or f"expected one of {_list(offered)}"
+    raise UsageError(f"gate {text!r}: there is no metric {name!r}; {advice}")
 
 
 def _list(names: Iterable[str]) -> str:

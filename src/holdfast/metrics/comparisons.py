@@ -58,7 +58,8 @@ def basis(first: Evidence, second: Evidence) -> Scope:
     those of the suites.
 
     Every pass counts if both runs had equal passes, that is equal attacks, settings and surrogates. Otherwise only the
-    suites count, because the model of the run with more passes would seem weaker.
+    suites count, because the model of the run with more passes would seem weaker. A probe that was not run because it
+    could not change the result is a pass, too (`PassRecord.tried` is 0).
     """
     return "every pass" if _passes(first) == _passes(second) else "suite only"
 

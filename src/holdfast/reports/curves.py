@@ -210,12 +210,12 @@ _COUNTS = ("broke", "forwards", "backwards")
 
 
 def _outside(summary: SummaryPart) -> list[SummaryPart]:
-    """The attacks and probes outside the suite, without the methods of certification, which have a table of their
-    own.
+    """The attacks and probes outside the suite that were run, without the methods of certification, which have a table
+    of their own.
     """
     results = summary["certification"]
     methods = {row["stage"] for row in results["rows"]} if results else set()
-    return [record for record in summary["passes"] if record["stage"] not in methods]
+    return [record for record in summary["passes"] if record["tried"] and record["stage"] not in methods]
 
 
 def _passes_line(summary: SummaryPart) -> str:

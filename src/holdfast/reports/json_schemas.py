@@ -6,7 +6,7 @@ from annotated_types import Gt, Lt, MaxLen
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from holdfast.core.evidence import CheckState, DoubtState, MethodState, Scope
+from holdfast.core.evidence import CheckState, DoubtState, Ending, MethodState, Scope
 from holdfast.core.types import Access, NonNegative
 from holdfast.core.types import Count as Natural
 from holdfast.core.types import Steps as Positive
@@ -50,11 +50,13 @@ class LooksJson(TypedDict):
     - `look`: number of the last look, from 1
     - `examples`: examples at the last look
     - `of`: all examples that could be measured
+    - `ended`: why no further look followed
     """
 
     look: Positive
     examples: Positive
     of: Positive
+    ended: Ending
 
 
 class Gate(TypedDict):
@@ -757,7 +759,7 @@ class Pass(TypedDict):
     """A pass outside the suite.
 
     - `stage`: its name in broken_by of the CSV file
-    - `tried`: examples that it was run on
+    - `tried`: examples that it was run on; 0 for a probe that could not change the result
     - `broken`: examples that it broke and that survived everything before it
     - `settings`: settings of its attack; of a fresh pass of the suite, those of its attacks; empty of other probes
     """

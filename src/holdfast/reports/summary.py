@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, PassRecord, Places, Residual
+from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, Looks, PassRecord, Places, Residual
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.doubts.probing import doubt_test
@@ -175,11 +175,15 @@ def _gate(gate: Judgement) -> forms.Gate:
         "verdict": gate.verdict,
         "estimate": estimate_to_json(gate.estimate),
         "scope": gate.scope,
-        "looks": None
-        if gate.looks is None
-        else {"look": gate.looks.look, "examples": gate.looks.examples, "of": gate.looks.of},
+        "looks": _looks(gate.looks),
         "message": "",
     }
+
+
+def _looks(looks: Looks | None) -> forms.LooksJson | None:
+    if looks is None or looks.ended is None:
+        return None
+    return {"look": looks.look, "examples": looks.examples, "of": looks.of, "ended": looks.ended}
 
 
 def _attacks(evidence: Evidence) -> list[forms.Attack]:

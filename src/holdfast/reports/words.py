@@ -470,9 +470,10 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
 def _looks_text(looks: Mapping[str, Any] | None) -> str:
     if looks is None:
         return ""
+    n = f"{looks['of']:,} example{'s' * (looks['of'] != 1)}"
     return (
-        f"; this was look {looks['look']}, after {looks['examples']:,} of {looks['of']:,} examples, and the interval "
-        "is valid at every look"
+        f"; it was judged at look {looks['look']}, after {looks['examples']:,} of {n}, by an interval that is valid at "
+        "every look"
     )
 
 

@@ -248,9 +248,9 @@ class Batcher(Generic[Request, Response]):
     inputs, and fewer if it would take longer than half of `max_latency_s`. A request that would wait for longer than
     `max_latency_s` is refused with status 503.
 
-    With `gather_s`, a batch waits up to so many seconds until it has as many inputs as were unanswered when the last
-    batch ended: concurrent clients that send the next request after a response then share a batch. A request waits for
-    no other one if it was alone before.
+    With `gather_s`, a batch waits up to so many seconds, and at most half of `max_latency_s`, until it has as many
+    inputs as were unanswered when the last batch ended: concurrent clients that send the next request after a response
+    then share a batch. A request waits for no other one if it was alone before.
     """
 
     def __init__(
@@ -263,7 +263,8 @@ class Batcher(Generic[Request, Response]):
         seen: Callable[[int, float], object] = lambda rows, seconds: None,
     ) -> None:
         self._answer, self._seen = answer, seen
-        self._max_rows, self._max_latency_s, self._gather_s = max_rows, max_latency_s, gather_s
+        self._max_rows, self._max_latency_s = max_rows, max_latency_s
+        self._gather_s = min(gather_s, max_latency_s / 2)  # the other half is for the batch itself
         self._queue: deque[_Waiting[Request, Response]] = deque()
         self._arrived = threading.Condition()
         self._rows = self._running = 0

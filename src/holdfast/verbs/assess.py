@@ -183,8 +183,6 @@ def _request(
         from holdfast.certifiers.partitions import refuse_unpartitioned  # late, as few threats need it
 
         refuse_unpartitioned(subject.model)
-    if baseline is not None and isinstance(settings, Assess):
-        request = with_stored_inputs(request, baseline)
     smoothing, guard = _statistical(settings), settings.guard
     if smoothing is not None:
         request = certify_request(request, [smoothing], [])
@@ -194,7 +192,7 @@ def _request(
         request = request if request.plan.members else without_attacks(request)
     elif guard is not None:
         request = _with_trials(request, guard, subject)
-    return replace(
+    request = replace(
         request,
         fit=open_fit(settings, subject.model, request.plan, data),
         surrogates=surrogates,
@@ -203,6 +201,9 @@ def _request(
         else parse_until(settings.until),
         across=open_others(settings, subject.model, data),
     )
+    if baseline is not None and isinstance(settings, Assess):
+        request = with_stored_inputs(request, baseline, data)
+    return request
 
 
 def _attackers(settings: Assess | Certify) -> MeasureAttackers | None:

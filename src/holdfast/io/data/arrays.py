@@ -219,10 +219,9 @@ def first_rows_note(all_labels: Array, labels: Array, n: int | None) -> tuple[st
     if n is None or len(all_labels) == len(labels):
         return ()
     present, total = (len(np.unique(each)) for each in (labels, all_labels))
-    note = (
-        f"the first {n:,} examples have {present:,} of the {total:,} classes of the data; sample={n} (--sample {n}) "
-        "takes random ones"
-    )
+    first, random = ("example has", "a random one") if n == 1 else (f"{n:,} examples have", "random ones")
+    note = f"the first {first} {present:,} of the {total:,} classes of the data"
+    note += f"; sample={n} (--sample {n}) takes {random}"
     return () if present == total else (note,)
 
 

@@ -190,6 +190,7 @@ class _Job:
             self.settle,
             {stage.name: stage.title for stage in self.plan.stages()},
             len(self.data) if robust else None,
+            self.request.until is not None,
         )
 
     def settle(self, stage: str, shard: int | None) -> None:
@@ -351,9 +352,10 @@ class _Job:
             for note in self.manifest.notes:
                 notify(f"note: {note}")
         if self.request.until is not None:
+            n = len(self.data)
             notify(
-                f"the run ends when {self.request.until.text!r} is decided; what follows is expected for all "
-                f"{len(self.data):,} examples"
+                f"the run ends as soon as {self.request.until.text!r} is decided; the following is expected if that "
+                f"takes {n:,} example{'s' * (n != 1)}"
             )
         if self.served is not None:
             notify(self.rows_message(self.served))

@@ -23,8 +23,8 @@ def measured_until(measurement: Measurement, claim: Claim) -> Measurement:
     """
     run, plan, target = measurement.run, measurement.plan, measurement.target
     n, stored = len(measurement.data), run.store.document(UNTIL)
-    looks = Looks(claim.text, 0, 0, n, ended=False) if stored is None else looks_from_json(Path(), stored)
-    while not looks.ended:
+    looks = Looks(claim.text, 0, 0, n, None) if stored is None else looks_from_json(Path(), stored)
+    while looks.ended is None:
         size = look_sizes(n)[looks.look]
         by_stage: dict[str, Columns] = {}
         look = _first(measurement, size, partial=True)
@@ -33,7 +33,10 @@ def measured_until(measurement: Measurement, claim: Claim) -> Measurement:
         outline = plan.outline(target.classes)
         evidence = evidence_from(outline, by_stage, {}, Context(), randomised=target.randomised)
         verdict = judge(claim, replace(evidence, looks=looks), Doubts()).verdict
-        looks = replace(looks, ended=bool(missed) or verdict != "unclear" or size == n)
+        if missed:
+            looks = replace(looks, ended="out of time")
+        elif verdict != "unclear" or size == n:
+            looks = replace(looks, ended="all measured" if verdict == "unclear" else "decided")
         run.record(UNTIL, vars(looks))
     return _first(measurement, looks.examples, partial=False)
 

@@ -419,12 +419,18 @@ def run_probes(
         findings = conclude({}, columns, context, broken_by)
         findings = _unfinished(findings, missed) if suite else findings
         return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
-    probes = tuple(p for p in _probes(plan, columns, again) if not (p.settles and unclear))
+    possible = _probes(plan, columns, again)
+    probes = tuple(probe for probe in possible if not (probe.settles and unclear))
     allotment = _allotment(measurement, columns, by_stage, probes)
     raising = dict[str, str]()
-    probed = _probed(measurement, probes, context, counting_model, columns, stopwatch, allotment, raising)
+    needless = {probe.name for probe in possible if probe not in probes}
+    probed = _probed(
+        measurement, probes, context, counting_model, columns, stopwatch, allotment, raising, needless
+    )
     counted_probes = tuple(
-        (p.name, len(probed[p.name].rows)) for p in probes if p.name in probed and counts(p, plan.threat)
+        (probe.name, 0 if probe.name in needless else len(probed[probe.name].rows))
+        for probe in possible
+        if (probe.name in needless or probe.name in probed) and counts(probe, plan.threat)
     )
     adversarial = _judged(measurement, columns, probed, counted_probes)
     judged = Cost(len(adversarial.get("id", ())) * (JUDGED_AT_RANDOM if target.randomised else 1))
@@ -516,7 +522,9 @@ def _judged(
     """Judge, on the target model, inputs by which probes broke examples that survive the suite."""
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", FOUND)
     surviving, rows_of = surviving_examples(columns, plan.threat), []
-    for place, (name, _) in enumerate(counting):
+    for place, (name, tried) in enumerate(counting):
+        if not tried:
+            continue
         rows = probed[name].rows
         positions = (probed[name].columns["broken"] & surviving[rows]).nonzero()[:, 0]
         if not len(positions):
@@ -562,11 +570,13 @@ def _probed(
     stopwatch: Stopwatch,
     allotment: Allotment | None,
     raising: dict[str, str],
+    needless: set[str],
 ) -> dict[str, Probed]:
     """Results of the probes whose doubts the suite and the probes before them leave open.
 
     A probe with inputs outside the threat model for which the model's own code raises an error is left out, and the
-    error is added to `raising` under its name.
+    error is added to `raising` under its name. The name of a probe that cannot change the result, because its doubts
+    are settled or there is no example for it, is added to `needless`.
     """
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
     within = probing_threat(plan.threat, columns)
@@ -575,11 +585,14 @@ def _probed(
     results: dict[str, Probed] = {}
     for place, probe in enumerate(probes):
         if not is_wanted(probe, results, columns, context):
+            needless.add(probe.name)
             continue
         measurement.run.report(DOUBTS, place, len(probes), n_surviving, len(measurement.data))
         limit = None if allotment is None else allotment.examples.get(probe.name, 0)
         rows = rows_for(probe, columns, plan.threat, rng, limit)
         if not len(rows):
+            if limit != 0:
+                needless.add(probe.name)
             continue
         key = probe.on, len(rows)
         if key not in examples:  # read one by one, since a whole shard of large images is slower to decode

@@ -18,6 +18,7 @@ from holdfast.core.evidence import (
     Columns,
     Cost,
     Doubt,
+    Ending,
     Evidence,
     Looks,
     Seconds,
@@ -96,15 +97,21 @@ def evidence_of(record: Record) -> Evidence:
 
 
 def _ended(looks: Looks | None) -> tuple[str, ...]:
-    """Return a note on the number of examples that were measured until a condition was decided, if there is one."""
-    if looks is None:
+    """Return a note on why a run with a condition ended, and after how many examples, if it has one."""
+    if looks is None or looks.ended is None:
         return ()
-    note = (
-        f"{looks.examples:,} of {looks.of:,} examples were measured, in a random order, for the condition "
-        f"{looks.condition!r} (look {looks.look}); the intervals of gates on shares of all examples are valid at every "
-        "look, and those of the metrics are for a number of examples that is fixed before a run"
+    n = f"{looks.of:,} example{'s' * (looks.of != 1)}"
+    place = f"at look {looks.look}, after {looks.examples:,} of {n} in a random order"
+    reasons: Mapping[Ending, str] = {
+        "decided": f"the run ended {place}, because its attacks decided {looks.condition!r}",
+        "all measured": f"the run measured every example ({looks.of:,}), which does not decide {looks.condition!r}",
+        "out of time": f"time ran out {place}, before the attacks decided {looks.condition!r}",
+    }
+    intervals = (
+        "the intervals of gates on shares of all examples are valid at every look; the intervals of the metrics assume "
+        "a number of examples that was fixed before the run, and are narrower"
     )
-    return (note,)
+    return (f"{reasons[looks.ended]}; {intervals}",)
 
 
 def _with_groups(evidence: Evidence) -> Evidence:

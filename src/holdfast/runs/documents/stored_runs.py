@@ -195,7 +195,9 @@ def refuse_other_looks(path: Path, record: Record, decided: Decided, n: int) -> 
     if looks is not None:
         first = next((gate.condition for gate in decided.gates), None)
         refuse_other(path / f"{VERDICT}.json", "the first gate", first, looks.condition)
-        refuse_other(file, "ended", looks.ended, True)
+        refuse_other(file, "ended", looks.ended is None, False)
+        if looks.ended == "all measured":
+            refuse_other(file, "examples", looks.examples, looks.of)
         refuse_other(file, "examples", looks.examples, n)
         refuse_other(file, "examples", n, dict(enumerate(look_sizes(looks.of), 1)).get(looks.look))
 

@@ -53,6 +53,8 @@ class Step:
     n: int | None = None
     """number of examples of a run that measures robust accuracy; when all are `seen`, it is at most `surviving` / `n`.
     None for other runs"""
+    in_looks: bool = False
+    """whether the run measures a growing part of the examples, until a condition is decided"""
 
 
 Progress = Callable[[Step], None]

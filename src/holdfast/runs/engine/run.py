@@ -325,6 +325,8 @@ class Run:
     """names of stages in reports, by the names of the stages; a stage without one is shown by its own name"""
     n: int | None = None
     """number of examples, if the run measures robust accuracy; otherwise None"""
+    in_looks: bool = False
+    """whether the run measures a growing part of the examples, until a condition is decided"""
     partial: bool = False
     """whether `shards` are only the first ones, so that a stage stays incomplete after them"""
 
@@ -446,6 +448,5 @@ class Run:
         """
         place = self.stages.index(stage) + 1
         title = self.titles.get(stage, "")
-        self.progress(
-            Step(stage, place, len(self.stages), done, of, surviving, examples, title=title, n=self.n)
-        )
+        counts = (place, len(self.stages), done, of, surviving, examples)
+        self.progress(Step(stage, *counts, title=title, n=self.n, in_looks=self.in_looks))

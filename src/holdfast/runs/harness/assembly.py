@@ -160,7 +160,8 @@ class Pass:
 
 
 Probes = Sequence[tuple[str, int]]
-"""Names of the probes whose adversarial examples count, each with the number of examples that it was run on.
+"""Names of the probes whose adversarial examples count, each with the number of examples that it was run on. It is 0
+for a probe that could not change the result, because the doubts that it tests were settled, or no example was left.
 
 They are in the order of their indices in the column `PROBE` of the stage `FOUND`.
 """

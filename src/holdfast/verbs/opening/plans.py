@@ -11,6 +11,7 @@ from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
+from holdfast.core.batch import Data
 from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import Placeholder, Remedy, UsageError
@@ -23,7 +24,7 @@ from holdfast.gates.grammar import parse as parse_gate
 from holdfast.runs.assess.request import AssessRequest
 from holdfast.runs.assess.result import Result
 from holdfast.runs.documents.stored_runs import open_run
-from holdfast.runs.harness.kinds.baseline import baseline_of
+from holdfast.runs.harness.kinds.baseline import Baseline, baseline_of
 from holdfast.runs.harness.plan import DoubtsWanted, Plan, adaptive_members, members_of
 from holdfast.runs.harness.stage import Member
 from holdfast.settings.grammar import (
@@ -83,29 +84,86 @@ def baseline_evidence(settings: Measuring) -> Evidence | None:
     return None if run is None else run.evidence
 
 
-def with_stored_inputs(request: AssessRequest, run: Result) -> AssessRequest:
+def with_stored_inputs(request: AssessRequest, run: Result, data: Data) -> AssessRequest:
     """Return the request with the attack that uses the stored adversarial inputs of an earlier run.
 
-    They are not used under a threat without a norm, for a search for the smallest change, and if every attack is run
-    on every example. If they cannot be used, and no gate compares with the run, it serves no purpose: this raises
-    `UsageError`. With such a gate, a note states the reason.
+    If they cannot be used, a note states the reason if a gate compares with the run, or the threat has no norm, where
+    metrics compare with it, too. Otherwise this raises `UsageError`. Corruptions are not searched, and have no attack
+    that could begin with stored inputs.
     """
-    plan, earlier = request.plan, run.evidence.threat
-    constraint = plan.threat.constraint
-    if plan.smallest or plan.full or not constraint.is_ball or not plan.members:
+    constraint = request.plan.threat.constraint
+    if constraint.drawn_at_random:
         return request
-    remedies = [Remedy("baseline")]
+    attack = baseline_of(run.evidence, run.adversarial)
+    refusal = _unusable(attack, request, run.evidence, data)
+    if refusal is None:
+        return replace(request, plan=replace(request.plan, baseline=attack))
+    if constraint.is_ball and not any(claim.versus == "baseline" for claim in request.gates):
+        raise refusal
+    note = f"no attack begins with the baseline: {refusal.message}"
+    return replace(request, notes=(*request.notes, note))
+
+
+def _unusable(
+    attack: Baseline | None, request: AssessRequest, run: Evidence, data: Data
+) -> UsageError | None:
+    """Return the error for a run that cannot begin with the stored inputs of an earlier one; None if it can."""
+    plan, earlier, alone = request.plan, run.threat, Remedy("baseline")
+    threat, constraint = plan.threat, plan.threat.constraint
+    if not constraint.is_ball:
+        return UsageError(
+            f"baseline starts attacks only under a norm, and the threat {threat.text} has no norm", alone
+        )
+    if plan.smallest:
+        return UsageError(
+            "baseline starts attacks within an eps, and the suite searches for the smallest change",
+            alone,
+        )
     if earlier.constraint.name != constraint.name:
-        reason = f"is a run under {earlier.text}, and the threat is {plan.threat.text}"
-        remedies.insert(0, Remedy("threat", plan.threat.with_change(str(earlier.constraint))))
-    else:
-        attack = baseline_of(run.evidence, run.adversarial, run.about.get("hashes", {}).get("chain"))
-        if attack is not None:
-            return replace(request, plan=replace(plan, baseline=attack))
-        reason = "stores no adversarial examples of its suite; a run with save_adversarial stores them"
-    if any(claim.versus == "baseline" for claim in request.gates):
-        return replace(request, notes=(*request.notes, f"no attack begins with the baseline, which {reason}"))
-    raise UsageError(f"baseline {reason}", *remedies)
+        under = threat.with_change(str(earlier.constraint))
+        return UsageError(
+            f"baseline is a run under {earlier.text}, and the threat is {threat.text}",
+            Remedy("threat", under),
+            alone,
+        )
+    if attack is None:
+        return UsageError(
+            "baseline stores no adversarial examples of its suite; a run with save_adversarial stores them",
+            alone,
+        )
+    more = _further_access(run, request)
+    if more:
+        return UsageError(
+            f"baseline is a run whose attacks had {more}, which the threat {threat.text} does not give; its "
+            "adversarial examples would count as found without it",
+            alone,
+        )
+    if len(data) and not attack.occurs_in(data):
+        stored = f"{len(attack.x):,} input{'s' * (len(attack.x) != 1)} of {run.data.get('name', 'data')}"
+        given = f"the {len(data):,} example{'s' * (len(data) != 1)} of {data.name}"
+        return UsageError(
+            f"baseline stores adversarial examples of {stored}; none of these inputs is among {given} with the same "
+            "label",
+            alone,
+        )
+    return None
+
+
+def _further_access(run: Evidence, request: AssessRequest) -> str:
+    """Return in words what the attacks of an earlier run had and those of the request lack: access to the model,
+    queries or surrogates. It is empty if they lack nothing.
+    """
+    earlier, threat = run.threat, request.plan.threat
+    of_model: Access = run.model.get("access", earlier.access)
+    access: Access = min(earlier.access, of_model, key=ACCESS_ORDER.index)
+    if not threat.gives(access):
+        return f"access to {access}"
+    if threat.queries is not None and (earlier.queries is None or earlier.queries > threat.queries):
+        return "any number of queries" if earlier.queries is None else f"{earlier.queries:,} queries"
+    own = {surrogate.digest for surrogate in request.surrogates}
+    if not threat.gives("gradients") and any(card["digest"] not in own for card in run.surrogates):
+        return "other surrogates"
+    return ""
 
 
 def assess_request(

@@ -17,9 +17,8 @@ from torch import Tensor
 from holdfast.attacks.parts.ascent import descend
 from holdfast.attacks.parts.losses import Best, margin
 from holdfast.attacks.relay import Relay
-from holdfast.core.batch import Batch, Lookup, spread
+from holdfast.core.batch import Batch, Data, Lookup, spread
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
@@ -31,6 +30,9 @@ from holdfast.runs.harness.target import digests, unattacked
 if TYPE_CHECKING:
     from holdfast.runs.harness.plan import Plan
 
+_PIECE = 64
+"""number of examples that are read at once to find one with a stored input"""
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -41,8 +43,8 @@ class Baseline:
     break, also `steps` gradients, and in each round `queries` forwards and 20 gradients.
     """
 
-    run: str
-    """SHA-256 that identifies the earlier run, in hex; see `baseline_of`"""
+    contents: str
+    """SHA-256 of the stored examples, in hex; see `baseline_of`"""
     digests: Tensor = field(repr=False, compare=False)
     """digests of the clean inputs and labels, (n, 32) uint8"""
     x: Inputs = field(repr=False, compare=False)
@@ -68,6 +70,11 @@ class Baseline:
         """Return for each digest (m, 32) the row of its stored input, or -1 if there is none."""
         return torch.tensor([self._rows.get(bytes(key), -1) for key in keys.tolist()], dtype=torch.int64)
 
+    def occurs_in(self, data: Data) -> bool:
+        """Return whether there is a stored input for at least one example of the data. The data are read up to it."""
+        pieces = (data.read(at, min(at + _PIECE, len(data))) for at in range(0, len(data), _PIECE))
+        return any(bool((self.rows(digests(piece)) >= 0).any()) for piece in pieces)
+
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         rows, constraint, best = self.rows(digests(batch)), threat.constraint, Best(batch)
         stored = self.x[rows].reshape(batch.x.shape).to(batch.x)
@@ -91,11 +98,12 @@ class Baseline:
         return best.x
 
 
-def baseline_of(evidence: Evidence, inputs: Columns, chain: str | None) -> Baseline | None:
+def baseline_of(evidence: Evidence, inputs: Columns) -> Baseline | None:
     """Return the attack with the adversarial inputs that an earlier run stored, or None if its suite found none.
 
-    `inputs` has the columns `id` and `x` with these inputs. `chain` is the head of the hash chain of the run, which
-    identifies it; a run in memory, with None, is identified by the SHA-256 of its inputs.
+    `inputs` has the columns `id` and `x` with these inputs. The attack is identified by what it uses of the run: the
+    SHA-256 of the digests of the clean examples, the inputs and their numbers of queries. A run that begins with it can
+    therefore be resumed after the gates of the earlier run were judged again.
     """
     if not inputs:
         return None
@@ -104,9 +112,9 @@ def baseline_of(evidence: Evidence, inputs: Columns, chain: str | None) -> Basel
     if not of_suite.any():
         return None
     rows, x = rows[of_suite], inputs["x"][of_suite]
-    keys = evidence["digest"][rows]
-    contents = hashlib.sha256(keys.numpy().tobytes() + x.contiguous().numpy().tobytes())
-    return Baseline(chain or contents.hexdigest(), keys, x, evidence["queries"][rows])
+    keys, queries = evidence["digest"][rows], evidence["queries"][rows]
+    contents = b"".join(part.contiguous().numpy().tobytes() for part in (keys, x, queries))
+    return Baseline(hashlib.sha256(contents).hexdigest(), keys, x, queries)
 
 
 EARLIER_QUERIES = "earlier_queries"
@@ -132,18 +140,10 @@ class FromBaseline(AttackKind):
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the correct examples with a stored input, also of certified ones, whose certificates it
         tests.
-
-        Raises `UsageError` if there is a stored input for no example, correct or not.
         """
         assert plan.baseline is not None
         clean = by_stage["clean"]
-        stored = plan.baseline.rows(clean["digest"]) >= 0
-        if not stored.any():
-            raise UsageError(
-                f"baseline stores adversarial examples for {len(plan.baseline.x):,} inputs, and the data of this run "
-                "contain none of them with the same label; give a run on the same data with the same -n"
-            )
-        due: Mask = clean["correct"] & clean["eligible"] & stored
+        due: Mask = clean["correct"] & clean["eligible"] & (plan.baseline.rows(clean["digest"]) >= 0)
         return due
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
