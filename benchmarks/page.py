@@ -76,6 +76,12 @@ SUBJECTS = {
     "pgd-cost": "CPU time of PGD with 40 steps, divided by that of a plain loop of the same passes (the floor).",
     "pgd-dropping": "CPU time of PGD with 40 steps if broken examples are dropped, divided by the floor.",
     "pgd-batch-norm": "CPU time of PGD with 40 steps on a network with batch norm, divided by the floor.",
+    "pgd-sizes": "CPU time of PGD with 40 steps on convolutional networks of three sizes, divided by the floor. "
+    "Each contestant has a process of its own.",
+    "half-precision": "PGD whose passes run in bfloat16 and whose results are judged in single precision: CPU time, "
+    "and examples that it no longer breaks (`lost`), beside those that another seed does not break.",
+    "large-inputs": "CPU time of PGD with 10 steps on 16 images of 224 x 224 with 1,000 classes in one thread, by the "
+    "size of the batch, divided by that of a plain loop. Each contestant has a process of its own.",
     "defaults": "Attacks with their default settings beside those of Foolbox and torchattacks, on the same images.",
     "pgd-strength": "Robust accuracy after PGD with 40 steps on the same images, five seeds, and after APGD-CE.",
     "minimum-norm": "Minimum-norm attacks on undefended networks: success rate, median distance over all images "

@@ -1,5 +1,9 @@
 """The metered model: what it hides, what it books, and where it stops."""
 
+import platform
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +12,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, UsageError
-from holdfast.core.meter import Metered, margin
+from holdfast.core.meter import Metered, freed_memory_kept, margin
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.testing.fakes import Constant, LinearOracle
@@ -200,3 +204,21 @@ def test_without_an_eps_the_closest_success_is_kept():
     wide = torch.tensor([0.6, 0.3, 0.3, 0.3])[:, None]
     assert torch.allclose(meter.adversarial(), X + wide * torch.tensor([-1.0, 1.0]))
     assert meter.spent.first_success.tolist() == [1, 2, 2, 2]  # 0.8 leaves the box on three of them
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_a_measurement_reuses_freed_memory_and_returns_it_at_the_end():
+    def pass_of_a_large_network() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        activations = [torch.ones(30 << 18) for _ in range(4)]  # 120 MiB, or 30,720 pages of 4 KiB
+        del activations
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    with freed_memory_kept():
+        pass_of_a_large_network()
+        assert pass_of_a_large_network() < 10_000
+        kept = resident_pages()
+    assert resident_pages() < kept - 20_000

@@ -20,7 +20,16 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError, TargetError, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.gradients import View, instead
-from holdfast.core.meter import Answering, Metered, Spent, for_label, judging, margin, no_memory
+from holdfast.core.meter import (
+    Answering,
+    Metered,
+    Spent,
+    for_label,
+    freed_memory_kept,
+    judging,
+    margin,
+    no_memory,
+)
 from holdfast.core.model import (
     EVERY,
     IN_PLACE,
@@ -194,13 +203,13 @@ class Target:
 @contextmanager
 def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[Target]:
     """Context manager that puts the model into eval mode, yields it as the target of a measurement, and restores it on
-    exit.
+    exit. Inside it, the process keeps freed memory.
 
     With `adaptive`, the parts of the model are searched for causes of gradient masking.
     """
     left_in_training = in_training(model)
     refuse_inner(model, outermost=model.rejects)
-    with evaluating(model, frozen=True), fitted(base_of(model), sample.x):
+    with freed_memory_kept(), evaluating(model, frozen=True), fitted(base_of(model), sample.x):
         target = _inspected(model, sample, left_in_training)
         yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
 
