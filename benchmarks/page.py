@@ -33,6 +33,13 @@ SUBJECTS = {
     "poisoned. *Difference* is that from images that the benchmark stamps itself.",
     "membership": "Membership inference on Location-30 (446 binary features, 30 classes): training examples that "
     "attacks find at 1 % false positives, on the same networks, beside Privacy Meter's function and ART's attack.",
+    "sound": "Spoken digits (FSDD) under balls relative to each clip: clips in % that the suites, a plain PGD loop, "
+    "noise and the attacks of peers leave, on three networks.",
+    "sound-queries": "Spoken digits under `snr:30dB` with scores alone: clips in % that 1,000 queries of Square leave, "
+    "with tones and with windows of samples.",
+    "sound-air": "Spoken digits under `snr:30dB` over the air: pairs of a clip and an unseen room that are right "
+    "without a change, and in % the share of them that a change breaks.",
+    "sound-hardened": "Spoken digits hardened for five minutes of CPU time under `snr:40dB`.",
     "robust-gan": "recipe `robust-gan` beside the plain training of the same GAN, MNIST, equal updates",
     "explain": "`holdfast explain`: attributions beside Captum, closed forms, counterfactuals, and its cost",
     "generator-quality": "`holdfast audit generator`: its measures for planted faults in samples of MNIST, and beside "
@@ -105,6 +112,11 @@ SUBJECTS = {
     "worse for the others, which must not.",
     "odd-servers": "`holdfast adapt` and `holdfast monitor` at addresses where something else than their server "
     "answers: exit codes, times, and files that were changed outside of the run folder.",
+    "control": "A linear policy of the cart-pole under each attacker, and attacks and certificates beside their exact "
+    "values, also for the linear-quadratic regulator.",
+    "control-hardened": "Policies of the cart-pole that `robust-policy` trains by each of its methods: mean return "
+    "under the strongest attacker.",
+    "control-speed": "Environment steps per CPU second at 1,024 episodes, beside gymnasium.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",

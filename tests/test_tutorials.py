@@ -86,6 +86,21 @@ def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.long
 @pytest.mark.slow
+def test_the_tutorial_on_clips_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("soundfile")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", page("audio"), re.DOTALL)
+    (tmp_path / "keys.py").write_text(block)
+    subprocess.run([sys.executable, "keys.py"], check=True)
+    lines = re.findall(r"^\$ holdfast (.*)$", page("audio"), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["doctor", "assess", "explain"]
+    for line in lines:
+        assert run(shlex.split(line.replace("-n 40", "-n 10"))) == 0, (line, capsys.readouterr().out)
+    assert "audio/wav" in (tmp_path / "report.html").read_text() and (tmp_path / "why.html").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.slow
 def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^\$ holdfast (.*)$", page("rotation"), re.MULTILINE)

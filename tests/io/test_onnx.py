@@ -919,6 +919,49 @@ def test_a_second_input_is_refused_with_what_each_is(tmp_path: Path) -> None:
         open_model(address)
 
 
+def with_inputs(path: Path, nodes: list[Any], inputs: list[Any], outputs: Sequence[str] = ("y",)) -> str:
+    """A model of signals (n, size) with further inputs."""
+    address = write(path, nodes, shape=(N, "size"), outputs=outputs)
+    model = onnx.load(address)
+    model.graph.input.extend(inputs)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [N, "size"]))
+    onnx.save(model, address)
+    return address
+
+
+def test_a_constant_replaces_a_further_input_and_gradients_pass(tmp_path: Path) -> None:
+    rate = helper.make_tensor_value_info("rate", TensorProto.INT64, [])
+    nodes = [node("Cast", "rate", "r", to=TensorProto.FLOAT), node("Mul", "x r", "y")]
+    address = with_inputs(tmp_path / "m.onnx", nodes, [rate])
+    opened = open_model(address, declared=Declared(input_shape=(3,), constants={"rate": 7}))
+    x = torch.rand(2, 3)
+    assert opened.access == "gradients" and "the input rate is 7" in opened.notes
+    torch.testing.assert_close(opened.model(x), 7 * x)
+    with pytest.raises(UsageError, match=r"constants has 'rat', .* no such input; did you mean 'rate'"):
+        open_model(address, declared=Declared(input_shape=(3,), constants={"rat": 7}))
+    with pytest.raises(UsageError, match="constants are for further inputs of an .onnx file"):
+        open_model("mnist-cnn", declared=Declared(constants={"rate": 7}))
+
+
+def test_a_state_starts_at_zero_and_is_carried_over_the_windows_of_an_example(tmp_path: Path) -> None:
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, [1, "n", 2])
+    nodes = [
+        node("Unsqueeze", "x first", "x1"),
+        node("Add", "state x1", "next"),
+        node("Squeeze", "next first", "y"),
+    ]
+    first = numpy_helper.from_array(ints(0), "first")
+    address = with_inputs(tmp_path / "m.onnx", nodes, [state], ("y", "next"))
+    model = onnx.load(address)
+    model.graph.initializer.append(first)
+    onnx.save(model, address)
+    opened = open_model(address, declared=Declared(input_shape=(2,), constants={"state": 0}))
+    x = torch.tensor([[1.0, 2, 3, 4, 9], [9, 2, -20, 4, 1]])
+    assert opened.access == "scores"
+    # windows 1 2, 3 4 and 9 0 of the first example: the sums so far are 1 2, 4 6 and 13 6
+    assert opened.model(x).tolist() == [[13, 6], [9, 6]]
+
+
 def test_free_sizes_are_declared(tmp_path: Path) -> None:
     nodes = [node("Conv", "x w", "c"), node("GlobalAveragePool", "c", "p"), node("Flatten", "p", "y")]
     weights = floats(4, 3, 3, 3)

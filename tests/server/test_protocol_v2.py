@@ -1,8 +1,11 @@
 """Requests and responses of the Open Inference Protocol: what is read is what was sent, and the rest is refused."""
 
+import base64
+import io
 import json
 import math
 import tracemalloc
+import wave
 
 import msgspec
 import numpy as np
@@ -215,3 +218,42 @@ def test_text_among_many_numbers_needs_little_memory():
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
+
+
+CLIPS = Signature("clips", (6,), CLASSES, Bounds(-1, 1), max_rows=2, sampling_rate=8000)
+
+
+def clips(*samples, rate=8000, width=2, **changes):
+    texts = []
+    for each in samples:
+        file = io.BytesIO()
+        with wave.open(file, "wb") as output:
+            output.setparams((1, width, rate, 0, "NONE", ""))
+            output.writeframes(np.array(each, f"<i{width}").tobytes())
+        texts.append(base64.b64encode(file.getvalue()).decode())
+    tensor = {"name": "input", "shape": [len(samples)], "datatype": "BYTES", "data": texts, **changes}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+def test_clips_are_read_from_wav_files_in_base64_and_padded():
+    x = read_request(clips([16384, -32768, 0, 8192], [1]), None, CLIPS).x
+    assert x.dtype == torch.float32 and x.shape == (2, 6)
+    assert x[0].tolist() == [0.5, -1, 0, 0.25, 0, 0] and x[1].tolist() == [2**-15, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (clips([1] * 7), "more than 6 samples; 1 to 6"),
+        (clips([]), "no samples; 1 to 6"),
+        (clips([1], rate=16_000), "16 bits, 1 channels and 16000 Hz; 16 bits, 1 channels and 8000 Hz"),
+        (clips([1], width=4), "32 bits, 1 channels"),
+        (clips([1], data=["no base64"]), "no .wav file of 16 bits in base64"),
+        (clips([1], data=[base64.b64encode(b"RIFF....WAVE").decode()]), "no .wav file"),
+        (clips([1], data=[3]), "a list of 1 texts"),
+        (clips([1], shape=[1, 6]), r"shape is \[1, 6\]; \[n\] was expected"),
+    ],
+)
+def test_wav_files_that_do_not_suit_the_model_are_refused(body, reason):
+    with pytest.raises(Refused, match=reason):
+        read_request(body, None, CLIPS)

@@ -123,7 +123,7 @@ def shrunk(norm: Norm, delta: Inputs, price: Inputs) -> Inputs:
     coordinates has no useful slope.
     """
     flat, price = delta.flatten(1), price.flatten(1).clamp_min(_TINY)
-    return _OPERATORS[type(norm)](flat, price).view_as(delta)
+    return _OPERATORS[norm.name](flat, price).view_as(delta)
 
 
 def _l1(delta: Tensor, price: Tensor) -> Tensor:
@@ -161,9 +161,9 @@ def _two_thirds(delta: Tensor, price: Tensor) -> Tensor:
     return torch.where(nonzero, magnitude * delta.sign(), 0.0)
 
 
-_OPERATORS: dict[type[Norm], Callable[[Tensor, Tensor], Tensor]] = {
-    L0: _two_thirds,
-    L1: _l1,
-    L2: _l2,
-    Linf: _linf,
+_OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    L0.name: _two_thirds,
+    L1.name: _l1,
+    L2.name: _l2,
+    Linf.name: _linf,
 }

@@ -2,20 +2,24 @@
 of inputs.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
+from holdfast.core.constraints import Coordinates
 from holdfast.core.draws import Draws
-from holdfast.core.model import Model
+from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Access, Inputs
+from holdfast.core.types import Access, Ids, Inputs, Logits
 
 if TYPE_CHECKING:
     from holdfast.threats.transformations import Transformation
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -30,6 +34,45 @@ class Attack(Protocol):
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         """Return the perturbed inputs (n, *features); they are inside the constraint if it has an eps."""
+
+
+class AtCoordinates:
+    """Wrapper of a model that attacks query with points of the coordinates of a constraint."""
+
+    def __init__(self, model: Model, coordinates: Coordinates) -> None:
+        self._model, self._coordinates = model, coordinates
+
+    @property
+    def bounds(self) -> Bounds:
+        """Range of the coordinates."""
+        return self._coordinates.bounds
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Return the logits of the inputs at the points `x`."""
+        return self._model(self._coordinates.inputs(x, ids), ids)
+
+
+def searched(
+    search: Callable[..., T], model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws
+) -> tuple[T, Coordinates | None]:
+    """Return the result of an attack or of its fit in the coordinates of the constraint, and these coordinates if they
+    are not the values of the inputs.
+    """
+    coordinates = threat.constraint.coordinates(batch, model.bounds)
+    if coordinates is None:
+        return search(model, batch, threat, rng=rng), None
+    surrogates = tuple(AtCoordinates(surrogate, coordinates) for surrogate in threat.surrogates)
+    moved = replace(threat, constraint=coordinates.constraint, surrogates=surrogates)
+    points = search(AtCoordinates(model, coordinates), coordinates.batch, moved, rng=rng)
+    return points, coordinates
+
+
+def attacked_inputs(
+    attack: "Attack", model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws
+) -> Inputs:
+    """Return the inputs of an attack, which searches in the coordinates of the constraint."""
+    points, coordinates = searched(attack, model, batch, threat, rng=rng)
+    return points if coordinates is None else coordinates.inputs(points, batch.ids).detach()
 
 
 @runtime_checkable

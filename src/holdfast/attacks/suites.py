@@ -278,7 +278,7 @@ LABELS_ONLY: Final[Mapping[Kind, Specs]] = {
 }
 """The attacks of the suite `black-box` for an attacker who gets only the predicted labels."""
 
-_CURVE: Final[Mapping[str, AttackSpec]] = {
+_CURVE: Final[Mapping[Kind, AttackSpec]] = {
     "linf": _spec("FMN", steps=100),
     "l2": _spec("ALMA", steps=100),
 }
@@ -345,7 +345,11 @@ def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -
 
 def kind_of_change(change: "Constraint | Change") -> Kind:
     """Return what the attacker may change under a constraint."""
-    return "flow" if "flow" in change.limits else cast("Kind", change.name)
+    return "flow" if "flow" in change.limits else cast("Kind", _BALL_OF.get(change.name, change.name))
+
+
+_BALL_OF: Final[Mapping[str, Kind]] = {"snr": "l2", "peak": "linf"}
+"""Balls in which attacks search under constraints that have other coordinates."""
 
 
 def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageError:
@@ -394,5 +398,5 @@ def curve(constraint: "Constraint") -> tuple[str, "Attack"]:
     """Return the minimum-norm attack that is used to compute robust accuracy as a function of eps under a constraint,
     with its name.
     """
-    spec = _CURVE.get(constraint.name, _spec("PDPGD", steps=100))
+    spec = _CURVE.get(kind_of_change(constraint), _spec("PDPGD", steps=100))
     return spec.name, spec.build()

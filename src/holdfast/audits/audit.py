@@ -279,6 +279,9 @@ def judged(kind: str, finding: Mapping[str, Any], gates: Sequence[str]) -> list[
                 raise UsageError(f"gate {gate!r} cannot be judged: {claim.metric} was not measured")
             judgement = judged_estimate(claim, Estimate(**finding["metrics"][claim.metric]), Doubts())
             verdict, because = judgement.verdict, judgement.because
+            doubts = [name for name, of in finding["facts"].get("doubts", {}).items() if claim.metric in of]
+            if doubts and verdict == "pass":
+                verdict, because = "unclear", f"open doubts: {', '.join(doubts)}"
             if finding["verdict"] == "unclear":  # the number does not measure what the gate is about
                 verdict, because = "unclear", "the audit is unclear"
         results.append({"gate": gate.strip(), "verdict": verdict, "because": because})

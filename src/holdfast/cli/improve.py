@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.cli.early import refuse_reports
-from holdfast.cli.measure import settings_from, settings_of_flags
+from holdfast.cli.measure import of_policies, settings_from, settings_of_flags
 from holdfast.cli.options import Command, Group, Voice, expecting_head, offered, plain_table, with_voice
 from holdfast.cli.setting_options import (
     MODEL_AND_DATA,
@@ -52,7 +52,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Train a new model with the settings of the flags, or resume such a run, and assess both models."""
     settings = settings_from(with_named_parts(flags), Harden)
     refuse_resume_without_run(resume=resume, run=run)
-    if settings.trains_generator:
+    if settings.trains_generator or of_policies(settings):
         return _hardened_generator(settings, voice, run=run, resume=resume)
     from holdfast.cli.running import command_line, finished_run, folder_of_run, tell
     from holdfast.core.names import line
@@ -80,9 +80,10 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
 
 
 def _hardened_generator(settings: Harden, voice: Voice, *, run: str | None, resume: bool) -> int:
-    """Train a new generator, write its folders, and print the result of the audits before and after."""
+    """Train a new generator or policy, write its folders, and print the result of the measurements before and after."""
     from holdfast.cli.audit import tell_audit
     from holdfast.cli.running import finished_run
+    from holdfast.control.opening import POLICY
     from holdfast.generators.networks import FILE
     from holdfast.settings.grammar import is_folder
 
@@ -90,7 +91,8 @@ def _hardened_generator(settings: Harden, voice: Voice, *, run: str | None, resu
     refuse_reports(files)
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         for place in filter(is_folder, settings.output):
-            voice.say(f"generator: {result.write(place) / FILE}")
+            kind, name = ("generator", FILE) if settings.trains_generator else ("policy", POLICY)
+            voice.say(f"{kind}: {result.write(place) / name}")
         tell_audit(result.after, files, voice, folder)
     return int(result.after.exit_code)
 

@@ -34,6 +34,7 @@ from holdfast.core.names import line
 from holdfast.runs.store.files import refuse_no_run
 from holdfast.settings.groups import InferenceSource, Members
 from holdfast.settings.values import SurrogateSettings
+from holdfast.threats.domains import CONTROL
 from holdfast.verbs.checked_settings import group_of
 from holdfast.verbs.configuration import S, read_settings
 from holdfast.verbs.placement import Placement
@@ -141,10 +142,16 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
         refuse_server_to_certify(str(model), settings.threat)
     refuse_foreign_server(str(model), group_of(settings, InferenceSource).allow_hosts)
     across = settings.across if isinstance(settings, Assess) else ()
-    for address in (str(data), *across):
-        refuse_unknown_data(address)
+    if not of_policies(settings):  # whose environment has the place of data
+        for address in (str(data), *across):
+            refuse_unknown_data(address)
     if isinstance(settings, Assess | Certify | Harden) and settings.baseline is not None:
         refuse_no_run(Path(settings.baseline))
+
+
+def of_policies(settings: Opening) -> bool:
+    """Return whether the model is a policy, by the threat."""
+    return isinstance(settings, Assess | Certify | Harden) and settings.threat.change.domain is CONTROL
 
 
 def _refuse_bare_resume(run: Path) -> None:
@@ -308,8 +315,18 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
             voice.say(note)
         return 0
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
-        tell(result, settings.output, voice, folder=folder)
+        if of_policies(settings):
+            tell_policy(result, settings.output, voice, folder)
+        else:
+            tell(result, settings.output, voice, folder=folder)
     return int(result.exit_code)
+
+
+def tell_policy(result: Any, outputs: list[str], voice: Voice, folder: Path) -> None:
+    """Write the reports on a policy, which are those of an audit, and print its tables and its verdict."""
+    from holdfast.cli.audit import tell_audit
+
+    tell_audit(result, outputs, voice, folder)
 
 
 _CERTIFY_HELP = """\
@@ -339,7 +356,10 @@ def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
     from holdfast.cli.running import finished_run, tell
 
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
-        tell(result, settings.output, voice, folder=folder)
+        if of_policies(settings):
+            tell_policy(result, settings.output, voice, folder)
+        else:
+            tell(result, settings.output, voice, folder=folder)
     return int(result.exit_code)
 
 

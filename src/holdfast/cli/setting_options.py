@@ -135,7 +135,7 @@ def is_repeated(field: FieldInfo) -> bool:
 def is_mapping(field: FieldInfo) -> bool:
     """Return whether the values of a command-line option have the form NAME=VALUE, because its setting is a mapping."""
     kind = _plain_type(field.annotation)
-    return get_origin(kind) is dict and get_args(kind) == (str, str)
+    return get_origin(kind) is dict and _plain_type(get_args(kind)[1]) in (str, float)
 
 
 def _plain_type(annotation: Any) -> Any:

@@ -58,6 +58,10 @@ GENERATOR_RECIPES: Final[Mapping[str, Mapping[str, float]]] = {
 `holdfast.recipes.training.gans.RobustLosses`."""
 
 
+POLICY_RECIPES: Final = ("robust-policy",)
+"""Recipes for policies in environments."""
+
+
 @dataclass(frozen=True)
 class AuditEntry:
     """Entry of the catalogue for one audit."""
@@ -113,6 +117,9 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
             (*GENERATOR_METRICS, *TABLE_METRICS),
         ),
         AuditEntry("hardened-generator", "", "generator.hardening", metrics=GENERATOR_METRICS),
+        AuditEntry("control", "", "control", metrics=("worst_return", "clean_return")),
+        AuditEntry("certified-actions", "", "certified_actions", metrics=("certified_actions",)),
+        AuditEntry("hardened-policy", "", "hardened_policy", metrics=("worst_return", "clean_return")),
     )
 }
 """The audits by name."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from torch import Tensor
 from holdfast.core.batch import Batch, spread
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
-from holdfast.core.names import exact_size, limits_text
-from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
+from holdfast.core.names import decibels_text, exact_size, limits_text
+from holdfast.core.types import Ids, Inputs, Mask, NonNegative, PerExample
 
 if TYPE_CHECKING:
     from holdfast.threats.domains import Domain
@@ -36,6 +36,27 @@ _ROUNDINGS = 3  # number of times that an L1 point is shrunk again because of ou
 _L1_DENSITY = (
     0.01  # share of the features that one L1 step moves: between a vertex (too slow) and a dense step
 )
+
+
+class Coordinates(Protocol):
+    """Protocol of coordinates of a batch in which attacks search for points, each of which stands for an input."""
+
+    @property
+    def batch(self) -> Batch:
+        """The clean examples in the coordinates."""
+
+    @property
+    def constraint(self) -> "Constraint":
+        """The constraint in the coordinates."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """Range of the coordinates."""
+
+    def inputs(self, points: Inputs, ids: Ids | None = None) -> Inputs:
+        """Return the inputs of points (n, *features) of the examples with these ids, by default of all in order. They
+        are differentiable, valid, and inside the constraint on inputs if the points are inside the one on points.
+        """
 
 
 class Constraint(ABC):
@@ -53,6 +74,9 @@ class Constraint(ABC):
     """whether eps is the size of a change of values, in units of the inputs: a ball of Linf, L2 or L1"""
     bounds_each_value: ClassVar[bool] = False
     """whether eps is the largest change of each value: Linf"""
+    in_decibels: ClassVar[bool] = False
+    """whether eps is a ratio to the size of each input, which texts state in decibels: a larger number of decibels is a
+    smaller eps"""
     counts_changes: ClassVar[bool] = False
     """whether eps is a number of values or pixels that may change: L0"""
     has_size: ClassVar[bool] = False
@@ -86,6 +110,11 @@ class Constraint(ABC):
         return MappingProxyType({})
 
     @property
+    def bounds_sizes(self) -> bool:
+        """Whether the set is a ball of Linf, L2 or L1, in units of the inputs or relative to each input."""
+        return self.in_input_units or self.in_decibels
+
+    @property
     def counts_pixels(self) -> bool:
         """Whether the distance is a number of pixels, where all channels of a pixel count once, instead of values."""
         return False
@@ -102,6 +131,14 @@ class Constraint(ABC):
     def notes(self, bounds: Bounds) -> tuple[str, ...]:
         """Return what a reader needs to know about the constraint for a model whose inputs are within `bounds`."""
         return ()
+
+    def size_text(self, eps: float) -> str:
+        """Return an eps as text that is read as the same eps."""
+        return decibels_text(eps) if self.in_decibels else exact_size(eps)
+
+    def coordinates(self, batch: Batch, bounds: Bounds) -> "Coordinates | None":
+        """Return the coordinates in which attacks on a batch search; None for the values of the inputs."""
+        return None
 
     def refuse_unfit(self, x: Inputs) -> None:
         """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this. Inputs of numbers can."""
@@ -140,7 +177,7 @@ class Constraint(ABC):
     def __str__(self) -> str:
         if self.limits:
             return limits_text(self.name, self.limits)
-        return self.name if math.isinf(self.eps) else f"{self.name}:{exact_size(self.eps)}"
+        return self.name if math.isinf(self.eps) else f"{self.name}:{self.size_text(self.eps)}"
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,24 @@ def exact_size(eps: float) -> str:
     return f"{levels}/255" if levels and levels / 255 == eps else exact(eps)
 
 
+def fraction_of(decibels: float) -> float:
+    """Return the ratio of two amplitudes, as 0.01 for 40 dB below the reference."""
+    return float(10 ** (-decibels / 20))
+
+
+def decibels_text(eps: float) -> str:
+    """Return a ratio of amplitudes as the text in decibels that is read as the same ratio.
+
+    >>> decibels_text(0.01), decibels_text(0.0)
+    ('40dB', 'infdB')
+    """
+    if not 0 < eps < math.inf:
+        return f"{math.inf if eps == 0 else -math.inf}dB"
+    number = -20 * math.log10(eps)
+    digits = next((n for n in range(16) if fraction_of(round(number, n)) == eps), 16)
+    return f"{round(number, digits) + 0.0:.{digits}f}dB"
+
+
 def line(text: str) -> str:
     """Return a text on one line, without control characters, which could affect a terminal and are invalid in XML, and
     without text that a CI system would execute as a command. Each text of a document is shown in this form.

@@ -36,7 +36,7 @@ class Change:
     @property
     def eps(self) -> float:
         """Size of the change. It is infinite if the attacks search for the smallest change that breaks an example."""
-        sizes = (self.limits[name] for name in ("eps", "changes", "severity") if name in self.limits)
+        sizes = (self.limits[name] for name in ("eps", "size", "changes", "severity") if name in self.limits)
         return float(next(sizes, 1.0))
 
     @cached_property

@@ -42,7 +42,7 @@ SEARCH = Probe(
     "scores",
     search,
     voted=partial(search, votes=VOTES),
-    applies=lambda threat: threat.constraint.eps != 0 and threat.constraint.in_input_units,
+    applies=lambda threat: threat.constraint.eps != 0 and threat.constraint.bounds_sizes,
     rows=lambda threat, n, passes, votes: (within_budget(SEARCHES, threat) + votes) * passes.once(n),
     order=11,
 )

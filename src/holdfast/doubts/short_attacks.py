@@ -5,7 +5,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import ascend, gradient
 from holdfast.attacks.parts.losses import Loss, cross_entropy, margin, margin_loss
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.protocol import Attack, attacked_inputs
 from holdfast.attacks.square import Square
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -142,7 +142,7 @@ SETTLING = Probe(
     "scores",
     settling_search,
     on="undecided",
-    applies=lambda threat: threat.constraint.eps != 0 and threat.constraint.in_input_units,
+    applies=lambda threat: threat.constraint.eps != 0 and threat.constraint.bounds_sizes,
     rows=lambda threat, n, passes, votes: (within_budget(_SETTLING_QUERIES, threat) + 1) * passes.once(n),
     order=2,
     most=32,
@@ -181,7 +181,7 @@ def voted_columns(
     """Return the result of an attack as columns, with the median margin of its inputs over `votes` forward passes."""
     meter = Metered(model, batch, threat)
     try:
-        x_adv = attack(meter, batch, threat, rng=rng)
+        x_adv = attacked_inputs(attack, meter, batch, threat, rng=rng)
     except BudgetSpent:
         x_adv = meter.adversarial()
 

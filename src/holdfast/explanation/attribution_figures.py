@@ -1,6 +1,7 @@
 """Figures of the attributions of one example: what its prediction depends on, and how a change moves that."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from scipy.special import stdtrit
@@ -14,6 +15,8 @@ from holdfast.reports.words import amount, plain
 
 _DRAWS = 16
 """noises of SmoothGrad"""
+_PARTS = 24
+"""parts of a clip whose effects are compared"""
 _MOST_COLUMNS = 12
 """columns of a table that are shown"""
 
@@ -38,13 +41,34 @@ def attribution_figures(case: Case) -> tuple[list[Figure], list[str]]:
     else:
         reason = "The input has missing values" if inputs.isnan().any() else "The model gives no gradients"
         notes.append(f"{reason}, so gradient, SmoothGrad and integrated gradients are not shown.")
-    methods["occlusion"] = counterfactual.occlusion(
-        model, inputs, baseline, classes, *counterfactual.default_window(inputs.shape[1:])
-    )
+    windows = _parts(inputs.shape[1:]) if case.is_signal else counterfactual.default_window(inputs.shape[1:])
+    methods["occlusion"] = counterfactual.occlusion(model, inputs, baseline, classes, *windows)
     figures = [_attribution_figure(case, methods, integrated)]
     if len(inputs) == 3:
         figures.append(_stability(methods))
     return figures, notes
+
+
+def _parts(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return window and stride of the parts of a clip, one after the other, with all channels."""
+    part = (*shape[:-1], -(-shape[-1] // _PARTS))
+    return part, part
+
+
+def _of_parts(case: Case, values: Tensor) -> Tensor:
+    """Return the sums (n, parts) of attributions over the parts of a clip."""
+    length = _parts(case.x.shape[1:])[0][-1]
+    of_times = values.reshape(len(values), -1, values.shape[-1]).sum(1)
+    return torch.stack([part.sum(1) for part in torch.split(of_times, length, 1)], 1)
+
+
+def _part_name(case: Case, place: int) -> str:
+    """Return the time of a part of a clip, in seconds if the sampling rate is known."""
+    length, rate = _parts(case.x.shape[1:])[0][-1], case.about.sampling_rate
+    start, stop = place * length, min((place + 1) * length, case.x.shape[-1])
+    if rate is None:
+        return f"samples {start} to {stop}"
+    return f"{start / rate:.2f} to {stop / rate:.2f} s"
 
 
 def _start(case: Case, inputs: Inputs) -> Inputs:
@@ -96,29 +120,36 @@ def _attribution_figure(
             note=f"Red pixels raise {case.explained}, and blue ones lower it.{note}",
             columns=len(kinds),
         )
+    if case.is_signal:
+        methods = {name: _of_parts(case, values) for name, values in methods.items()}
+    noun = "part" if case.is_signal else "column"
+
+    def name_of(place: int) -> str:
+        return _part_name(case, place) if case.is_signal else case.about.feature(place)
+
     order = methods["occlusion"].abs().nan_to_num(0)[0].flatten().argsort(descending=True, stable=True)
     table: tuple[tuple[Cell, ...], ...] = tuple(
-        (case.about.feature(p), *(float(methods[n][k].flatten()[p]) for n, k, _ in pairs))
+        (name_of(p), *(float(methods[n][k].flatten()[p]) for n, k, _ in pairs))
         for p in order[:_MOST_COLUMNS].tolist()
     )
-    names = [case.about.feature(p) for p in order[:3].tolist() if methods["occlusion"][0].flatten()[p] != 0]
+    names = [name_of(p) for p in order[:3].tolist() if methods["occlusion"][0].flatten()[p] != 0]
     title = (
         f"The prediction {case.predicted} depends most on {listed(names)}"
         if names
-        else "No column has an effect"
+        else f"No {noun} has an effect"
     )
     reading = f"A positive value raises {case.explained}, and a negative one lowers it.{note}"
     left = len(order) - len(table)
     if left > 0:
         reading += (
-            f" {amount(left, 'columns')} with smaller effects {'is' if left == 1 else 'are'} not listed."
+            f" {amount(left, noun + 's')} with smaller effects {'is' if left == 1 else 'are'} not listed."
         )
     reason = f"{title}." if names and case.found.inside else ""
     return Figure(
         "attributions",
         title,
         alternative,
-        ("column", *headings),
+        (noun, *headings),
         table,
         tabular=True,
         note=reading,
@@ -128,11 +159,16 @@ def _attribution_figure(
 
 def _completeness(case: Case, integrated: counterfactual.Integrated) -> str:
     """What integrated gradients explain, and which share of it they miss."""
-    start = "the median of each column" if case.x.dim() == 2 else "an input of the lowest values"
+    start = (
+        "the median of each column among the inputs"
+        if case.x.dim() == 2
+        else "an input of the lowest values among the inputs"
+    )
+    start = "silence" if case.is_signal else start
     fixed = case.table is not None and bool(case.table.tensors.category.any())
     kept = ", while categories keep their values" if fixed else ""
     return (
-        f"Integrated gradients divide the difference of the logit from that of {start} among the inputs{kept}; "
+        f"Integrated gradients divide the difference of the logit from that of {start}{kept}; "
         f"{100 * float(integrated.gap.max()):.2g} % of the difference is not attributed (completeness gap, with "
         f"{amount(integrated.nodes, 'nodes')})."
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from holdfast.attacks.fmn import FMN
+from holdfast.attacks.protocol import attacked_inputs
 from holdfast.core.batch import Batch, decoded, spread
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
@@ -31,10 +32,10 @@ from holdfast.reports.formats.html import fragment
 from holdfast.reports.gallery import png, shrunk
 from holdfast.reports.terminal import as_lines
 from holdfast.reports.tree import Picture
-from holdfast.reports.words import amount, plain, strict, value_text
+from holdfast.reports.words import amount, plain, size, strict, value_text
 from holdfast.reports.write import rendered, write
 from holdfast.runs.harness.target import Target
-from holdfast.threats.domains import TABLE, TEXT, is_image
+from holdfast.threats.domains import SIGNAL, TABLE, TEXT, is_image
 from holdfast.threats.tables import Table as TableConstraint
 from holdfast.threats.tables import table_of
 
@@ -75,6 +76,7 @@ class Figure:
     """why the prediction changes or the model fails, as a sentence, if the figure shows it"""
     columns: int = 0
     """number of pictures in a row; 0 for as many as fit"""
+    sounds: tuple[tree.Sound, ...] = ()
 
     @property
     def csv(self) -> str:
@@ -199,6 +201,8 @@ def _section(figure: Figure) -> tree.Section:
     blocks: list[tree.Block] = []
     if figure.pictures:
         blocks.append(tree.Pictures(figure.pictures, figure.alternative, figure.columns))
+    if figure.sounds:
+        blocks.append(tree.Sounds(figure.sounds))
     if figure.bars:
         bars = [(bar.label, tree.Cell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
         blocks.append(tree.Table(("name", "value"), bars, figure.alternative))
@@ -236,6 +240,8 @@ class About:
     notes: tuple[str, ...] = ()
     examples: bool = True
     """whether pictures and words of examples are shown"""
+    sampling_rate: int | None = None
+    """number of samples of a second, if the inputs are clips and it is known"""
 
     def name_of(self, label: int) -> str:
         """Return the name of a class; "rejected" for -1."""
@@ -265,6 +271,8 @@ def distance_text(constraint: Constraint, distance: float, model: Classifier) ->
     """Return a distance as text in the unit of eps, such as `0.8/255` under `linf:8/255`."""
     if constraint.bounds_each_value and model.units is None and in_255ths(constraint.eps):
         return f"{plain(distance * 255, 2 if distance * 255 < 10 else 3)}/255"
+    if constraint.in_decibels:
+        return f"{size(distance, decibels=True)} below the clip" if distance else "0"
     if constraint.counts_changes:
         return amount(round(distance), "pixels" if constraint.counts_pixels else "values")
     if constraint.domain is TABLE:
@@ -409,6 +417,11 @@ class Case:
         return table_of(self.threat.constraint)
 
     @property
+    def is_signal(self) -> bool:
+        """Whether the inputs are clips of sound."""
+        return self.threat.constraint.domain is SIGNAL
+
+    @property
     def is_picture(self) -> bool:
         """Whether the inputs are shown as pictures."""
         return is_image(self.x.shape[1:])
@@ -543,7 +556,7 @@ def _smallest(target: Target, batch: Batch, threat: ThreatModel, rng: Draws) -> 
     if constraint.is_ball and target.bare.access == "gradients" and threat.access == "gradients":
         free = replace(threat, constraint=constraint.resized(math.inf))
         parts = [
-            FMN()(target.queried(target.quick, some), some, free, rng=rng.at("model"))
+            attacked_inputs(FMN(), target.queried(target.quick, some), some, free, rng=rng.at("model"))
             for some in own.split(256)
         ]
         x_adv = torch.cat(parts)

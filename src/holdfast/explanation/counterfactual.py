@@ -16,7 +16,7 @@ from torch import Tensor
 from holdfast.attacks.fmn import FMN
 from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.parts.losses import firmly_broken, margin_loss
-from holdfast.attacks.protocol import Attack
+from holdfast.attacks.protocol import Attack, attacked_inputs
 from holdfast.attacks.suites import is_possible, suite
 from holdfast.core.batch import Batch, decoded, encoded, spread
 from holdfast.core.constraints import Constraint, allowed
@@ -322,7 +322,7 @@ def _searched(
     for name, attack, free in _attacks(constraint, threat, target):
         names.append(name)
         limits = replace(threat, constraint=constraint.resized(math.inf)) if free else threat
-        points.append(attack(model, batch, limits, rng=rng.at("counterfactual", name)))
+        points.append(attacked_inputs(attack, model, batch, limits, rng=rng.at("counterfactual", name)))
         if bool(broken(target, batch, points[-1])[0]):
             break
     return names, points

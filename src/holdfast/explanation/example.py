@@ -339,11 +339,46 @@ def _change(case: Case) -> Figure:
         return Figure("change", title, alternative, ("word", "becomes"), rows, tabular=True, note=note)
     if case.is_picture:
         return _changed_pixels(case, title, note)
+    if case.is_signal:
+        return _changed_sound(case, title, note)
     values = tuple(_changed_values(case))
     alternative = f"{len(values)} of {amount(case.x[0].numel(), 'columns')} with both values."
     headings = ("column", "value", "becomes")
     reason = _noise_reason(case)
     return Figure("change", title, alternative, headings, values, tabular=True, note=note, reason=reason)
+
+
+def _changed_sound(case: Case, title: str, note: str) -> Figure:
+    """The spectrograms and sounds of a clip, of the counterfactual and of random noise of the same size."""
+    from holdfast.reports.sounds import heard, snr, spectrograms  # late: few inputs are clips
+
+    x, x_adv, noise = case.x[0].cpu(), case.x_adv[0].cpu(), case.noise[0].cpu()
+    judged = case.about.called(case.predicted_of_noise)
+    captions = (
+        f"the input, predicted as {case.predicted}",
+        f"the counterfactual, predicted as {case.becomes}",
+        "the change",
+        f"the input with random noise of the same size, predicted as {judged}",
+    )
+    urls = spectrograms((x, x_adv, x_adv - x, noise), x, case.about.sampling_rate)
+    pictures = tuple(Picture(url, caption) for url, caption in zip(urls, captions, strict=True))
+    played = (each for place, each in enumerate(captions) if place != 2)
+    sounds = heard((x, x_adv, noise), tuple(played), x, case.about.sampling_rate)
+    ratio = snr(x, x_adv)
+    size = "" if ratio is None else f"The change is {ratio:.1f} dB below the clip (signal-to-noise ratio). "
+    alternative = "Spectrograms in one scale of 80 dB: " + "; ".join(captions) + "."
+    rows = (("signal-to-noise ratio in dB", ratio if ratio is not None else math.inf),)
+    return Figure(
+        "change",
+        title,
+        alternative,
+        ("measure", "value"),
+        rows,
+        pictures,
+        sounds=sounds,
+        note=f"{size}{note}",
+        reason=_noise_reason(case),
+    )
 
 
 def _noise_reason(case: Case) -> str:

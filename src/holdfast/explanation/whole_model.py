@@ -41,7 +41,7 @@ from holdfast.explanation.counterfactual import changes, has_gradients
 from holdfast.io.data.labels import Groups
 from holdfast.reports.words import amount, plain
 from holdfast.runs.harness.target import Target
-from holdfast.threats.domains import TABLE, TEXT, is_image
+from holdfast.threats.domains import SIGNAL, TABLE, TEXT, is_image
 
 _LINES = 16  # examples of the loss surface
 _STEPS = 33  # points on each line
@@ -223,11 +223,10 @@ def explain_model(
         figures += [_confusion(case), *_clusters(case, notes)]
         if is_image(batch.x.shape[1:]):
             figures += [_frequencies(case), _regions(case)]
-        else:
-            if threat.constraint.domain is not TEXT:
-                figures.append(_columns(case))
-            elif about.examples:
-                figures += _words(case)
+        elif threat.constraint.domain is not TEXT:
+            figures += [] if threat.constraint.domain is SIGNAL else [_columns(case)]
+        elif about.examples:
+            figures += _words(case)
     else:
         notes.append("No correctly classified example was broken, so what attacks use is not shown.")
     smooth = True

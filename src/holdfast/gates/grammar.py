@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from holdfast.core.errors import Placeholder, Remedy, UsageError
-from holdfast.core.names import suggestion
+from holdfast.core.names import fraction_of, suggestion
 from holdfast.metrics.names import (
     AT_EPS,
     DIFFERENCES,
@@ -60,6 +60,8 @@ class Claim:
     bound: float
     eps: float | None = None
     """eps of the metric, in units of the inputs, if it is not that of the run"""
+    decibels: bool = False
+    """whether the text states eps in decibels relative to each input, so that a larger number is a smaller eps"""
     versus: Versus | None = None
     """reference of the bound; with `static`, the bound is a fraction of the value of the metric for a static model, and
     with `before`, the gate requires a verdict on a training, by which the model is compared with the given one"""
@@ -118,7 +120,7 @@ def parse(text: str, metrics: Collection[str] = GATED, *, offered: Collection[st
     """
     name = text.strip()
     if name in VERDICTS:
-        return Claim(VERDICTS[name], ">=", 0.0, None, "before", name)
+        return Claim(VERDICTS[name], ">=", 0.0, versus="before", text=name)
     parts = _PARTS.fullmatch(text)
     if parts is None:
         words = text.split()
@@ -126,7 +128,9 @@ def parse(text: str, metrics: Collection[str] = GATED, *, offered: Collection[st
         similar = suggestion(name, VERDICTS) if len(words) == 1 else ""
         raise UsageError(f"gate {text!r} cannot be read; {f'{similar} Or ' if similar else ''}{form}")
     metric = _metric(parts["metric"], text, metrics, metrics if offered is None else offered)
-    eps = None if parts["eps"] is None else _number(parts["eps"], text)
+    decibels = parts["eps"] is not None and parts["eps"].lower().endswith("db")
+    eps = None if parts["eps"] is None else _number(parts["eps"][: -2 if decibels else None], text)
+    eps = fraction_of(eps) if eps is not None and decibels else eps
     if eps is not None and metric not in AT_EPS:
         raise UsageError(
             f"gate {text!r}: {metric} has no value at another eps; those that have are {_list(AT_EPS)}"
@@ -135,7 +139,8 @@ def parse(text: str, metrics: Collection[str] = GATED, *, offered: Collection[st
         raise UsageError(f"gate {text!r}: eps is {eps:g}; it must be 0 or more, as in {metric}@8/255")
     relation = _relation(parts["relation"], _percentage(parts["bound"], parts["rest"]), text)
     bound = _bound(metric, _number(parts["bound"], text, parts["rest"]), text)
-    return Claim(metric, relation, bound, eps, _versus(metric, parts["rest"], text), text.strip())
+    versus = _versus(metric, parts["rest"], text)
+    return Claim(metric, relation, bound, eps, decibels, versus, text.strip())
 
 
 class UnreachedVerdict(UsageError):

@@ -179,6 +179,10 @@ def judge(
             raise refused_verdict(claim.text)
         scope = basis(evidence, before.evidence) if before.goal.metric == "robust_accuracy" else None
         return replace(judged_estimate(claim, before.improvement(evidence), doubts), scope=scope)
+    constraint = evidence.threat.constraint
+    if claim.eps is not None and claim.decibels != constraint.in_decibels:
+        form = "EPSdB, as in @40dB" if constraint.in_decibels else "a number, as in @0.1"
+        raise UsageError(f"gate {claim.text!r} cannot be judged: under {constraint} its eps is {form}")
     try:
         measured = estimate_of(claim.metric, evidence, eps=claim.eps, baseline=baseline)
     except UsageError as error:

@@ -189,6 +189,9 @@ NOT_SHARES: Final = frozenset(
 )
 """metrics that are not proportions, so that reports do not show them in percent"""
 
+OF_EPS: Final = frozenset({"robust_margin", "adversarial_radius"})
+"""metrics that are sizes of changes in the unit of eps"""
+
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
 """metrics of two runs on the same examples, as in `regression <= 0.01 vs baseline`"""
 

@@ -70,10 +70,13 @@ def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
     untargeted(evidence, metric)
     eps_of_run = evidence.threat.constraint.eps
     if eps is None and math.isinf(eps_of_run):
-        raise Absent(f"{metric} needs an eps in a minimum-norm run; write {metric}@EPS, as in {metric}@0.5")
+        raise Absent(
+            f"{metric} needs an eps in a minimum-norm run; write {metric}@EPS, as in "
+            f"{metric}@{'40dB' if evidence.threat.constraint.in_decibels else 0.5}"
+        )
     if eps is None or (eps == eps_of_run and "distance" not in evidence):
         return column(evidence, "success", ATTACKED) & evidence["correct"]
-    way_out = f"this run attacked at eps={eps_of_run:g} only"
+    way_out = f"this run attacked at eps={evidence.threat.constraint.size_text(eps_of_run)} only"
     broken = within(column(evidence, "distance", way_out, MINIMUM_NORM), eps)
     return evidence["correct"] & (broken | evidence["success"] if eps == eps_of_run else broken)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L1, L2, Linf
+from holdfast.core.constraints import Norm
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
 from holdfast.recipes.training.fit import Training, Turn
 from holdfast.recipes.training.follow_up import N_HELD_OUT, RAISED, OverfittingGuard
@@ -64,7 +64,7 @@ class SingleStep(LossRecipe):
         several shorter steps with the same total length are used.
         """
         constraint, bounds = learner.threat.constraint, learner.frozen.bounds
-        assert isinstance(constraint, (Linf, L2, L1))
+        assert isinstance(constraint, Norm)
         x, steps = batch.x, 1 + int(learner.state[RAISED])
         if self.noise:
             x = constraint.resized(self.noise * constraint.eps).sample(batch, bounds, turn.rng.at("start"))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import Table as StoredTable
-from holdfast.reports import tree
+from holdfast.core.names import fraction_of
+from holdfast.reports import tree, words
 from holdfast.reports.curves import class_name
 from holdfast.reports.gallery import png
 from holdfast.reports.tree import Drawing, Mark, Path, Tick
@@ -54,6 +55,19 @@ def axis_of_decades(least: float) -> Axis:
     values = [10.0**-power for power in range(math.floor(n + 1e-9) + 1)]
     ticks = [(value, f"{value:g}") for value in values]
     return Axis(lambda value: 1 + math.log10(max(value, least)) / n, ticks)
+
+
+def axis_of_decibels(least: float, top: float) -> Axis:
+    """Return a logarithmic axis from the ratio `least` to `top`, with ticks in decibels below 1, which fall along
+    it.
+    """
+    first, last = -20 * math.log10(least), -20 * math.log10(top)
+    step = round_step(first - last)
+    values = [k * step for k in range(math.ceil(last / step - 1e-9), math.floor(first / step + 1e-9) + 1)]
+    return Axis(
+        lambda value: max(0.0, (first + 20 * math.log10(max(value, least))) / (first - last)),
+        [(fraction_of(value), plain(value)) for value in values[::-1]],
+    )
 
 
 _SHARES = Axis(lambda share: share, [(k / 4, f"{25 * k} %") for k in range(5)])
@@ -131,11 +145,17 @@ def _planes(x: Axis, y: Axis = _SHARES) -> Iterator[tuple[str, Plane]]:
 
 
 def staircases(
-    points: Sequence[Mapping[str, Any]], key: str, *, logarithmic: bool = False, mark: float | None = None
+    points: Sequence[Mapping[str, Any]],
+    key: str,
+    *,
+    logarithmic: bool = False,
+    decibels: bool = False,
+    mark: float | None = None,
 ) -> Drawings:
     """Return a chart of accuracy, for example as a function of eps, with its confidence band.
 
-    `key` is that of the values on the x axis, and `mark` the value of eps at which a vertical line is drawn.
+    `key` is that of the values on the x axis, and `mark` the value of eps at which a vertical line is drawn. With
+    `decibels` the axis shows ratios in decibels.
     """
     xs = [number(point[key]) for point in points]
     marked = mark if mark is not None and math.isfinite(mark) and mark > 0 else None
@@ -143,11 +163,18 @@ def staircases(
     if top <= 0:
         return []
     axis = logarithmic_axis(max(top, 10.0)) if logarithmic else linear_axis(top * 1.04)
-    return [(name, _staircase(plane, points, xs, marked)) for name, plane in _planes(axis)]
+    if decibels:
+        axis = axis_of_decibels(min(x for x in (*xs, top) if x > 0) / 2, top * 1.04)
+    label = "" if marked is None else f"eps {words.size(marked, decibels=decibels)}"
+    return [(name, _staircase(plane, points, xs, marked, label)) for name, plane in _planes(axis)]
 
 
 def _staircase(
-    plane: Plane, points: Sequence[Mapping[str, Any]], xs: Sequence[float], marked: float | None
+    plane: Plane,
+    points: Sequence[Mapping[str, Any]],
+    xs: Sequence[float],
+    marked: float | None,
+    text: str,
 ) -> Drawing:
     starts = [plane.across(x) for x in xs]
     ends = [*starts[1:], plane.right]
@@ -162,7 +189,7 @@ def _staircase(
             1.0,
         )
         level = plane.level(0.06) if share > _HALF else plane.level(0.94)
-        label = plane.upright(round(plane.across(marked), 1), level + 4, f"eps {plain(marked)}")
+        label = plane.upright(round(plane.across(marked), 1), level + 4, text)
     return plane.drawing(Path("range", band), line, mark=label)
 
 

@@ -22,6 +22,7 @@ from holdfast.reports.words import (
     plain,
     query_budget,
     seconds_text,
+    size,
     strict,
 )
 
@@ -100,7 +101,11 @@ def _table(summary: SummaryPart) -> Table:
         share = Cell(percent(clean["value"]), bar=(number(clean["value"]),) * 3, pale=True)
         surviving = count_text(round(clean["value"] * clean["n"]))
         rows.append(("no attack", "", surviving, share, "", interval("clean_accuracy", clean), ""))
-    rows += [(_smallest if distance else _standing)(attack) for attack in summary["attacks"]]
+    decibels = summary["threat"]["decibels"]
+    rows += [
+        _smallest(attack, decibels=decibels) if distance else _standing(attack)
+        for attack in summary["attacks"]
+    ]
     suite = f", {summary['suite']}" if summary["suite"] else ""
     suffix = ": the smallest changes found" if distance else ""
     title = f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{suffix}"
@@ -121,15 +126,19 @@ def _standing(attack: SummaryPart) -> tuple[str | Cell, ...]:
     )
 
 
-def _smallest(attack: SummaryPart) -> tuple[str | Cell, ...]:
+def _smallest(attack: SummaryPart, *, decibels: bool) -> tuple[str | Cell, ...]:
     rate, median = attack["success_rate"], attack["median_distance"]
+    value, low, high = (
+        size(median[key], decibels=True) if decibels else plain(median[key])
+        for key in ("value", "low", "high")
+    )
     return (
         attack["name"],
         "not run" if _left_out(attack) else count_text(number(rate["value"]) * rate["n"]),
         bar(rate),
-        plain(median["value"]),
+        value,
         seconds_text(attack["seconds"]),
-        interval("distance", median),
+        f"{low} to {high}" if decibels else interval("distance", median),
         count_text(attack["queries"]),
     )
 

@@ -1,5 +1,5 @@
-"""Broken examples for reports: images as small pictures, texts with their changed words, and rows of tables as lists of
-the features with the largest changes.
+"""Broken examples for reports: images as small pictures, clips as spectrograms and sounds, texts with their changed
+words, and rows of tables as lists of the features with the largest changes.
 """
 
 import base64
@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 from holdfast.core.evidence import Evidence
 from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.words import strict
-from holdfast.threats.domains import IMAGE, TEXT, domain_of
+from holdfast.threats.domains import IMAGE, SIGNAL, TEXT, domain_of
 
 if TYPE_CHECKING:
     from holdfast.threats.table_rules import Rules
@@ -53,6 +53,10 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
             entry |= _texts(x, x_adv)
         elif domain is IMAGE:
             entry |= _pictures(x, x_adv, low, high)
+        elif domain is SIGNAL:
+            from holdfast.reports.sounds import signal_example  # late: few inputs are clips
+
+            entry |= signal_example(x, x_adv, evidence.data.get("sampling_rate"))
         else:
             entry |= _changes(x, x_adv, evidence)
         entries.append(entry)

@@ -16,6 +16,7 @@ Number = float | Literal["inf", "-inf", "nan"]
 """number; strict JSON has no infinity"""
 Confidence = Annotated[float, Gt(0), Lt(1)]
 Picture = Annotated[str, Field(pattern="^data:image/png;base64,")]
+Recording = Annotated[str, Field(pattern="^data:audio/wav;base64,")]
 
 
 def summary_schema(name: str = "assessment-2") -> dict[str, Any]:
@@ -65,6 +66,7 @@ class Gate(TypedDict):
     - `condition`: the gate as the user wrote it
     - `scope`: adversarial examples that count in a comparison of robust accuracies; null for other gates
     - `looks`: for the condition of `until`, whose interval is valid at every look; null for other gates
+    - `decibels`: whether texts state `eps`, a ratio of amplitudes, in decibels
     """
 
     condition: str
@@ -72,6 +74,7 @@ class Gate(TypedDict):
     relation: Literal[">=", "<="]
     bound: Number
     eps: Number | None
+    decibels: bool
     versus: str | None
     verdict: Verdict
     estimate: EstimateJson
@@ -445,11 +448,13 @@ class Threat(TypedDict):
 
     - `unit`: unit of eps; empty if eps is not the size of a change in values
     - `limits`: for a threat model that is not a ball: the limit of each change, or the place of a patch
+    - `decibels`: whether `eps` is the ratio of a change to its input, which texts state in decibels: 0.01 is 40 dB
     """
 
     constraint: str
     norm: str
     eps: Number
+    decibels: bool
     unit: NotRequired[str]
     per: str | None
     limits: NotRequired[dict[str, Any]]
@@ -714,6 +719,26 @@ class ImageExample(TypedDict):
     shape: list[Natural]
 
 
+class SignalExample(TypedDict):
+    """An adversarial example of a model of clips of sound, with spectrograms in one scale.
+
+    - `snr_db`: power of the clip relative to that of the change, in decibels; null if nothing changed
+    - `seconds`: length of the sound; null, like the following entries, if the sampling rate is unknown
+    - `played_s`: length of its first part that both sounds contain
+    - `clean_sound`, `perturbed_sound`: `.wav` files as data URLs
+    """
+
+    kind: Literal["signal"]
+    clean: Picture
+    perturbed: Picture
+    difference: Picture
+    snr_db: Number | None
+    seconds: Number | None
+    played_s: Number | None
+    clean_sound: Recording | None
+    perturbed_sound: Recording | None
+
+
 class Change(TypedDict):
     """The change of a feature: numbers, or the values of a category."""
 
@@ -840,7 +865,7 @@ class Assessment(TypedDict):
     data_transfer: DataTransfer | None
     rotation: Rotation | None
     training: TrainingVerdictJson | None
-    examples: Annotated[list[ImageExample | TableExample | TextExample], MaxLen(12)]
+    examples: Annotated[list[ImageExample | SignalExample | TableExample | TextExample], MaxLen(12)]
     reproduce: str
     run: dict[str, str]
     hashes: dict[str, Any]

@@ -1,6 +1,7 @@
 """The report of a run, made from its summary."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from holdfast.reports import certification, charts, curves, defences, transfer, tree, words
@@ -93,11 +94,11 @@ def _lead(summary: Json) -> list[tree.Block]:
 def _highlights(summary: Json) -> Iterator[tree.Highlight]:
     metrics, main, gates = summary["metrics"], words.main_metric(summary), summary["gates"]
     if main:
-        value = metrics[main]
+        value, decibels = metrics[main], summary["threat"]["decibels"]
         yield tree.Highlight(
             words.label(main),
-            words.shown(main, value["value"]),
-            (f"{_level(summary)} interval", words.interval(main, value)),
+            words.shown(main, value["value"], decibels=decibels),
+            (f"{_level(summary)} interval", words.interval(main, value, decibels=decibels)),
         )
     if "clean_accuracy" in metrics and main != "clean_accuracy":
         yield tree.Highlight(
@@ -181,12 +182,14 @@ def _gate(gate: Json) -> tree.Gate:
 def _curves(summary: Json) -> Iterator[tree.Block]:
     threat, measured = summary["threat"], summary["curves"]
     unit = f"{threat['norm']}{', pixels' if threat['per'] == 'pixel' else ''}"
+    decibels = threat["decibels"]
+    size_text = partial(words.size, decibels=True) if decibels else plain
     for key, heading, axis, drawings, end in (
         (
             "eps",
             "Accuracy by size of the change",
-            f"eps ({unit})",
-            staircases(measured["eps"], "eps", mark=number(threat["eps"])),
+            f"eps ({unit}{', in dB: a larger number is a weaker attacker' * decibels})",
+            staircases(measured["eps"], "eps", mark=number(threat["eps"]), decibels=decibels),
             "without change to {} at eps {}",
         ),
         (
@@ -200,11 +203,16 @@ def _curves(summary: Json) -> Iterator[tree.Block]:
         if not drawings:
             continue
         points = measured[key]
-        at = plain(points[-1][key]) if key == "eps" else count_text(points[-1][key])
+        shown = size_text if key == "eps" else count_text
+        at = shown(points[-1][key])
         fall = f"{percent(points[0]['value'])} {end.format(percent(points[-1]['value']), at)}"
         yield tree.Chart(drawings, axis, f"Accuracy falls from {fall}.", f"From {fall}.", heading)
         rows = [
-            (plain(point[key]), percent(point["value"]), words.interval("accuracy", point))
+            (
+                size_text(point[key]) if key == "eps" else plain(point[key]),
+                percent(point["value"]),
+                words.interval("accuracy", point),
+            )
             for point in _every_nth(points)
         ]
         table = tree.Table((axis, "accuracy", "interval"), rows, heading)
@@ -234,12 +242,12 @@ def metrics_section(summary: Json, addresses: Mapping[str, str] | None = None) -
     """Return the section of the metrics: the main ones, and the others folded. `addresses` are those of the trends of
     metrics in the viewer.
     """
-    links = addresses or {}
+    links, decibels = addresses or {}, summary["threat"]["decibels"]
     rows: dict[str, tree.Row] = {
         name: (
             words.metric_cell(name, links.get(name, "")),
-            words.shown(name, e["value"]),
-            words.interval(name, e),
+            words.shown(name, e["value"], decibels=decibels),
+            words.interval(name, e, decibels=decibels),
             count_text(e["n"]),
         )
         for name, e in words.shown_metrics(summary).items()
@@ -269,6 +277,7 @@ def _examples(summary: Json) -> tree.Section:
     examples = summary["examples"]
     notes = {
         "image": " The difference is amplified; grey means no change.",
+        "signal": " The spectrograms of each have one scale of 80 dB. Low frequencies are at the bottom.",
         "text": " Changed words are marked.",
         "table": " The table of each lists the features that changed most.",
     }
@@ -277,8 +286,14 @@ def _examples(summary: Json) -> tree.Section:
     if len(examples) > MOST_EXAMPLES:
         lead += f" The first {MOST_EXAMPLES} are shown; expand the line below for the others."
     entries = [example_group(example, summary["threat"]) for example in examples]
-    gallery = tree.Gallery(entries, MOST_EXAMPLES)
-    return tree.Section("Adversarial examples", (gallery,), lead, "examples", "Examples", "notebook")
+    blocks: list[tree.Block] = [tree.Gallery(entries, MOST_EXAMPLES)]
+    ratios = sorted(example["snr_db"] for example in examples if example.get("snr_db") is not None)
+    if ratios:
+        between = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (ratios[0], ratios[-1])))
+        blocks.insert(
+            0, tree.Paragraph(f"Their changes are {between} dB below the clips (signal-to-noise ratio)")
+        )
+    return tree.Section("Adversarial examples", blocks, lead, "examples", "Examples", "notebook")
 
 
 def example_group(example: Json, threat: Json) -> tree.Group:
@@ -296,6 +311,10 @@ def example_group(example: Json, threat: Json) -> tree.Group:
             )
         ]
         blocks = [tree.Pictures(pictures, columns=3, depth="notebook")]
+    elif example["kind"] == "signal":
+        from holdfast.reports.sounds import shown_signal  # late: few inputs are clips
+
+        blocks = shown_signal(example)
     elif example["kind"] == "text":
         changed = f"{becomes}; {words.amount(example['changed'], 'words')} changed"
         parts = [(part["text"], part["clean"]) for part in example["parts"]]

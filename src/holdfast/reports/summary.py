@@ -171,6 +171,7 @@ def _gate(gate: Judgement) -> forms.Gate:
         "relation": claim.relation,
         "bound": claim.bound,
         "eps": claim.eps,
+        "decibels": claim.decibels,
         "versus": claim.versus,
         "verdict": gate.verdict,
         "estimate": estimate_to_json(gate.estimate),

@@ -196,6 +196,24 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class Sound:
+    """A clip as the data URL of a `.wav` file, with its caption."""
+
+    url: str
+    caption: str
+    alternative: str
+    """name of the player for readers who do not see it"""
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """Clips to play."""
+
+    sounds: Sequence[Sound]
+    depth: Depth = "page"
+
+
+@dataclass(frozen=True)
 class Changed:
     """A text with changed words: parts of it, each with what it replaces, or None for an unchanged part."""
 
@@ -281,7 +299,19 @@ class Gallery:
 
 
 Block = (
-    Paragraph | Items | Facts | Table | Chart | Pictures | Changed | Code | Gates | Doubts | Group | Gallery
+    Paragraph
+    | Items
+    | Facts
+    | Table
+    | Chart
+    | Pictures
+    | Sounds
+    | Changed
+    | Code
+    | Gates
+    | Doubts
+    | Group
+    | Gallery
 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.core.names import in_255ths, threat_text
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on
-from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, PERTURBATIONS, UPPER_BOUNDS
+from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, OF_EPS, PERTURBATIONS, UPPER_BOUNDS
 from holdfast.reports.tree import Block, Cell, Group, Row, Table
 
 _UNSAFE = re.compile(
@@ -120,13 +120,15 @@ def seconds_text(value: float | str) -> str:
     return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def size(eps: float | str) -> str:
-    """Return a perturbation radius as text, such as `0.3` or `8/255`.
+def size(eps: float | str, *, decibels: bool = False) -> str:
+    """Return a perturbation radius as text, such as `0.3` or `8/255`, or `40 dB` for the radius 0.01 in decibels.
 
     It is a fraction of 255 if the radius is a multiple of 1/255 without a short decimal form, and otherwise a decimal
     number.
     """
     amount = number(eps)
+    if decibels:
+        return "∞ dB" if amount == 0 else f"{plain(round(-20 * math.log10(amount), 1) + 0.0)} dB"
     return f"{round(amount * 255)}/255" if in_255ths(amount) else plain(amount)
 
 
@@ -155,6 +157,12 @@ _BALLS = {
     "L2": "may change an input by a Euclidean length of at most {eps}",
     "L1": "may change an input by absolute changes that add up to at most {eps}",
     "Corruptions": "applies each common corruption, such as noise, blur or fog, once at severity {eps} of 5",
+    "LinfOfClips": "may change every sample of the sound of a clip by at most {eps}",
+    "L2OfClips": "may change the sound of a clip by a Euclidean length of at most {eps}",
+    "SNR": "may add a sound to a clip whose power is at least {eps} below that of the clip, so that a larger number is "
+    "a weaker attacker",
+    "Peak": "may add a sound to a clip whose peak is at least {eps} below that of the clip, so that a larger number is "
+    "a weaker attacker",
     "L0": "may change at most {eps} {values}, each to any legal value",
     "TrainingSet": "may add or remove at most {eps} training examples, before the training",
 }
@@ -214,14 +222,18 @@ def is_share(metric: str) -> bool:
     return metric not in NOT_SHARES
 
 
-def shown(metric: str, value: float | str) -> str:
-    """Return a value of a metric as text for reports, in percent if the metric is a fraction."""
+def shown(metric: str, value: float | str, *, decibels: bool = False) -> str:
+    """Return a value of a metric as text for reports, in percent if the metric is a fraction. With `decibels`, sizes
+    in the unit of eps are in decibels.
+    """
+    if decibels and metric in OF_EPS:
+        return size(value, decibels=True)
     return percent(value) if is_share(metric) else plain(value)
 
 
-def interval(metric: str, estimate: Mapping[str, Any]) -> str:
-    """Return the confidence interval of a metric as text, such as `38.4–44.6 %`."""
-    low, high = shown(metric, estimate["low"]), shown(metric, estimate["high"])
+def interval(metric: str, estimate: Mapping[str, Any], *, decibels: bool = False) -> str:
+    """Return the confidence interval of a metric as text, such as `38.4–44.6 %`, with `decibels` as in `shown`."""
+    low, high = (shown(metric, estimate[end], decibels=decibels) for end in ("low", "high"))
     if low == high:
         return low
     return f"{low.removesuffix(' %')}–{high}" if high.endswith(" %") else f"{low} to {high}"
@@ -371,7 +383,9 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
     if metric is None:
         return f"{amount(summary['n'], summary['noun']).capitalize()} were assessed"
     estimate = summary["metrics"][metric]
-    rate, interval_text = shown(metric, estimate["value"]), interval(metric, estimate)
+    decibels = summary["threat"]["decibels"]
+    rate = shown(metric, estimate["value"], decibels=decibels)
+    interval_text = interval(metric, estimate, decibels=decibels)
     of = f"of {amount(estimate['n'], summary['noun'])}"
     interval_part = f" ({100 * summary['confidence']:.0f} % interval {interval_text})" if intervals else ""
     if metric == "robust_accuracy":
@@ -422,7 +436,7 @@ def condition_text(gate: Mapping[str, Any]) -> str:
         return f"the verdict {gate['condition']}"
     comparison = "at least" if gate["relation"] == ">=" else "at most"
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
-    at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
+    at = f" at eps {size(gate['eps'], decibels=gate['decibels'])}" if gate["eps"] is not None else ""
     reference = f" against the {gate['versus']}" if gate["versus"] else ""
     return f"{comparison} {bound} {uncapitalized(label(gate['metric']))}{at}{reference}"
 
@@ -597,7 +611,10 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
         change = f"looks for the smallest change in {threat['norm']} that breaks the model, of any size"
     else:
         values = "pixels of an image" if threat["per"] == "pixel" else "values of an input"
-        change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count_text(eps), values=values)
+        change = ball.format(
+            eps=size(eps, decibels=threat["decibels"]) if threat["norm"] != "L0" else count_text(eps),
+            values=values,
+        )
     goal = threat["goal"]
     aim = "any wrong class" if goal is None else f"class {goal}; no other class counts as success"
     budget = query_budget(threat) or "any number of queries"

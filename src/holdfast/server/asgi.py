@@ -364,7 +364,8 @@ def page_headers(style: str = "'self'") -> dict[str, str]:
     policy.
     """
     return {
-        "content-security-policy": f"default-src 'none'; style-src {style}; img-src data:; form-action 'self'; "
+        "content-security-policy": f"default-src 'none'; style-src {style}; img-src data:; media-src data:; "
+        "form-action 'self'; "
         "base-uri 'none'; frame-ancestors 'none'",
         "x-content-type-options": "nosniff",
         "x-frame-options": "DENY",

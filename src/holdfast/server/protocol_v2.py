@@ -8,10 +8,13 @@ check. What it does not accept, or what is refused afterwards, is read again by 
 which decides: a request is accepted or refused, and with the same reason, as if json had read it.
 """
 
+import base64
+import io
 import json
 import struct
+import wave
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from math import isfinite, prod
@@ -68,6 +71,8 @@ class Signature:
     """whether the output has one number for each input and no axis of classes"""
     proxied: bool = False
     """whether the model is that of another server"""
+    sampling_rate: int | None = None
+    """sampling rate of a model of clips, which may also be sent as `.wav` files in base64"""
 
     @property
     def values(self) -> int:
@@ -164,8 +169,11 @@ def _request(
     numbers; None if they may be anything.
     """
     tensor = _only_input(content.get("inputs"), signature.input_name)
-    shape = _shape(tensor.get("shape"), signature)
     kind = signature.input_type
+    if tensor.get("datatype") == "BYTES" and signature.sampling_rate is not None and not tail:
+        n = _shape(tensor.get("shape"), replace(signature, shape=()))[0]
+        return _answerable(content, _clips(tensor.get("data"), n, signature), None, signature)
+    shape = _shape(tensor.get("shape"), signature)
     if tensor.get("datatype") != kind:
         raise _wrong(f"the datatype of the input is {_shown(tensor.get('datatype'))}; {kind} was expected")
     dtype = np.dtype(TYPES[kind])
@@ -187,6 +195,13 @@ def _request(
     if depth is not None and sent is not None and not max(-least, most) < _EXACT:
         raise _wrong("data may contain an integer that is no floating-point number")
     _refuse_range(x, least, most, signature.bounds)
+    return _answerable(content, x, sent, signature)
+
+
+def _answerable(
+    content: Mapping[str, Any], x: Tensor, sent: Tensor | None, signature: Signature
+) -> InferRequest:
+    """Return a request for the scores of `x`. Raises `Refused` for another id than text, or an unknown output."""
     name = content.get("id", "")
     if not isinstance(name, str):
         raise _wrong("the id of a request must be text")
@@ -246,6 +261,35 @@ def _binary_values(
         raise _wrong(f"{len(tail)} bytes follow the JSON; {size} were expected")
     # a copy: a tensor must not share the read-only memory of the body
     return np.frombuffer(bytearray(tail), dtype).astype(dtype.newbyteorder("="), copy=False)
+
+
+def _clips(data: object, count: int, signature: Signature) -> Tensor:
+    """Return the clips (n, *shape) of `.wav` files of 16 bits in base64, padded with zeros at the end."""
+    if not isinstance(data, list) or len(data) != count or not all(isinstance(each, str) for each in data):
+        raise _wrong(f"data must be a list of {count} texts, .wav files in base64")
+    *leading, n = signature.shape
+    channels = prod(leading)
+    rows = np.zeros((len(data), channels, n), np.float32)
+    for place, text in enumerate(data):
+        try:
+            with wave.open(io.BytesIO(base64.b64decode(text, validate=True)), "rb") as file:
+                found = (file.getsampwidth(), file.getnchannels(), file.getframerate())
+                # one more than is allowed, so that no more are read of a longer clip
+                samples = np.frombuffer(file.readframes(n + 1), np.uint8)
+        except (wave.Error, struct.error, EOFError, ValueError) as error:
+            raise _wrong(f"row {place} of data is no .wav file of 16 bits in base64") from error
+        if found != (2, channels, signature.sampling_rate):
+            raise _wrong(
+                f"row {place} of data is a .wav file of {8 * found[0]} bits, {found[1]} channels and {found[2]} Hz; 16 "
+                f"bits, {channels} channels and {signature.sampling_rate} Hz were expected"
+            )
+        whole = samples[: len(samples) // (2 * channels) * 2 * channels]
+        clip = whole.view("<i2").reshape(-1, channels).T
+        if not 1 <= clip.shape[1] <= n:
+            length = f"more than {n}" if clip.shape[1] else "no"
+            raise _wrong(f"row {place} of data has {length} samples; 1 to {n} were expected")
+        rows[place, :, : clip.shape[1]] = clip / np.float32(32768)
+    return torch.from_numpy(rows.reshape(len(data), *signature.shape))
 
 
 def _float_values(data: Any, shape: Sequence[int]) -> np.ndarray[Any, Any]:

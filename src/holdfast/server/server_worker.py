@@ -239,7 +239,15 @@ class Worker:
         classes = self._n_classes(self._pristine)
         self._row_s = time.perf_counter() - begin
         settings, bounds = setup.settings, self._pristine.bounds
-        return Signature(setup.name, setup.shape, classes, bounds, settings.model_version, settings.max_rows)
+        return Signature(
+            setup.name,
+            setup.shape,
+            classes,
+            bounds,
+            settings.model_version,
+            settings.max_rows,
+            sampling_rate=settings.sampling_rate,
+        )
 
     def _n_classes(self, model: Classifier) -> int:
         """Return the number of classes, after a first forward pass, which is the slowest one."""

@@ -20,7 +20,7 @@ from holdfast.attacks.suites import (
 )
 from holdfast.core.catalogue import ATTACKS, names
 from holdfast.core.errors import Remedy, UsageError
-from holdfast.core.names import did_you_mean, parse_number, slug, suggestion
+from holdfast.core.names import did_you_mean, exact, parse_number, slug, suggestion
 from holdfast.core.threat import ThreatModel
 from holdfast.threats.parsing import FORMS, MOVED, RECOLOURED, Sees, limit_of
 
@@ -34,6 +34,12 @@ SEEN: Final[Mapping[str, float]] = {
     "noise": 1.0,
 }
 """Random transformations that may be applied to the inputs of a model, with the largest value of each."""
+_HEARD: Final[Mapping[str, tuple[str, str, float]]] = {
+    "room": ("room", "", 10.0),
+    "shift": ("shift_s", "s", math.inf),
+    "gain": ("gain_db", "dB", 60.0),
+}
+"""The name, unit and largest value of the limits of random transformations of clips."""
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -139,16 +145,62 @@ def parse_scores(text: str) -> None:
 
 def parse_transform(text: str) -> Mapping[str, float]:
     """Return the limits of random input transformations by name, from a text such as
-    `rotate=15,scale=0.1,brightness=0.2`.
+    `rotate=15,scale=0.1,brightness=0.2`, or of clips as in `room=1,shift=0.1s,gain=6dB,band=300-3400`.
     """
     limits: dict[str, float] = {}
     example = "rotate=15,scale=0.1,brightness=0.2"
     for part in re.split(r"[,\s]+", text.strip()):
         key, equals, value = part.partition("=")
-        if not equals or key not in SEEN:
-            raise UsageError(f"transform has {part!r}; expected any of {', '.join(SEEN)}, as in {example}")
-        limits[key] = limit_of(key, value, SEEN[key], example)
+        heard = _limit_of_clips(key, value)
+        if heard:
+            limits |= heard
+        elif equals and key in SEEN:
+            limits[key] = limit_of(key, value, SEEN[key], example)
+        else:
+            raise UsageError(
+                f"transform has {part!r}; expected any of {', '.join(SEEN)}, as in {example}, or of room, shift, gain "
+                f"and band for clips, as in {_ON_CLIPS}"
+            )
+    if 0 < sum(name in HEARD for name in limits) < len(limits):
+        raise UsageError(
+            f"transform is {text!r}, which transforms images and clips; expected one kind, as in {example} or "
+            f"{_ON_CLIPS}"
+        )
     return limits
+
+
+_ON_CLIPS = "room=1,shift=0.1s,gain=6dB,band=300-3400"
+HEARD: Final = frozenset({"low_hz", "high_hz", *(name for name, _, _ in _HEARD.values())})
+"""Names of the limits of random transformations of clips."""
+
+
+def _limit_of_clips(key: str, value: str) -> dict[str, float]:
+    """Return the limits in a part of a transformation of clips; none for another part."""
+    if key == "band":
+        band = re.fullmatch(r"(\d{1,6})-(\d{1,6})(hz)?", value, re.IGNORECASE)
+        if band is None or not 0 < int(band[1]) < int(band[2]):
+            raise UsageError(
+                f"band is {value!r}; expected the lowest and the highest frequency in Hz, as in 300-3400"
+            )
+        return {"low_hz": float(band[1]), "high_hz": float(band[2])}
+    name, unit, most = _HEARD.get(key, ("", "", 0.0))
+    number = value[: len(value) - len(unit)]
+    if not name or value[len(number) :].lower() != unit.lower():
+        return {}
+    return {name: limit_of(key, number, most, _ON_CLIPS)}
+
+
+def transform_text(limits: Mapping[str, float]) -> str:
+    """Return the limits of random transformations as the text from which `parse_transform` reads them."""
+    written = {name: (key, unit) for key, (name, unit, _) in _HEARD.items()}
+    parts = [
+        "{0}={2}{1}".format(*written.get(name, (name, "")), exact(limit))
+        for name, limit in limits.items()
+        if name not in ("low_hz", "high_hz")
+    ]
+    if "low_hz" in limits:
+        parts.append(f"band={limits['low_hz']:.0f}-{limits['high_hz']:.0f}")
+    return ",".join(parts)
 
 
 def parse_surrogate(text: str, role: str = "surrogate") -> dict[str, object]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from holdfast.attacks.suites import SUITES
-from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, RECIPES, REPORT_FILE
+from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, POLICY_RECIPES, RECIPES, REPORT_FILE
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
 from holdfast.gates.grammar import parse as parse_gate
@@ -191,6 +191,11 @@ class InferenceSource(SettingGroup):
         default=None,
         description="Sizes of one example without the batch, as in 3,224,224, if an .onnx file does not fix them.",
     )
+    constants: Annotated[dict[str, FiniteFloat], Flag("NAME=VALUE", "--constant")] = Field(
+        default_factory=dict,
+        description="Value of a further input of an .onnx file, as in sr=16000. A recurrent state starts at 0, and is "
+        "carried over the windows of an example, whose size is input_shape.",
+    )
     allow_hosts: Annotated[values.Names, Flag("HOST[:PORT]", "--allow-host")] = Field(
         default_factory=list, description="Server to which requests may be sent."
     )
@@ -307,7 +312,7 @@ class DataSource(SettingGroup):
     data: values.Given | None = Field(
         default=None,
         description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
-        "images for each class.",
+        "images or clips (.wav, .flac) for each class.",
     )
     split: Annotated[str | None, Flag("NAME")] = Field(
         default=None,
@@ -346,7 +351,13 @@ class DataSource(SettingGroup):
         "they are named 0, 1, 2, …, or as those of the model if their number is equal.",
     )
     follow_links: Annotated[bool, Flag(identifies=False)] = Field(
-        default=False, description="Read images through links that lead out of the folder of the data."
+        default=False,
+        description="Read images or clips through links that lead out of the folder of the data.",
+    )
+    sampling_rate: Annotated[values.Positive | None, Flag("HZ")] = Field(
+        default=None,
+        description="Sampling rate of clips. Files with another rate are resampled to it, and arrays have it. Inputs "
+        "are then clips, from -1 to 1 unless bounds are given.",
     )
     layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
         default=None,
@@ -539,14 +550,16 @@ class GateSettings(SettingGroup):
         """Whether a generator is trained instead of a classifier."""
         return False
 
-    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a gate on a verdict that the verb does not reach, or on a metric that it does not
         measure.
         """
+        domain = self.threat.change.domain
+        gated = GATED if domain is None or not domain.metrics else domain.metrics
         for gate in self.gates:
             if gate.strip() in VERDICTS and (gate.strip() not in self.verdicts or self.trains_generator):
                 raise refused_verdict(gate.strip(), prefix)
-            parse_gate(gate, values.GENERATOR_METRICS if self.trains_generator else GATED)
+            parse_gate(gate, values.GENERATOR_METRICS if self.trains_generator else gated)
 
 
 class Reports(SettingGroup):
@@ -615,7 +628,8 @@ class AssessOptions(SettingGroup):
     )
     transform: Annotated[values.Transform | None, Flag("T")] = Field(
         default=None,
-        description="Transform every input at random before the model, as in rotate=15,scale=0.1,brightness=0.2.",
+        description="Transform every input at random before the model, as in rotate=15,scale=0.1,brightness=0.2, or "
+        "clips as in room=1,shift=0.1s,gain=6dB,band=300-3400.",
     )
 
 
@@ -628,7 +642,7 @@ class HardenOptions(SettingGroup):
     recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE", common=True)] = Field(
         default_factory=lambda: {"use": "auto"},
         description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}; for generators "
-        f"{' and '.join(GENERATOR_RECIPES)}. Settings: --set "
+        f"{' and '.join(GENERATOR_RECIPES)}; for policies {' and '.join(POLICY_RECIPES)}. Settings: --set "
         "recipe.NAME=VALUE, or `use: NAME` with its settings.",
     )
     budget: Annotated[values.Duration | None, Flag("T", common=True)] = Field(

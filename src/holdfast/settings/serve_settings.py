@@ -58,6 +58,11 @@ class ServedInference(SettingGroup):
 class ServeOptions(SettingGroup):
     """Settings of the command `holdfast serve`: addresses, workers, keys, swaps, and the audit chain."""
 
+    sampling_rate: Annotated[values.Positive | None, Flag("HZ")] = Field(
+        default=None,
+        description="Sampling rate of a model of clips, which also answers requests with .wav files in base64. Inputs "
+        "are then from -1 to 1 unless bounds are given.",
+    )
     name: Annotated[str | None, Flag("NAME")] = Field(
         default=None, description="Name of the model in the URL (default: from its address)."
     )

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 from pydantic_core.core_schema import no_info_plain_validator_function, to_string_ser_schema
 
-from holdfast.core.catalogue import AUDITS, DRIFT_TESTS, GENERATOR_RECIPES, names
+from holdfast.core.catalogue import AUDITS, DRIFT_TESTS, GENERATOR_RECIPES, POLICY_RECIPES, names
 from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
 from holdfast.core.names import did_you_mean, kind_of, parse_number
 from holdfast.core.threat import ThreatModel
@@ -49,6 +49,7 @@ from holdfast.settings.grammar import (
     seconds,
     suite_or_attacks,
 )
+from holdfast.threats.domains import CONTROL
 from holdfast.threats.parsing import threat_of
 
 POOL_STAYS = (
@@ -482,7 +483,9 @@ Transform = Annotated[str, _read_by(parse_transform)]
 GENERATOR_METRICS = AUDITS["hardened-generator"].metrics
 """Metrics of the audits of a generator before and after its training."""
 Gates = Annotated[
-    list[Annotated[str, _read_by(partial(parse_gate, metrics=GATED | {*GENERATOR_METRICS}))]],
+    list[
+        Annotated[str, _read_by(partial(parse_gate, metrics=GATED | {*GENERATOR_METRICS, *CONTROL.metrics}))]
+    ],
     BeforeValidator(_gates),
 ]
 Until = Annotated[str, _read_by(parse_until)]
@@ -568,7 +571,11 @@ Method = Annotated[str, BeforeValidator(_method)]
 RecipeSpec = Annotated[
     dict[str, Any],
     WrapValidator(lambda value, validated: validated(value) if _is_plain(value) else value),
-    BeforeValidator(_named_spec("recipe", AUTO, lambda: [*names("recipes"), AUTO, CARD, *GENERATOR_RECIPES])),
+    BeforeValidator(
+        _named_spec(
+            "recipe", AUTO, lambda: [*names("recipes"), AUTO, CARD, *GENERATOR_RECIPES, *POLICY_RECIPES]
+        )
+    ),
 ]
 """Name or settings of a recipe, or a Python object."""
 SetsRecipeSpec = Annotated[

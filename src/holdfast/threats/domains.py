@@ -1,5 +1,5 @@
-"""Kinds of inputs: images, rows of tables with rules, texts, and other numbers. A report shows pictures, changed
-columns or changed words of their examples.
+"""Kinds of inputs: images, clips of sound, rows of tables with rules, texts, and other numbers. A report shows
+pictures, sounds, changed columns or changed words of their examples.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,19 @@ class Domain:
     name: str
     noun: str = "examples"
     """what examples are called in reports"""
+    metrics: tuple[str, ...] = ()
+    """names of the metrics on which gates can be set; empty for those of classifiers"""
 
 
 IMAGE = Domain("image", "images")
 NUMBERS = Domain("numbers")
-"""any other inputs of numbers, such as signals"""
+"""any other inputs of numbers"""
+SIGNAL = Domain("signal", "clips")
+"""clips of sound (samples), or (channels, samples)"""
 TABLE = Domain("table")
 TEXT = Domain("text", "texts")
+CONTROL = Domain("control", "episodes", ("worst_return", "clean_return", "certified_actions"))
+"""episodes of a policy in an environment, which stands in the place of data"""
 
 
 def domain_of(constraint: "Constraint", shape: Sequence[int] | None) -> Domain:

@@ -1,11 +1,12 @@
 """Parses threat models from text such as `linf:8/255`. The module does not import torch, so that mistakes are reported
 immediately.
 
-A threat model is `linf:8/255`, `corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5`,
-`colour:hue=18,saturation=0.3`, `table:rules.yaml`, `text:edits=2,words=3`, `trigger:drill.trigger.npz` or
-`training-set:20`, followed by any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`,
-separated by commas or spaces. `unit=range`, `unit=std` and `unit=@FILE` state the unit of the eps of a norm for each
-feature.
+A threat model is `linf:8/255`, `snr:40dB`, `peak:30dB`, `corruptions:3`, `patch:5x5,at=centre`,
+`spatial:rotate=30,shift=3`, `spatial:flow=1.5`, `colour:hue=18,saturation=0.3`, `table:rules.yaml`,
+`text:edits=2,words=3`, `trigger:drill.trigger.npz` or `training-set:20`, or for policies `observations:linf:0.1`,
+`actions:linf:0.1` or `parameters:mass=0.1,length=0.1`, followed by any of `goal=targeted:K`,
+`access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and
+`unit=@FILE` state the unit of the eps of a norm for each feature.
 """
 
 import math
@@ -17,9 +18,17 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from holdfast.core.errors import Remedy, UsageError
-from holdfast.core.names import PARTS, did_you_mean, is_size, limits_text, parse_number, size_text
+from holdfast.core.names import (
+    PARTS,
+    did_you_mean,
+    fraction_of,
+    is_size,
+    limits_text,
+    parse_number,
+    size_text,
+)
 from holdfast.core.threat import Change, ThreatModel
-from holdfast.threats.domains import TABLE, TEXT, Domain
+from holdfast.threats.domains import CONTROL, SIGNAL, TABLE, TEXT, Domain
 
 Sees = Literal["none", "labels", "scores", "gradients"]
 Argument = float | str
@@ -135,6 +144,22 @@ def _eps(text: str, threat: str) -> Mapping[str, Argument]:
     return {"eps": eps}
 
 
+def _decibels(text: str, threat: str) -> Mapping[str, Argument]:
+    """Read a size in decibels relative to each clip as a fraction; without one it is infinite."""
+    if ":" not in threat:
+        return {"eps": math.inf}
+    number = parse_number(re.sub(r"\s*db$", "", text, flags=re.IGNORECASE), f"the size in {threat!r}")
+    if not abs(number) <= _MOST_DECIBELS:
+        raise UsageError(
+            f"the size in {threat!r} is {number:g} dB; expected at most {_MOST_DECIBELS} dB, as in snr:40dB, where a "
+            "larger number is a weaker attacker"
+        )
+    return {"eps": fraction_of(number)}
+
+
+_MOST_DECIBELS = 200  # 16 bits have a range of 96 dB
+
+
 def _count(text: str, threat: str) -> Mapping[str, Argument]:
     """Read the number of values or pixels that may change."""
     per_pixel = text.endswith("px")
@@ -144,6 +169,22 @@ def _count(text: str, threat: str) -> Mapping[str, Argument]:
             f"eps is {eps:g} in {threat!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
         )
     return {"eps": eps, "per": "pixel" if per_pixel else "value"}
+
+
+def _perturbation(text: str, threat: str) -> Mapping[str, Argument]:
+    """Read the norm and the size of a perturbation in each step of an episode."""
+    norm, colon, size = text.partition(":")
+    kind = threat.partition(":")[0]
+    if norm not in ("linf", "l2", "l1") or not colon:
+        raise UsageError(
+            f"the threat {threat!r} has no norm and size; expected linf, l2 or l1 and a size, as in {kind}:linf:0.1"
+        )
+    eps = parse_number(size, f"eps in {threat!r}")
+    if not 0 <= eps < math.inf:
+        raise UsageError(
+            f"eps is {eps:g} in {threat!r}; it must be 0 or more and finite, as in {kind}:linf:0.1"
+        )
+    return {"norm": norm, "size": eps}
 
 
 def _severity(text: str, threat: str) -> Mapping[str, Argument]:
@@ -260,7 +301,11 @@ def _condition(name: str, text: str) -> dict[str, Any]:
     return {"goal": int(aimed[1]) if aimed[1] else None, "goal_name": aimed[2] or ""}
 
 
-_AIMLESS = {"corruptions": "common corruptions", "training-set": "changes of a training set"}
+_AIMLESS = {
+    "corruptions": "common corruptions",
+    "training-set": "changes of a training set",
+    **dict.fromkeys(("observations", "actions", "parameters"), "policies"),
+}
 _NORM = Form("", _eps, units=True, provable=True)
 _SPATIAL_EXAMPLE = "spatial:rotate=30,shift=3"
 _COLOUR_EXAMPLE = "colour:hue=18,saturation=0.3,brightness=0.2"
@@ -274,6 +319,8 @@ FORMS: Final[dict[str, Form]] = {
     "l2": replace(_NORM, creator="holdfast.core.constraints:L2"),
     "l1": replace(_NORM, creator="holdfast.core.constraints:L1"),
     "l0": Form("holdfast.core.constraints:L0", _count),
+    "snr": Form("holdfast.threats.signals:SNR", _decibels, domain=SIGNAL),
+    "peak": Form("holdfast.threats.signals:Peak", _decibels, domain=SIGNAL),
     "corruptions": Form(
         "holdfast.threats.transformations:Corruptions",
         _severity,
@@ -334,6 +381,23 @@ FORMS: Final[dict[str, Form]] = {
         _changes,
         provable=True,
         aimed=False,
+    ),
+    "observations": Form(
+        "holdfast.threats.policies:Observations",
+        _perturbation,
+        domain=CONTROL,
+        units=True,
+        provable=True,
+        aimed=False,
+        example="observations:linf:0.1",
+    ),
+    "actions": Form("holdfast.threats.policies:Actions", _perturbation, domain=CONTROL, aimed=False),
+    "parameters": Form(
+        "holdfast.threats.policies:Parameters",
+        arguments=_limits({"mass": MOST_SCALED, "length": MOST_SCALED}, "parameters:mass=0.1,length=0.1"),
+        domain=CONTROL,
+        aimed=False,
+        example="parameters:mass=0.1,length=0.1",
     ),
     "trigger": Form(
         "holdfast.io.data.npz:trigger_threat",

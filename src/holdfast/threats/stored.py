@@ -23,6 +23,8 @@ _HOMES: Mapping[str, str] = {
     "Table": "holdfast.threats.tables",
     "TextEdits": "holdfast.threats.text_edits",
     "Stamped": "holdfast.threats.triggers",
+    **dict.fromkeys(("SNR", "Peak", "LinfOfClips", "L2OfClips"), "holdfast.threats.signals"),
+    **dict.fromkeys(("Observations", "Actions", "Parameters"), "holdfast.threats.policies"),
 }
 """Modules of the classes of constraints, of which a run imports its own alone."""
 _WHOLE = ("Corruptions", "TrainingSet")
@@ -51,7 +53,10 @@ def threat_for_report(threat: ThreatModel) -> Json:
     stored, constraint = threat_to_json(threat), threat.constraint
     unit = f",unit={stored.pop('unit')}" if threat.unit else ""
     stored["limits"].pop("content", None)  # of a file, which is stored with the run
-    counted = {"l0_unit": "pixels" if constraint.counts_pixels else "values"}
+    counted = {
+        "l0_unit": "pixels" if constraint.counts_pixels else "values",
+        "decibels": constraint.in_decibels,
+    }
     ordered = {name: stored.pop(name) for name in ("norm", "eps", "per")}
     return {"constraint": f"{constraint}{unit}", **ordered, **counted, **stored}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from holdfast.certifiers.protocol import Prover, StatisticalProver
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, Data
 from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, TREES, load
 from holdfast.core.evidence import Evidence
 from holdfast.gates.grammar import look_sizes, parse_until
@@ -26,6 +26,7 @@ from holdfast.runs.assess.served_runs import journaled
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings.grammar import AUTO, seconds
 from holdfast.settings.values import address_of
+from holdfast.threats.domains import CONTROL
 from holdfast.verbs.checked_settings import check_settings
 from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.declared import with_found_properties, with_numbered_goal
@@ -50,6 +51,7 @@ from holdfast.verbs.opening.resolve import (
 from holdfast.verbs.settings import Assess, Certify, RotateSettings
 
 if TYPE_CHECKING:
+    from holdfast.audits.audit import AuditResult
     from holdfast.explanation.case import Explained
 
 _TRIED = 8
@@ -65,8 +67,16 @@ def measured(
     notify: Notify = ignore,
     detail: Notify = ignore,
     command: str = "",
-) -> Result:
-    """Open the model and the data of an assessment or a certification, and take the steps of the run."""
+) -> "Result | AuditResult":
+    """Open the model and the data of an assessment or a certification, and take the steps of the run. The result for a
+    policy is that of an audit.
+    """
+    if settings.threat.change.domain is CONTROL:
+        from holdfast.verbs import control  # late, as few models are policies
+
+        return control.measured(
+            settings, folder, resume=resume, progress=progress, notify=notify, command=command
+        )
     place = folder_of(folder, resume=resume)
     settings.refuse_unusable_cluster()
     listed_attacks(settings)  # before the model is opened
@@ -89,7 +99,22 @@ def measured(
             notify=notify,
             detail=detail,
         )
+        rate = getattr(data, "sampling_rate", None)
+        if place is not None and settings.save_adversarial and rate is not None:
+            _write_clips(place / "clips", result, data, rate)
+            notify(f"clips: {place / 'clips'}")
     return replace(result, explaining=partial(_explained, settings))
+
+
+def _write_clips(folder: Path, result: Result, data: Data, rate: int) -> None:
+    """Write the stored adversarial clips of a run as files in folders of classes."""
+    from holdfast.io.data.clips import write_clips  # late: few inputs are clips
+
+    ids = result.adversarial.get("id", torch.empty(0)).tolist()
+    labels = dict(zip(result.evidence["id"].tolist(), result.evidence["y"].tolist(), strict=True))
+    y = [labels[example] for example in ids]
+    classes = data.classes or tuple(map(str, range(max(labels.values(), default=0) + 1)))
+    write_clips(folder, result.adversarial.get("x", torch.empty(0)), y, ids, classes, rate)
 
 
 def _explained(settings: Assess | Certify, result: Result, index: int | None) -> "Explained":

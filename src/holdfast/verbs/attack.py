@@ -30,7 +30,7 @@ from holdfast.threats.parsing import threat_of
 from holdfast.verbs.checked_settings import DataReference
 from holdfast.verbs.configuration import given
 from holdfast.verbs.opening.arguments import DataLike, ModelLike, verb_with
-from holdfast.verbs.opening.declared import with_numbered_goal
+from holdfast.verbs.opening.declared import opened_threat, with_numbered_goal
 from holdfast.verbs.opening.plans import SuiteLike, assess_request, members_given
 from holdfast.verbs.opening.recipes import ThreatLike
 from holdfast.verbs.opening.resolve import device_of_model, open_fit
@@ -135,7 +135,7 @@ def attack(
         )
     )
     if settings.suite is None:
-        constraint = settings.threat.opened().constraint
+        constraint = opened_threat(settings).constraint
         settings = settings.model_copy(update={"suite": members_given(attack, constraint, "attack")})
     subject, examples, opened = settings.open()
     settings = with_numbered_goal(settings, subject.model, examples, class_name)
@@ -148,7 +148,7 @@ def attack(
     return _attacked(result, examples, inputs)
 
 
-_NORMS = ("linf", "l2", "l1", "l0")
+_NORMS = ("linf", "l2", "l1", "l0", "snr", "peak")
 """threats under which PGD can be used"""
 _WRITTEN_GOAL = re.compile(r"untargeted|targeted:.*", re.DOTALL)
 """pattern of a goal in the syntax of a threat"""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from holdfast.attacks.parts.images import MeanView, averaged_views
+from holdfast.audits.audit import is_audit
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Remedy, TargetError, UsageError
@@ -30,12 +31,19 @@ from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.harness.target import Target
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import read_manifest
+from holdfast.settings.grammar import transform_text
 from holdfast.threats.domains import is_image
 from holdfast.verbs.attack import inputs_and_data
 from holdfast.verbs.checked_settings import composed
 from holdfast.verbs.configuration import OPENED_WITH, given
 from holdfast.verbs.opening.arguments import DataLike, ModelLike, beside, gradients, verb_with
-from holdfast.verbs.opening.declared import expected, notes_of, with_found_properties
+from holdfast.verbs.opening.declared import (
+    expected,
+    is_of_clips,
+    notes_of,
+    opened_threat,
+    with_found_properties,
+)
 from holdfast.verbs.opening.plans import device_of
 from holdfast.verbs.opening.recipes import ThreatLike
 from holdfast.verbs.opening.resolve import open_examples, open_expected, open_subject, open_train_split
@@ -75,6 +83,10 @@ def _is_run(model: object) -> bool:
     return isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file()
 
 
+def _is_audit(path: Path) -> bool:
+    return (path / MANIFEST).is_file() and is_audit(path)
+
+
 def explained_run(settings: Assess | Certify, result: Result, index: int | None) -> Explained:
     """Explain the example or the model of a run whose settings are known."""
     keys = settings.model_fields_set & Explain.model_fields.keys() - {"examples"}  # nothing is stored here
@@ -85,10 +97,16 @@ def explained_run(settings: Assess | Certify, result: Result, index: int | None)
 
 @gradients()
 def explained(settings: Explain, result: Result | None = None) -> Explained:
-    """Explain the example or the model of the settings. `result` is the run that they belong to."""
+    """Explain the example or the model of the settings, or an episode of a policy. `result` is the run that they belong
+    to.
+    """
+    if result is None and isinstance(settings.model, str | Path) and _is_audit(Path(settings.model)):
+        from holdfast.explanation.episode import explain_episode  # late, as few models are policies
+
+        return explain_episode(Path(settings.model))
     settings, run = _with_run(settings) if result is None else (settings, result)
     with _opened(settings, run) as (subject, data, target):
-        limits = settings.threat.opened()
+        limits = opened_threat(settings)
         device = next(subject.model.parameters(), torch.empty(0)).device
         rng = Draws(settings.seed).at("explain")
         batch = (_some(data, _MOST, settings) if settings.index is None else _row(data, settings.index)).to(
@@ -108,6 +126,7 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
                 *(sentences(note) for note in notes_of(data, train)),
             ),
             settings.examples,
+            getattr(data, "sampling_rate", None),
         )
         with target.repeatable(rng):
             if settings.index is None:
@@ -210,7 +229,7 @@ def _address(named: Sequence[tuple[str, object]], verb: str, folder: str) -> dic
 def _opened(settings: Explain, run: Result | None) -> Iterator[tuple[Subject, Data, Target]]:
     """The model, the data and the prepared model. Raises `TargetError` if they are not those of the run."""
     seen_through = {} if run is None else run.evidence.model.get("seen_through", {})
-    transform = ",".join(f"{name}={limit!r}" for name, limit in seen_through.items()) or None
+    transform = transform_text(seen_through) or None
     subject = open_subject(settings, transform=transform)
     data = open_examples(settings, subject.model)
     subject = with_found_properties(subject, (), data)
@@ -259,7 +278,11 @@ def _row(data: Data, index: int) -> Batch:
 
 
 def _baseline(data: Data, batch: Batch, settings: Explain) -> torch.Tensor | None:
-    """The median of each column of a table, which integrated gradients start from; None for other inputs."""
+    """The median of each column of a table, or the silence of a clip, which integrated gradients start from; None for
+    other inputs.
+    """
+    if is_of_clips(settings):
+        return torch.zeros_like(batch.x)
     if is_image(batch.x.shape[1:]) or batch.x.dim() != 2:
         return None
     rows = _some(data, 1000, settings).x

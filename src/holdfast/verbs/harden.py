@@ -40,6 +40,7 @@ from holdfast.runs.harden.held_out import without_held
 from holdfast.settings.grammar import AUTO, parse_log, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.values import address_of
+from holdfast.threats.domains import CONTROL
 from holdfast.threats.parsing import parse_threat
 from holdfast.verbs.checked_settings import group_of
 from holdfast.verbs.harden_generator import hardened_generator
@@ -120,6 +121,12 @@ def hardened(
     """Open the model and the data of a hardening, and take the steps of the run. Examples that are equal to one of
     `held_out` are not trained on. A recipe for generators trains a GAN instead.
     """
+    if settings.threat.change.domain is CONTROL:
+        from holdfast.verbs.control import hardened_policy  # late, as few models are policies
+
+        return hardened_policy(
+            settings, folder, resume=resume, progress=progress, notify=notify, command=command
+        )
     if settings.trains_generator:
         return hardened_generator(
             settings, folder, resume=resume, progress=progress, notify=notify, command=command
@@ -373,7 +380,7 @@ def harden_request(
     )
     surrogates = resolve.open_surrogates(settings, subject.model)
     assessment = replace(assessment, surrogates=surrogates, sampled=settings.n is None)
-    threat = settings.threat.opened()
+    threat = declared.opened_threat(settings)
     threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
     recipe: Any = settings.recipe  # or an object
     name = str(recipe["use"]) if isinstance(recipe, Mapping) else name_of(recipe)

@@ -42,7 +42,7 @@ from holdfast.verbs.checked_settings import DataReference, ModelReference, check
 from holdfast.verbs.configuration import OPENED_WITH, canonical_settings, given, items
 from holdfast.verbs.opening import resolve
 from holdfast.verbs.opening.arguments import verb_with
-from holdfast.verbs.opening.declared import range_of_all
+from holdfast.verbs.opening.declared import opened_threat, range_of_all
 from holdfast.verbs.opening.models import refuse_code_in_pool, settings_of_pool
 from holdfast.verbs.opening.plans import device_of
 from holdfast.verbs.opening.recipes import (
@@ -80,7 +80,7 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     subject, read_training, _, test, _ = harden.open_for_hardening(settings)
     training = read_training.first(len(read_training))
     model = subject.model
-    threat = settings.threat.opened()
+    threat = opened_threat(settings)
     refuse_unheld(threat)
     if getattr(threat.constraint, "eps", None) == 0:
         raise UsageError(

@@ -153,7 +153,7 @@ def _refuse_settings_of_models(settings: Serve) -> None:
         raise UsageError(
             f"proxy is {settings.proxy}, and the model {settings.model} was given, too; leave one out"
         )
-    of_models = ("mean", "std", "data_normalised", "arch", "model_output", "classes")
+    of_models = ("mean", "std", "data_normalised", "arch", "model_output", "classes", "sampling_rate")
     names = ["every"] if settings.every else []
     names += [key for key in of_models if getattr(settings, key) is not None]
     if names:

@@ -20,6 +20,7 @@ from holdfast.core.catalogue import (
     AUDITS,
     GENERATOR_RECIPES,
     MASKING,
+    POLICY_RECIPES,
     PROVERS,
     REPORT_FILE,
     SMOOTHING,
@@ -29,9 +30,9 @@ from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.gates.grammar import parse
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings import groups, guard_settings, serve_settings, values
-from holdfast.settings.grammar import refuse_uncertifiable
+from holdfast.settings.grammar import AUTO, refuse_uncertifiable
 from holdfast.settings.groups import Flag, Section, SettingGroup
-from holdfast.threats.domains import TEXT
+from holdfast.threats.domains import CONTROL, TEXT
 from holdfast.verbs import placement
 from holdfast.verbs.checked_settings import VERBS, VerbSettings, carried_out_by
 
@@ -221,6 +222,24 @@ class Harden(
         """Whether the recipe trains a generator instead of a classifier."""
         recipe: object = self.recipe  # a Python object is accepted too
         return isinstance(recipe, Mapping) and recipe["use"] in GENERATOR_RECIPES
+
+    def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a recipe for policies without a threat on observations, and for another recipe with
+        one.
+        """
+        of_policies = isinstance(self.recipe, Mapping) and self.recipe["use"] in POLICY_RECIPES
+        name = self.recipe["use"] if isinstance(self.recipe, Mapping) else "an object"
+        if of_policies and self.threat.name != "observations":
+            raise UsageError(
+                f"{prefix}the recipe {name} is for policies under perturbed observations, and the threat is "
+                f"{self.threat}",
+                Remedy("threat", "observations:linf:0.1"),
+            )
+        if self.threat.change.domain is CONTROL and not of_policies and name != AUTO:
+            raise UsageError(
+                f"{prefix}the recipe is {name}, and the threat {self.threat} is for policies",
+                Remedy("recipe", POLICY_RECIPES[0]),
+            )
 
     @carried_out_by("holdfast.verbs.harden:open_for_hardening")
     def open(self) -> "ForHardening":

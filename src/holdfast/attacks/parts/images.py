@@ -225,16 +225,16 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
     """Return a classifier that transforms its inputs at random before it calls `model`, with the same bounds, classes
     and access.
     """
-    return _around(model, Transformed(model, limits))
+    return around(model, Transformed(model, limits))
 
 
 def averaged_views(model: Classifier, draws: int, seed: int) -> Classifier:
     """Return a classifier with random transformations of its inputs as the mean over `draws` fixed transformations."""
     assert isinstance(model.net, Transformed)
-    return _around(model, MeanView(model.net, draws, seed))
+    return around(model, MeanView(model.net, draws, seed))
 
 
-def _around(model: Classifier, net: nn.Module) -> Classifier:
+def around(model: Classifier, net: nn.Module) -> Classifier:
     """A network that calls a classifier, as a classifier with the same properties."""
     wrapped = Classifier(net, bounds=model.bounds, classes=model.classes, access=model.access)
     wrapped.hides, wrapped.batches, wrapped.rejects = model.hides, model.batches, model.rejects

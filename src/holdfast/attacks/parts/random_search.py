@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.losses import Best, margin
+from holdfast.attacks.parts.sounds import Tones
 from holdfast.core.batch import Batch, pick, spread
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Mask, Rows
+from holdfast.threats.domains import SIGNAL
 
 
 def distinct_positions(draws: Tensor, m: int) -> Tensor:
@@ -456,5 +458,9 @@ def search(
 
 
 def proposals_for(batch: Batch, norm: Linf | L2 | L1, bounds: Bounds) -> Proposals:
-    """Return the random search of Square Attack for a norm: one kind for Linf, another for L2 and L1."""
+    """Return the random search of Square Attack for a norm: one kind for Linf, another for L2 and L1, and a search with
+    tones for clips.
+    """
+    if norm.domain is SIGNAL and not isinstance(norm, L1):
+        return Tones(batch, norm, bounds)
     return Corners(batch, norm, bounds) if isinstance(norm, Linf) else Heaps(batch, norm, bounds)

@@ -43,6 +43,9 @@ _COMPARED = 64
 
 Array = NDArray[Any]
 
+FULL_SCALE = 32768
+"""Number by which the samples of a clip in 16 bits are divided."""
+
 _LABELLED = 128
 """Largest number of examples on which it is tested whether labels count from 1."""
 
@@ -127,6 +130,8 @@ class Arrays:
     """whether the labels of the source are names, which were numbered"""
     groups: "Groups | None" = None
     """group of each example, if the source states it"""
+    sampling_rate: int | None = None
+    """number of samples of a second, if the examples are clips; else None"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -584,6 +589,8 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
         if x.dtype == np.float64:
             _refuse_inexact(x, name)
         return x.astype(np.float32, copy=False), 1.0, ()
+    if x.dtype == np.int16 and isinstance(bounds.low, (int, float)) and (bounds.low, bounds.high) == (-1, 1):
+        return x, float(FULL_SCALE), ()
     if _is_unit(bounds) and (x.ndim > 2 or _may_be_audio(x)):
         raise _of_integers(x, name)
     lowest, highest = int(x.min()), int(x.max())
@@ -618,8 +625,8 @@ def _of_integers(x: Array, name: str) -> TargetError:
     message = f"the inputs of {name} are {x.dtype} from {lowest} to {highest}; {_NUMBERS} were expected"
     if _may_be_audio(x):
         return TargetError(
-            f"{message}: if they are samples of audio, whose largest value is 32768, and the model was trained on "
-            "values from -1 to 1, give x.astype('float32') / 32768 and bounds from -1 to 1",
+            f"{message}: if they are samples of audio, whose largest value is {FULL_SCALE}",
+            Remedy("bounds", (-1, 1), reason="if the model was trained on values from -1 to 1"),
             Remedy(
                 "bounds",
                 (-32768, 32767),

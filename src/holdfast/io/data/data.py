@@ -16,6 +16,7 @@ from holdfast.core.errors import Remedy, TargetError, UsageError, data_argument
 from holdfast.core.types import Layout
 from holdfast.io.data import tables
 from holdfast.io.data.arrays import Array, Arrays, Choice, first_rows_note, from_numpy, selected_rows
+from holdfast.io.data.clips import holds_clips, open_clips, refuse_rate, with_rate
 from holdfast.io.data.labels import (
     MOST_NAMES,
     Groups,
@@ -66,6 +67,11 @@ class Selection:
         """Names of the feature columns if the data set is a table, else None."""
         features: tuple[str, ...] | None = getattr(self.whole, "features", None)
         return features
+
+    @property
+    def sampling_rate(self) -> int | None:
+        """Number of samples of a second if the data set contains clips, else None."""
+        return getattr(self.whole, "sampling_rate", None)
 
     @property
     def groups(self) -> Groups | None:
@@ -160,7 +166,9 @@ def concatenated(batches: list[Batch]) -> Batch:
 
 D = TypeVar("D", bound=Data)
 
-_FORMS = "a bundled or catalogue name, .npz, a folder of class folders, or a table in .csv or .parquet"
+_FORMS = (
+    "a bundled or catalogue name, .npz, a folder of classes (images or clips), or a table in .csv or .parquet"
+)
 
 
 def bundled_data() -> dict[str, Path]:
@@ -180,6 +188,7 @@ class Names(TypedDict):
     separator: str | None
     header: bool
     follow_links: bool
+    sampling_rate: int | None
 
 
 def open_data(
@@ -193,6 +202,7 @@ def open_data(
     separator: str | None = None,
     header: bool = True,
     follow_links: bool = False,
+    sampling_rate: int | None = None,
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
@@ -204,15 +214,18 @@ def open_data(
     `split` is None, the test split is used if there is one. `label` is the label column of a table, and `drop` lists
     columns that are not features. `x` and `y` are names of arrays in an `.npz` file, and `x` that of a column of images
     or of arrays in a `.parquet` file. `separator` and `header` are those of a `.csv` file. `follow_links` permits links
-    that lead out of a folder of images. `expected` declares
-    properties of the data. If `expected` has a model as its probe, the layout of its inputs and the number of its
-    classes are determined from the data.
+    that lead out of a folder of images or clips. `sampling_rate` in Hz is that of clips in arrays, and the one to which
+    clips in files are resampled. `expected` declares properties of the data. If `expected` has a model as its probe,
+    the layout of its inputs and the number of its classes are determined from the data.
     """
     choice = Choice(split, n, sample, seed)
-    options = _Options(choice, label, drop, x, y, separator, header, follow_links, expected or Expected())
+    expected = expected or Expected()
+    options = _Options(choice, label, drop, x, y, separator, header, follow_links, sampling_rate, expected)
     place = _located(address)
     with reading(address):
         data = _opened(place, address, options)
+    if isinstance(data, Arrays):
+        data = with_rate(data, sampling_rate)
     return noting_fewer(data, n or sample)
 
 
@@ -238,6 +251,7 @@ class _Options:
     separator: str | None
     header: bool
     follow_links: bool
+    sampling_rate: int | None
     expected: Expected
 
 
@@ -259,7 +273,13 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
         raise UsageError(f"{address!r} is not a table and has no columns", data_argument("drop"))
     if path.exists():
         _refuse_foreign(path, address, options)
+    if path.is_dir() and holds_clips(path):
+        rate = options.sampling_rate
+        return open_clips(
+            path, options.choice, options.expected, sampling_rate=rate, follow_links=options.follow_links
+        )
     if path.is_dir():
+        refuse_rate(address, options.sampling_rate)
         return open_folder(path, options.choice, options.expected, follow_links=options.follow_links)
     if path.name.endswith(tables.SUFFIXES):
         return tables.open_table(

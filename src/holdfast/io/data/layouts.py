@@ -285,6 +285,10 @@ class FirstTable:
     """features in the order of the inputs, or their positions without names; None if the data are no table"""
     named: bool
     """whether `columns` are names"""
+    samples: int = 0
+    """number of samples of its clips; 0 if it has none"""
+    sampling_rate: int | None = None
+    """sampling rate of its clips"""
 
     @property
     def has(self) -> str:

@@ -121,41 +121,90 @@ class Pictures:
             return _pixels(path, image, self.mode)
 
 
-def open_folder(
-    folder: Path, choice: Choice, expected: Expected | None = None, *, follow_links: bool = False
-) -> Pictures:
-    """Return a data set of the images in a folder with one subfolder for each class. Images of different classes
-    alternate, so that the first ones include all classes.
+@dataclass(frozen=True)
+class ClassFolders:
+    """The selected files of a folder with one subfolder for each class."""
 
-    A folder without images is a class too. `expected` contains the declared properties of the classes, and the model.
-    A link that leads out of the folder is refused without `follow_links`.
+    root: Path
+    """folder of the split"""
+    paths: tuple[Path, ...]
+    rows: NDArray[np.int64]
+    """positions of the files among all files of the split"""
+    labels: tuple[str, ...]
+    """class folder of each file of the split"""
+    names: tuple[str, ...]
+    """names of the class folders"""
+    notes: tuple[str, ...]
+    """notes for the report on folders that are not read, and on empty ones"""
+
+    def numbered(
+        self, expected: Expected, n: int | None
+    ) -> tuple[NDArray[np.int64], tuple[str, ...], HoldfastError | None, tuple[str, ...]]:
+        """Return the class number of each selected file, the class names in the order of their numbers, the reason why
+        the numbers are uncertain if there is one, and notes. `n` is the requested number of examples.
+        """
+        labels = np.array(self.labels)
+        notes = first_rows_note(labels, labels[self.rows], n)
+        read_as = by_stripped(self.names, expected.class_names or ())
+        where = repr(str(self.root))
+        names, objection = lenient_numbers(sorted({*read_as.values()}), expected, where, "class folders")
+        # Reversed, so that of two equal names the first one counts.
+        numbers = {name: number for number, name in reversed([*enumerate(names)])}
+        y = np.array([numbers[read_as[self.labels[row]]] for row in self.rows], dtype=np.int64)
+        return y, names, objection, (*notes, *note_on_spaces(where, read_as))
+
+
+def class_folders(
+    folder: Path, choice: Choice, suffixes: tuple[str, ...], what: str, *, follow_links: bool
+) -> ClassFolders:
+    """Return the files with one of the suffixes in the subfolders of a folder. Files of different classes alternate, so
+    that the first ones include all classes.
+
+    A subfolder without such files is a class too. `what` names one of the files in messages, as in "image". Raises
+    `TargetError` if there are no files, and for a link that leads out of the folder, without `follow_links`.
     """
-    expected = expected or Expected()
-    root = _split_folder(folder, choice.split)
-    class_folders = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    root = split_folder(folder, choice.split)
+    names = _subfolders(root)
     if not follow_links:
-        _refuse_leaving([root, *(root / name for name in class_folders)], folder)
-    if not class_folders:
-        raise TargetError(f"{str(root)!r} holds no class folders; images were expected in {root.name}/CLASS/")
-    _refuse_declared(expected, str(root))
-    columns = [[(path, name) for path in _images(root / name)] for name in class_folders]
+        _refuse_leaving([root, *(root / name for name in names)], folder)
+    if not names:
+        raise TargetError(
+            f"{str(root)!r} holds no class folders; {what}s were expected in {root.name}/CLASS/"
+        )
+    columns = [[(path, name) for path in _with_suffix(root / name, suffixes)] for name in names]
     if not follow_links:
         _refuse_leaving((path for column in columns for path, _ in column), folder)
     entries = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
     rows = choice.rows(len(entries), repr(str(root)))
-    chosen = [entries[row] for row in rows]
-    paths = tuple(path for path, _ in chosen)
-    on_disk = sum(existing(path, "image").stat().st_size for path in paths)
-    mode, size, mode_notes = _measured(paths, repr(str(folder)), on_disk, _header)
-    notes = (*mode_notes, *_nested(root, class_folders))
-    empty = [name for name, column in zip(class_folders, columns, strict=True) if not column]
+    notes = _nested(root, names)
+    empty = [name for name, column in zip(names, columns, strict=True) if not column]
     if empty:
         counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
-        notes += (f"{counted} no image ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
+        notes += (f"{counted} no {what} ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
+    labels = tuple(name for _, name in entries)
+    return ClassFolders(root, tuple(entries[row][0] for row in rows), rows, labels, tuple(names), notes)
+
+
+def _subfolders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def open_folder(
+    folder: Path, choice: Choice, expected: Expected | None = None, *, follow_links: bool = False
+) -> Pictures:
+    """Return a data set of the images in a folder with one subfolder for each class; see `class_folders`.
+
+    `expected` contains the declared properties of the classes, and the model.
+    """
+    expected = expected or Expected()
+    files = class_folders(folder, choice, SUFFIXES, "image", follow_links=follow_links)
+    _refuse_declared(expected, str(files.root))
+    paths = files.paths
+    on_disk = sum(existing(path, "image").stat().st_size for path in paths)
+    mode, size, mode_notes = _measured(paths, repr(str(folder)), on_disk, _header)
+    notes = (*mode_notes, *files.notes)
     unnumbered = Pictures(
-        str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(class_folders), mode, size, notes
+        str(folder), paths, np.zeros(len(paths), np.int64), files.rows, files.names, mode, size, notes
     )
     if expected.probe is not None:
         first = unnumbered.read(0, min(2, len(paths))).x
@@ -163,22 +212,13 @@ def open_folder(
             unnumbered, first = replace(unnumbered, mode="L"), first[:, :1]
             notes += (GREY_NOTE,)
         notes += expected.probe.suit(first)
-    labels = np.array([name for _, name in entries])
-    notes += first_rows_note(labels, labels[rows], choice.n)
-    read_as = by_stripped(class_folders, expected.class_names or ())
-    names, objection = lenient_numbers(
-        sorted({*read_as.values()}), expected, repr(str(root)), "class folders"
-    )
-    notes += note_on_spaces(repr(str(root)), read_as)
-    # Reversed, so that of two equal names the first one counts.
-    numbers = {name: number for number, name in reversed([*enumerate(names)])}
-    y = np.array([numbers[read_as[name]] for _, name in chosen], dtype=np.int64)
-    return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
+    y, names, objection, more = files.numbered(expected, choice.n)
+    return replace(unnumbered, y=y, classes=names, notes=(*notes, *more), objection=objection)
 
 
 def holds_samples(folder: Path) -> bool:
     """Return whether a folder contains images, and not in class folders."""
-    return folder.is_dir() and next(_images(folder), None) is not None
+    return folder.is_dir() and next(_with_suffix(folder, SUFFIXES), None) is not None
 
 
 def open_samples(folder: Path, *, follow_links: bool = False) -> Pictures:
@@ -191,7 +231,7 @@ def open_samples(folder: Path, *, follow_links: bool = False) -> Pictures:
         parts = re.split(r"(\d+)", path.name)
         return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
-    paths = tuple(sorted(_images(folder), key=place))
+    paths = tuple(sorted(_with_suffix(folder, SUFFIXES), key=place))
     if not follow_links:
         _refuse_leaving(paths, folder)
     on_disk = sum(existing(path, "image").stat().st_size for path in paths)
@@ -224,7 +264,7 @@ def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
     return (f"folders inside class folders are not read: {shown}",)
 
 
-def _split_folder(folder: Path, split: str | None) -> Path:
+def split_folder(folder: Path, split: str | None) -> Path:
     """Return the sub-folder of a split: the given one, else `test` if it exists, else `folder` itself."""
     splits = [
         entry.name
@@ -242,12 +282,12 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     return folder / name
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """Return the entries of a folder with the suffix of an image. Those that are no regular files are refused when they
-    are opened.
+def _with_suffix(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Return the entries of a folder with one of the suffixes, in the order of their names. Those that are no regular
+    files are refused when they are opened.
     """
     return iter(
-        sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
+        sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.is_dir())
     )
 
 

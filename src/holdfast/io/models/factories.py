@@ -99,6 +99,27 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
         return call_factory(factory, arguments, address, {file_name: hashlib.sha256(content).hexdigest()})
 
 
+def build_function(address: str, arguments: Mapping[str, str]) -> tuple[Callable[[], Any], str]:
+    """Return the function at an address `file.py:make`, whose arguments are fixed, and a digest of its file and of the
+    files in its arguments. Errors of its code are raised as `TargetError` when it is called.
+    """
+    found = function_from_file(address)
+    converted = converted_arguments(found.function, arguments, address)
+    files = {text: sha256_of_file(Path(text)) for text in arguments.values() if _is_file(text)}
+
+    def make() -> Any:
+        try:
+            with importable(Path(address.rpartition(":")[0]).parent):
+                return found.function(**converted)
+        except (Exception, SystemExit) as error:  # the user's code may raise anything; its message is shown
+            raise TargetError(
+                f"{address} raised {error_text(error, [address.rpartition(':')[0]])}"
+            ) from error
+
+    parts = "\n".join([found.digest, *sorted(files.values()), *map(str, sorted(arguments.items()))])
+    return make, hashlib.sha256(parts.encode()).hexdigest()
+
+
 def call_factory(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str, files: Mapping[str, str]
 ) -> Built:

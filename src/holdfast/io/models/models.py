@@ -102,6 +102,8 @@ class Declared:
     """normalisation of the data; a model without preprocessing applies it to its inputs"""
     input_shape: Sequence[int] | None = None
     """shape of one example, if an ONNX file does not specify it"""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """values of further inputs of an ONNX file"""
     input_name: str | None = None
     """name of the inputs in the data; the parameter of the network with this name gets them"""
     class_labels: tuple[int, ...] | None = None
@@ -228,6 +230,11 @@ def open_model(
         raise UsageError(
             f"input_shape is for an .onnx file with free sizes, but the model is {address!r}",
             model_argument("input_shape"),
+        )
+    if properties.constants and Path(address).suffix != ".onnx":
+        raise UsageError(
+            f"constants are for further inputs of an .onnx file, but the model is {address!r}",
+            model_argument("constants", option="--constant"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
     if properties.texts and Path(address).suffix == ".onnx":
@@ -512,7 +519,7 @@ def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
 def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     from holdfast.io.onnx.opening import open_onnx  # late: onnx is an extra
 
-    graph = open_onnx(path, opening.declared.input_shape)
+    graph = open_onnx(path, opening.declared.input_shape, opening.declared.constants)
     properties = Declared(
         classes=graph.classes, class_names=graph.class_names, class_labels=graph.class_labels
     )

@@ -22,10 +22,12 @@ from holdfast.io.onnx.reading import (
     OnnxFile,
     OnnxInput,
     bytes_beside,
+    first_states,
     onnx_content,
     onnx_module,
     read_onnx,
     run_session,
+    run_with_feeds,
     session,
 )
 from holdfast.io.sandbox.calling import read_under_limits
@@ -185,7 +187,10 @@ class Runtime(nn.Module):
         """only batch size that the file accepts; None for any"""
         self.session = session(file.content, torch.get_num_threads())
         self.kinds = {value.name: value.type for value in self.session.get_outputs()}
-        self.outputs = [output] if output else [name for name, kind in self.kinds.items() if kind in _NUMBERS]
+        self.states = file.states
+        carried = {state.output for state in file.states}
+        numbers = [name for name, kind in self.kinds.items() if kind in _NUMBERS and name not in carried]
+        self.outputs = [output] if output else numbers
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores of a batch. If the batch size of the file is fixed, the batch is processed in slices."""
@@ -209,8 +214,29 @@ class Runtime(nn.Module):
     def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
         missing = size - len(rows) if self.size else 0
         filled = np.concatenate((rows, np.repeat(rows[-1:], missing, axis=0))) if missing else rows
-        outputs = run_session(self.session, self.outputs, self.input.name, filled)
+        outputs = (
+            self._over_windows(filled)
+            if self.states
+            else run_session(self.session, self.outputs, self.input.name, filled)
+        )
         return [values[: len(rows)] if missing else values for values in outputs]
+
+    def _over_windows(self, batch: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """Return the largest values of the outputs over the windows of a batch (n, samples), which have the size of the
+        input of the file. The states are carried from each window to the next. The last one is filled up with zeros.
+        """
+        window, last = self.input.shape[-1] or batch.shape[-1], batch.ndim - 1
+        feeds, names = first_states(self.states, len(batch)), [state.output for state in self.states]
+        largest: list[np.ndarray[Any, Any]] = []
+        for start in range(0, batch.shape[-1], window):
+            part = batch[..., start : start + window]
+            wide = [(0, window - part.shape[-1] if axis == last else 0) for axis in range(batch.ndim)]
+            feeds[self.input.name] = np.pad(part, wide)
+            answers = run_with_feeds(self.session, [*self.outputs, *names], feeds, batch.shape)
+            scores, states = answers[: len(self.outputs)], answers[len(self.outputs) :]
+            largest = [np.maximum(a, b) for a, b in zip(largest, scores, strict=True)] if largest else scores
+            feeds |= {state.name: value for state, value in zip(self.states, states, strict=True)}
+        return largest
 
 
 class RuntimeLabels(nn.Module):
@@ -231,14 +257,17 @@ class RuntimeLabels(nn.Module):
         return torch.tensor([self.places[answer] for answer in answers], dtype=torch.int64, device=x.device)
 
 
-def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel:
+def open_onnx(
+    path: Path, input_shape: Sequence[int] | None = None, constants: Mapping[str, float] | None = None
+) -> OnnxModel:
     """Return the classifier in an ONNX file: converted to torch and compared with onnxruntime, or run in onnxruntime.
 
     A model that cannot be imported gives only scores or labels, without gradients. `input_shape` is the shape of one
-    example, which is needed for a file with free sizes. Raises `TargetError` for a file that is not a classifier, or if
-    the import differs from onnxruntime.
+    example, which is needed for a file with free sizes, or that of a window for a file with a recurrent state, whose
+    scores are the largest over the windows of an example. `constants` are the values of further inputs. Raises
+    `TargetError` for a file that is not a classifier, or if the import differs from onnxruntime.
     """
-    file = _read(path, input_shape)
+    file = _read(path, input_shape, constants or {})
     _refuse_regressor(file, path)
     output, classes, notes = _chosen_output(file, path)
     label_module = _differing_labels(file, output, path)
@@ -249,7 +278,10 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
             label_module, "labels", hides, classes, file.files, notes, *_class_names(file.labels, classes)
         )
     access: Access
+    notes += tuple(f"the input {name} is {value:g}" for name, value in (constants or {}).items())
     try:
+        if file.states:
+            raise Unsupported(f"the recurrent state {file.states[0].name}")
         refuse_unknown_operators(file)
         net, import_notes = _imported(file, output)
         _compare(net, file, output, path)
@@ -262,13 +294,16 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     return OnnxModel(net, access, hides, classes, file.files, notes, *_class_names(file.labels, classes))
 
 
-def _read(path: Path, input_shape: Sequence[int] | None) -> OnnxFile:
+def _read(path: Path, input_shape: Sequence[int] | None, constants: Mapping[str, float]) -> OnnxFile:
     """Return the content of a file that a separate process has parsed and run without harm."""
     content = onnx_content(path)
-    request = {"input_shape": None if input_shape is None else list(input_shape)}
+    request = {
+        "input_shape": None if input_shape is None else list(input_shape),
+        "constants": dict(constants),
+    }
     beside = bytes_beside(path)
     with read_under_limits("onnx_files", path, LIMITS, content=content, n_bytes_beside=beside, **request):
-        return read_onnx(path, input_shape, content=content)
+        return read_onnx(path, input_shape, content=content, constants=constants)
 
 
 def _refuse_regressor(file: OnnxFile, path: Path) -> None:
@@ -495,7 +530,7 @@ def open_network(path: Path) -> OnnxNetwork:
     The whole input is one example, so that its first dimension has the size 1 or is free. Raises `TargetError` with the
     reason if the file cannot be converted: bounds need the operations of the network.
     """
-    file = _read(path, None)
+    file = _read(path, None, {})
     runtime = Runtime(file)
     if len(file.outputs) != 1 or len(runtime.outputs) != 1:
         raise TargetError(

@@ -2,18 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path, PurePosixPath
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import Placeholder, TargetError, UsageError, importing, model_argument
+from holdfast.core.names import did_you_mean
 from holdfast.io.files import OWN_FUNCTION, content_of_file, opened, refusing, sha256_of_file
 
 MISSING = "an .onnx model is opened with packages that are missing"
@@ -36,17 +37,47 @@ def session(content: bytes, threads: int) -> Any:
         ) from error
 
 
-def run_session(running: Any, outputs: list[str], name: str, batch: NDArray[Any]) -> list[NDArray[Any]]:
+@dataclass(frozen=True)
+class OnnxState:
+    """A recurrent state of an ONNX model: an input, and the output that is its next value."""
+
+    name: str
+    output: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+    """sizes of the axes; None for the number of examples"""
+    start: float = 0.0
+    """value from which the state starts"""
+
+
+def run_session(
+    running: Any, outputs: list[str], name: str, batch: NDArray[Any], states: Sequence[OnnxState] = ()
+) -> list[NDArray[Any]]:
     """Return the outputs of an onnxruntime session on a batch (n, *features). Raises `TargetError` if onnxruntime
     rejects the batch.
 
-    `name` is the name of the input, and `outputs` lists the names of the outputs.
+    `name` is the name of the input, and `outputs` lists the names of the outputs. The `states` have their first values.
     """
+    feeds = {name: batch, **first_states(states, len(batch))}
+    return run_with_feeds(running, outputs, feeds, batch.shape)
+
+
+def first_states(states: Sequence[OnnxState], n: int) -> dict[str, NDArray[Any]]:
+    """Return the first values of the states of `n` examples, by the names of their inputs."""
+    return {
+        state.name: np.full([size or n for size in state.shape], state.start, state.dtype) for state in states
+    }
+
+
+def run_with_feeds(
+    running: Any, outputs: list[str], feeds: Mapping[str, NDArray[Any]], shape: tuple[int, ...]
+) -> list[NDArray[Any]]:
+    """Return the outputs of an onnxruntime session on all its inputs. `shape` is that of the batch, for the error."""
     try:
-        outputs_of_batch: list[NDArray[Any]] = running.run(outputs, {name: batch})
+        outputs_of_batch: list[NDArray[Any]] = running.run(outputs, feeds)
     except Exception as error:  # as above
         raise TargetError(
-            f"onnxruntime rejects inputs of shape {batch.shape}: {_first_line(error)}; check the shape of the data"
+            f"onnxruntime rejects inputs of shape {shape}: {_first_line(error)}; check the shape of the data"
         ) from error
     return outputs_of_batch
 
@@ -181,6 +212,8 @@ class OnnxFile:
     opset: int
     files: dict[str, str]
     """SHA-256 of the file and of its data files, by path"""
+    states: tuple[OnnxState, ...] = ()
+    """recurrent states, which start again for each example"""
     labels: tuple[str, ...] | tuple[int, ...] = ()
     """labels of the classes in the order of the scores, if the file has them, as files from scikit-learn do;
     else empty
@@ -228,13 +261,18 @@ def bytes_beside(path: Path) -> int:
 
 
 def read_onnx(
-    path: Path, input_shape: Sequence[int] | None = None, *, content: bytes | None = None
+    path: Path,
+    input_shape: Sequence[int] | None = None,
+    *,
+    content: bytes | None = None,
+    constants: Mapping[str, float] = MappingProxyType({}),
 ) -> OnnxFile:
     """Return the parsed and checked content of an ONNX file. Only this function reads tensors that are stored in other
     files.
 
     `input_shape` is the shape of one example, which is needed for a file with free sizes. `content` is the content of
-    the file if it was already read; then the file is not opened again. Raises `TargetError` for a file that is invalid
+    the file if it was already read; then the file is not opened again. `constants` are the values of further inputs;
+    those of states are the values from which they start. Raises `TargetError` for a file that is invalid
     or exceeds a limit, and `UsageError` if `input_shape` is missing or wrong.
     """
     content = onnx_content(path) if content is None else content
@@ -267,8 +305,51 @@ def read_onnx(
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {str(error).splitlines()[0]}") from error
     labels = _labels(proto.graph)
     _keep_tensors(proto.graph)
-    return OnnxFile(
-        proto, _input(proto, tensors, path, input_shape), tensors, _opset(proto, path), files, labels
+    states = _fill_constants(proto.graph, tensors, constants, path)
+    only = _input(proto, tensors, path, input_shape, {state.name for state in states})
+    return OnnxFile(proto, only, tensors, _opset(proto, path), files, states, labels)
+
+
+def _fill_constants(
+    graph: Any, tensors: dict[str, NDArray[Any]], constants: Mapping[str, float], path: Path
+) -> tuple[OnnxState, ...]:
+    """Replace inputs of a graph, and of `tensors`, by constants, and return its recurrent states: the further inputs of
+    real numbers if there is one output for each after the first, in the same order. There are none without `constants`.
+    """
+    if not constants:
+        return ()
+    inputs = {value.name: value for value in graph.input if value.name not in tensors}
+    unknown = next((name for name in constants if name not in inputs), None)
+    if unknown is not None:
+        raise UsageError(
+            f"constants has {unknown!r}, and {str(path)!r} has no such input{did_you_mean(unknown, inputs)}"
+        )
+    floats = [name for name, value in inputs.items() if value.type.tensor_type.elem_type in _FLOATS]
+    carried, nexts = floats[1:], [output.name for output in graph.output[1:]]
+    carried = carried if len(carried) == len(nexts) else []
+    for name, number in constants.items():
+        if name in carried:
+            continue
+        kind = inputs[name].type.tensor_type
+        sizes = [dim.dim_value for dim in kind.shape.dim]
+        if not all(sizes):
+            raise UsageError(
+                f"constants has {name!r}, and {str(path)!r} has the input {_described(inputs[name])}, whose sizes are "
+                "not fixed; one with fixed sizes was expected"
+            )
+        dtype = onnx_module().helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        tensors[name] = np.full(sizes, number, dtype)
+        graph.initializer.append(onnx_module().numpy_helper.from_array(tensors[name], name))
+        graph.input.remove(inputs[name])
+    return tuple(
+        OnnxState(
+            name,
+            output,
+            _FLOATS[inputs[name].type.tensor_type.elem_type],
+            tuple(dim.dim_value or None for dim in inputs[name].type.tensor_type.shape.dim),
+            constants.get(name, 0.0),
+        )
+        for name, output in zip(carried, nexts, strict=bool(carried))
     )
 
 
@@ -358,15 +439,21 @@ def _load_external(tensor: Any, model: Path, n_bytes: int) -> Path:
 
 
 def _input(
-    proto: Any, tensors: dict[str, NDArray[Any]], path: Path, input_shape: Sequence[int] | None
+    proto: Any,
+    tensors: dict[str, NDArray[Any]],
+    path: Path,
+    input_shape: Sequence[int] | None,
+    states: Collection[str],
 ) -> OnnxInput:
-    inputs = [value for value in proto.graph.input if value.name not in tensors]
+    inputs = [value for value in proto.graph.input if value.name not in tensors and value.name not in states]
     if len(inputs) != 1:
         names = ", ".join(_described(value) for value in inputs) or "none"
+        example = f"{inputs[-1].name}=0" if inputs else "NAME=0"
         raise TargetError(
             f"{str(path)!r} has {len(inputs)} inputs: {names}. One is supported: a batch of float inputs. A "
-            "recurrent state, a length or a sampling rate must be a constant of the model: export it again in this "
-            f"way, or {OWN_FUNCTION}, here with zeros in place of your values"
+            "recurrent state, a length or a sampling rate must be a constant (constants in Python, as in --constant "
+            f"{example}; a state then starts at 0): give all of them, or {OWN_FUNCTION}, here with zeros in place of "
+            "your values"
         ).with_code(*_own_function(proto, inputs, path))
     kind = inputs[0].type.tensor_type
     dtype = _FLOATS.get(kind.elem_type)

@@ -2,7 +2,7 @@
 and without torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,20 +15,24 @@ TRIED = (3, 1)
 
 
 def read(
-    path: Path, content: bytes | None, folder: Path, input_shape: Sequence[int] | None
+    path: Path,
+    content: bytes | None,
+    folder: Path,
+    input_shape: Sequence[int] | None,
+    constants: Mapping[str, float],
 ) -> dict[str, object]:
     """Test that an `.onnx` file can be parsed and run. Return an empty dictionary if this is possible.
 
     Raises the errors of `read_onnx`, `session` and `run_session`.
     """
     assert content is not None, "the file is read once"
-    file = read_onnx(path, input_shape, content=content)
+    file = read_onnx(path, input_shape, content=content, constants=constants)
     running = session(file.content, threads=1)
     outputs = [output.name for output in running.get_outputs()]
     for k, n in enumerate(TRIED if file.input.shape[0] is None else (file.input.shape[0],)):
         batch = some_inputs(file.input.shape, file.input.dtype, n)
         try:
-            run_session(running, outputs, file.input.name, batch)
+            run_session(running, outputs, file.input.name, batch, file.states)
         except TargetError as error:
             if k == 0 or is_out_of_memory(error.__cause__):
                 raise

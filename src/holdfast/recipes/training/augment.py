@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.core.batch import Batch
+from holdfast.attacks.parts.sounds import over_the_air
+from holdfast.core.batch import Batch, spread
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, raising
-from holdfast.core.names import kind_of
+from holdfast.core.names import fraction_of, kind_of
 from holdfast.core.types import Inputs, Labels
+from holdfast.threats.signals import sound_of
 
-NamedAugmentation = Literal["none", "shift", "crop-flip"]
+NamedAugmentation = Literal["none", "shift", "crop-flip", "sounds"]
 OwnAugmentation = Callable[[Inputs, Labels, torch.Generator], Inputs]
 """function of the user that returns augmented inputs, from the inputs and labels of a batch and a generator"""
 Augmentation = NamedAugmentation | OwnAugmentation
@@ -63,6 +65,12 @@ class Moves:
 def refuse_augmentation(x: Inputs, how: Augmentation, cutmix: float) -> None:
     """Raise `UsageError` if an augmentation or CutMix is set, but the inputs `x` are not images (n, channels, h, w)."""
     shape = tuple(x.shape[1:])
+    if how == "sounds":
+        if len(shape) > 2 or cutmix:
+            raise UsageError(
+                f"augmentation 'sounds' is for clips without cutmix, and inputs have shape {shape}; use none"
+            )
+        return
     if isinstance(how, str) and how != "none" and len(shape) != 3:
         raise UsageError(f"augmentation {how!r} is for images, and inputs have shape {shape}; use none")
     if cutmix and len(shape) != 3:
@@ -75,7 +83,7 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
     """Sample random shifts and flips for each image of a batch (n, channels, h, w), or return None if the augmentation
     `how` is "none" or a function.
     """
-    if how == "none" or not isinstance(how, str):
+    if how in ("none", "sounds") or not isinstance(how, str):
         return None
     refuse_augmentation(batch.x, how, 0.0)
     return drawn_moves(batch, _REACH[how], rng, flips=how == "crop-flip")
@@ -88,11 +96,30 @@ def drawn_moves(batch: Batch, reach: int, rng: Draws, *, flips: bool) -> Moves:
 
 
 def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
-    """Return the batch with each image randomly shifted and flipped as the augmentation `how` states. The labels do not
-    change.
+    """Return the batch with each image randomly shifted and flipped, or each clip behind a random shift, room, gain and
+    noise, as the augmentation `how` states. The labels do not change.
     """
+    if how == "sounds":
+        return batch.at(_heard(batch.x, rng))
     sampled = moves(batch, how, rng)
     return batch if sampled is None else batch.at(sampled.of(batch.x))
+
+
+_SOUNDS = {"shift_s": 0.05, "room": 0.5, "gain_db": 6.0}  # weaker than in a test over the air
+_NOMINAL_RATE = 8000  # samples in a second of these limits; at a higher rate, shifts and rooms are shorter
+_NOISE_DB = (20.0, 60.0)  # signal-to-noise ratios
+
+
+def _heard(x: Inputs, rng: Draws) -> Inputs:
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(rng.at("sounds").key >> 1)
+        noise = torch.randn_like(x)
+        ratio = fraction_of(1.0) ** torch.empty(len(x), device=x.device, dtype=x.dtype).uniform_(*_NOISE_DB)
+        size = torch.linalg.vector_norm(x.flatten(1), dim=1) / torch.linalg.vector_norm(
+            noise.flatten(1), dim=1
+        )
+        noisy = x + noise * spread(ratio * size, x) * sound_of(x)
+        return over_the_air(noisy, len(x), _SOUNDS, _NOMINAL_RATE).clamp(-1, 1)
 
 
 def augmented_by(

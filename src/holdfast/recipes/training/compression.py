@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.attacks.parts.losses import margin
 from holdfast.attacks.pgd import margin_pgd
+from holdfast.attacks.protocol import attacked_inputs
 from holdfast.core.batch import Batch
 from holdfast.core.meter import results_in_pieces
 from holdfast.core.model import Classifier
@@ -94,7 +95,7 @@ def _robust(attacked: Classifier, judged: Classifier, finished: Finished, *, nai
     judged.eval()
 
     def right(part: Batch) -> Tensor:
-        x_adv = attack(attacked, part, finished.threat, rng=rng)
+        x_adv = attacked_inputs(attack, attacked, part, finished.threat, rng=rng)
         with torch.no_grad():
             return (margin(judged(part.x), part) > 0) & (margin(judged(x_adv), part) > 0)
 

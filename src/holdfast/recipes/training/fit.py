@@ -159,8 +159,8 @@ class Training:
     attacked batch, as in train mode; the attack does not update them"""
     augment: Augmentation = "none"
     """augmentation of training images: `none`, a `shift` by up to two pixels, or `crop-flip`, a shift by up to four and
-    a flip. A function, in a file `FILE.py:NAME`, receives the inputs and labels of a batch and a generator, and returns
-    the augmented inputs"""
+    a flip; of clips `sounds`: noise, shifts in time, rooms and gains. A function, in a file `FILE.py:NAME`, receives
+    the inputs and labels of a batch and a generator, and returns the augmented inputs"""
     cutmix: Fraction = 0.0
     """fraction of the batches with CutMix: a box of another image replaces a part of each image, and its label has the
     weight of that part"""

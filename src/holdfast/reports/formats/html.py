@@ -83,6 +83,7 @@ def _environment() -> "Environment":
         "plain": words.plain,
         "count": words.count_text,
         "picture": _picture,
+        "sound": _sound,
         "label": words.label,
         "capitalized": words.capitalized,
         "sentences": words.sentences,
@@ -112,3 +113,8 @@ def _printable_value(value: Any) -> Any:
 def _picture(address: str) -> str:
     """A data URL of a PNG; other addresses are replaced by an empty string, since a summary may come from elsewhere."""
     return address if address.startswith("data:image/png;base64,") else ""
+
+
+def _sound(address: str) -> str:
+    """A data URL of a `.wav` file; others are replaced as those of pictures are."""
+    return address if address.startswith("data:audio/wav;base64,") else ""

@@ -94,7 +94,7 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
     threat.constraint.refuse_unfit(x)
     eps, farthest = threat.constraint.eps, extent(threat.constraint, x, bounds)
     # The tolerance accepts an eps that is computed from the bounds and rounded.
-    if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
+    if math.isfinite(eps) and eps > farthest * (1 + 1e-6) and not threat.constraint.in_decibels:
         raise UsageError(
             f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in "
             f"{threat.name}; eps is in the units of the inputs, whose bounds can be declared",

@@ -362,10 +362,11 @@ def _sampled(request: AssessRequest) -> dict[str, bool]:
 
 
 def _data_card(data: Data, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Name, digest, size, shape, classes and features of the data."""
+    """Name, digest, size, shape, classes, features and sampling rate of the data."""
     card = {"name": data.name, "digest": data.digest, "n": len(data), "shape": shape, "classes": data.classes}
-    features = getattr(data, "features", None)
-    return {**strict(card if features is None else {**card, "features": features}), **_groups(data)}
+    stated = {key: getattr(data, key, None) for key in ("features", "sampling_rate")}
+    known = {key: value for key, value in stated.items() if value is not None}
+    return {**strict({**card, **known}), **_groups(data)}
 
 
 def _groups(data: Data) -> dict[str, Any]:

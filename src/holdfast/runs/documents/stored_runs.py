@@ -556,7 +556,13 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
 
 def _defence(card: Mapping[str, Any]) -> str:
     """What is in front of a model, by its card."""
-    transformed = ",".join(f"{name}={limit:g}" for name, limit in card.get("seen_through", {}).items())
+    transformed = ""
+    if "seen_through" in card:
+        from holdfast.settings.grammar import (
+            transform_text,
+        )  # late: few models have one, and settings decide no number
+
+        transformed = transform_text(card["seen_through"])
     return ", ".join(
         (["guard"] if card.get("guard") else []) + ([f"transform {transformed}"] if transformed else [])
     )

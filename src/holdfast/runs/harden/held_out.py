@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.attacks.parts.losses import margin
+from holdfast.attacks.protocol import attacked_inputs
 from holdfast.attacks.suites import attack_on_held_out
 from holdfast.core.batch import UNLABELLED, Batch, Data, TrainingData
 from holdfast.core.draws import Draws
@@ -143,7 +144,7 @@ def held_out_shares(model: Classifier, held_out: Batch, threat: ThreatModel) -> 
         if not threat.constraint.changes_inputs:
             n_robust = len(correct_examples)
         elif len(correct_examples):
-            x_adv = attack(model, correct_examples, threat, rng=Draws(0).at("look"))
+            x_adv = attacked_inputs(attack, model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
                 n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
         return int(correct.sum()), n_robust, logits.argmax(1).bincount(minlength=logits.shape[1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.fast_networks import in_training, quickened
 from holdfast.attacks.parts.feature_search import Masking, masking
-from holdfast.attacks.protocol import Attack, Itemised, ThresholdAttack
+from holdfast.attacks.protocol import Attack, Itemised, ThresholdAttack, searched
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, smoothed_votes
 from holdfast.core.batch import Batch, Lookup, WithMissing, with_missing, without_missing
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
@@ -465,14 +465,15 @@ def returned(
     """
     if isinstance(attack, ThresholdAttack):
         attack = _reading(attack, target)
-    attacked = without_missing(batch, target.bare.bounds)
-    meter = Metered(target.queried(target.quick, batch), attacked, threat)
+    complete = without_missing(batch, target.bare.bounds)
+    meter = Metered(target.queried(target.quick, batch), complete, threat)
     items: Mapping[str, Tensor] = {}
     try:
         if isinstance(attack, Itemised):
-            x_adv, items = attack.itemised(meter, attacked, threat, rng=rng)
+            (x_adv, items), coordinates = searched(attack.itemised, meter, complete, threat, rng=rng)
         else:
-            x_adv = attack(meter, attacked, threat, rng=rng)
+            x_adv, coordinates = searched(attack, meter, complete, threat, rng=rng)
+        x_adv = x_adv if coordinates is None else coordinates.inputs(x_adv, batch.ids).detach()
     except BudgetSpent:
         x_adv = meter.adversarial()
     if x_adv.shape != batch.x.shape or x_adv.dtype != batch.x.dtype:

@@ -5,16 +5,21 @@ properties that are not declared.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from holdfast.attacks.parts.images import inner
+from holdfast.attacks.parts.sounds import OverTheAir
 from holdfast.core.batch import Data
 from holdfast.core.errors import Remedy, UsageError
+from holdfast.core.meter import PIECE
 from holdfast.core.model import Bounds, Classifier, Normalisation
 from holdfast.core.names import did_you_mean
+from holdfast.core.threat import ThreatModel
 from holdfast.io.data.arrays import Arrays
+from holdfast.io.data.clips import SIGNAL_BOUNDS, holds_clips
 from holdfast.io.data.data import Names, Selection, selected
 from holdfast.io.data.layouts import Expected, FirstTable, Ranges
 from holdfast.io.doctor.behaviour import unlike_a_logit
@@ -23,7 +28,7 @@ from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settl
 from holdfast.runs.assess.request import Subject
 from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
 from holdfast.settings.values import numbers_by_feature
-from holdfast.threats.domains import TABLE, TEXT, Domain
+from holdfast.threats.domains import SIGNAL, TABLE, TEXT, Domain
 from holdfast.verbs.checked_settings import group_of
 from holdfast.verbs.settings import Assess, Certify, Opening
 
@@ -45,7 +50,9 @@ def declared(settings: Opening) -> Declared:
     if texts or table is not None:
         _refuse_numeric(settings, "texts" if texts else "rows of a table, whose rules state their limits")
     return Declared(
-        bounds_of_all(settings) if "bounds" in settings.model_fields_set else None,
+        bounds_of_all(settings)
+        if "bounds" in settings.model_fields_set
+        else (SIGNAL_BOUNDS if is_of_clips(settings) else None),
         settings.mean,
         settings.std,
         settings.classes,
@@ -53,10 +60,54 @@ def declared(settings: Opening) -> Declared:
         class_names=settings.class_names,
         normalised=normalisation(settings),
         input_shape=group_of(settings, InferenceSource).input_shape,
+        constants=group_of(settings, InferenceSource).constants,
         input_name=None if texts else settings.x,
         texts=texts,
         rules=None if table is None else table.rules,
     )
+
+
+def is_of_clips(settings: Opening) -> bool:
+    """Return whether the inputs are clips: their sampling rate is declared, the threat is on clips, or the data are a
+    folder of clips.
+    """
+    rate = settings.sampling_rate or getattr(
+        settings.data, "sampling_rate", None
+    )  # the latter of opened data
+    if rate is not None or _constraint_on(SIGNAL, settings) is not None:
+        return True
+    return (
+        isinstance(settings.data, str) and Path(settings.data).is_dir() and holds_clips(Path(settings.data))
+    )
+
+
+def opened_threat(settings: Any) -> ThreatModel:
+    """Return the threat model of a command with its files read, on clips if the inputs are clips."""
+    threat: ThreatModel = settings.threat.opened()
+    if not is_of_clips(settings):
+        return threat
+    from holdfast.threats.signals import on_clips  # late: few inputs are clips
+
+    return replace(threat, constraint=on_clips(threat.constraint))
+
+
+def without_silence(data: Data, settings: Opening) -> Data:
+    """Return the data set without the clips that have no sound, if the threat model is relative to the loudness of each
+    clip, with a note on their number. Raises `UsageError` if no clip has a sound.
+    """
+    constraint = _constraint_on(SIGNAL, settings)
+    if constraint is None:
+        return data
+    pieces = (
+        (start, data.read(start, min(start + PIECE, len(data))).x) for start in range(0, len(data), PIECE)
+    )
+    rows = [start + row for start, x in pieces for row in (x != 0).flatten(1).any(1).nonzero()[:, 0].tolist()]
+    if len(rows) == len(data):
+        return data
+    silent = f"{len(data) - len(rows):,} of {len(data):,} clips are silent, so that {constraint} is undefined for them"
+    if not rows:
+        raise UsageError(f"{data.name}: {silent}; give clips with sound")
+    return Selection(data, tuple(rows), own_notes=(f"{silent}, and they are excluded",))
 
 
 def edits_of(settings: Opening) -> "TextEdits | None":
@@ -196,6 +247,7 @@ def names(source: DataSource) -> Names:
         "separator": source.separator,
         "header": source.header,
         "follow_links": source.follow_links,
+        "sampling_rate": source.sampling_rate,
     }
 
 
@@ -265,7 +317,10 @@ def first_table(data: Data) -> FirstTable:
     arrays = data.whole if isinstance(data, Selection) else data
     if not isinstance(arrays, Arrays):
         return FirstTable(data.name, None, named=False)
-    return FirstTable(data.name, arrays.features, named=arrays.features is not None and arrays.named)
+    samples = 0 if arrays.sampling_rate is None else arrays.x.shape[-1]
+    named = arrays.features is not None and arrays.named
+    rate = arrays.sampling_rate
+    return FirstTable(data.name, arrays.features, named=named, samples=samples, sampling_rate=rate)
 
 
 def refuse_other_range(first: Data, second: Data) -> None:
@@ -316,6 +371,8 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
     Raises `UnclearOutput` if single outputs may be probabilities.
     """
     model = subject.model
+    if isinstance(model.net, OverTheAir):
+        model.net.suit(getattr(data, "sampling_rate", None))
     declared = inner(model).output is not None
     for examined in (model, *(surrogate.model for surrogate in surrogates)):
         if examined is not model:

@@ -36,6 +36,7 @@ from holdfast.settings.grammar import (
     usual_suite,
 )
 from holdfast.verbs.configuration import opening_settings
+from holdfast.verbs.opening.declared import opened_threat
 from holdfast.verbs.opening.recipes import attack_class, build_attack, checked_attack
 from holdfast.verbs.settings import Assess, Certify, Harden
 
@@ -54,7 +55,14 @@ _EXPECTED = (
     "attacks and their names"
 )
 
-_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}  # usual sizes, for an error message
+_USUAL = {
+    "linf": "8/255",
+    "l2": "0.5",
+    "l1": "12",
+    "l0": "10",
+    "snr": "40dB",
+    "peak": "30dB",
+}  # usual sizes, for an error message
 
 
 def examples_to_fit(plan: Plan) -> int:
@@ -272,7 +280,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
 
     The default suite depends on the access that the threat model and the model allow.
     """
-    threat = settings.threat.opened()
+    threat = opened_threat(settings)
     if not threat.constraint.changes_inputs:
         return _without_attacks(settings, threat)
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)

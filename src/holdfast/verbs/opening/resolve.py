@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from holdfast.attacks.parts.images import seen_through
+from holdfast.attacks.parts.sounds import heard_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
@@ -22,6 +23,7 @@ from holdfast.core.gradients import DECAY, skipped
 from holdfast.core.model import Bounds, Classifier, Units
 from holdfast.core.types import Inputs
 from holdfast.io.data.arrays import Arrays, Choice
+from holdfast.io.data.clips import with_rate
 from holdfast.io.data.data import Selection, grouped, noting_fewer, open_data, selected
 from holdfast.io.data.layouts import Expected
 from holdfast.io.data.loaders import as_array, as_data
@@ -36,8 +38,18 @@ from holdfast.runs.assess.request import Opened, Subject
 from holdfast.runs.harness.kinds.passes import MATRIX_ROWS
 from holdfast.runs.harness.plan import Plan
 from holdfast.settings import groups
-from holdfast.settings.grammar import ENSEMBLE, MIXED, parse_surrogate, parse_transform, per_second, seconds
+from holdfast.settings.grammar import (
+    ENSEMBLE,
+    HEARD,
+    MIXED,
+    parse_surrogate,
+    parse_transform,
+    per_second,
+    seconds,
+    transform_text,
+)
 from holdfast.settings.values import SurrogateSettings, address_of
+from holdfast.threats.domains import SIGNAL
 from holdfast.verbs.checked_settings import ModelReference, composed, group_of
 from holdfast.verbs.opening.arguments import beside, differentiable, refuse_other_settings
 from holdfast.verbs.opening.declared import (
@@ -56,6 +68,7 @@ from holdfast.verbs.opening.declared import (
     units_of_eps,
     unlabelled,
     with_found_properties,
+    without_silence,
 )
 from holdfast.verbs.opening.models import open_model_at
 from holdfast.verbs.opening.plans import SUPPORTED_DEVICES, Measuring, device_of, examples_to_fit
@@ -123,7 +136,8 @@ def open_subject(settings: Opening, *, transform: str | None = None, adaptive: b
     refuse_unserved(composed(groups.ServerLimits, settings), model)
     notes += _scaled(model, settings)
     model, transformed, more = _transformed(model, transform)
-    subject = _subject(model, card | transformed, (*notes, *more), properties)
+    relative = isinstance(settings, groups.ThreatSource) and settings.threat.change.domain is SIGNAL
+    subject = _subject(model, card | transformed, (*notes, *more), properties, relative=relative)
     guard = group_of(settings, groups.InferenceSource).guard
     if guard is None:
         return subject
@@ -252,14 +266,21 @@ def _transformed(
     if transform is None:
         return model, {}, ()
     limits = parse_transform(transform)
-    listed = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
+    listed = transform_text(limits).replace("=", " ").replace(",", ", ")
     note = f"every input is transformed at random before the model, in both directions by up to {listed}"
-    return seen_through(model, limits), {"seen_through": limits}, (note,)
+    through = heard_through if HEARD.issuperset(limits) else seen_through
+    return through(model, limits), {"seen_through": limits}, (note,)
 
 
 def _subject(
-    model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...], declared: Declared | None = None
+    model: Classifier,
+    card: Mapping[str, Any],
+    notes: tuple[str, ...],
+    declared: Declared | None = None,
+    *,
+    relative: bool = False,
 ) -> Subject:
+    """The subject of a model. With `relative`, eps is relative to each input, and in none of its units."""
     properties = strict(
         {
             "bounds": [model.bounds.low, model.bounds.high],
@@ -271,6 +292,7 @@ def _subject(
             **({} if model.output is None else {"output": model.output}),
             **({} if model.layout is None else {"layout": model.layout}),
             **({} if model.input_name is None else {"input_name": model.input_name}),
+            **({} if declared is None or not declared.constants else {"constants": dict(declared.constants)}),
         }
     )
     identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))
@@ -282,7 +304,7 @@ def _subject(
     if model.units is not None:  # of the values, with which a hardened model is opened again
         mean, std = model.units.normalisation_of_values(model)
         shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
-    has_eps = declared is None or not (declared.texts or declared.rules is not None)
+    has_eps = not relative and (declared is None or not (declared.texts or declared.rules is not None))
     units = units_of_eps(model, normalised) if has_eps else ()
     return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 
@@ -401,6 +423,7 @@ def open_examples(
     that do not fit the model are accepted as well. The columns of a table are matched with those of the data `first`.
     """
     data = open_expected(settings, expected(settings, model, lenient=lenient, first=first), selection)
+    data = without_silence(data, settings)
     chosen = selection or group_of(settings, groups.ExampleSelection)
     return with_groups(data, settings, whole=not chosen.selects)
 
@@ -475,6 +498,8 @@ def open_expected(
             n=selection.n if selection.sample is None else None,
             entries=(settings.x, settings.y),
         )
+        if isinstance(all_examples, Arrays):
+            all_examples = with_rate(all_examples, settings.sampling_rate)
         examples = selected(all_examples, **chosen)
     return noting_fewer(examples, selection.n or selection.sample)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from holdfast.attacks.protocol import (
     QueryAttack,
     Refitted,
     ThresholdAttack,
+    attacked_inputs,
+    searched,
 )
 from holdfast.attacks.suites import LEAST
 from holdfast.core.batch import Batch, without_missing
@@ -141,14 +144,20 @@ def best_fit(
     """
     fits = attack.fits if isinstance(attack, Refitted) else 1
     if fits == 1:
-        return attack.fit(model, batch, threat, rng=rng), 1, torch.zeros_like(batch.ids, dtype=torch.bool)
+        return (
+            searched(attack.fit, model, batch, threat, rng=rng)[0],
+            1,
+            torch.zeros_like(batch.ids, dtype=torch.bool),
+        )
     drawn = rng.at("choose").bits(batch.ids).argsort()
     n = len(batch) // _CHOOSE
     separate = len(batch) >= _LEAST
     selection_batch = batch.take(drawn[:n].sort().values) if separate else batch
     fit_batch = batch.take(drawn[n:].sort().values) if separate else batch
     assert isinstance(attack, Refitted)
-    perturbations = [attack.refit(k, model, fit_batch, threat, rng=rng) for k in range(fits)]
+    perturbations = [
+        searched(partial(attack.refit, k), model, fit_batch, threat, rng=rng)[0] for k in range(fits)
+    ]
     scores = [
         _score(attack.fitted(perturbation), model, selection_batch, threat, rng)
         for perturbation in perturbations
@@ -164,7 +173,7 @@ def _score(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng:
     if isinstance(attack, Placed):
         x_adv = attack.at_random(model, batch, threat, rng=place)
     else:
-        x_adv = attack(model, batch, threat, rng=place)
+        x_adv = attacked_inputs(attack, model, batch, threat, rng=place)
     with torch.no_grad():
         heights = margin(model(x_adv, batch.ids), batch)
     return int((~(heights > 0)).sum()), -float(heights.nan_to_num(-torch.inf).mean())

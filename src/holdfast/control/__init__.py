@@ -1,0 +1,1 @@
+"""Policies under attack: environments, policies, attackers, training and certified actions."""
