@@ -1,5 +1,6 @@
 """Environments, attackers and certificates of policies, compared with exact solutions and with gymnasium."""
 
+import base64
 import io
 import zipfile
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import nn
 
 import holdfast
 from holdfast.audits.audit import open_audit
-from holdfast.audits.control import ControlRun
+from holdfast.audits.control import ControlRun, Row, finding_of
 from holdfast.control.attackers import (
     Ball,
     Directed,
@@ -30,8 +31,9 @@ from holdfast.control.opening import open_environment, open_policy
 from holdfast.control.policies import Network, Policy, policy_of
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.estimate import Estimate
 from holdfast.threats.policies import Observations
-from holdfast.verbs.settings import Assess
+from holdfast.verbs.settings import Assess, Harden
 from onnx_networks import write_mlp
 
 WEIGHTS = torch.tensor([0.0, 0.5, 2.0, 1.0])
@@ -327,6 +329,38 @@ def test_the_weights_of_an_archive_are_read_without_its_code(tmp_path, algorithm
     torch.testing.assert_close(scaled.value.outputs(x), expected((x - 1) / 2))
 
 
+def found(returns: dict[str, float], *, limited: bool = True, ignored: bool = False):
+    rows = [
+        Row(
+            name,
+            torch.full((5,), value),
+            torch.full((5,), 9),
+            torch.ones(5) == 1,
+            Estimate(value, value, value, 5),
+        )
+        for name, value in returns.items()
+    ]
+    settings = {
+        "threat": "observations:linf:0.1",
+        "n": 5,
+        "limit": 9,
+        "limited": limited,
+        "scaled": "in units",
+    }
+    return finding_of(settings, rows, ignored=ignored)
+
+
+def test_doubts_are_raised_where_returns_may_mislead():
+    learned = {"none": 9.0, "greedy flipping": 5.0, "learned adversary": 3.0}
+    assert not found(learned).facts["doubts"] and found(learned).verdict == "flagged"
+    assert [*found(learned | {"learned adversary": 5.0}).facts["doubts"]] == ["adversary-did-not-learn"]
+    assert not found(dict.fromkeys(learned, 9.0)).facts["doubts"]  # a policy that holds
+    assert found(dict.fromkeys(learned, 9.0)).headline.startswith("no attacker lowers the mean return of 9")
+    assert [*found(learned, limited=False).facts["doubts"]] == ["episodes-without-end"]
+    assert [*found(learned, ignored=True).facts["doubts"]] == ["seed-ignored"]
+    assert found(learned, ignored=True).verdict == "unclear"
+
+
 def test_parameters_of_the_environment_are_changed_to_their_extremes():
     settings = Assess(model=linear(), data="cartpole", threat="parameters:mass=0.5,length=0.5", n=10)
     result = settings.run()
@@ -345,3 +379,25 @@ def test_an_assessment_is_resumed_verified_and_gated(tmp_path, monkeypatch):
     assert first.metrics["worst_return"].value < first.metrics["clean_return"].value
     again = Assess(**arguments).run(tmp_path / "run", resume=True)
     assert again.facts == first.facts == open_audit(tmp_path / "run").facts
+    explained = holdfast.explain(tmp_path / "run")
+    assert explained.names == ("film", "attackers", "states", "perturbations")
+    film = base64.b64decode(explained["film"].pictures[0].url.partition(",")[2])
+    assert b"acTL" in film  # the chunk of an animation
+    assert "<script" not in explained.page()
+
+
+@pytest.mark.slow
+def test_a_hardened_policy_is_written_opened_and_verified(tmp_path):
+    recipe = {"use": "robust-policy", "rounds": 1, "generations": 2, "population": 8}
+    settings = {
+        "model": linear(-LQR().gain().float()[0]),
+        "data": "lqr",
+        "n": 5,
+        "threat": "observations:linf:0.1",
+    }
+    result = Harden(**settings, recipe=recipe).run(tmp_path / "run")
+    result.write(tmp_path / "new")
+    opened = open_policy(str(tmp_path / "new"), LQR(), {}, trust_code=False).value
+    x = states(10, 1, 1)
+    assert torch.equal(opened.outputs(x), result.model.outputs(x))
+    assert open_audit(tmp_path / "run").facts == result.after.facts

@@ -104,7 +104,7 @@ def concluded(steps: StoredSteps) -> Finding:
             (
                 "unknown",
                 len(fixed) - int(fixed.sum()) - changed,
-                percent(1 - share.value - changed / len(fixed)),
+                percent((len(fixed) - int(fixed.sum()) - changed) / len(fixed)),
             ),
         ],
         f"States of {settings['n']} unattacked episodes; the interval of the share is over episodes.",

@@ -292,7 +292,7 @@ def settings_of(how: ControlRun) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """The episodes under one attacker."""
 
     name: str
@@ -313,7 +313,7 @@ def concluded(steps: StoredSteps) -> Finding:
     return finding_of(settings, rows_of(steps, settings), ignored=document["ignores_seed"])
 
 
-def rows_of(steps: StoredSteps, settings: Settings) -> list[_Row]:
+def rows_of(steps: StoredSteps, settings: Settings) -> list[Row]:
     """Return the episodes under each attacker, with the interval of their mean return."""
     measured = [steps.columns(stage, _FORMS) for stage in settings["stages"]]
     for stage, columns in zip(settings["stages"], measured, strict=True):
@@ -325,15 +325,15 @@ def rows_of(steps: StoredSteps, settings: Settings) -> list[_Row]:
         float(every.min()) if low is None else low, float(every.max()) if high is None else high
     )
     attacked = max(len(measured) - 1, 1)
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for name, columns in zip(settings["rows"], measured, strict=True):
         confidence = CONFIDENCE if not rows else bonferroni(CONFIDENCE, attacked)
         estimate = mean(columns["return"], confidence, support=support)
-        rows.append(_Row(name, columns["return"], columns["length"], columns["cut"] == 1, estimate))
+        rows.append(Row(name, columns["return"], columns["length"], columns["cut"] == 1, estimate))
     return rows
 
 
-def finding_of(settings: Settings, rows: list[_Row], *, ignored: bool) -> Finding:
+def finding_of(settings: Settings, rows: list[Row], *, ignored: bool) -> Finding:
     """Return what the episodes under all attackers show."""
     clean, attacked = rows[0], rows[1:]
     worst = min(attacked, key=lambda row: row.estimate.value)
@@ -346,8 +346,12 @@ def finding_of(settings: Settings, rows: list[_Row], *, ignored: bool) -> Findin
     )
     return Finding(
         verdict,  # type: ignore[arg-type]  # one of its literals
-        f"the mean return is {plain(worst.estimate.value)} under the attacker {worst.name}, and "
-        f"{plain(clean.estimate.value)} without one{share} ({settings['threat']})",
+        (
+            f"the mean return is {plain(worst.estimate.value)} under the attacker {worst.name}, and "
+            f"{plain(clean.estimate.value)} without one{share} ({settings['threat']})"
+            if lost > 0
+            else f"no attacker lowers the mean return of {plain(clean.estimate.value)} ({settings['threat']})"
+        ),
         reasons,
         {
             "worst_attacker": worst.name,
@@ -373,7 +377,7 @@ def finding_of(settings: Settings, rows: list[_Row], *, ignored: bool) -> Findin
     )
 
 
-def _shown(row: _Row) -> tuple[str | float | int, ...]:
+def _shown(row: Row) -> tuple[str | float | int, ...]:
     estimate = row.estimate
     return (
         row.name,
@@ -386,7 +390,7 @@ def _shown(row: _Row) -> tuple[str | float | int, ...]:
     )
 
 
-def _doubts(settings: Settings, rows: list[_Row], *, ignored: bool) -> tuple[dict[str, list[str]], list[str]]:
+def _doubts(settings: Settings, rows: list[Row], *, ignored: bool) -> tuple[dict[str, list[str]], list[str]]:
     """The metrics that each raised doubt concerns, and a sentence for each doubt."""
     doubts: dict[str, list[str]] = {}
     reasons = []

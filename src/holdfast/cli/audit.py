@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,9 +17,6 @@ from holdfast.cli.setting_options import (
     run_options,
 )
 from holdfast.verbs.settings import AuditVerb, audits
-
-if TYPE_CHECKING:
-    from holdfast.audits.audit import AuditResult
 
 _COMPLETION = {"model": completing.MODEL, "data": completing.DATA}
 
@@ -60,7 +57,7 @@ for _kind in audits().values():
 def _audited(settings: AuditVerb, voice: Voice, *, run: str | None, resume: bool) -> int:
     refuse_resume_without_run(resume=resume, run=run)
     refuse_reports(settings.output)
-    from holdfast.cli.running import finished_run
+    from holdfast.cli.running import finished_run, tell_audit
 
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         tell_audit(result, settings.output, voice, folder)
@@ -71,32 +68,8 @@ def report_audit(folder: Path, outputs: Sequence[str], voice: Voice) -> int:
     """Write the reports of the finished audit in a folder again, and return its exit code."""
     refuse_reports(outputs)
     from holdfast.audits.audit import open_audit
+    from holdfast.cli.running import tell_audit
 
     result = open_audit(folder)
     tell_audit(result, outputs, voice, None)
     return result.exit_code
-
-
-def tell_audit(result: "AuditResult", outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
-    """Write the reports of an audit, and print its tables (JSON if `-` is an output) and its verdict."""
-    from holdfast.cli.running import tell_report
-    from holdfast.reports.audit import failing_gate
-
-    try:
-        tell_report(result.report, outputs, voice)
-    finally:
-        if gate := failing_gate(result.content):
-            _say_failing(gate, voice, folder)
-        if folder is not None:
-            voice.say(f"run: {folder}")
-
-
-def _say_failing(gate: str, voice: Voice, folder: Path | None) -> None:
-    """Print the gate that fails a flagged audit, with the command that judges it on the finished audit of this
-    process.
-    """
-    from holdfast.cli.running import command_line
-    from holdfast.runs.engine.identity import resumed
-
-    command = "" if folder is None else f": {resumed(command_line(), folder, '--gate', gate)}"
-    voice.say(f"note: no gate was set, so that the exit code is 0; with --gate {gate} it is 1{command}")

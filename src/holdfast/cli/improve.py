@@ -81,8 +81,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
 
 def _hardened_generator(settings: Harden, voice: Voice, *, run: str | None, resume: bool) -> int:
     """Train a new generator or policy, write its folders, and print the result of the measurements before and after."""
-    from holdfast.cli.audit import tell_audit
-    from holdfast.cli.running import finished_run
+    from holdfast.cli.running import finished_run, tell_audit
     from holdfast.control.opening import POLICY
     from holdfast.generators.networks import FILE
     from holdfast.settings.grammar import is_folder

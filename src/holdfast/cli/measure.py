@@ -306,7 +306,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         _refuse_bare_resume(Path(run))
     settings = settings_from(flags, Assess)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.cli.running import finished_run, tell
+    from holdfast.cli.running import finished_run, tell, tell_audit
 
     if dry_run:
         estimate = settings.estimate()
@@ -316,17 +316,10 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         return 0
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         if of_policies(settings):
-            tell_policy(result, settings.output, voice, folder)
+            tell_audit(result, settings.output, voice, folder)
         else:
             tell(result, settings.output, voice, folder=folder)
     return int(result.exit_code)
-
-
-def tell_policy(result: Any, outputs: list[str], voice: Voice, folder: Path) -> None:
-    """Write the reports on a policy, which are those of an audit, and print its tables and its verdict."""
-    from holdfast.cli.audit import tell_audit
-
-    tell_audit(result, outputs, voice, folder)
 
 
 _CERTIFY_HELP = """\
@@ -353,11 +346,11 @@ def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int
     """Run or resume a certification of MODEL on DATA."""
     settings = settings_from(flags, Certify)
     refuse_resume_without_run(resume=resume, run=run)
-    from holdfast.cli.running import finished_run, tell
+    from holdfast.cli.running import finished_run, tell, tell_audit
 
     with finished_run(settings, voice, run=run, resume=resume) as (result, folder):
         if of_policies(settings):
-            tell_policy(result, settings.output, voice, folder)
+            tell_audit(result, settings.output, voice, folder)
         else:
             tell(result, settings.output, voice, folder=folder)
     return int(result.exit_code)

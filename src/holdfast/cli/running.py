@@ -36,6 +36,7 @@ from holdfast.verbs.functions import demo
 from holdfast.verbs.settings import Assess, AuditVerb, Certify, Harden
 
 if TYPE_CHECKING:
+    from holdfast.audits.audit import AuditResult
     from holdfast.verbs.exhibition import Exhibit
 
 _STDOUT = "-"
@@ -145,6 +146,29 @@ def tell_report(
             click.echo(line(report.headline), err=True)
         for place in places:
             voice.say(f"report: {place}")
+
+
+def tell_audit(result: "AuditResult", outputs: Sequence[str], voice: Voice, folder: Path | None) -> None:
+    """Write the reports of an audit, and print its tables (JSON if `-` is an output) and its verdict."""
+    from holdfast.reports.audit import failing_gate
+
+    try:
+        tell_report(result.report, outputs, voice)
+    finally:
+        if gate := failing_gate(result.content):
+            _say_failing(gate, voice, folder)
+        if folder is not None:
+            voice.say(f"run: {folder}")
+
+
+def _say_failing(gate: str, voice: Voice, folder: Path | None) -> None:
+    """Print the gate that fails a flagged audit, with the command that judges it on the finished audit of this
+    process.
+    """
+    from holdfast.runs.engine.identity import resumed
+
+    command = "" if folder is None else f": {resumed(command_line(), folder, '--gate', gate)}"
+    voice.say(f"note: no gate was set, so that the exit code is 0; with --gate {gate} it is 1{command}")
 
 
 def _written(result: Result, output: str, folder: Path | None) -> Path:

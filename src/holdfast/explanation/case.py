@@ -67,6 +67,7 @@ class Figure:
     rows: tuple[tuple[Cell, ...], ...]
     """the numbers of the figure"""
     pictures: tuple[tree.Picture, ...] = ()
+    charts: tuple[tree.Chart, ...] = ()
     bars: tuple[Bar, ...] = ()
     tabular: bool = False
     """whether the rows are shown as a table, and not only as CSV"""
@@ -203,6 +204,7 @@ def _section(figure: Figure) -> tree.Section:
         blocks.append(tree.Pictures(figure.pictures, figure.alternative, figure.columns))
     if figure.sounds:
         blocks.append(tree.Sounds(figure.sounds))
+    blocks += figure.charts
     if figure.bars:
         bars = [(bar.label, tree.Cell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
         blocks.append(tree.Table(("name", "value"), bars, figure.alternative))

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from holdfast.audits.audit import AuditResult, open_audit
 from holdfast.core.errors import UsageError
-from holdfast.explanation.case import Explained, Figure
-from holdfast.reports.tree import Picture
+from holdfast.explanation.case import Explained, Figure, bars
+from holdfast.reports.charts import LOOKS, series
+from holdfast.reports.tree import Chart, Picture
 from holdfast.reports.words import plain
 from holdfast.runs.store.columns import Form, validated_columns
 from holdfast.runs.store.folder import read_chain, read_stage
@@ -23,10 +24,14 @@ _FRAMES = 60
 _AFTER = 1.3
 """length of the film in multiples of the shorter episode"""
 _WIDTH, _HEIGHT = 480, 200
-_FRAME_MS = 100
+_FRAME_MS, _LAST_MS = 100, 2000
+_TEXT, _COLOURS = 20, 32
+"""height of the letters in pixels, and number of colours"""
 _BLUE, _RED, _GREY = (33, 102, 172), (178, 24, 43), (140, 140, 140)
 _CARTPOLE = "cartpole"
-_VALUES = ("position", "velocity", "angle", "angular velocity")
+_VALUES = ("position (m)", "velocity (m/s)", "angle (rad)", "angular velocity (rad/s)")
+_DRAWN = 4
+"""largest number of values of observations that are drawn over the steps"""
 
 
 def explain_episode(folder: Path) -> Explained:
@@ -51,7 +56,12 @@ def explain_episode(folder: Path) -> Explained:
 def _episode(folder: Path, stage: str) -> dict[str, Tensor]:
     stored = read_stage(folder, read_chain(folder, repair=False), stage)
     assert stored is not None  # `open_audit` has read it
-    forms = {"state": Form(("t", "d")), "shown": Form(("t", "d")), "action": Form(("t", "a"))}
+    forms = {
+        "return": Form(),
+        "state": Form(("t", "d"), rows=(1, 2**40)),
+        "shown": Form(("t", "d")),
+        "action": Form(("t", "a")),
+    }
     validated_columns(str(folder / stage), stored.columns, forms, {})
     return {name: stored.columns[name].float() for name in forms}
 
@@ -64,17 +74,23 @@ def _explained(
     attacked: dict[str, Tensor],
 ) -> Explained:
     lengths = len(clean["state"]), len(attacked["state"])
+    returns = float(clean["return"][0]), float(attacked["return"][0])
     same = min(lengths)
     moved = (attacked["action"][:same] != clean["action"][:same]).any(1).nonzero()[:, 0]
     first = (
-        f"the first action differs in step {int(moved[0])}"
+        f"the actions differ from step {int(moved[0])} on"
         if len(moved)
-        else "no action of its steps differs"
+        else "no action differs in the steps of both"
     )
     d = clean["state"].shape[1]
     names = _VALUES if environment == _CARTPOLE else [f"value {place}" for place in range(d)]
     threat = result.content["config"]["settings"]["threat"]
-    film = _film(environment, clean["state"], attacked["state"], attacker)
+    film = _film(environment, clean, attacked, attacker)
+    means = result.facts["mean_returns"]
+    unattacked, *others = means
+    lowered = {
+        name: max(means[unattacked] - means[name], 0.0) for name in sorted(others, key=means.__getitem__)
+    }
     shift = (attacked["shown"] - attacked["state"]).abs()
     figures = (
         Figure(
@@ -85,7 +101,42 @@ def _explained(
             ("step", *(f"clean {name}" for name in names), *(f"attacked {name}" for name in names)),
             _rows(clean["state"], attacked["state"]),
             (Picture(film, f"One episode without (blue) and with (red) the attacker {attacker}"),),
-            note="Both begin in the same state. The film repeats, and needs no script.",
+            note="Both begin in the same state. The film repeats."
+            + (
+                " The thin red line is the pole as the policy observes it, and the arrow the force that it chooses."
+                if environment == _CARTPOLE
+                else ""
+            ),
+            columns=1,
+        ),
+        Figure(
+            "attackers",
+            f"of all attackers, {attacker} lowers the mean return most: from {plain(means[unattacked])} to "
+            f"{plain(means[attacker])}"
+            if any(lowered.values())
+            else f"no attacker lowers the mean return of {plain(means[unattacked])}",
+            "Mean return under each attacker, lowest first; a bar is as long as the return that the attacker costs.",
+            ("attacker", "mean return", "lowered by"),
+            tuple((name, means[name], lost) for name, lost in lowered.items()),
+            bars=bars(
+                list(lowered),
+                list(lowered.values()),
+                [f"{plain(means[name])} ({plain(lost)} less)" for name, lost in lowered.items()],
+            ),
+            note="All attackers were measured in the same episodes.",
+        ),
+        Figure(
+            "states",
+            "the states of both episodes, and what the policy observes in the attacked one",
+            f"The first {min(d, _DRAWN)} values of the state over the steps of both episodes.",
+            ("step", *(f"observed {name}" for name in names), "action"),
+            tuple(
+                (step, *observed, *action)
+                for step, (observed, action) in enumerate(
+                    zip(attacked["shown"].tolist(), attacked["action"].tolist(), strict=True)
+                )
+            ),
+            charts=_charts(clean, attacked, names),
         ),
         Figure(
             "perturbations",
@@ -101,7 +152,8 @@ def _explained(
     )
     return Explained(
         f"{result.content['model']['name']} in {environment}",
-        f"{first}; it takes {lengths[1]} steps under {attacker} and {lengths[0]} without an attacker ({threat})",
+        f"the return of one episode is {plain(returns[1])} under {attacker}, and {plain(returns[0])} without an "
+        f"attacker; {first} ({threat})",
         figures,
         advice=(
             f"Train a policy that holds: holdfast harden MODEL {environment} --recipe robust-policy --threat {threat}.",
@@ -114,6 +166,32 @@ def _explained(
             ("seed", str(result.content["seed"])),
         ),
     )
+
+
+def _charts(clean: dict[str, Tensor], attacked: dict[str, Tensor], names: Sequence[str]) -> tuple[Chart, ...]:
+    """A chart of each of the first values over the steps of the film."""
+    end = _end(clean["state"], attacked["state"])
+    lines = (
+        ("without attacker", clean["state"][:end]),
+        ("with attacker", attacked["state"][:end]),
+        ("observed by the policy with attacker", attacked["shown"][:end]),
+    )
+    key = ", ".join(f"{name} ({look} line)" for (name, _), look in zip(lines, LOOKS, strict=True))
+    return tuple(
+        Chart(
+            series([(name, values[:, place].tolist()) for name, values in lines]),
+            "step",
+            f"{names[place]} over the steps of both episodes",
+            f"{names[place]}: {key}",
+        )
+        for place in range(min(len(names), _DRAWN))
+    )
+
+
+def _end(clean: Tensor, attacked: Tensor) -> int:
+    """The number of steps of the film."""
+    shorter, longer = sorted((len(clean), len(attacked)))
+    return min(longer, math.ceil(_AFTER * shorter))
 
 
 def _rows(clean: Tensor, attacked: Tensor) -> tuple[tuple[Any, ...], ...]:
@@ -129,53 +207,56 @@ def _rows(clean: Tensor, attacked: Tensor) -> tuple[tuple[Any, ...], ...]:
     )
 
 
-def _film(environment: str, clean: Tensor, attacked: Tensor, attacker: str) -> str:
+def _film(environment: str, clean: dict[str, Tensor], attacked: dict[str, Tensor], attacker: str) -> str:
     """Return an animated PNG of both episodes as a data URL."""
     draw = _cart if environment == _CARTPOLE else _lines
-    shorter, longest = sorted((len(clean), len(attacked)))
-    longest = min(longest, round(_AFTER * shorter))
-    every = max(1, -(-longest // _FRAMES))
-    frames = []
-    for step in range(0, longest, every):
+    end = _end(clean["state"], attacked["state"])
+    font, frames = ImageFont.load_default(_TEXT), []
+    palette: Image.Image | None = None
+    for step in range(0, end, max(1, -(-end // _FRAMES))):
         frame = Image.new("RGB", (_WIDTH, 2 * _HEIGHT), "white")
         canvas = ImageDraw.Draw(frame)
-        for place, (states, colour, name) in enumerate(
+        for place, (episode, colour, name) in enumerate(
             ((clean, _BLUE, "without attacker"), (attacked, _RED, attacker))
         ):
-            at = min(step, len(states) - 1)
-            ended = " (ended)" if step >= len(states) else ""
-            top = place * _HEIGHT
-            draw(canvas, states, at, top, colour)
-            canvas.text((8, top + 6), f"{name}, step {at}{ended}", fill="black")
-        frames.append(frame)
+            n, top = len(episode["state"]), place * _HEIGHT
+            at = min(step, n - 1)
+            draw(canvas, episode, at, top, colour)
+            text = f"{name}: ended after {n} steps" if step >= n else f"{name}: step {at}"
+            canvas.text((10, top + 6), text, fill=colour, font=font)
+        canvas.line(((0, _HEIGHT), (_WIDTH, _HEIGHT)), fill=_GREY)
+        palette = palette or frame.quantize(_COLOURS)  # one palette, because animations have no others
+        frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
+    durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_MS]
     file = io.BytesIO()
-    frames[0].save(
-        file, format="PNG", save_all=True, append_images=frames[1:], duration=_FRAME_MS, loop=0, optimize=True
-    )
+    frames[0].save(file, format="PNG", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _cart(
-    canvas: ImageDraw.ImageDraw, states: Tensor, at: int, top: int, colour: tuple[int, int, int]
+    canvas: ImageDraw.ImageDraw, episode: dict[str, Tensor], at: int, top: int, colour: tuple[int, int, int]
 ) -> None:
-    """Draw a cart and its pole; the ends of the line are those of the track."""
-    position, _, angle, _ = states[at].tolist()
+    """Draw a cart, its pole, the pole as the policy observes it, and the force. The line ends where the track does."""
+    position, _, angle, _ = episode["state"][at].tolist()
     ground, pixels = top + _HEIGHT - 30, _WIDTH / 5.6  # 2.4 m to both sides, with a margin
     x = _WIDTH / 2 + position * pixels
-    canvas.line(
-        ((_WIDTH / 2 - 2.4 * pixels, ground + 12), (_WIDTH / 2 + 2.4 * pixels, ground + 12)),
-        fill=_GREY,
-        width=2,
-    )
+    ends = ((_WIDTH / 2 - 2.4 * pixels, ground + 12), (_WIDTH / 2 + 2.4 * pixels, ground + 12))
+    canvas.line(ends, fill=_GREY, width=2)
     canvas.rectangle((x - 24, ground - 12, x + 24, ground + 10), fill=colour)
-    tip = (x + 100 * math.sin(angle), ground - 12 - 100 * math.cos(angle))
-    canvas.line(((x, ground - 12), tip), fill="black", width=6)
+    for shown, pole, width in ((float(episode["shown"][at, 2]), _RED, 2), (angle, "black", 6)):
+        tip = (x + 110 * math.sin(shown), ground - 12 - 110 * math.cos(shown))
+        canvas.line(((x, ground - 12), tip), fill=pole, width=width)
+    side = 1 if float(episode["action"][at, 0]) > 0 else -1
+    head = x + side * 62
+    canvas.line(((x + side * 28, ground), (head, ground)), fill="black", width=3)
+    canvas.polygon(((head, ground - 6), (head, ground + 6), (head + side * 9, ground)), fill="black")
 
 
 def _lines(
-    canvas: ImageDraw.ImageDraw, states: Tensor, at: int, top: int, colour: tuple[int, int, int]
+    canvas: ImageDraw.ImageDraw, episode: dict[str, Tensor], at: int, top: int, colour: tuple[int, int, int]
 ) -> None:
     """Draw the values of the observations up to a step as lines."""
+    states = episode["state"]
     some = states[:, :8]
     low, high = float(some.min()), float(some.max())
     width = max(high - low, 1e-9)

@@ -237,6 +237,30 @@ def rates(lines: Sequence[Mapping[str, Any]], least: float) -> Drawings:
     return drawings
 
 
+def series(lines: Sequence[tuple[str, Sequence[float]]]) -> Drawings:
+    """Return a chart of named series of values, each over its steps 0, 1, 2, …"""
+    every = [value for _, values in lines for value in values]
+    low, high = min(every), max(every)
+    step = round_step(max(high - low, 1e-6), 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    last = max(last, first + 1)
+    ticks = [(k * step, plain(k * step)) for k in range(first, last + 1)]
+    y = Axis(lambda value: (value / step - first) / (last - first), ticks)
+    x = linear_axis(float(max(*(len(values) for _, values in lines), 2) - 1))
+    return [
+        (
+            size,
+            plane.drawing(
+                *(
+                    Path(f"line line-{k}", plane.line(enumerate(values)), name)
+                    for k, (name, values) in enumerate(lines, 1)
+                )
+            ),
+        )
+        for size, plane in _planes(x, y)
+    ]
+
+
 def bands(bounds: Sequence[tuple[float, float]], mark: float | None = None) -> Drawings:
     """Return a chart of lower and upper bounds, in the order of the lower bounds: the area below the lower bounds, that
     between both, and the line of the upper bounds.
