@@ -29,7 +29,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.recipes import SingleStep, Standard
 from holdfast.recipes.training.fit import Training
 from holdfast.recipes.training.recipe import Recipe
@@ -85,7 +85,7 @@ class Examples:
 @cache
 def examples() -> Examples:
     """The last 5,000 training images admit."""
-    images = Expected(layout="chw")
+    images = DeclaredData(layout="chw")
     place = str(dataset("mnist"))
     train, test = (open_data(place, split=split, expected=images) for split in ("train", "test"))
     whole = train.read(0, len(train))

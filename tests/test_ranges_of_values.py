@@ -7,7 +7,7 @@ import torch
 import holdfast
 from holdfast.core.batch import Batch
 from holdfast.core.errors import UsageError
-from holdfast.io.data.layouts import Expected, Ranges
+from holdfast.io.data.layouts import DeclaredData, Ranges
 from holdfast.io.data.loaders import as_data
 from holdfast.io.models.generators import open_generator
 from holdfast.recipes.generated import FileSamples
@@ -18,7 +18,7 @@ RANGES = {"unit": UNIT, "sign": 2 * UNIT - 1, "byte": 255 * UNIT, "standard": (U
 
 
 def data(x: np.ndarray) -> object:
-    return as_data(x, np.zeros(len(x), int), expected=Expected(lenient=True))
+    return as_data(x, np.zeros(len(x), int), expected=DeclaredData(lenient=True))
 
 
 @pytest.mark.parametrize("first", RANGES)
@@ -79,7 +79,7 @@ def test_bytes_of_an_object_are_converted_as_those_of_a_file():
     pixels = np.arange(256, dtype="u1").repeat(8).reshape(64, 32)
     drawn = open_generator(Samples(pixels)).samples(20, 0)
     assert drawn.dtype == torch.float32
-    stored = as_data(pixels, np.zeros(64, int), expected=Expected(lenient=True)).read(0, 64).x
+    stored = as_data(pixels, np.zeros(64, int), expected=DeclaredData(lenient=True)).read(0, 64).x
     assert {*map(tuple, drawn.tolist())} <= {*map(tuple, stored.tolist())}
 
 

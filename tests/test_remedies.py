@@ -57,7 +57,7 @@ from holdfast.gates.grammar import parse as parse_gate
 from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.data import open_data as open_table_file
 from holdfast.io.data.labels import MOST_NAMES, class_numbers, matched, numbered_words
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.io.data.mixed_tables import TableFile, open_mixed
 from holdfast.io.data.npz import write_trigger
@@ -73,7 +73,7 @@ from holdfast.recipes.lipschitz import order_of
 from holdfast.recipes.training.fit import Training
 from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess.certify import refuse_unprovable
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.engine.processes import unshared
 from holdfast.runs.engine.progress import ignore
 from holdfast.runs.harden.held_out import refuse_judged
@@ -333,7 +333,7 @@ def opened_by_names(data, open_data=()):
     """A table of a model that was fitted on three named columns."""
     options = dict(open_data)
     options["drop"] = tuple(options.get("drop", ()))
-    return open_table_file(data, **options, expected=Expected(feature_names=("a", "b", "c")))
+    return open_table_file(data, **options, expected=DeclaredData(feature_names=("a", "b", "c")))
 
 
 def hidden(model_access="gradients", surrogates=(), fit=None, **arguments):
@@ -354,7 +354,7 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
         if method == "smoothing":
             own = {f.name for f in dataclasses.fields(Smoothing)}
             smoothing = Smoothing(**{key: value for key, value in options.items() if key in own})
-            smoothing.ready(target.bare, sample, at)
+            smoothing.ready(target.original, sample, at)
         else:
             refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample, verb)
 
@@ -675,7 +675,7 @@ def log_of_config(log=()):
 def denoised(recipe):
     batch = Batch(X, Y, torch.arange(len(X)))
     return _with_denoiser(
-        Subject(Classifier(LINEAR), ""),
+        DescribedModel(Classifier(LINEAR), ""),
         {"use": recipe, **({"sigma": 0.1} if "nois" in recipe else {})},
         batch,
         0,
@@ -731,19 +731,19 @@ def many_words(open_data=()):
     """Labels that are rather ids than classes."""
     if not dict(open_data).get("label"):
         n = MOST_NAMES + 1
-        numbered_words(list(map(str, range(n))), np.arange(n), Expected(), "data")
+        numbered_words(list(map(str, range(n))), np.arange(n), DeclaredData(), "data")
 
 
 def declared_names(open_model=()):
     names = dict(open_model).get("class_names")
-    return matched(("cat", "dog"), Expected(class_names=names, names_declared=names is not None))
+    return matched(("cat", "dog"), DeclaredData(class_names=names, names_declared=names is not None))
 
 
 def guarded(open_model=()):
     model = Classifier(LINEAR)
     model.remote = True
     if guard := dict(open_model).get("guard"):
-        guarded_subject(Subject(model, ""), guard)
+        guarded_subject(DescribedModel(model, ""), guard)
 
 
 def bounded(threat, geometry=None):
@@ -789,7 +789,7 @@ def numbered_classes(names=("1", "10", "2"), classes=3, *, remote=False, open_mo
         return None
     declared, probed = options.get("class_names"), Classifier(LINEAR)
     probed.remote = remote
-    expected = Expected(
+    expected = DeclaredData(
         class_names=None if declared is None else tuple(declared),
         names_declared=declared is not None,
         class_order=options.get("class_order"),

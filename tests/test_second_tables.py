@@ -14,7 +14,7 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.runs.engine.progress import ignore
 from holdfast.verbs import settings as verbs
 from holdfast.verbs.audit.opening_models import prepared_poison
@@ -172,7 +172,7 @@ def test_a_column_that_is_missing_or_repeated_is_an_error_with_both_sets(
 
 def opened(path: Path, first: Data | None = None, **given: Any) -> Arrays:
     """The rows of a file, with the columns of the data that were opened first."""
-    expected = Expected(lenient=True, first=None if first is None else first_table(first))
+    expected = DeclaredData(lenient=True, first=None if first is None else first_table(first))
     data = open_data(str(path), expected=expected, **given)
     assert isinstance(data, Arrays)
     return data

@@ -29,9 +29,9 @@ from holdfast.explanation.counterfactual import (
 )
 from holdfast.explanation.example import explain_example
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.models.models import Declared, open_model
-from holdfast.runs.harness.target import Target, prepared
+from holdfast.runs.harness.target import PreparedModel, prepared
 from holdfast.threats.tables import Table
 
 WHAT = "explanations: attributions beside Captum, closed forms, completeness, counterfactuals and cost"
@@ -62,7 +62,7 @@ def measured() -> Outcome:
 
 
 def _digits(n: int) -> Batch:
-    data = open_data("mnist-mini", n=n, expected=Expected(layout="chw", lenient=True))
+    data = open_data("mnist-mini", n=n, expected=DeclaredData(layout="chw", lenient=True))
     return data.read(0, n)
 
 
@@ -145,7 +145,7 @@ def _completeness() -> list[Claim]:
 
 Allows = Callable[[Tensor, Tensor], bool]
 """function of a changed and a clean input"""
-Case = tuple[str, AbstractContextManager[Target], Batch, Constraint, Allows]
+Case = tuple[str, AbstractContextManager[PreparedModel], Batch, Constraint, Allows]
 """name, prepared model, examples, constraint, and a check of a change that does not use the code of the package"""
 
 
@@ -171,7 +171,7 @@ def _cases(notes: list[str]) -> Iterator[Case]:
 
 def _small_network(name: str) -> tuple[Classifier, Batch]:
     """A small network that is trained for one pass over 6,000 images, and test images that it classifies correctly."""
-    expected = Expected(layout="chw", lenient=True)
+    expected = DeclaredData(layout="chw", lenient=True)
     train = open_data(name, split="train", n=6000, expected=expected).read(0, 6000)
     test = open_data(name, split="test", n=4 * N, expected=expected).read(0, 4 * N)
     torch.manual_seed(0)
@@ -212,11 +212,13 @@ def _table() -> Case:
     return TABLE, prepared(model, batch), batch, Table(TABLE, rules.content, EPS), allows
 
 
-def _counterfactuals(target: Target, batch: Batch, constraint: Constraint, allows: Allows) -> dict[str, int]:
+def _counterfactuals(
+    target: PreparedModel, batch: Batch, constraint: Constraint, allows: Allows
+) -> dict[str, int]:
     """Counts of the counterfactuals inside the constraint, confirmed by the model, and of forbidden changes."""
-    predicted = target.bare(batch.x).argmax(1)
+    predicted = target.original(batch.x).argmax(1)
     counts = {"inside": 0, "shown": 0, "confirmed": 0, "forbidden": 0, "values": 0, "values changed": 0}
-    access = target.bare.access
+    access = target.original.access
     for row in range(len(batch)):
         one = batch.take(torch.tensor([row])).labelled(predicted[row : row + 1])
         found = counterfactual(target, one, ThreatModel(constraint, access=access), rng=Draws(0))
@@ -227,8 +229,8 @@ def _counterfactuals(target: Target, batch: Batch, constraint: Constraint, allow
             if point is None:
                 continue
             counts["shown"] += 1
-            counts["confirmed"] += int(margin(target.bare(point), one)[0] <= 0)
-            inside = bool(allowed(constraint, point, one.x, target.bare.bounds)[0])
+            counts["confirmed"] += int(margin(target.original(point), one)[0] <= 0)
+            inside = bool(allowed(constraint, point, one.x, target.original.bounds)[0])
             counts["forbidden"] += int(not inside or not allows(point[0], one.x[0]))
         counts["values"] += one.x[0].numel()
         counts["values changed"] += int(changes(found.shown, one.x).sum())

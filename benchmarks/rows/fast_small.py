@@ -39,7 +39,7 @@ NEW = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class TestedNetwork:
     """A network, its data and the Linf radius."""
 
     name: str
@@ -48,8 +48,8 @@ class Subject:
     opened: Callable[[], nn.Module]
 
 
-def _known(name: str, data: str, eps: float) -> Subject:
-    return Subject(name, eps, data, lambda: network(name).module)
+def _known(name: str, data: str, eps: float) -> TestedNetwork:
+    return TestedNetwork(name, eps, data, lambda: network(name).module)
 
 
 SUBJECTS = (
@@ -58,7 +58,7 @@ SUBJECTS = (
     _known("mnist_cnn_a_adv", "mnist", 0.3),
     _known("mnist_kw01", "mnist", 0.1),
     _known("cifar_cnn_a_adv", "cifar10", 2 / 255),
-    *(Subject(c.name, c.eps, c.data, partial(controls.trained, c)) for c in NEW),
+    *(TestedNetwork(c.name, c.eps, c.data, partial(controls.trained, c)) for c in NEW),
 )
 
 
@@ -86,7 +86,7 @@ def measured() -> Outcome:
     return Outcome(table, claims, {"first image": FIRST, "seed": 0, "sizes": list(SIZES)}, {}, [])
 
 
-def _row(subject: Subject, n: int, place: int) -> Cells:
+def _row(subject: TestedNetwork, n: int, place: int) -> Cells:
     """Both suites on one network; which is first alternates."""
     net, (x, y) = subject.opened().eval(), images(subject.data, n, "test", FIRST)
     suites = ("fast", "standard")[:: -1 if place % 2 else 1]

@@ -15,7 +15,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.generators.networks import Diffusion, fit_diffusion, opened_generator
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.models.generators import open_generator
 
 WHAT = "the bundled diffusion model trained further with and without a backdoor: how many the search flags"
@@ -61,7 +61,7 @@ def measured() -> Outcome:
 def _scanned(kind: str, seed: int) -> dict[str, Any]:
     """Train one model, and search it for a backdoor."""
     started, device = time.process_time(), torch.device("cpu")
-    data = open_data("mnist", split="train", expected=Expected(layout="chw", lenient=True)).read(0, N)
+    data = open_data("mnist", split="train", expected=DeclaredData(layout="chw", lenient=True)).read(0, N)
     base = opened_generator("mnist-diffusion").generator
     assert isinstance(base, Diffusion)
     trigger, target, side = _plan(seed, data)

@@ -17,7 +17,7 @@ from holdfast.core.model import Bounds
 from holdfast.generators import GAN, Diffusion
 from holdfast.generators.networks import fit_diffusion, opened_generator
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.models.generators import OpenedGenerator
 from holdfast.recipes.training import gans
 from holdfast.recipes.training.gans import RobustGAN, RobustLosses
@@ -143,7 +143,7 @@ def memorising(kind: str, x: Tensor) -> Diffusion | GAN:
 
 
 def _digits(split: str) -> Batch:
-    data = open_data("mnist", split=split, expected=Expected(layout="chw", lenient=True))
+    data = open_data("mnist", split=split, expected=DeclaredData(layout="chw", lenient=True))
     return data.read(0, len(data))
 
 

@@ -16,7 +16,7 @@ from holdfast.audits.generator.copies import Quality, copies, frechet_distance, 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.models.models import open_model
 
 WHAT = "measures of planted faults in samples of MNIST: noise, a missing class, repeated images, copies"
@@ -76,7 +76,7 @@ def measured() -> Outcome:
 
 
 def _digits(split: str) -> Batch:
-    data = open_data("mnist", split=split, expected=Expected(layout="chw", lenient=True))
+    data = open_data("mnist", split=split, expected=DeclaredData(layout="chw", lenient=True))
     return data.read(0, len(data))
 
 

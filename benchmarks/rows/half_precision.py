@@ -95,11 +95,11 @@ def _attacked(
     """CPU seconds of each round, and the mask of the broken examples of each seed, by the precision of the passes."""
     batch, threat = ours.batch(x, y), ThreatModel(Linf(eps))
     with prepared(Classifier(net), batch.first(8)) as target:
-        assert isinstance(target.quick, Classifier)
+        assert isinstance(target.optimised, Classifier)
         models: dict[str, Model] = {
-            SINGLE: target.quick,
-            HALF: Classifier(_Half(target.quick, checked=False)),
-            CHECKED: Classifier(_Half(target.quick, checked=True)),
+            SINGLE: target.optimised,
+            HALF: Classifier(_Half(target.optimised, checked=False)),
+            CHECKED: Classifier(_Half(target.optimised, checked=True)),
         }
 
         def results(model: Model, seed: int) -> Tensor:

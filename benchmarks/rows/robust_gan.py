@@ -17,7 +17,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.generators import ImageGAN
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.models.generators import open_generator
 from holdfast.io.models.models import open_model
 from holdfast.recipes.training.gans import RobustLosses
@@ -69,7 +69,7 @@ def measured() -> Outcome:
 
 
 def _digits(split: str) -> Batch:
-    data = open_data("mnist", split=split, expected=Expected(layout="chw", lenient=True))
+    data = open_data("mnist", split=split, expected=DeclaredData(layout="chw", lenient=True))
     return data.read(0, len(data))
 
 

@@ -38,7 +38,7 @@ SERVE, AUDITED, GUARDED = "holdfast serve", "holdfast serve with audit", "holdfa
 
 
 @dataclass(frozen=True)
-class Subject:
+class ServedNetwork:
     """A network that is served, its data, and what is compared."""
 
     title: str
@@ -52,14 +52,14 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject(
+    ServedNetwork(
         "bundled CNN", "mnist-cnn", "mnist", (1, 28, 28), {"JSON": 3000, "binary": 4500},
         (
             (SERVE, PER_REQUEST, 1.0), (SERVE, BATCHING, 1.0),
             (AUDITED, PER_REQUEST, 1.0), (AUDITED, BATCHING, 0.95), (GUARDED, AUDITED, 0.8),
         ),
     ),
-    Subject(
+    ServedNetwork(
         "ResNet-20", "cifar_resnet20", "cifar10", (3, 32, 32), {"JSON": 1000, "binary": 1500},
         ((GUARDED, AUDITED, 0.85),),
     ),
@@ -70,7 +70,9 @@ def measured() -> Outcome:
     return outcome(ROUNDS, SECONDS, SEEN)
 
 
-def outcome(rounds: int, seconds: float, seen: int, subjects: tuple[Subject, ...] = SUBJECTS) -> Outcome:
+def outcome(
+    rounds: int, seconds: float, seen: int, subjects: tuple[ServedNetwork, ...] = SUBJECTS
+) -> Outcome:
     """The row with rounds of so many seconds, and a guard that has seen so many inputs before."""
     detail: Cells = {}
     table: list[Cells] = []
@@ -105,7 +107,7 @@ def outcome(rounds: int, seconds: float, seen: int, subjects: tuple[Subject, ...
     return Outcome(table + parts, claims, config, detail, notes)
 
 
-def _parts(server: Supervisor, subject: Subject, x: Tensor, form: str, loading: Loading) -> Cells:
+def _parts(server: Supervisor, subject: ServedNetwork, x: Tensor, form: str, loading: Loading) -> Cells:
     """CPU time of each part of a request to a server that measures it."""
 
     def measured() -> Counter[str]:
@@ -128,7 +130,9 @@ def _parts(server: Supervisor, subject: Subject, x: Tensor, form: str, loading: 
 
 
 @contextmanager
-def _servers(subject: Subject, x: Tensor, seen: int) -> Iterator[tuple[dict[str, Contestant], Supervisor]]:
+def _servers(
+    subject: ServedNetwork, x: Tensor, seen: int
+) -> Iterator[tuple[dict[str, Contestant], Supervisor]]:
     """The servers of a network by name, and one more with audit and guard that measures the parts of requests."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, path = Path(name), f"/v2/models/{subject.name}/infer"

@@ -21,7 +21,7 @@ from holdfast.core.meter import margin
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.arrays import Choice
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.tables import open_table
 from holdfast.io.models.models import Declared
 from holdfast.settings.table_rules import drafted, rules_from
@@ -170,7 +170,7 @@ def correct_examples(
     path: Path, label: str, drop: tuple[str, ...], rules: Rules, model: Classifier, n: int = ROWS
 ) -> Batch:
     """Some rows of the test split that the model classifies correctly."""
-    expected = Expected(
+    expected = DeclaredData(
         model.bounds,
         class_names=model.class_names,
         class_labels=model.class_labels,

@@ -11,7 +11,7 @@ import torch
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost
 from holdfast.core.model import EVERY, Batches, Classifier
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.io.doctor import examine
 from holdfast.io.remote.payloads import ServerAnswers, Template
@@ -203,7 +203,8 @@ def found_by_doctor(net, x=None, y=None, batches=EVERY):
     y = x[:, :3].argmax(1) if y is None else y
     model = behind_a_server(net, batches)
     findings = {
-        finding.check: finding for finding in examine(model, as_data((x, y), expected=Expected(lenient=True)))
+        finding.check: finding
+        for finding in examine(model, as_data((x, y), expected=DeclaredData(lenient=True)))
     }
     assert model.net.sent.rows <= model.net.sent.most
     return findings

@@ -15,7 +15,7 @@ import holdfast
 from holdfast.cli.app import run
 from holdfast.core.batch import encoded
 from holdfast.core.errors import HoldfastError, TargetError
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.io.models.adapting import TextFunction, adapted_text_model
 from holdfast.io.models.estimators import contents
@@ -230,7 +230,7 @@ def test_edited_words_that_a_tokenizer_maps_to_its_unknown_token_are_noted(unkno
 
     model = SimpleNamespace(net=TokenisedTexts(None, Tokenizer(), 10, ""))
     edits = TextEdits(1, 1)
-    data = as_data((TEXTS, [0, 0, 1, 1, 1]), expected=Expected(edits=edits, lenient=True))
+    data = as_data((TEXTS, [0, 0, 1, 1, 1]), expected=DeclaredData(edits=edits, lenient=True))
     notes = unknown_notes(model, data, edits)
     assert len(notes) == noted
     assert all("words it knows, such as" in note and "'\\u" in note for note in notes)

@@ -44,9 +44,9 @@ def test_the_counterfactual_of_a_linear_model_is_its_projection():
 @pytest.mark.parametrize("constraint", [Linf(0.3), L2(3.0), L0(60.0)])
 def test_a_counterfactual_is_inside_the_constraint_and_changes_the_class(constraint):
     from holdfast.io.data.data import open_data
-    from holdfast.io.data.layouts import Expected
+    from holdfast.io.data.layouts import DeclaredData
 
-    x = open_data("mnist-mini", n=1, expected=Expected(layout="chw", lenient=True)).read(0, 1).x
+    x = open_data("mnist-mini", n=1, expected=DeclaredData(layout="chw", lenient=True)).read(0, 1).x
     model = open_model("mnist-cnn").model
     found, batch = one(model, x, ThreatModel(constraint))
     assert found.inside

@@ -135,7 +135,7 @@ def test_stateless_detectors_are_tried_with_queries(tmp_path):
 def test_the_counts_of_a_screened_model_are_those_of_its_queries():
     given, net = batch(4), model()
     with prepared(net, given) as target:
-        bare = Screened(target.bare, given, Linf(0.3))
+        bare = Screened(target.original, given, Linf(0.3))
         x_adv = Square(queries=150)(Answering(bare, given), given, ThreatModel(Linf(0.3)), rng=Draws(0))
     broken = net(x_adv).argmax(1) != given.y
     assert broken.any() and torch.equal(bare.broken_at > 0, broken)

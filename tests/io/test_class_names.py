@@ -13,7 +13,7 @@ import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.data import open_data
 from holdfast.io.data.labels import class_numbers
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.settings.table_rules import rules_from
@@ -109,14 +109,14 @@ def test_the_order_of_names_is_used_where_it_is_unambiguous(
 ) -> None:
     if refused:
         with pytest.raises(TargetError, match=refused):
-            class_numbers(found, Expected(), classes, "data", "class folders")
+            class_numbers(found, DeclaredData(), classes, "data", "class folders")
     else:
-        assert class_numbers(found, Expected(), classes, "data", "class folders") == tuple(found)
+        assert class_numbers(found, DeclaredData(), classes, "data", "class folders") == tuple(found)
 
 
 def test_a_refusal_of_an_order_names_each_cause_once() -> None:
     with pytest.raises(TargetError) as refused:
-        class_numbers(["1", "10", "2"], Expected(), 3, "photos", "class folders")
+        class_numbers(["1", "10", "2"], DeclaredData(), 3, "photos", "class folders")
     assert refused.value.message == (
         "photos has 3 class folders (1, 2, 10), and the model has 3 classes; the lexical order of the names (1, 10, 2) "
         "differs from the numeric order, and class numbers start at 0, and these names at 1"
@@ -131,7 +131,7 @@ def test_a_refusal_of_an_order_names_each_cause_once() -> None:
 def test_a_declared_order_decides() -> None:
     found = ["0", "1", "10", "2"]
     numeric, lexical = (
-        class_numbers(found, Expected(class_order=order), 4, "data", "class folders")
+        class_numbers(found, DeclaredData(class_order=order), 4, "data", "class folders")
         for order in ("numeric", "lexical")
     )
     assert numeric == ("0", "1", "2", "10") and lexical == ("0", "1", "10", "2")
@@ -200,7 +200,7 @@ def test_a_note_names_labels_from_1_on_which_a_model_is_at_chance() -> None:
 
     def notes(net: nn.Module, labels: np.ndarray, outputs: int = 4) -> tuple[str, ...]:
         model = holdfast.Classifier(net, classes=outputs)
-        return as_data(x, labels, expected=Expected(probe=ProbedClassifier(model))).notes
+        return as_data(x, labels, expected=DeclaredData(probe=ProbedClassifier(model))).notes
 
     assert any("no better on them than chance; if they count from 1" in note for note in notes(guesses, y))
     assert not notes(guesses, y - 1)
@@ -208,7 +208,7 @@ def test_a_note_names_labels_from_1_on_which_a_model_is_at_chance() -> None:
     assert not notes(Brightness(), np.where(y == 1, 3, y - 1))
     later = ((np.arange(60) % 3 + 1.5) / 4).astype(np.float32)[:, None]  # the first class has no examples
     model = holdfast.Classifier(Brightness(), classes=4)
-    assert not as_data(later, y, expected=Expected(probe=ProbedClassifier(model))).notes
+    assert not as_data(later, y, expected=DeclaredData(probe=ProbedClassifier(model))).notes
 
 
 @pytest.mark.parametrize("names", [NAMES, ("bird ", "cat", " dog", "frog"), None])
@@ -217,7 +217,7 @@ def test_class_names_are_compared_without_spaces_at_their_ends(
     kind: str, names: tuple[str, ...] | None, tmp_path: Path
 ) -> None:
     spaced = {" bird": 0, " cat": 1, "dog ": 2, "frog": 3}
-    expected = Expected(class_names=names)
+    expected = DeclaredData(class_names=names)
     if kind == "array":
         data = as_data(np.zeros((4, 1), np.float32), np.array([*spaced]), expected=expected)
     else:
@@ -230,7 +230,9 @@ def test_class_names_are_compared_without_spaces_at_their_ends(
 
 def test_labels_that_differ_only_by_spaces_are_one_class(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,kind\n1, yes\n2,yes\n3,no\n4,no \n")
-    data = open_data(str(tmp_path / "t.csv"), label="kind", expected=Expected(bounds=holdfast.Bounds(0, 9)))
+    data = open_data(
+        str(tmp_path / "t.csv"), label="kind", expected=DeclaredData(bounds=holdfast.Bounds(0, 9))
+    )
     assert data.classes == ("no", "yes") and data.read(0, 4).y.tolist() == [1, 1, 0, 0]
 
 
@@ -241,7 +243,7 @@ def test_categories_of_rules_are_compared_without_spaces_at_their_ends(
     content = {"columns": {"age": {"min": 0, "max": 99}, "work": {"type": "category", "values": values}}}
     rules = rules_from(content | {"budget": {"norm": "l0", "eps": 1}}, "the rules")
     (tmp_path / "t.csv").write_text("age,work,y\n30, Private,0\n40,Private,1\n50, State-gov,1\n")
-    expected = Expected(bounds=holdfast.Bounds(0, 99), rules=rules, words=("work",))
+    expected = DeclaredData(bounds=holdfast.Bounds(0, 99), rules=rules, words=("work",))
     data = open_data(str(tmp_path / "t.csv"), label="y", expected=expected)
     assert data.read(0, 3).x[:, 1].tolist() == [0, 0, 1]
     assert any("the column 'work'" in note and "spaces at their ends" in note for note in data.notes)

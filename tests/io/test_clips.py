@@ -12,7 +12,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.io.data.clips import SIGNAL_BOUNDS
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.io.sandbox import calling
 
@@ -34,9 +34,9 @@ class Spectra(nn.Module):
         return torch.stft(x, 64, 32, window=window, return_complex=True).abs().mean(-1)[:, :2]
 
 
-def for_spectra() -> Expected:
+def for_spectra() -> DeclaredData:
     model = Classifier(Spectra(), bounds=SIGNAL_BOUNDS)
-    return Expected(SIGNAL_BOUNDS, probe=ProbedClassifier(model))
+    return DeclaredData(SIGNAL_BOUNDS, probe=ProbedClassifier(model))
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_silent_and_clipped_clips_are_counted(folder: Path) -> None:
     notes = " | ".join(open_data(str(folder)).notes)
     assert "1 of 4 clips have no sound, first '" in notes and "b/2.wav'; their signal-to-noise ratio" in notes
     assert "1 of 4 clips are clipped (3 or more successive samples at full scale), first '" in notes
-    declared = open_data(str(array_of(folder)), sampling_rate=RATE, expected=Expected(SIGNAL_BOUNDS))
+    declared = open_data(str(array_of(folder)), sampling_rate=RATE, expected=DeclaredData(SIGNAL_BOUNDS))
     assert "1 of 2 clips have no sound, first row 1; their" in " | ".join(declared.notes)
 
 
@@ -106,7 +106,7 @@ def array_of(folder: Path) -> Path:
 
 
 def test_arrays_of_16_bits_are_scaled_if_their_sampling_rate_is_declared(folder: Path) -> None:
-    data = open_data(str(array_of(folder)), sampling_rate=RATE, expected=Expected(SIGNAL_BOUNDS))
+    data = open_data(str(array_of(folder)), sampling_rate=RATE, expected=DeclaredData(SIGNAL_BOUNDS))
     assert (data.scale, data.sampling_rate) == (32768, RATE) and data.read(0, 2).x.abs().max() < 0.1
 
 

@@ -15,7 +15,7 @@ from holdfast.core.batch import Data
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.io.data.data import bundled_data, open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 
 RNG = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def read_all(data: Data) -> torch.Tensor:
 
 
 def test_bytes_become_floats_with_the_channels_first(tmp_path: Path) -> None:
-    images = Expected(layout="hwc")
+    images = DeclaredData(layout="hwc")
     parts = npz(tmp_path / "g.npz", x_test=BYTES, y_test=Y, x_train=BYTES[:2], y_train=Y[:2])
     grey = open_data(parts, expected=images)
     torch.testing.assert_close(read_all(grey), torch.from_numpy(BYTES[:, None]).float() / 255)
@@ -80,7 +80,7 @@ def test_splits_and_selections(tmp_path: Path) -> None:
 
 def test_named_arrays_of_an_archive(tmp_path: Path) -> None:
     address = npz(tmp_path / "d.npz", images=BYTES, targets=Y, other=Y[:3])
-    named = open_data(address, x="images", y="targets", n=5, expected=Expected(layout="hwc"))
+    named = open_data(address, x="images", y="targets", n=5, expected=DeclaredData(layout="hwc"))
     assert named.y.tolist() == Y[:5].tolist() and np.array_equal(named.x[:, 0], BYTES[:5])
     with pytest.raises(
         TargetError,
@@ -139,7 +139,7 @@ def test_one_image_and_one_class_are_data_too(tmp_path: Path) -> None:
 def test_binary_features_and_bounds_to_255_are_not_divided(tmp_path: Path) -> None:
     binary = open_data(npz(tmp_path / "b.npz", x=RNG.integers(0, 2, (12, 7), dtype=np.uint8), y=Y))
     assert read_all(binary).unique().tolist() == [0, 1]
-    raw = open_data(npz(tmp_path / "r.npz", x=BYTES, y=Y), expected=Expected(bounds=Bounds(0, 255)))
+    raw = open_data(npz(tmp_path / "r.npz", x=BYTES, y=Y), expected=DeclaredData(bounds=Bounds(0, 255)))
     assert torch.equal(read_all(raw), torch.from_numpy(BYTES).float())
     assert binary.notes and raw.notes
 
@@ -189,9 +189,9 @@ def test_bad_arrays_are_refused_with_what_was_expected(tmp_path: Path, case: str
 
 def test_labels_outside_the_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"range from 0 to 2, but the model has 2 classes \(0 to 1\)"):
-        open_data(npz(tmp_path / "a.npz", x=BYTES, y=Y), expected=Expected(classes=2))
+        open_data(npz(tmp_path / "a.npz", x=BYTES, y=Y), expected=DeclaredData(classes=2))
     with pytest.raises(TargetError, match="count from 1: subtract 1"):
-        open_data(npz(tmp_path / "b.npz", x=BYTES, y=Y + 1), expected=Expected(classes=3))
+        open_data(npz(tmp_path / "b.npz", x=BYTES, y=Y + 1), expected=DeclaredData(classes=3))
 
 
 def test_damaged_archives_are_named(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_bad_folders_of_images_are_refused(tmp_path: Path, monkeypatch: pytest.M
     for name in ("a", "b", "c"):
         picture(tmp_path / "three" / name / "0.png")
     with pytest.raises(TargetError, match=r"has 3 class folders \(a, b, c\), but the model has 2 classes"):
-        open_data(str(tmp_path / "three"), expected=Expected(classes=2))
+        open_data(str(tmp_path / "three"), expected=DeclaredData(classes=2))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
     with pytest.raises(TargetError, match="too large to decode"):
         open_data(str(tmp_path / "sizes"))
@@ -557,7 +557,7 @@ def test_whole_numbers_are_features_inside_declared_bounds(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     x, y = torch.arange(24, dtype=dtype).reshape(shape) - 3, torch.arange(6) % 3
-    bounds = Expected(bounds=Bounds(-3.0, 20.0))
+    bounds = DeclaredData(bounds=Bounds(-3.0, 20.0))
     for inputs in (x, x.numpy()):
         assert torch.equal(as_data(inputs, y, expected=bounds).read(0, 6).x.flatten(), x.float().flatten())
     assert as_data(torch.ones(6, 4, dtype=dtype), y).read(0, 6).x.eq(1.0).all()
@@ -566,11 +566,11 @@ def test_whole_numbers_are_features_inside_declared_bounds(
 def test_bounds_may_be_one_per_feature() -> None:
     x, y = torch.tensor([[0.0, 5.0], [1.0, 9.0]]), torch.tensor([0, 1])
     bounds = Bounds(torch.tensor([0.0, 5.0]), torch.tensor([1.0, 9.0]))
-    assert len(as_data(x, y, expected=Expected(bounds=bounds))) == 2
+    assert len(as_data(x, y, expected=DeclaredData(bounds=bounds))) == 2
     with pytest.raises(TargetError, match="feature 0 in row 1 .* is 1.1, outside its bounds 0 to 1"):
-        as_data(x + 0.1, y, expected=Expected(bounds=bounds))
+        as_data(x + 0.1, y, expected=DeclaredData(bounds=bounds))
     with pytest.raises(UsageError, match="bounds have shape"):
-        as_data(torch.rand(2, 3), y, expected=Expected(bounds=bounds))
+        as_data(torch.rand(2, 3), y, expected=DeclaredData(bounds=bounds))
 
 
 def test_real_data_is_read(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,7 +578,7 @@ def test_real_data_is_read(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, shape in {"mnist": (1, 28, 28), "gtsrb": (3, 32, 32), "pneumoniamnist": (1, 28, 28)}.items():
         data = open_data(name, n=10)
         assert data.read(0, 10).x.shape == (10, *shape)
-    fraud = open_data("credit-fraud", expected=Expected(bounds=Bounds(-1e6, 1e6)))
+    fraud = open_data("credit-fraud", expected=DeclaredData(bounds=Bounds(-1e6, 1e6)))
     assert set(fraud.read(0, len(fraud)).y.tolist()) == {0, 1}
 
 
@@ -591,13 +591,13 @@ def test_labels_of_two_signs_are_refused_with_their_numbers(tmp_path: Path) -> N
 def test_text_labels_of_an_archive_are_looked_up(tmp_path: Path) -> None:
     names = np.array(["cat", "dog", "emu"])
     address = npz(tmp_path / "d.npz", x=BYTES, y=names[Y])
-    known = Expected(class_names=("emu", "cat", "dog"), layout="hwc")
+    known = DeclaredData(class_names=("emu", "cat", "dog"), layout="hwc")
     assert open_data(address, expected=known).y.tolist() == ((Y + 1) % 3).tolist()
-    assert open_data(address, expected=Expected(layout="hwc")).y.tolist() == Y.tolist()
+    assert open_data(address, expected=DeclaredData(layout="hwc")).y.tolist() == Y.tolist()
     told = npz(tmp_path / "c.npz", x=BYTES, y=names[Y], classes=names[::-1])
-    assert open_data(told, expected=Expected(layout="hwc")).y.tolist() == (2 - Y).tolist()
+    assert open_data(told, expected=DeclaredData(layout="hwc")).y.tolist() == (2 - Y).tolist()
     with pytest.raises(TargetError, match="emu"):
-        open_data(address, expected=Expected(class_names=("cat", "dog", "gnu"), layout="hwc"))
+        open_data(address, expected=DeclaredData(class_names=("cat", "dog", "gnu"), layout="hwc"))
 
 
 def test_whole_numbers_that_float32_does_not_represent_are_refused(tmp_path: Path) -> None:
@@ -605,12 +605,12 @@ def test_whole_numbers_that_float32_does_not_represent_are_refused(tmp_path: Pat
         (tmp_path / f"{name}.csv").write_text(
             f"a,{name},y\n" + "".join(f"1,{value},{row % 2}\n" for row, value in enumerate(values))
         )
-    accepted = open_data(str(tmp_path / "amount.csv"), label="y", expected=Expected(lenient=True))
+    accepted = open_data(str(tmp_path / "amount.csv"), label="y", expected=DeclaredData(lenient=True))
     assert accepted.read(0, 3).x.shape == (3, 2)  # fractions are rounded by less than their own precision
     with pytest.raises(TargetError, match="column 'id' of .* above 16,777,216, first in row 0") as caught:
-        open_data(str(tmp_path / "id.csv"), label="y", expected=Expected(lenient=True))
+        open_data(str(tmp_path / "id.csv"), label="y", expected=DeclaredData(lenient=True))
     (drop,) = caught.value.remedies
-    open_data(str(tmp_path / "id.csv"), label="y", drop=drop.value, expected=Expected(lenient=True))
+    open_data(str(tmp_path / "id.csv"), label="y", drop=drop.value, expected=DeclaredData(lenient=True))
 
 
 TIMES = 1.7e9 + np.arange(8.0)
@@ -628,8 +628,8 @@ def test_large_numbers_whose_differences_float32_does_not_represent_are_refused(
     rows = [f"1,{value!r},{k}\n" for value, k in zip(values.tolist(), y, strict=True)]
     (tmp_path / "times.csv").write_text("a,time,y\n" + "".join(rows))
     with pytest.raises(TargetError, match="the column 'time' of .* first in row"):
-        open_data(str(tmp_path / "times.csv"), label="y", expected=Expected(lenient=True))
-    bounds = Expected(bounds=Bounds(0.0, 2e9))
+        open_data(str(tmp_path / "times.csv"), label="y", expected=DeclaredData(lenient=True))
+    bounds = DeclaredData(bounds=Bounds(0.0, 2e9))
     with pytest.raises(TargetError, match=r"times.npz have the value 1700000\d+\.\d+ in feature 1"):
         open_data(str(tmp_path / "times.npz"), expected=bounds)
     np.savez(tmp_path / "spread.npz", x=np.stack([np.ones(8), np.arange(8) * 1e8 + 0.3], 1), y=y)
@@ -640,7 +640,7 @@ def test_large_numbers_whose_differences_float32_does_not_represent_are_refused(
 
 def test_a_stream_needs_no_label_column_and_no_threat_is_advised(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,land\n1,AT\n2,DE\n")
-    expected = Expected(lenient=True, needs_labels=False, has_threat=False)
+    expected = DeclaredData(lenient=True, needs_labels=False, has_threat=False)
     assert open_data(str(tmp_path / "t.csv"), drop=("land",), expected=expected).y.tolist() == [-1, -1]
     with pytest.raises(TargetError, match="1 column .* land") as caught:
         open_data(str(tmp_path / "t.csv"), expected=expected)

@@ -15,7 +15,7 @@ from holdfast.attacks import RayS, Square
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.io.models.models import Declared, open_model
 from holdfast.io.models.skops_files import refuse_access
@@ -128,7 +128,7 @@ def test_labels_are_looked_up_among_the_classes_of_the_estimator():
 @pytest.mark.parametrize("form", ["npz", "csv"])
 def test_labels_of_files_are_looked_up_too(tmp_path: Path, form: str):
     labels = np.where(CLASS[JUDGED] > 4, 5, -2)
-    expected = Expected(classes=2, class_names=("-2", "5"), class_labels=(-2, 5))
+    expected = DeclaredData(classes=2, class_names=("-2", "5"), class_labels=(-2, 5))
     place = tmp_path / f"data.{form}"
     if form == "npz":
         np.savez(place, x=SHOWN, y=labels)

@@ -20,7 +20,7 @@ from holdfast.core.constraints import L0, L1, L2, Linf, allowed
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.runs.harden.attempt_training import training_notes
 
@@ -316,7 +316,7 @@ def test_the_remedies_for_another_separator_and_for_no_header_work(separator, tm
 def test_columns_without_a_header_get_the_names_of_the_models(tmp_path: Path):
     path = tmp_path / "t.csv"
     path.write_text("\n".join(",".join(row) for row in ROWS))
-    fitted = Expected(feature_names=("a", "b"))
+    fitted = DeclaredData(feature_names=("a", "b"))
     data = open_data(str(path), label="3", drop=("1",), header=False, expected=fitted)
     assert data.features == ("a", "b") and data.read(0, 3).x.tolist()[2] == [0.5, 0.75]
     assert any("0=a, 2=b" in note for note in data.notes)

@@ -39,7 +39,7 @@ def data(n=12):
     return Batch(x, (x[:, 0] > x[:, 1]).long(), torch.arange(n))
 
 
-def clean(batch, turn):
+def clean(batch, update):
     return batch.x
 
 
@@ -156,8 +156,8 @@ def test_how_images_were_moved_is_drawn_at_the_place_of_the_first_update(replays
     images = Batch(torch.rand(6, 1, 8, 8), torch.arange(6) % 2, torch.arange(6))
     net, places = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), []
 
-    def inner(batch, turn):
-        places.append(turn.rng)
+    def inner(batch, update):
+        places.append(update.rng)
         drawn = moves(images.take(batch.ids), "crop-flip", places[-1 - (len(places) - 1) % replays])
         assert torch.equal(batch.x, drawn.of(images.x[batch.ids]))
         return batch.x

@@ -10,7 +10,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.io.models.adapting import TextFunction
 from holdfast.io.models.models import Declared
@@ -129,5 +129,7 @@ def test_a_function_that_hides_its_network_is_refused_with_a_way_out():
 def test_equal_texts_of_another_width_are_duplicates():
     longer, shorter = batch(width=60), batch(TEXTS[:3], width=40)
     for data, test in ((longer, shorter), (batch(width=40), batch(TEXTS[:3], width=60))):
-        fresh, note = without_judged(data, as_data(test.x, test.y, expected=Expected(Bounds(0, LARGEST), 2)))
+        fresh, note = without_judged(
+            data, as_data(test.x, test.y, expected=DeclaredData(Bounds(0, LARGEST), 2))
+        )
         assert "training examples are also test examples" in note and len(fresh) < len(TEXTS)

@@ -302,7 +302,7 @@ def test_eps_grows_at_first_for_attack_and_loss_alike(overshoot):
     seen, model = [], fakes.network(1).requires_grad_()
     data = fakes.labelled(fakes.network(), fakes.examples(n=32))
 
-    def inner(learner, batch, turn):
+    def inner(learner, batch, update):
         seen.append(learner.threat.constraint.eps)
         return batch.x
 

@@ -23,14 +23,14 @@ from holdfast.recipes import (
     MarginTraining,
     Standard,
 )
-from holdfast.recipes.training.fit import Turn
+from holdfast.recipes.training.fit import Update
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.weights import twin
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 from matrices import gains
 
-EPS, TURN = 0.2, Turn(Draws(3), 0, 0.0, 1.0)
+EPS, UPDATE = 0.2, Update(Draws(3), 0, 0.0, 1.0)
 
 
 def linear(weight):
@@ -64,7 +64,7 @@ def two_classes(batch):
 
 
 def penalty(recipe, learner, batch):
-    x_adv = batch.x if isinstance(recipe, CURE) else recipe.inner(learner, batch, TURN)
+    x_adv = batch.x if isinstance(recipe, CURE) else recipe.inner(learner, batch, UPDATE)
     whole, _ = recipe.loss(learner, batch, x_adv)
     return (whole - F.cross_entropy(learner.net(batch.x), batch.y)).item(), x_adv
 
@@ -87,7 +87,7 @@ def test_the_projections_are_others_at_the_next_update_and_the_same_when_measure
     model = learner(linear(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()))
     one, _ = penalty(recipe, model, batch)
     assert recipe.loss(model, batch, batch.x)[0].item() == recipe.loss(model, batch, batch.x)[0].item()
-    recipe.inner(model, batch, replace(TURN, rng=Draws(4)))
+    recipe.inner(model, batch, replace(UPDATE, rng=Draws(4)))
     assert recipe.loss(model, batch, batch.x)[0].item() != pytest.approx(one)
 
 

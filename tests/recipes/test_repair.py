@@ -17,7 +17,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.npz import write_trigger
 from holdfast.recipes import FTSAM, Repair, Standard
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.follow_up import STEPS, after_repair, outcome
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.recipe import Finished, facts_of
@@ -87,7 +87,7 @@ def test_other_recipes_do_not_remove_backdoors(recipe):
 def test_the_chosen_fraction_gets_the_trigger_and_keeps_its_labels():
     batch, net = images(2000), network(False)
     learner = Learner(net, net, threat())
-    x = Repair(stamped=0.25).inner(learner, batch, Turn(Draws(0), 0, 0.0, 1.0))
+    x = Repair(stamped=0.25).inner(learner, batch, Update(Draws(0), 0, 0.0, 1.0))
     with_trigger = (x == TRIGGER.stamped(batch.x, net.bounds)).flatten(1).all(1)
     assert float(with_trigger.double().mean()) == pytest.approx(0.25, abs=0.04)
     assert torch.equal(x[~with_trigger], batch.x[~with_trigger])

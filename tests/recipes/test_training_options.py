@@ -49,7 +49,7 @@ def data(n=12):
     return Batch(x, (x[:, 0] > x[:, 1]).long(), torch.arange(n))
 
 
-def clean(batch, turn):
+def clean(batch, update):
     return batch.x
 
 
@@ -235,16 +235,16 @@ def test_another_pass_of_the_network_that_learns_is_the_same_function_and_leaves
 
 
 def test_a_replayed_batch_is_the_same_batch_in_updates_of_their_own():
-    net, seen, turns = normed(), [], []
+    net, seen, updates = normed(), [], []
 
-    def inner(batch, turn):
-        turns.append((turn.rng.key, turn.done))
+    def inner(batch, update):
+        updates.append((update.rng.key, update.done))
         return batch.x
 
     how = replace(HOW, epochs=2, batch=8, augment="shift")
     *_, last = fit(net, images(), inner, of(net, seen), how, rng=Draws(0), replays=3)
-    assert len(turns) == len(set(turns)) == 2 * 3 * 3
-    assert turns[-1][1] == 17 / 18
+    assert len(updates) == len(set(updates)) == 2 * 3 * 3
+    assert updates[-1][1] == 17 / 18
     assert len({tuple(x.flatten().tolist()) for _, x in seen}) == 2 * 3
     assert all(torch.equal(seen[k][1], seen[k - k % 3][1]) for k in range(18))
     assert 0 <= last.measured["accuracy"] <= 1

@@ -32,7 +32,7 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.recipes.training.augment import augmented, moves
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.weights import twin
 from holdfast.testing import fakes
@@ -66,8 +66,8 @@ def learner(net, constraint):
     return Learner(net, twin(net), ThreatModel(constraint))
 
 
-def turn(done=0.0):
-    return Turn(Draws(0), 0, done, 1.0)
+def update(done=0.0):
+    return Update(Draws(0), 0, done, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_perturbation_that_was_clipped_is_restored():
     held = replace(learner(Classifier(net), Linf(0.3)), state=state)
     recipe = FreeTraining()
     for _ in range(2):
-        recipe.loss(held, dark, recipe.inner(held, dark, turn()))[0].backward()
+        recipe.loss(held, dark, recipe.inner(held, dark, update()))[0].backward()
     torch.testing.assert_close(state["delta"], torch.full((4, 3), 0.3, dtype=torch.float64))
 
 
@@ -136,7 +136,7 @@ def test_free_learns_what_holds_under_its_perturbation():
 )
 def test_the_virtual_adversarial_direction_of_a_linear_network_is_its_weight_either_way(constraint, expected):
     some = data().labelled(torch.full((8,), UNLABELLED))
-    moved = VAT().inner(learner(linear(-2.0), constraint), some, turn()) - some.x
+    moved = VAT().inner(learner(linear(-2.0), constraint), some, update()) - some.x
     towards = (moved @ W).sign()
     assert {-1.0, 1.0} == set(towards.tolist())  # it knows no label: random directions decide
     torch.testing.assert_close(moved, towards[:, None] * expected)
@@ -148,7 +148,7 @@ def test_virtual_adversarial_training_learns_from_examples_without_labels():
     blank = some.labelled(torch.where(torch.arange(26) < 13, some.y, UNLABELLED))
     net, threat = fakes.network(1).requires_grad_(), ThreatModel(L2(0.5))
     held = Learner(net, twin(net), threat)
-    x_adv = VAT().inner(held, blank, turn())
+    x_adv = VAT().inner(held, blank, update())
     value, right = VAT(weight=0.0).labelled_loss(held, blank, x_adv, labelled=0.5)
     few = some.take(torch.arange(13))
     torch.testing.assert_close(value, F.cross_entropy(net(few.x), few.y))
@@ -179,7 +179,7 @@ def test_a_friendly_attack_ends_as_many_steps_beyond_the_boundary_as_are_allowed
     size = 2.5 * eps / steps * W.abs().sum()  # what a step adds to the difference of the logits
     recipe = CurriculumTraining(beyond=beyond, steps=steps)
     some = data(200)
-    x_adv = recipe.inner(learner(net, Linf(eps)), some, turn(done=1 - 1e-9))
+    x_adv = recipe.inner(learner(net, Linf(eps)), some, update(done=1 - 1e-9))
     over = x_adv @ W - 4.0
     most = some.x @ W - 4.0 + eps * W.abs().sum()
     start = Linf(eps).sample(some, WIDE, Draws(0).at("start")) @ W - 4.0
@@ -194,7 +194,7 @@ def test_a_friendly_attack_ends_as_many_steps_beyond_the_boundary_as_are_allowed
 
 def test_a_curriculum_begins_with_the_first_error_and_ends_with_all_steps_beyond():
     net, some, recipe = linear(-4.0), data(100), CurriculumTraining(beyond=3, steps=20)
-    ends = [recipe.inner(learner(net, Linf(0.5)), some, turn(done)) @ W for done in (0.0, 0.3, 0.6, 0.9)]
+    ends = [recipe.inner(learner(net, Linf(0.5)), some, update(done)) @ W for done in (0.0, 0.3, 0.6, 0.9)]
     for before, after in pairwise(ends):
         assert (after >= before - 1e-12).all()
         assert (after > before).sum() > 20
@@ -216,9 +216,9 @@ def test_an_early_stopped_attack_keeps_the_statistics_of_the_whole_batch():
         moved = constraint.project(x + 2.5 * 0.05 / 4 * grad.sign(), some.x, WIDE)
         x = torch.where(going[:, None], moved, x)
     assert 0 < int((said[0] == some.y).sum()) < len(some)
-    torch.testing.assert_close(recipe.inner(held, some, turn()), x)
+    torch.testing.assert_close(recipe.inner(held, some, update()), x)
     one_right = some.labelled(torch.where(some.ids == 0, said[0], 1 - said[0]))
-    found = recipe.inner(held, one_right, turn())  # of which a single example goes on
+    found = recipe.inner(held, one_right, update())  # of which a single example goes on
     assert found.isfinite().all()
 
 
@@ -232,7 +232,7 @@ def test_several_norms_end_under_the_one_that_hurts_most(method, scale):
     rises = [0.1 * scale * W.abs().sum(), 0.3 * W.norm(), 0.9 * W.abs().max()]
     recipe = MultiNormTraining(others=others, method=method, steps=20, reach=2.5)
     some = data()
-    x_adv = recipe.inner(learner(linear(), constraint), some, turn(1.0))
+    x_adv = recipe.inner(learner(linear(), constraint), some, update(1.0))
     rise = (x_adv - some.x) @ W
     torch.testing.assert_close(rise, torch.full_like(rise, max(rises)), rtol=1e-3, atol=0)
     inside = [c.distance(x_adv, some.x) <= c.eps * (1 + 1e-9) for c in (constraint, *others)]
@@ -249,14 +249,14 @@ def test_multi_steepest_descent_keeps_the_worst_point_of_its_path():
 
     net, some = Classifier(Hill()), Batch(torch.full((2, 1), 0.5), torch.zeros(2).long(), torch.arange(2))
     recipe = MultiNormTraining(others=(L2(0.1),), steps=2, reach=2.0)  # each step as long as eps
-    x_adv = recipe.inner(Learner(net, net, ThreatModel(Linf(0.1))), some, turn())
+    x_adv = recipe.inner(Learner(net, net, ThreatModel(Linf(0.1))), some, update())
     torch.testing.assert_close(x_adv, torch.full((2, 1), 0.6))
 
 
 def test_the_average_trains_on_the_end_of_every_attack():
     recipe, net, some = MultiNormTraining(others=OTHERS, method="average", steps=20), linear(), data()
     held = learner(net, Linf(0.1))
-    x_adv = recipe.inner(held, some, turn(1.0))
+    x_adv = recipe.inner(held, some, update(1.0))
     assert len(x_adv) == 3 * len(some)
     value, right = recipe.loss(held, some, x_adv)
     each = [F.cross_entropy(net(part), some.y) for part in x_adv.split(len(some))]
@@ -268,7 +268,7 @@ def test_the_average_trains_on_the_end_of_every_attack():
 def test_the_balls_of_several_norms_grow_until_they_are_whole():
     recipe, some = MultiNormTraining(others=OTHERS, steps=20), data()
     rises = [
-        (recipe.inner(learner(linear(), Linf(0.1 * grown)), some, replace(turn(0.0), grown=grown)) - some.x)
+        (recipe.inner(learner(linear(), Linf(0.1 * grown)), some, replace(update(0.0), grown=grown)) - some.x)
         @ W
         for grown in (0.0, 0.5, 1.0)
     ]
@@ -395,7 +395,7 @@ def test_atta_begins_at_the_perturbation_of_the_epoch_before():
     held = Learner(net, twin(net), ThreatModel(EPS), {"kept": torch.zeros(8, 3, dtype=torch.float16)})
     rows, corner = torch.arange(8), (0.2 * W.sign()).expand(8, 3)
     moved = [
-        recipe.attacked(held, some, replace(turn(), epoch=epoch), rows, 1.0) - some.x for epoch in range(6)
+        recipe.attacked(held, some, replace(update(), epoch=epoch), rows, 1.0) - some.x for epoch in range(6)
     ]
     short = [(corner - change).abs().amax().item() for change in moved]
     assert short[0] > 0.2  # it began anywhere in the ball
@@ -415,7 +415,7 @@ def test_atta_moves_what_it_keeps_along_with_the_image_and_back():
     held = Learner(net, twin(net), ThreatModel(EPS), {"kept": before.clone()})
     recipe = ATTA(steps=1, step=0.4, training=Training(augment="crop-flip"))
     moved, seen = moves(some, "crop-flip", place), augmented(some, "crop-flip", place)
-    x_adv = recipe.attacked(held, seen, Turn(place, 3, 0.5, 1.0), torch.arange(6), 1.0)
+    x_adv = recipe.attacked(held, seen, Update(place, 3, 0.5, 1.0), torch.arange(6), 1.0)
     further = (before.float() + 0.4 * 0.2).clamp(max=0.2)
     in_sight = moved.back(torch.ones_like(some.x), torch.zeros_like(some.x)).bool()
     assert 0.3 < in_sight.float().mean() < 1
@@ -435,7 +435,7 @@ def test_an_ensemble_is_attacked_in_turn_and_learns_from_every_one():
     held = replace(learner(net, EPS), threat=ThreatModel(EPS, surrogates=(other,)))
     recipe, ends = EnsembleTraining(steps=20), set()
     for epoch in range(20):
-        moved = recipe.inner(held, some, replace(turn(), rng=Draws(epoch))) - some.x
+        moved = recipe.inner(held, some, replace(update(), rng=Draws(epoch))) - some.x
         (sign,) = {tuple(one.sign().tolist()) for one in moved}
         torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.2))
         ends.add(sign)

@@ -11,7 +11,7 @@ from holdfast.rotation import Basins, Codec, Immunise, LatentDiffusion
 from holdfast.rotation.immunising import Crafting
 from holdfast.rotation.pool import Pool
 from holdfast.rotation.steps.rotation_request import RotateRequest, split_examples, trainable_subject
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.harden.candidates import Candidate
 from rotation.problem import THREAT, examples, network
 from runs import steps
@@ -27,7 +27,7 @@ def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.02, seed=0, given=None)
     recipe = kind(training=Training(epochs=epochs, batch=64, lr=lr, averaging="none"))
     data, other = examples(n=640), examples(1, 64)
     parts = split_examples(data, as_data(other.x, other.y), "blobs", 4, seed)
-    subject = Subject(given or network(), "digest", {"name": "net"})
+    subject = DescribedModel(given or network(), "digest", {"name": "net"})
     trainable = trainable_subject(subject, "cpu", parts)
     candidate = Candidate("standard", recipe, {})
     return RotateRequest(trainable, THREAT, "linf:0.1", candidate, source, parts, seed, "own")

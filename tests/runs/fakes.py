@@ -9,7 +9,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.io.data.loaders import as_data
-from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.stage import Member
 
@@ -29,7 +29,9 @@ def network(seed=0):
 
 
 def subject(net=None, digest="a" * 64):
-    return Subject(Classifier(network() if net is None else net), digest, {"name": "fake", "digest": digest})
+    return DescribedModel(
+        Classifier(network() if net is None else net), digest, {"name": "fake", "digest": digest}
+    )
 
 
 def data(n=N, seed=1):

@@ -14,7 +14,7 @@ from holdfast.rotation.collecting import trained_from_fresh_weights
 from holdfast.rotation.pool import Pool
 from holdfast.rotation.steps.collect import BASE
 from holdfast.rotation.steps.rotation_request import OWN, Examples, RotateRequest
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.harden.candidates import Candidate
 from rotation.problem import examples, task
 
@@ -27,7 +27,7 @@ def terms(held: int = 1_000) -> RotateRequest:
     """RotateRequest of the problem; the first rows are trained on, and others judge."""
     made, judging = task(), examples(7, held)
     apart = Batch(judging.x, judging.y, judging.ids + 10_000)
-    subject = Subject(made.model, "a" * 64, {"name": "fake", "digest": "a" * 64})
+    subject = DescribedModel(made.model, "a" * 64, {"name": "fake", "digest": "a" * 64})
     candidate = Candidate("standard", made.recipe, {})
     data = Examples(made.data, apart, "b" * 64, "blobs", ())
     return RotateRequest(subject, SMALL, "linf:0.05", candidate, Basins(), data)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import holdfast
 from holdfast.core.errors import Interrupted
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.streamed import open_by_index
 from holdfast.recipes import Standard
 from holdfast.recipes.training.fit import Training, _Loop
@@ -64,7 +64,7 @@ def life(folder, *, at=None, number=None):
 
             _Loop._update = counted
             loader = DataLoader(Stored(training()), batch_size=9, shuffle=True, num_workers=2)
-            run(folder, open_by_index(loader, Expected()))
+            run(folder, open_by_index(loader, DeclaredData()))
             code = 0
         except Interrupted as error:
             os.write(write, str(error).split(";")[0].encode())

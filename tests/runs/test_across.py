@@ -17,7 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.io.data.loaders import as_data
 from holdfast.reports.transfer import across_rows
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.harness.kinds.passes import MATRIX, _permuted, paired
 from holdfast.runs.harness.stage import Member
@@ -131,7 +131,7 @@ def test_the_sample_is_bounded_and_as_large_of_each(set_limit):
 
 
 def test_changes_are_made_on_surrogates_if_the_model_has_no_gradient():
-    other = Subject(Classifier(network(1)), "b" * 64, {"name": "other", "how": "python"})
+    other = DescribedModel(Classifier(network(1)), "b" * 64, {"name": "other", "how": "python"})
     asked = carrying(elsewhere(), threat=BLIND, members=(), attacked=False)
     transfer = replace(asked.plan, members=(MATRIX,))
     found = assess(subject(), data(), replace(asked, plan=transfer, surrogates=(other,)))

@@ -20,7 +20,7 @@ from holdfast.gates.grammar import parse
 from holdfast.io.data.loaders import as_data
 from holdfast.metrics.comparisons import basis
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.documents.stored_runs import Comparison, new_folder, open_run, runs_in
 from holdfast.runs.harness.measure import measure
 from holdfast.runs.harness.stage import Member
@@ -279,7 +279,7 @@ def test_an_eps_of_nothing_is_clean_accuracy():
 
 
 def test_an_attack_that_needs_more_than_is_given_is_refused_by_name():
-    scores_only = Subject(Classifier(network(), access="scores"), "a" * 64)
+    scores_only = DescribedModel(Classifier(network(), access="scores"), "a" * 64)
     with pytest.raises(UsageError, match="PGD needs gradients, and the model gives scores only"):
         assess(scores_only, data(), order())
 

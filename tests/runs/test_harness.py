@@ -535,10 +535,10 @@ def test_a_model_that_refuses_some_batch_sizes_has_its_batches_filled_up(takes, 
         assert torch.equal(found[name], wanted[name])
     assert picky.batches is None
     with prepared(picky, BATCH.take(torch.arange(3))) as target:
-        assert target.quick.batches == Batches(size, multiples)
+        assert target.optimised.batches == Batches(size, multiples)
         assert any("batch" in note for note in target.notes)
     with prepared(MODEL, BATCH) as target:
-        assert target.bare.batches is None
+        assert target.original.batches is None
 
 
 def test_a_model_that_takes_no_batch_is_refused_in_its_own_words():

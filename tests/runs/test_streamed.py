@@ -26,7 +26,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import Source, as_data, in_order, index_order
 from holdfast.io.data.streamed import Streamed, open_by_index, training_data
 from holdfast.recipes import ATTA, SingleStep
@@ -60,7 +60,7 @@ def own_noise():
 
 
 def opened(data):
-    found = open_by_index(data, Expected())
+    found = open_by_index(data, DeclaredData())
     assert found is not None
     return found
 

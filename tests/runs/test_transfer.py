@@ -15,7 +15,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.metrics.comparisons import ALL, matrix
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.documents.stored_runs import open_run
 from holdfast.runs.harness.kinds.passes import MATRIX
 from holdfast.runs.harness.stage import Member
@@ -26,7 +26,7 @@ GIVEN = Member("Transfer", Transfer(steps=3, neighbours=0))
 
 
 def other(seed=1, name="other", net=None):
-    return Subject(
+    return DescribedModel(
         Classifier(network(seed) if net is None else net), f"{seed:064d}", {"name": name, "how": "python"}
     )
 
@@ -196,7 +196,7 @@ def test_a_surrogate_with_random_outputs_is_refused():
 
 
 def test_a_surrogate_without_gradients_is_refused():
-    served = Subject(Classifier(network(1), access="scores"), "b" * 64, {"name": "served"})
+    served = DescribedModel(Classifier(network(1), access="scores"), "b" * 64, {"name": "served"})
     with pytest.raises(UsageError, match="served gives only scores"):
         assess(subject(), data(), with_surrogates(served))
 

@@ -11,7 +11,7 @@ import holdfast
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Normalisation
 from holdfast.core.types import Inputs
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.recipes import PGDTraining
 from holdfast.recipes.training.fit import Training
@@ -58,7 +58,7 @@ def test_the_gradient_goes_through_the_normalisation(pixels):
     x, y = pixels
     settings = holdfast.Assess(model=net(), data=pixels, data_normalised="0.49,0.48,0.45/0.25,0.24,0.26")
     model = open_subject(settings).model
-    expected = Expected(normalised=Normalisation(MEAN, STD))
+    expected = DeclaredData(normalised=Normalisation(MEAN, STD))
     restored = as_data((normalised(x), y), expected=expected).read(0, len(x)).x.requires_grad_()
     raw = x.clone().requires_grad_()
     (own,) = torch.autograd.grad(model(restored)[:, 0].sum(), restored)
@@ -68,7 +68,7 @@ def test_the_gradient_goes_through_the_normalisation(pixels):
 
 
 def test_rounding_is_moved_to_the_bounds_and_nothing_else():
-    expected = Expected(normalised=Normalisation((0.1307,), (0.3081,)))
+    expected = DeclaredData(normalised=Normalisation((0.1307,), (0.3081,)))
 
     def read(pixels: list[float], dtype: torch.dtype = torch.float32) -> list[float]:
         z = ((torch.tensor(pixels, dtype=torch.float64) - 0.1307) / 0.3081).to(dtype)[:, None, None, None]
@@ -113,10 +113,10 @@ def test_what_cannot_be_declared_is_refused(pixels, options, message):
 def test_values_that_cannot_have_been_normalised_so_are_refused(pixels):
     x, y = pixels
     with pytest.raises(TargetError, match="these seem not to be normalised; .* leave out data_normalised"):
-        as_data((x, y), expected=Expected(normalised=Normalisation(MEAN, STD)))
+        as_data((x, y), expected=DeclaredData(normalised=Normalisation(MEAN, STD)))
     scale = Normalisation(*(tuple(255 * side for side in sides) for sides in (MEAN, STD)))
     with pytest.raises(TargetError, match="on the scale of 0 to 255: divide them by 255"):
-        as_data((normalised(x), y), expected=Expected(normalised=scale))
+        as_data((normalised(x), y), expected=DeclaredData(normalised=scale))
 
 
 def test_bytes_are_no_normalised_values(pixels, tmp_path: Path):

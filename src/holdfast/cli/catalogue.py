@@ -181,7 +181,7 @@ def show(voice: Voice, *, address: str, **options: Any) -> None:
 
     from holdfast.core.model import Bounds
     from holdfast.io.data.data import open_data
-    from holdfast.io.data.layouts import Expected
+    from holdfast.io.data.layouts import DeclaredData
     from holdfast.io.data_catalogue import CATALOGUE
     from holdfast.reports.terminal import cell
 
@@ -191,7 +191,7 @@ def show(voice: Voice, *, address: str, **options: Any) -> None:
         table.add_row("title", entry.title)
         table.add_row("licence", entry.licence)
         table.add_row("cite", entry.cite)
-    anything = Expected(Bounds(-math.inf, math.inf), lenient=True)
+    anything = DeclaredData(Bounds(-math.inf, math.inf), lenient=True)
     opened = open_data(address, **options, expected=anything)
     sample = opened.read(0, min(len(opened), 1000))
     table.add_row("examples", f"{len(opened):,}")

@@ -29,9 +29,9 @@ def attribution_figures(case: Case) -> tuple[list[Figure], list[str]]:
     inputs = torch.cat((case.x, case.noise, case.x_adv)) if case.found.shown is not None else case.x
     classes = case.batch.y.expand(len(inputs))
     baseline = case.baseline.expand_as(inputs)
-    model, methods = case.target.quick, dict[str, Tensor]()
+    model, methods = case.target.optimised, dict[str, Tensor]()
     integrated: counterfactual.Integrated | None = None
-    if counterfactual.has_gradients(case.target.bare, inputs) and not inputs.isnan().any():
+    if counterfactual.has_gradients(case.target.original, inputs) and not inputs.isnan().any():
         methods["gradient"] = counterfactual.gradient(model, inputs, classes)
         methods["SmoothGrad"] = counterfactual.smooth_gradient(
             model, inputs, classes, smoothing_noise(case, inputs)
@@ -230,7 +230,9 @@ def _word_effects(case: Case) -> Figure:
             continue
         without = [" ".join(words[:k] + words[k + 1 :]) for k in range(len(words))]
         points = encoded([*without, " ".join(words)], x.shape[1]).to(x)
-        logits = counterfactual.logits_of_class(case.target.bare, points, case.batch.y.expand(len(points)))
+        logits = counterfactual.logits_of_class(
+            case.target.original, points, case.batch.y.expand(len(points))
+        )
         effects = (logits[-1] - logits[:-1]).tolist()
         rows += [(kind, word, effect) for word, effect in zip(words, effects, strict=True)]
     top = sorted(rows, key=lambda row: -abs(float(row[2] or 0)))[:_MOST_COLUMNS]

@@ -34,7 +34,7 @@ from holdfast.reports.terminal import as_lines
 from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount, plain, size, strict, value_text
 from holdfast.reports.write import rendered, write
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.threats.domains import SIGNAL, TABLE, TEXT, is_image
 from holdfast.threats.tables import Table as TableConstraint
 from holdfast.threats.tables import table_of
@@ -365,7 +365,7 @@ _GRID = 28
 class Case:
     """One example of a model under a threat, with the results that its figures share."""
 
-    target: Target
+    target: PreparedModel
     batch: Batch
     """the example (1), with the predicted class as its label"""
     label: int
@@ -444,7 +444,7 @@ def random_noise(case: Case) -> Inputs:
     under constraints that are no balls.
     """
     delta, constraint = case.x_adv - case.x, case.threat.constraint
-    bounds = case.target.bare.bounds
+    bounds = case.target.original.bounds
     signs = case.rng.at("noise").signs(case.batch.ids, *case.x.shape[1:], dtype=case.x.dtype)
     if constraint.in_input_units:
         size = constraint.distance(case.x_adv, case.x)
@@ -490,7 +490,7 @@ class Measured:
 class Attacked:
     """The examples with adversarial inputs, which the figures share."""
 
-    target: Target
+    target: PreparedModel
     batch: Batch
     threat: ThreatModel
     about: About
@@ -519,7 +519,7 @@ class Attacked:
 
 
 def attacked(
-    target: Target, batch: Batch, threat: ThreatModel, about: About, known: Measured, rng: Draws
+    target: PreparedModel, batch: Batch, threat: ThreatModel, about: About, known: Measured, rng: Draws
 ) -> Attacked:
     """Return the examples of `batch` with the smallest changes that a search finds, or that a run has stored."""
     predicted = target.predicted(target.logits(batch.x))
@@ -550,15 +550,17 @@ def _positions(ids: Tensor | None, batch: Batch) -> dict[int, int]:
     return {row: stored[value] for row, value in enumerate(batch.ids.tolist()) if value in stored}
 
 
-def _smallest(target: Target, batch: Batch, threat: ThreatModel, rng: Draws) -> tuple[Inputs, PerExample]:
+def _smallest(
+    target: PreparedModel, batch: Batch, threat: ThreatModel, rng: Draws
+) -> tuple[Inputs, PerExample]:
     """The smallest change of each example that is found, and its size."""
     goal = None if threat.goal is None else torch.full_like(batch.y, threat.goal)
     own = batch.towards(goal)
     constraint = threat.constraint
-    if constraint.is_ball and target.bare.access == "gradients" and threat.access == "gradients":
+    if constraint.is_ball and target.original.access == "gradients" and threat.access == "gradients":
         free = replace(threat, constraint=constraint.resized(math.inf))
         parts = [
-            attacked_inputs(FMN(), target.queried(target.quick, some), some, free, rng=rng.at("model"))
+            attacked_inputs(FMN(), target.queried(target.optimised, some), some, free, rng=rng.at("model"))
             for some in own.split(256)
         ]
         x_adv = torch.cat(parts)

@@ -25,7 +25,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, Mask, PerExample
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.threats.domains import TEXT
 from holdfast.threats.tables import Table, table_of
 
@@ -268,7 +268,7 @@ class Counterfactual:
 
 
 def counterfactual(
-    target: Target, batch: Batch, threat: ThreatModel, *, rng: Draws, stored: Inputs | None = None
+    target: PreparedModel, batch: Batch, threat: ThreatModel, *, rng: Draws, stored: Inputs | None = None
 ) -> Counterfactual:
     """Search for the counterfactual of one example, `batch` (1), whose label is the class that is left.
 
@@ -280,7 +280,9 @@ def counterfactual(
         candidates, names = [*candidates, stored.to(batch.x)], [*names, "the stored input of the run"]
     best, by, distance = None, ", ".join(names) or "none", math.inf
     for name, x_adv in zip(names, candidates, strict=True):
-        if not constraint.is_ball and not bool(allowed(constraint, x_adv, batch.x, target.bare.bounds)[0]):
+        if not constraint.is_ball and not bool(
+            allowed(constraint, x_adv, batch.x, target.original.bounds)[0]
+        ):
             continue
         if not bool(broken(target, batch, x_adv)[0]):
             continue
@@ -290,7 +292,7 @@ def counterfactual(
             best, by, distance = near, name, size
     if best is None:
         return Counterfactual(None, None, math.inf, inside=False, attack=by)
-    inside = bool(allowed(constraint, best, batch.x, target.bare.bounds)[0])
+    inside = bool(allowed(constraint, best, batch.x, target.original.bounds)[0])
     sparse = _sparse(target, batch, threat, best) if inside else None
     table = table_of(constraint)
     if sparse is not None and table is not None:
@@ -302,7 +304,7 @@ def counterfactual(
     return Counterfactual(best, sparse, distance, inside, by, predicted)
 
 
-def broken(target: Target, batch: Batch, x: Inputs) -> Mask:
+def broken(target: PreparedModel, batch: Batch, x: Inputs) -> Mask:
     """Return whether the original model predicts another class than the label, or the target class under a goal."""
     judged = target.judged_logits(target.logits(x), batch.y)
     return firmly_broken(judged, batch)
@@ -314,11 +316,11 @@ def changes(x_adv: Inputs, x: Inputs) -> Mask:
 
 
 def _searched(
-    target: Target, batch: Batch, threat: ThreatModel, rng: Draws
+    target: PreparedModel, batch: Batch, threat: ThreatModel, rng: Draws
 ) -> tuple[list[str], list[Inputs]]:
     """Names of the attacks that were tried, and the point that each of them returned."""
     constraint, names, points = threat.constraint, [], []
-    model = target.queried(target.quick, batch)
+    model = target.queried(target.optimised, batch)
     for name, attack, free in _attacks(constraint, threat, target):
         names.append(name)
         limits = replace(threat, constraint=constraint.resized(math.inf)) if free else threat
@@ -328,9 +330,11 @@ def _searched(
     return names, points
 
 
-def _attacks(constraint: Constraint, threat: ThreatModel, target: Target) -> list[tuple[str, Attack, bool]]:
+def _attacks(
+    constraint: Constraint, threat: ThreatModel, target: PreparedModel
+) -> list[tuple[str, Attack, bool]]:
     """Attacks to try, and whether each searches for the smallest change instead of any change within eps."""
-    access = "labels" if threat.access == "labels" else target.bare.access
+    access = "labels" if threat.access == "labels" else target.original.access
     if constraint.is_ball and access == "gradients" and threat.access == "gradients":
         return [("FMN", FMN(), True)]
     first: list[tuple[str, Attack, bool]] = []
@@ -347,7 +351,7 @@ def _attacks(constraint: Constraint, threat: ThreatModel, target: Target) -> lis
     return first
 
 
-def _to_boundary(target: Target, batch: Batch, x_adv: Inputs) -> Inputs:
+def _to_boundary(target: PreparedModel, batch: Batch, x_adv: Inputs) -> Inputs:
     """The point nearest to the clean input on the line to `x_adv` that is broken, found by bisection."""
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
@@ -360,7 +364,7 @@ def _to_boundary(target: Target, batch: Batch, x_adv: Inputs) -> Inputs:
     return near if bool(broken(target, batch, near)[0]) else x_adv
 
 
-def _sparse(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -> Inputs | None:
+def _sparse(target: PreparedModel, batch: Batch, threat: ThreatModel, x_adv: Inputs) -> Inputs | None:
     """An input inside the constraint with fewer changes, which is broken; None if none was found."""
     if threat.constraint.is_ball:
         return _largest(target, batch, threat, x_adv)
@@ -373,14 +377,14 @@ def _sparse(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) ->
     point = x_adv
     for undo in undoing:
         undone = undo(point)
-        if bool(allowed(threat.constraint, undone, batch.x, target.bare.bounds)[0]) and bool(
+        if bool(allowed(threat.constraint, undone, batch.x, target.original.bounds)[0]) and bool(
             broken(target, batch, undone)[0]
         ):
             point = undone
     return point
 
 
-def _shrunk(target: Target, batch: Batch, constraint: Table, x_adv: Inputs) -> Inputs:
+def _shrunk(target: PreparedModel, batch: Batch, constraint: Table, x_adv: Inputs) -> Inputs:
     """The row with the smallest changes of its numbers, towards the clean row, that the rules allow and that is broken:
     of all numbers together, and then of each, those that matter least first.
 
@@ -398,8 +402,8 @@ def _shrunk(target: Target, batch: Batch, constraint: Table, x_adv: Inputs) -> I
             shares = torch.linspace(low, high, _SHARES, dtype=torch.float64, device=point.device)
             rows = torch.where(columns, batch.x + shares[:, None] * (full - batch.x), full.double()).to(point)
             copies = batch.take(torch.zeros(_SHARES, dtype=torch.int64))
-            rows = constraint.project(rows, copies.x, target.bare.bounds)
-            good = allowed(constraint, rows, copies.x, target.bare.bounds) & broken(target, copies, rows)
+            rows = constraint.project(rows, copies.x, target.original.bounds)
+            good = allowed(constraint, rows, copies.x, target.original.bounds) & broken(target, copies, rows)
             good &= constraint.distance(rows, copies.x) <= constraint.distance(point, batch.x)
             if not good.any():
                 break
@@ -428,7 +432,7 @@ def _words_undone(x: Inputs, x_adv: Inputs) -> list[Callable[[Inputs], Inputs]]:
     return [partial(undo, place) for place, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
 
 
-def _largest(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -> Inputs | None:
+def _largest(target: PreparedModel, batch: Batch, threat: ThreatModel, x_adv: Inputs) -> Inputs | None:
     """The change restricted to its most important values, in the full size of eps, with the fewest of them."""
     constraint = threat.constraint
     size = constraint.distance(x_adv, batch.x)[0]
@@ -447,22 +451,22 @@ def _largest(target: Target, batch: Batch, threat: ThreatModel, x_adv: Inputs) -
         length = constraint.distance(batch.x + step, batch.x)[0].clamp_min(1e-12)
         if grown and not constraint.bounds_each_value:
             step = step * (constraint.eps / length)
-        point = constraint.project(batch.x + step, batch.x, target.bare.bounds)
+        point = constraint.project(batch.x + step, batch.x, target.original.bounds)
         if bool(broken(target, batch, point)[0]):
             best, high = point, k
         else:
             low = k + 1
-    good = best is not None and bool(allowed(constraint, best, batch.x, target.bare.bounds)[0])
+    good = best is not None and bool(allowed(constraint, best, batch.x, target.original.bounds)[0])
     return best if good else None
 
 
-def _order(target: Target, batch: Batch, x_adv: Inputs) -> Tensor:
+def _order(target: PreparedModel, batch: Batch, x_adv: Inputs) -> Tensor:
     """Positions of the input values, those that matter least for the broken point first."""
     change = (x_adv - batch.x).abs().nan_to_num(0)
-    if not has_gradients(target.bare, x_adv):
+    if not has_gradients(target.original, x_adv):
         return change.flatten().argsort(stable=True)
     point = x_adv.detach().clone().requires_grad_()
     with torch.enable_grad():
-        loss = margin_loss(target.bare(point), batch).sum()
+        loss = margin_loss(target.original(point), batch).sum()
     (grad,) = torch.autograd.grad(loss, point, materialize_grads=True, allow_unused=True)
     return (change * grad.abs().nan_to_num(0) + 1e-12 * change).flatten().argsort(stable=True)

@@ -42,7 +42,7 @@ from holdfast.reports.charts import PALETTE
 from holdfast.reports.gallery import png
 from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount, feature_value
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.threats.domains import is_image
 
 Checkpoint = Classifier
@@ -60,22 +60,24 @@ def features(model: Classifier, x: Inputs) -> tuple[Tensor, str]:
     return x.flatten(1).double().nan_to_num(0), "the inputs"
 
 
-def neighbour_figure(target: Target, x: Inputs, x_adv: Inputs | None, train: Batch, about: About) -> Figure:
+def neighbour_figure(
+    target: PreparedModel, x: Inputs, x_adv: Inputs | None, train: Batch, about: About
+) -> Figure:
     """Return the nearest training examples of the clean input, and of the changed one if there is one."""
-    of_train, name = features(target.bare, train.x)
+    of_train, name = features(target.original, train.x)
     pictures: list[Picture] = []
     rows: list[tuple[Cell, ...]] = []
     labels: dict[str, list[str]] = {}
     points = {"the input": x} | ({} if x_adv is None else {"the changed input": x_adv})
     for kind, point in points.items():
-        distances = torch.cdist(features(target.bare, point)[0], of_train)[0]
+        distances = torch.cdist(features(target.original, point)[0], of_train)[0]
         for row in distances.argsort(stable=True)[:_NEAREST].tolist():
             label = about.called(int(train.y[row]))
             labels.setdefault(kind, []).append(label)
             rows.append((kind, int(train.ids[row]), label, float(distances[row])))
             if is_image(x.shape[1:]):
                 caption = f"near {kind}: training example {int(train.ids[row])}, label {label}"
-                pictures.append(picture(train.x[row], caption, target.bare))
+                pictures.append(picture(train.x[row], caption, target.original))
     named = [", ".join(dict.fromkeys(each)) for each in labels.values()]
     before, after = named[0], named[-1]
     if x_adv is None:
@@ -121,7 +123,7 @@ def tracin(models: Sequence[Classifier], x: Inputs, y: Labels, train: Batch) -> 
 
 
 def tracin_figure(
-    target: Target,
+    target: PreparedModel,
     batch: Batch,
     predicted: Labels,
     train: Batch | None,
@@ -146,7 +148,7 @@ def tracin_figure(
         (int(train.ids[row]), about.called(int(train.y[row])), float(influence[row])) for row in chosen
     )
     pictures = tuple(
-        picture(train.x[row], f"training example {int(train.ids[row])}, label {rows[k][1]}", target.bare)
+        picture(train.x[row], f"training example {int(train.ids[row])}, label {rows[k][1]}", target.original)
         for k, row in enumerate(chosen)
         if is_image(batch.x.shape[1:])
     )
@@ -172,7 +174,7 @@ _COLOURS = ("light blue", "orange", "green", "pink", "yellow", "red", "blue", "b
 
 
 def explain_example(
-    target: Target,
+    target: PreparedModel,
     batch: Batch,
     threat: ThreatModel,
     about: About,
@@ -196,7 +198,7 @@ def explain_example(
         own = own.towards(torch.full_like(own.y, threat.goal))
     start = stored if stored is not None and int(predicted[0]) == label else None
     found = counterfactual(target, own, threat, rng=rng, stored=start)
-    low, _ = target.bare.bounds.like(batch.x)
+    low, _ = target.original.bounds.like(batch.x)
     of = low.expand_as(batch.x).clone() if baseline is None else baseline.to(batch.x)
     case = Case(target, own, label, threat, about, of, rng, found)
     figures, notes = [_change(case)], list(about.notes)
@@ -224,12 +226,12 @@ def _sentence(case: Case) -> str:
     start = f"Predicted as {case.predicted}{wrong if case.misclassified else ', which is right'}."
     if case.found.shown is None:
         return f"{start} No change that {case.about.threat} allows was found that changes the prediction."
-    size = distance_text(case.threat.constraint, case.found.distance, case.target.bare)
+    size = distance_text(case.threat.constraint, case.found.distance, case.target.original)
     edits = _edits(case)
     if edits:
         cost = "" if case.is_text else f" ({size})"
         return f"{start} It becomes {case.becomes} if {listed(edits, noun='more changes')}{cost}."
-    allowed = allowed_text(case.about, case.threat.constraint, case.target.bare)
+    allowed = allowed_text(case.about, case.threat.constraint, case.target.original)
     only = "" if case.found.inside else "only "
     return f"{start} It becomes {case.becomes} {only}with a change of {size}; {allowed}."
 
@@ -272,7 +274,7 @@ def _changed_share(case: Case) -> float:
 def _advice(case: Case) -> tuple[str, ...]:
     constraint = case.threat.constraint
     advice = ["Check the label, and look at training examples like this one."] if case.misclassified else []
-    proves = certifiable(constraint, case.target.bare.access)
+    proves = certifiable(constraint, case.target.original.access)
     if case.found.shown is None:
         if proves:
             advice.append(
@@ -285,7 +287,7 @@ def _advice(case: Case) -> tuple[str, ...]:
     if not case.found.inside:
         proof = " Prove that there is none (holdfast certify)." if proves else ""
         return (*advice, f"The search finds no change inside {case.about.threat}.{proof}")
-    advice.append(training_advice(case.about, constraint, case.target.bare.access))
+    advice.append(training_advice(case.about, constraint, case.target.original.access))
     if case.table is not None:
         names = listed([str(name) for name, *_ in _changed_values(case)], noun="more columns")
         advice.append(
@@ -299,7 +301,7 @@ def _advice(case: Case) -> tuple[str, ...]:
 
 def _values(case: Case, x: Inputs) -> list[float | str]:
     """Values of a row of a table in the units of the data."""
-    units, rules = case.target.bare.units, None if case.table is None else case.table.rules
+    units, rules = case.target.original.units, None if case.table is None else case.table.rules
     row = x if units is None else units.normalisation.done(x)
     shown: list[float | str] = []
     for place, value in enumerate(row.flatten().tolist()):
@@ -323,10 +325,10 @@ def _change(case: Case) -> Figure:
     """The input, its change and the counterfactual, beside random noise of the same size."""
     if case.found.shown is None:
         title = f"No counterfactual was found with {case.found.attack}"
-        shown = (picture(case.x[0], "the input", case.target.bare),) if case.is_picture else ()
+        shown = (picture(case.x[0], "the input", case.target.original),) if case.is_picture else ()
         note = "An example for which a search finds nothing may still be broken by another one."
         return Figure("change", title, title, ("attack",), ((case.found.attack,),), shown, note=note)
-    size = distance_text(case.threat.constraint, case.found.distance, case.target.bare)
+    size = distance_text(case.threat.constraint, case.found.distance, case.target.original)
     title = f"{case.predicted} becomes {case.becomes}" + ("" if case.is_text else f" at {size}")
     note = (
         f"Found by {case.found.attack}. The model and the constraint were applied again to every input shown."
@@ -396,7 +398,7 @@ def _noise_reason(case: Case) -> str:
 
 
 def _changed_pixels(case: Case, title: str, note: str) -> Figure:
-    model, nearest, noise = case.target.bare, case.found.nearest, case.noise
+    model, nearest, noise = case.target.original, case.found.nearest, case.noise
     assert nearest is not None
     delta, sparse = (nearest - case.x)[0], case.found.sparse
     largest = distance_text(case.threat.constraint, float(delta.abs().max()), model)
@@ -434,7 +436,7 @@ def _slice(case: Case) -> Figure:
     eps = constraint.eps if math.isfinite(constraint.eps) else size
     reach = min(max(1.6, 1.4 * eps / size if size else 1.6), 12.0)
     grid = boundary_slices(
-        case.target.quick, x, across, up, bounds=case.target.bare.bounds, side=_SIDE, reach=reach
+        case.target.optimised, x, across, up, bounds=case.target.original.bounds, side=_SIDE, reach=reach
     )[0].long()
     steps = torch.linspace(-reach, reach, _SIDE, dtype=x.dtype, device=x.device)
     t, s = (

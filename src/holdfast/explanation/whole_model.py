@@ -40,7 +40,7 @@ from holdfast.explanation.case import (
 from holdfast.explanation.counterfactual import changes, has_gradients
 from holdfast.io.data.labels import Groups
 from holdfast.reports.words import amount, plain
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.threats.domains import SIGNAL, TABLE, TEXT, is_image
 
 _LINES = 16  # examples of the loss surface
@@ -66,7 +66,7 @@ def surface_figure(case: Attacked, doubts: Mapping[str, str]) -> tuple[Figure, b
     places = torch.linspace(0, 1.5, _STEPS)
     for row in range(len(chosen)):
         for name, direction in (("attack", gradient_step[row]), ("random", random[row])):
-            points = case.target.bare.bounds.clamp(
+            points = case.target.original.bounds.clamp(
                 chosen.x[row] + spread(places.to(chosen.x), chosen.x) * direction
             )
             one = Batch(points, chosen.y[row].expand(_STEPS), chosen.ids[row].expand(_STEPS))
@@ -109,12 +109,12 @@ def _signed_step(case: Attacked, chosen: Batch, eps: float) -> Inputs:
     """The change of the size eps in the direction of the gradient; of the found change if the gradient is zero."""
     x = chosen.x.detach().clone().requires_grad_()
     with torch.enable_grad():
-        loss = margin_loss(case.target.bare(x), chosen).sum()
+        loss = margin_loss(case.target.original(x), chosen).sum()
     (grad,) = torch.autograd.grad(loss, x, materialize_grads=True, allow_unused=True)
     constraint = case.threat.constraint
     if constraint.counts_changes:
-        return grad.sign() * case.target.bare.bounds.width * 0.1
-    step = constraint.steepest(grad, chosen.x, case.target.bare.bounds)
+        return grad.sign() * case.target.original.bounds.width * 0.1
+    step = constraint.steepest(grad, chosen.x, case.target.original.bounds)
     zero = grad.flatten(1).abs().amax(1) == 0
     sizes = constraint.distance(step, torch.zeros_like(step)).clamp_min(1e-12)
     scaled = step * spread((eps if math.isfinite(eps) else 1.0) / sizes, step)
@@ -124,7 +124,7 @@ def _signed_step(case: Attacked, chosen: Batch, eps: float) -> Inputs:
 
 def layer_figures(case: Attacked, notes: list[str]) -> list[Figure]:
     """The relative change of the outputs of each layer by the attack and by noise of the same size."""
-    net = inner(case.target.bare).net
+    net = inner(case.target.original).net
     rows_of = (case.found & (case.distance > 0)).nonzero()[:, 0][:64]
     leaves = (
         [(name, m) for name, m in net.named_modules() if name and not [*m.children()]]
@@ -140,7 +140,7 @@ def layer_figures(case: Attacked, notes: list[str]) -> list[Figure]:
     delta = (x_adv - x).flatten(1)
     order = case.rng.at("layers").uniform(case.batch.ids[rows_of], delta.shape[1]).argsort(1)
     signs = case.rng.at("signs").signs(case.batch.ids[rows_of], delta.shape[1], dtype=x.dtype)
-    noise = case.target.bare.bounds.clamp(x + (delta.gather(1, order) * signs).view_as(x))
+    noise = case.target.original.bounds.clamp(x + (delta.gather(1, order) * signs).view_as(x))
     outputs = [_outputs(case.target, leaves, points) for points in (x, x_adv, noise)]
     rows: list[tuple[str, float, float, float]] = []
     for name in outputs[0]:
@@ -169,7 +169,7 @@ def layer_figures(case: Attacked, notes: list[str]) -> list[Figure]:
     return [Figure("layers", title, text, headings, tuple(rows), bars=shown, note=text, reason=reason)]
 
 
-def _outputs(target: Target, leaves: list[tuple[str, nn.Module]], x: Inputs) -> dict[str, Tensor]:
+def _outputs(target: PreparedModel, leaves: list[tuple[str, nn.Module]], x: Inputs) -> dict[str, Tensor]:
     """The outputs of the layers for some inputs, by the names of the layers."""
     kept: dict[str, Tensor] = {}
 
@@ -200,7 +200,7 @@ _LEAST = 5
 
 
 def explain_model(
-    target: Target,
+    target: PreparedModel,
     batch: Batch,
     threat: ThreatModel,
     about: About,
@@ -230,7 +230,7 @@ def explain_model(
     else:
         notes.append("No correctly classified example was broken, so what attacks use is not shown.")
     smooth = True
-    if threat.constraint.is_ball and has_gradients(target.bare, batch.x):
+    if threat.constraint.is_ball and has_gradients(target.original, batch.x):
         surface, smooth = surface_figure(case, known.doubts)
         figures.append(surface)
         figures += layer_figures(case, notes)
@@ -284,7 +284,7 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
             f"Improve the accuracy without an attack first ({percent(clean)}), which limits the robust accuracy."
         )
     if share < 0.9 * clean:
-        advice.append(training_advice(case.about, constraint, case.target.bare.access))
+        advice.append(training_advice(case.about, constraint, case.target.original.access))
     if constraint.domain is TABLE and bool(case.hit.any()):
         name = case.about.feature(int(_changed_share(case).argmax()))
         advice.append(
@@ -299,7 +299,7 @@ def _advice(case: Attacked, *, smooth: bool) -> tuple[str, ...]:
     if not advice:
         way = (
             "Certify the surviving examples (holdfast certify)"
-            if certifiable(constraint, case.target.bare.access)
+            if certifiable(constraint, case.target.original.access)
             else "Assess the model with further attacks (holdfast assess)"
         )
         advice.append(f"{way}, since an attack that fails proves nothing.")
@@ -327,13 +327,13 @@ def _margins(case: Attacked) -> Figure:
     counts = [int(((sizes > low) & (sizes <= high)).sum()) for low, high in pairwise(edges)]
     counts[0] += int((sizes <= 0).sum())
     counts.append(int((sizes > top).sum()))
-    text = [distance_text(constraint, float(edge), case.target.bare) for edge in edges]
+    text = [distance_text(constraint, float(edge), case.target.original) for edge in edges]
     labels = [f"up to {edge}" for edge in text[1:]] + ["above"]
     none = int((correct & ~found).sum())
     rows = tuple((float(a), float(b), c) for a, b, c in zip(edges[:-1], edges[1:], counts[:-1], strict=True))
     median = float(distance[correct].sort().values[(int(correct.sum()) - 1) // 2])
-    allowed = "" if constraint.domain is TABLE else allowed_text(case.about, constraint, case.target.bare)
-    size = distance_text(constraint, median, case.target.bare)
+    allowed = "" if constraint.domain is TABLE else allowed_text(case.about, constraint, case.target.original)
+    size = distance_text(constraint, median, case.target.original)
     title = f"Half of the correctly classified examples break within {size}"
     few = "Fewer than half of the correctly classified examples break"
     near = median < eps * (1 - 1e-6)
@@ -417,13 +417,13 @@ def _confusion(case: Attacked) -> Figure:
 def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
     """Clusters of broken examples by the features of their adversarial inputs, each with its medoid."""
     hit = case.hit.nonzero()[:, 0]
-    if case.target.bare.access != "gradients" or len(hit) < 2 * _CLUSTERS:
+    if case.target.original.access != "gradients" or len(hit) < 2 * _CLUSTERS:
         notes.append(
             f"Clusters of broken examples are not shown, because they need {2 * _CLUSTERS} of them and a network with "
             "gradients."
         )
         return []
-    points = penultimate(inner(case.target.bare), case.x_adv[hit])[0]
+    points = penultimate(inner(case.target.original), case.x_adv[hit])[0]
     points = (points - points.mean(0)) / points.std(0).clamp_min(1e-9)
     assigned, centres = _k_means(points, case.rng)
     rows: list[tuple[Cell, ...]] = []
@@ -445,8 +445,8 @@ def _clusters(case: Attacked, notes: list[str]) -> list[Figure]:
             caption = f"cluster {number}, example {example}: {case.about.name_of(int(case.batch.y[medoid]))}"
             becomes = case.about.name_of(int(case.becomes[medoid]))
             pictures += [
-                picture(case.batch.x[medoid], caption, case.target.bare),
-                picture(case.x_adv[medoid], f"{caption} becomes {becomes}", case.target.bare),
+                picture(case.batch.x[medoid], caption, case.target.original),
+                picture(case.x_adv[medoid], f"{caption} becomes {becomes}", case.target.original),
             ]
     first = rows[0]
     title = f"{first[1]} of {len(hit)} broken examples form one cluster, most of which become {first[2]}"

@@ -36,7 +36,7 @@ from holdfast.guard.guard import GuardPipeline, QueryResult
 from holdfast.guard.rules import InputDefence, InputSchema, Releasing, release_of
 from holdfast.guard.state_in_memory import MemoryState
 from holdfast.io.files import open_regular
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.runs.store.encryption import KEY_BYTES
 from holdfast.runs.store.files import create_private
 
@@ -159,7 +159,7 @@ class QueryTrials:
         """The settings as plain values."""
         return asdict(self)
 
-    def __call__(self, target: Target, batch: Batch, threat: ThreatModel, seed: int) -> Table:
+    def __call__(self, target: PreparedModel, batch: Batch, threat: ThreatModel, seed: int) -> Table:
         """Return for each example that is correct when clean the numbers of queries until it was broken and until a
         query was rejected, 0 for never, as in `adaptive_with_broken`.
         """
@@ -202,7 +202,7 @@ class QueryTrials:
         return attacks
 
     def _screened(
-        self, target: Target, batch: Batch, threat: ThreatModel, seed: int, *, guarded: bool
+        self, target: PreparedModel, batch: Batch, threat: ThreatModel, seed: int, *, guarded: bool
     ) -> Screened:
         assert isinstance(threat.constraint, Norm)
         detector = None
@@ -210,7 +210,7 @@ class QueryTrials:
             # reproducible; the attacks do not use the key
             key = hashlib.sha256(f"holdfast stateful {seed}".encode()).digest()
             detector = QueryDetector(key, MemoryState(), tuple(batch.x.shape[1:]), self.settings)
-        return Screened(target.bare, batch, threat.constraint, detector, alone=not guarded)
+        return Screened(target.original, batch, threat.constraint, detector, alone=not guarded)
 
 
 def measurable(threat: ThreatModel, access: Access) -> bool:

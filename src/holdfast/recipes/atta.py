@@ -22,7 +22,7 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Rows, Steps
 from holdfast.recipes.training.augment import moves
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -77,12 +77,12 @@ class ATTA(LossRecipe):
         state = {"kept": torch.zeros(shape, dtype=torch.float16, device=data.ids.device)}
         lookup, unit = Lookup(data.ids), loop.threat.constraint.eps or 1.0
 
-        def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-            return self.attacked(learner, batch, turn, lookup.rows(batch.ids), unit)
+        def inner(learner: Learner, batch: Batch, update: Update) -> Inputs:
+            return self.attacked(learner, batch, update, lookup.rows(batch.ids), unit)
 
         return replace(loop, inner=inner, state=state)
 
-    def attacked(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
+    def attacked(self, learner: Learner, batch: Batch, update: Update, rows: Rows, unit: float) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent that starts from the stored changes of the
         previous epoch, and store the new changes.
 
@@ -90,10 +90,13 @@ class ATTA(LossRecipe):
         """
         constraint, bounds, stored = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
-        augmentation, change = moves(batch, self.training.augment, turn.rng), stored[rows].to(batch.x) * unit
-        reset = turn.epoch % self.refresh == 0 if self.refresh else turn.epoch == 0
+        augmentation, change = (
+            moves(batch, self.training.augment, update.rng),
+            stored[rows].to(batch.x) * unit,
+        )
+        reset = update.epoch % self.refresh == 0 if self.refresh else update.epoch == 0
         if reset:
-            start = constraint.sample(batch, bounds, turn.rng.at("start"))
+            start = constraint.sample(batch, bounds, update.rng.at("start"))
         else:
             start_change = change if augmentation is None else augmentation.of(change)
             start = constraint.project(batch.x + start_change, batch.x, bounds)

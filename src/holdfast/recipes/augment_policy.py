@@ -19,7 +19,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.augment import cut_and_mixed, drawn_moves, refuse_augmentation
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.recipe import Finished, LossRecipe, reserved, robust_share
 
@@ -80,17 +80,17 @@ class AugmentPolicy(LossRecipe):
         }
         mixed: list[tuple[Batch, float]] = []
 
-        def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        def inner(learner: Learner, batch: Batch, update: Update) -> Inputs:
             if not learner.state[_UPDATES].sum() % self.period:
-                self._choose(learner, held_out, turn.rng.at("choice"))
+                self._choose(learner, held_out, update.rng.at("choice"))
             k = int(learner.state[_CURRENT])
             learner.state[_UPDATES][0, k] += 1
             reach, flips, chance = AUGMENTATIONS[k]
             if reach or flips:
-                batch = batch.at(drawn_moves(batch, reach, turn.rng, flips=flips).of(batch.x))
-            batch, mixed_in, own_share = cut_and_mixed(batch, chance, turn.rng)
+                batch = batch.at(drawn_moves(batch, reach, update.rng, flips=flips).of(batch.x))
+            batch, mixed_in, own_share = cut_and_mixed(batch, chance, update.rng)
             mixed[:] = [(batch, own_share), (mixed_in, 1 - own_share)]
-            return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+            return learner.worst(batch, update.rng, steps=self.steps, reach=self.reach)
 
         def loss(learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
             logits, own = learner.net(x_adv), mixed[0][0]

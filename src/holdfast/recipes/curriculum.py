@@ -18,7 +18,7 @@ from holdfast.attacks.parts.ascent import gradient
 from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.types import Count, Fraction, Inputs, Logits, Positive, Rows, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -40,14 +40,14 @@ class CurriculumTraining(LossRecipe):
     linear_in_labels: ClassVar[bool] = True
     weights_classes: ClassVar[bool] = True
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy that stops for each
         example some steps after its first misclassification.
         """
         constraint, model = learner.threat.constraint, learner.frozen
-        x_adv = constraint.sample(batch, model.bounds, turn.rng.at("start"))
+        x_adv = constraint.sample(batch, model.bounds, update.rng.at("start"))
         active = torch.arange(len(batch), device=batch.x.device)
-        steps_left = torch.full_like(active, int((self.beyond + 1) * turn.done))
+        steps_left = torch.full_like(active, int((self.beyond + 1) * update.done))
         for _ in range(self.steps):
             grad, logits = self._slope(learner, batch.at(x_adv), active)
             wrong = logits.argmax(1) != batch.y[active]

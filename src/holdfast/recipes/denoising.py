@@ -23,7 +23,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
 from holdfast.core.types import Inputs, NonNegative, Steps
 from holdfast.io.models.composed import DEPTH, WIDTH, DenoisedNetwork
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -82,10 +82,10 @@ class Denoising(LossRecipe):
             )
         return loop
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the inputs of a batch with Gaussian noise, which are not clipped to the valid range."""
-        noise = numbered_noise(turn.rng.at("noise"), batch.ids, torch.zeros_like(batch.ids), batch.x)
-        return batch.x + turn.grown * self.sigma * noise
+        noise = numbered_noise(update.rng.at("noise"), batch.ids, torch.zeros_like(batch.ids), batch.x)
+        return batch.x + update.grown * self.sigma * noise
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch of noisy inputs, and the number that is classified correctly after

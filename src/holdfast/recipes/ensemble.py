@@ -16,7 +16,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import SURROGATE, Remedy, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -45,15 +45,15 @@ class EnsembleTraining(LossRecipe):
                 "ensemble also attacks surrogates, and none is given", SURROGATE, Remedy("recipe", "pgd")
             )
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy of the trained network
         or of a surrogate model, chosen at random for each batch.
         """
         surrogates = learner.threat.surrogates
         batch_id = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
-        chosen = int(turn.rng.at("whose").integers(batch_id, len(surrogates) + 1)[0])
+        chosen = int(update.rng.at("whose").integers(batch_id, len(surrogates) + 1)[0])
         attacked = surrogates[chosen - 1] if chosen else None
-        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
+        return learner.worst(batch, update.rng, steps=self.steps, reach=self.reach, on=attacked)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked

@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.model import Bounds
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -47,7 +47,7 @@ class FreeTraining(LossRecipe):
         delta = torch.zeros_like(loop.data.first(self.training.batch).x)
         return replace(loop, state={_DELTA: delta}, replays=self.replays)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the inputs of a batch with the current perturbation, which a hook updates during the backward pass of
         the training loss.
         """

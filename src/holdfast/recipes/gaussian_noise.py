@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast.certifiers.smoothing import numbered_noise
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -43,11 +43,11 @@ class GaussianNoise(LossRecipe):
         """Return the training, whose divergence is not linear in the labels."""
         return replace(loop, linear_in_labels=not self.stability)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the noisy copies of a batch, (copies n, *features), which are not clipped to the valid range."""
         x, ids = batch.x.repeat(self.copies, *[1] * (batch.x.dim() - 1)), batch.ids.repeat(self.copies)
         copy = torch.arange(self.copies, device=ids.device).repeat_interleave(len(batch))
-        return x + turn.grown * self.sigma * numbered_noise(turn.rng.at("noise"), ids, copy, x)
+        return x + update.grown * self.sigma * numbered_noise(update.rng.at("noise"), ids, copy, x)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, and the number of its first noisy copies that are classified correctly."""

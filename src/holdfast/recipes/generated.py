@@ -22,7 +22,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.io.data.layouts import Ranges
 from holdfast.recipes.trades import TRADES
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.gans import GAN
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
 from holdfast.recipes.training.losses import kullback_leibler
@@ -168,12 +168,14 @@ class GeneratedData(LossRecipe):
         source = _gan(loop.model, data, loop.rng) if samples is None else FileSamples.of(samples, data)
         is_trades = self._is_trades(data)
 
-        def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-            mixed = batch.at(self._mixed(learner, batch, turn, source))
+        def inner(learner: Learner, batch: Batch, update: Update) -> Inputs:
+            mixed = batch.at(self._mixed(learner, batch, update, source))
             if is_trades:
-                x_adv = learner.most_divergent(mixed, turn.rng, kullback_leibler, steps=_STEPS, reach=_REACH)
+                x_adv = learner.most_divergent(
+                    mixed, update.rng, kullback_leibler, steps=_STEPS, reach=_REACH
+                )
             else:
-                x_adv = learner.worst(mixed, turn.rng, steps=self.steps, reach=self.reach)
+                x_adv = learner.worst(mixed, update.rng, steps=self.steps, reach=self.reach)
             return torch.cat((x_adv, mixed.x))
 
         def loss(learner: Learner, batch: Batch, both: Inputs) -> tuple[Tensor, Tensor]:
@@ -190,17 +192,17 @@ class GeneratedData(LossRecipe):
         least = _LEAST_OF_TRADES["photographs" if data.example_shape[0] == 3 else "others"]
         return self.method == "trades" or (self.method == "auto" and self.training.epochs >= least)
 
-    def _mixed(self, learner: Learner, batch: Batch, turn: Turn, source: "GAN | FileSamples") -> Inputs:
+    def _mixed(self, learner: Learner, batch: Batch, update: Update, source: "GAN | FileSamples") -> Inputs:
         """Return the images of a batch, a part of which is replaced by generated images of the same classes."""
         if isinstance(source, GAN):
-            if turn.done < self.generator:
-                source.update(batch, turn.rng.at("gan"))
+            if update.done < self.generator:
+                source.update(batch, update.rng.at("gan"))
                 return batch.x
             if not learner.state[_JUDGED]:
                 if not self.training.trial:
-                    _refuse_collapsed(source, batch, turn.rng.at("judged"), self.confidence)
+                    _refuse_collapsed(source, batch, update.rng.at("judged"), self.confidence)
                 learner.state[_JUDGED].fill_(1)
-        rng = turn.rng.at("generated")
+        rng = update.rng.at("generated")
         rows = (rng.at("share").uniform(batch.ids) < self.share).nonzero()[:, 0]
         x, is_accepted = source.accepted(batch.take(rows), rng, self.confidence)
         learner.state[_COUNTS].add_(torch.tensor([[int(is_accepted.sum()), len(rows)]]).to(rows))
@@ -211,9 +213,9 @@ class GeneratedData(LossRecipe):
         if not self.samples:
             return None
         from holdfast.io.data.data import open_data  # only for a recipe with a file
-        from holdfast.io.data.layouts import Expected
+        from holdfast.io.data.layouts import DeclaredData
 
-        found = open_data(self.samples, x="x", y="y", expected=Expected(model.bounds, model.classes))
+        found = open_data(self.samples, x="x", y="y", expected=DeclaredData(model.bounds, model.classes))
         return found.read(0, len(found))
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:

@@ -19,7 +19,7 @@ from holdfast.core.batch import Batch, TrainingData
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.losses import kullback_leibler
 from holdfast.recipes.training.recipe import LossRecipe
@@ -56,11 +56,11 @@ class HAT(LossRecipe):
         _refuse_untaught(helper, loop.data)
         return replace(loop, loss=partial(self.helped_loss, helper=helper))
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
         prediction.
         """
-        return learner.most_divergent(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, update.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def helped_loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, *, helper: Classifier

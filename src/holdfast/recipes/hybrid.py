@@ -18,7 +18,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import GROWN, Learner, Loop, hits
 from holdfast.recipes.training.recipe import LossRecipe
 from holdfast.recipes.training.weights import ema
@@ -51,9 +51,9 @@ class Hybrid(LossRecipe):
         n_updates = torch.zeros((), dtype=torch.int64, device=loop.data.ids.device)
         return replace(loop, state={**teacher, _UPDATES: n_updates}, settle=self.settle)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
-        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+        return learner.worst(batch, update.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy of attacked inputs with the mixed labels, and the number of correct ones."""

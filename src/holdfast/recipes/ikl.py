@@ -20,7 +20,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.losses import kullback_leibler, weighted_gaps
 from holdfast.recipes.training.optimisation import average
@@ -55,11 +55,11 @@ class IKL(LossRecipe):
         means = torch.full((classes, classes), 1 / classes, device=x.device, dtype=x.dtype)
         return replace(loop, state={"means": means, "seen": means.clone()}, settle=_settled)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
         prediction.
         """
-        return learner.most_divergent(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, update.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, which is the weighted sum of the three terms of the recipe, and the number

@@ -21,7 +21,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.io.models.architectures import int8_layers, layers_of, packed, set_ranges, with_int8
 from holdfast.recipes.training.compression import after_compression, bytes_of, compressed, uncompressed
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import Finished, LossRecipe
 
@@ -65,11 +65,11 @@ class Int8(LossRecipe):
         published = partial(compressed, compress=lambda weights, _: packed(weights, names))
         return replace(loop, model=new, after=uncompressed(loop.after), published=published)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy of the rounded
         network.
         """
-        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+        return learner.worst(batch, update.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples."""

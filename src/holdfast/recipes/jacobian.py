@@ -15,7 +15,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import gradient_of
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -39,11 +39,11 @@ class JacobianRegularisation(LossRecipe):
         """Return the training with the seed of an update's projections."""
         return replace(loop, state={_PLACE: torch.zeros((), dtype=torch.int64)})
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the clean inputs of a batch, and store the seed of the random directions with which the penalty is
         estimated.
         """
-        learner.state[_PLACE].fill_(turn.rng.key >> 1)  # the key has 64 bits, and an int64 is signed
+        learner.state[_PLACE].fill_(update.rng.key >> 1)  # the key has 64 bits, and an int64 is signed
         return batch.x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from holdfast.core.training import AVERAGE, STATE, WEIGHTS, Checkpoint, without_
 from holdfast.core.types import Inputs, Mask, NonNegative, Steps
 from holdfast.recipes.training import attack_policies as policies
 from holdfast.recipes.training.attack_policies import Played, Policy
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.recipe import Finished, LossRecipe
 
@@ -159,18 +159,18 @@ class _Play:
         self._whole = recipe.training.attack_statistics == "batch"
         self._plays: list[tuple[Policy | None, Played]] = []
         self._logits: list[Tensor] = []
-        self._turn: Turn | None = None
+        self._update: Update | None = None
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the inputs of a batch after an attack on each network in training, one after the other."""
-        self._store(learner, turn)
-        self._plays, self._turn, attacked = [], turn, []
+        self._store(learner, update)
+        self._plays, self._update, attacked = [], update, []
         for k in range(SIDES):
-            rng = turn.rng.at("network", k)
+            rng = update.rng.at("network", k)
             current, policy = self._opponent(rng)
             x_adv, played = policy.play(
                 _using(learner.frozen, k), batch, learner.threat.constraint, rng,
-                done=turn.done, whole=self._whole, count=current is not None,
+                done=update.done, whole=self._whole, count=current is not None,
             )  # fmt: skip
             self._plays.append((current, played))
             attacked.append(x_adv)
@@ -188,24 +188,24 @@ class _Play:
         """Update the policies after every few updates of the networks: those that attacked, and one of them by an
         attack on a past network.
         """
-        assert self._turn is not None
-        if not policies.is_due(self._turn):
+        assert self._update is not None
+        if not policies.is_due(self._update):
             return
-        recipe, turn, learner = self._recipe, self._turn, learner.with_current_eps
+        recipe, update, learner = self._recipe, self._update, learner.with_current_eps
         for k, (policy, played) in enumerate(self._plays):
             if policy is not None:
                 _using(learner.frozen, k)
-                ahead, _ = policies.after_update(learner, played.batch, turn.rng.at("ahead", k))
+                ahead, _ = policies.after_update(learner, played.batch, update.rng.at("ahead", k))
                 policy.learn(played, played.gain(self._logits[k], recipe.price) + ahead, recipe.entropy)
         if self._taken:
-            self._against_past(learner, self._plays[0][1].batch, turn)
+            self._against_past(learner, self._plays[0][1].batch, update)
 
-    def _against_past(self, learner: Learner, batch: Batch, turn: Turn) -> None:
-        rng = turn.rng.at("past")
+    def _against_past(self, learner: Learner, batch: Batch, update: Update) -> None:
+        rng = update.rng.at("past")
         policy = self._attackers[_drawn(rng.at("policy"), SIDES)]
         model = _using(learner.frozen, SIDES + self._version(rng))
         x_adv, played = policy.play(
-            model, batch, learner.threat.constraint, rng, done=turn.done, whole=self._whole, count=False
+            model, batch, learner.threat.constraint, rng, done=update.done, whole=self._whole, count=False
         )
         with torch.no_grad():
             gain = played.gain(model(x_adv), self._recipe.price)
@@ -222,10 +222,10 @@ class _Play:
     def _version(self, rng: Draws) -> int:
         return _drawn(rng.at("version"), min(int(self._taken), self._recipe.past))
 
-    def _store(self, learner: Learner, turn: Turn) -> None:
+    def _store(self, learner: Learner, update: Update) -> None:
         """Store versions of the policies, and of one network and then the other one, as the training proceeds."""
         taken = int(self._taken)
-        if int(_VERSIONS * turn.done) > taken:
+        if int(_VERSIONS * update.done) > taken:
             place = taken % self._recipe.past
             self._past[place] = torch.stack([attacker.parameters for attacker in self._attackers])
             assert isinstance(learner.net.net, Members)

@@ -18,7 +18,7 @@ from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch, spread
 from holdfast.core.gradients import gradient_of, sloped
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, hits
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -40,14 +40,14 @@ class LLR(LossRecipe):
     differentiated_twice: ClassVar[bool] = True
     weights_classes: ClassVar[bool] = True
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the inputs at which the penalty is measured: points of the ball, found by gradient ascent on the
         distance between the loss and its linear approximation.
         """
         constraint, net, bounds = learner.threat.constraint, learner.frozen, learner.frozen.bounds
         tangent, logits = gradient(net, batch, cross_entropy)
         level = cross_entropy(logits, batch)
-        x = constraint.sample(batch, bounds, turn.rng.at("start"))
+        x = constraint.sample(batch, bounds, update.rng.at("start"))
         for _ in range(self.steps):
             grad, logits = gradient(net, batch.at(x), cross_entropy)
             deviation = cross_entropy(logits, batch) - level - (tangent * (x - batch.x)).flatten(1).sum(1)

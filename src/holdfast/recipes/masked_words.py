@@ -14,7 +14,7 @@ from torch import Tensor
 from holdfast.certifiers.masking import Masking, masked
 from holdfast.core.batch import Batch, decoded, encoded
 from holdfast.core.types import Fraction, Inputs, NonNegative
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -38,9 +38,9 @@ class MaskedWords(LossRecipe):
     def __post_init__(self) -> None:
         Masking(self.keep, self.mask)  # refuses other values
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return a masked copy of each text of a batch."""
-        texts, rng = decoded(batch.x), turn.rng.at("masks")
+        texts, rng = decoded(batch.x), update.rng.at("masks")
         copies = masked(texts, keep=self.keep, mask=self.mask, rng=rng, ids=batch.ids)
         return encoded(copies, max(batch.x.shape[1], *map(len, copies))).to(batch.x)
 

@@ -21,7 +21,7 @@ from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, PerExample, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -68,17 +68,17 @@ class MultiNormTraining(LossRecipe):
                 Remedy("recipe", "pgd"),
             )
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch: for each example those of the worst constraint, or with the method
         `average` those of all constraints, concatenated.
         """
-        constraints = [learner.threat.constraint, *(c.resized(turn.grown * c.eps) for c in self.others)]
+        constraints = [learner.threat.constraint, *(c.resized(update.grown * c.eps) for c in self.others)]
         if self.method == "msd":
             return self._steepest_of_all(learner, batch, constraints)
         ends = []
         for constraint in constraints:
             under = replace(learner, threat=replace(learner.threat, constraint=constraint))
-            ends.append(under.worst(batch, turn.rng, steps=self.steps, reach=self.reach))
+            ends.append(under.worst(batch, update.rng, steps=self.steps, reach=self.reach))
         return torch.cat(ends) if self.method == "average" else _worst(learner, batch, ends)[0]
 
     def _steepest_of_all(self, learner: Learner, batch: Batch, constraints: list[Constraint]) -> Inputs:

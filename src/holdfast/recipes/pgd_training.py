@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -34,9 +34,9 @@ class PGDTraining(LossRecipe):
     linear_in_labels: ClassVar[bool] = True
     weights_classes: ClassVar[bool] = True
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
-        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+        return learner.worst(batch, update.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked

@@ -30,7 +30,7 @@ from holdfast.recipes.training.attack_policies import (
     is_due,
     refuse_other_norms,
 )
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.optimisation import Pacing
 from holdfast.recipes.training.recipe import Finished, LossRecipe
@@ -106,21 +106,21 @@ class _Play:
 
     def __init__(self, recipe: PolicyTraining, policy: Policy, passes: Tensor) -> None:
         self._recipe, self._policy, self._passes = recipe, policy, passes
-        self._last: tuple[Played, Turn] | None = None
+        self._last: tuple[Played, Update] | None = None
         self._logits: Logits | None = None
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch."""
         recipe = self._recipe
         if recipe.strategy == "fixed":
             self._passes += recipe.steps * len(batch)
-            return learner.worst(batch, turn.rng, steps=recipe.steps, reach=REACH)
+            return learner.worst(batch, update.rng, steps=recipe.steps, reach=REACH)
         whole = recipe.training.attack_statistics == "batch"
         x_adv, played = self._policy.play(
-            learner.frozen, batch, learner.threat.constraint, turn.rng, done=turn.done, whole=whole
+            learner.frozen, batch, learner.threat.constraint, update.rng, done=update.done, whole=whole
         )
         self._passes += played.forwards
-        self._last = played, turn
+        self._last = played, update
         return x_adv
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
@@ -133,9 +133,9 @@ class _Play:
     def settle(self, learner: Learner) -> None:
         """Update the policy after every few updates of the network."""
         assert self._last is not None
-        played, turn = self._last
-        if is_due(turn):
-            ahead, forwards = after_update(learner.with_current_eps, played.batch, turn.rng.at("ahead"))
+        played, update = self._last
+        if is_due(update):
+            ahead, forwards = after_update(learner.with_current_eps, played.batch, update.rng.at("ahead"))
             self._passes += forwards
             assert self._logits is not None
             rewards = played.gain(self._logits, self._recipe.price) + ahead

@@ -22,7 +22,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.training import STATE, Checkpoint
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.compression import after_compression, bytes_of, compressed, uncompressed
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import Finished, LossRecipe
 
@@ -93,10 +93,10 @@ class Prune(LossRecipe):
 
         return set_zero
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
-        learner.state[_DONE].fill_(turn.done)
-        return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+        learner.state[_DONE].fill_(update.done)
+        return learner.worst(batch, update.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples."""

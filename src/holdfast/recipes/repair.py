@@ -14,7 +14,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.estimate import Goal
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.follow_up import after_repair, trigger_of
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.recipe import Finished, LossRecipe
@@ -43,10 +43,10 @@ class Repair(LossRecipe):
         """Raise `UsageError` if the threat model is not a trigger."""
         trigger_of(threat)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the inputs of a batch, of which a part that is drawn at random has the trigger."""
         stamped = trigger_of(learner.threat).stamped(batch.x, learner.net.bounds)
-        drawn = turn.rng.at("stamped").uniform(batch.ids) < self.stamped
+        drawn = update.rng.at("stamped").uniform(batch.ids) < self.stamped
         return torch.where(drawn.view(-1, *[1] * (batch.x.ndim - 1)), stamped, batch.x)
 
     def follow_up(self, finished: Finished) -> tuple[dict[str, Any], str]:

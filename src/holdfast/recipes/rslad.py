@@ -18,7 +18,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.types import Fraction, Inputs, Logits, Positive, Steps
-from holdfast.recipes.training.fit import UNWRITTEN, Training, Turn
+from holdfast.recipes.training.fit import UNWRITTEN, Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.losses import kullback_leibler
 from holdfast.recipes.training.recipe import LossRecipe
@@ -82,14 +82,14 @@ class RSLAD(LossRecipe):
             loss=partial(self.taught_loss, labels=labels),
         )
 
-    def attacked(self, learner: Learner, batch: Batch, turn: Turn, *, labels: SoftLabels) -> Inputs:
+    def attacked(self, learner: Learner, batch: Batch, update: Update, *, labels: SoftLabels) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence from the teacher's
         prediction for the clean inputs.
         """
         taught = labels(batch.x)
         return learner.worst(
             replace(batch, y=taught.argmax(1)),  # an example may have no label
-            turn.rng,
+            update.rng,
             steps=self.steps,
             reach=self.reach,
             loss=lambda logits, _: kullback_leibler(logits, taught),

@@ -16,7 +16,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.recipes.training.bounds import BoundedLoss, Initialisation, with_bounds
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop
 from holdfast.recipes.training.recipe import LossRecipe
 
@@ -51,12 +51,12 @@ class SABR(LossRecipe):
         """Return the training with bounds of the network. Raises `UsageError` for settings without bounds."""
         return with_bounds(loop, self.initialisation, self.bounded_loss, self.clean, self.regularisation)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the centres of the boxes: attacked inputs within the ball that remains without the radius of a box."""
         constraint = learner.threat.constraint
         smaller = constraint.resized((1 - self.ratio) * constraint.eps)
         nearer = replace(learner, threat=replace(learner.threat, constraint=smaller))
-        return nearer.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+        return nearer.worst(batch, update.rng, steps=self.steps, reach=self.reach)
 
     def bounded_loss(
         self, bounded: BoundedLoss, learner: Learner, batch: Batch, x_adv: Inputs

@@ -20,7 +20,7 @@ from holdfast.attacks.parts.losses import cross_entropy
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Norm
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.follow_up import N_HELD_OUT, RAISED, OverfittingGuard
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy
 from holdfast.recipes.training.recipe import LossRecipe
@@ -59,7 +59,7 @@ class SingleStep(LossRecipe):
             guard=partial(OverfittingGuard, held_out=data.take(first[:n])) if n else None,
         )
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch after one gradient step. After signs of catastrophic overfitting,
         several shorter steps with the same total length are used.
         """
@@ -67,7 +67,7 @@ class SingleStep(LossRecipe):
         assert isinstance(constraint, Norm)
         x, steps = batch.x, 1 + int(learner.state[RAISED])
         if self.noise:
-            x = constraint.resized(self.noise * constraint.eps).sample(batch, bounds, turn.rng.at("start"))
+            x = constraint.resized(self.noise * constraint.eps).sample(batch, bounds, update.rng.at("start"))
         for _ in range(steps):
             grad, _ = gradient(learner.frozen, batch.at(x), cross_entropy)
             climb = constraint.steepest(grad, x, bounds)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, hits
 from holdfast.recipes.training.losses import kullback_leibler
 from holdfast.recipes.training.recipe import LossRecipe
@@ -35,11 +35,11 @@ class TRADES(LossRecipe):
     linear_in_labels: ClassVar[bool] = True
     weights_classes: ClassVar[bool] = True
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
         prediction.
         """
-        return learner.most_divergent(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, update.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the clean cross-entropy plus the weighted divergence, and the number of correct examples."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from holdfast.attacks.parts.ascent import gradient
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, hits
 from holdfast.recipes.training.losses import kullback_leibler
 from holdfast.recipes.training.recipe import LossRecipe
@@ -48,7 +48,7 @@ class VAT(LossRecipe):
         # several processes would each know the labels of their own share only
         return replace(loop, loss=loss, in_one_process=labelled < n)
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the inputs of a batch after a step of length eps in the direction that changes the prediction most
         (the virtual adversarial direction).
         """
@@ -56,7 +56,7 @@ class VAT(LossRecipe):
         with torch.no_grad():
             clean = model(x)
         nearby = constraint.resized(self.reach * constraint.eps).sample(
-            batch, model.bounds, turn.rng.at("start")
+            batch, model.bounds, update.rng.at("start")
         )
         for _ in range(self.iterations):
             grad, _ = gradient(model, batch.at(nearby), lambda logits, _: kullback_leibler(logits, clean))

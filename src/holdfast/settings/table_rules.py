@@ -99,14 +99,14 @@ def drafted(
     path: Path, label: str | None, drop: tuple[str, ...], separator: str | None
 ) -> tuple[str, tuple[str, ...]]:
     """Return a draft of the rules of a table file as YAML, and notes about what the draft leaves to the user."""
-    from holdfast.io.data.layouts import Expected  # late, because it imports torch
+    from holdfast.io.data.layouts import DeclaredData  # late, because it imports torch
     from holdfast.io.data.tables import SUFFIXES, label_column, read_table
 
     if not path.name.endswith(SUFFIXES):
         raise UsageError(
             f"{str(path)!r} is no table; a file that ends with {', '.join(SUFFIXES)} was expected"
         )
-    table = read_table(path, label=label, drop=drop, expected=Expected(), separator=separator)
+    table = read_table(path, label=label, drop=drop, expected=DeclaredData(), separator=separator)
     name = label_column(label, table)
     if table.kinds is not None:
         texts = (table.kinds == TEXT).any(0)
@@ -117,7 +117,7 @@ def drafted(
         )
         if words:
             by_words = read_table(
-                path, label=label, drop=drop, expected=Expected(words=words), separator=separator
+                path, label=label, drop=drop, expected=DeclaredData(words=words), separator=separator
             )
             table = replace(table, words=by_words.words)
     return draft(table, name, drop, path.name)

@@ -53,12 +53,12 @@ from holdfast.reports.words import strict
 from holdfast.reports.write import refuse_unwritable
 from holdfast.rotation.collecting import rows_of
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.documents.stored_runs import new_folder
 from holdfast.runs.engine.identity import way_out
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.harden.hardened import Hardened
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.runs.store.files import mode_of, refuse_shared, usable, write_atomically
 from holdfast.runs.store.folder import read_chain
 from holdfast.settings.grammar import seconds
@@ -334,7 +334,7 @@ class _Adaptation:
         return None if settings.get("guard") is None else Path(settings["guard"])
 
     @staticmethod
-    def _opened(file: Path, settings: Mapping[str, Any]) -> Subject:
+    def _opened(file: Path, settings: Mapping[str, Any]) -> DescribedModel:
         return open_subject(Doctor(model=str(file), **_opening(settings)))
 
     @cached_property
@@ -346,7 +346,7 @@ class _Adaptation:
         return AdaptedPool(Path(begun["pool"]), begun["set"], self.journal.run, self.settings)
 
     @cached_property
-    def _incumbent(self) -> Subject:
+    def _incumbent(self) -> DescribedModel:
         if self._pool is not None:
             return self._pool.incumbent_subject
         return self._opened(self.journal.folder / _INCUMBENT, self._begun["settings"])
@@ -356,7 +356,7 @@ class _Adaptation:
         return self.journal.folder / _CANDIDATE
 
     @cached_property
-    def _candidate(self) -> Subject:
+    def _candidate(self) -> DescribedModel:
         if self._pool is not None:
             return self._pool.candidate
         opened = self._opened(self._candidate_file, self._begun["settings"])
@@ -477,7 +477,7 @@ class _Adaptation:
         return Flagged(flagged.n, flagged.x[~bad], flagged.y[~bad]), int(bad.sum())
 
     @contextmanager
-    def _target(self, subject: Subject) -> Iterator[Target]:
+    def _target(self, subject: DescribedModel) -> Iterator[PreparedModel]:
         with readied(subject, self._opened_data[1], torch.device("cpu")) as (target, _):
             yield target
 
@@ -533,7 +533,7 @@ class _Adaptation:
                 )
         return facts
 
-    def _correct(self, subject: Subject, x: Tensor, y: Labels) -> Mask:
+    def _correct(self, subject: DescribedModel, x: Tensor, y: Labels) -> Mask:
         with self._target(subject) as target:
             return _outputs(target, x).argmax(1) == y
 
@@ -762,7 +762,7 @@ def _opening(settings: Mapping[str, Any]) -> Json:
     return {key: value for key, value in settings.items() if key not in ("guard", "model")}
 
 
-def _outputs(target: Target, x: Tensor) -> Tensor:
+def _outputs(target: PreparedModel, x: Tensor) -> Tensor:
     """Return the logits (n, classes) of inputs."""
     with torch.no_grad():
         return torch.cat([target.logits(part).detach() for part in torch.split(x, _BATCH)])

@@ -19,7 +19,7 @@ from holdfast.adaptation.server_state import ServerState, server_state
 from holdfast.core.errors import TargetError
 from holdfast.guard.guard import GuardPipeline
 from holdfast.io.remote.operator_port import Json, OperatorPort
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 
 ERROR = 0.01
 """probability with which a candidate is found to be worse by chance, for each kind of fault"""
@@ -218,7 +218,7 @@ class _Answers:
 class Side:
     """One of the models: the context manager of its target, and its guard without the query detector."""
 
-    target: Callable[[], AbstractContextManager[Target]]
+    target: Callable[[], AbstractContextManager[PreparedModel]]
     guard: Callable[[], GuardPipeline | None] | None = None
     """function that opens the guard; None if what it flags is not compared"""
 
@@ -241,7 +241,7 @@ class Side:
         )
 
 
-def _logits(target: Target, x: Tensor) -> Tensor:
+def _logits(target: PreparedModel, x: Tensor) -> Tensor:
     """Return the logits (n, classes) of inputs, which are NaN where the model raises an error."""
     parts, waiting = [], list(torch.split(x, _BATCH))
     while waiting:

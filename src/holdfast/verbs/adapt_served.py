@@ -35,7 +35,7 @@ from holdfast.rotation.steps.rotation_request import RotateRequest, secret, stat
 from holdfast.rotation.steps.serving_set import swap
 from holdfast.rotation.steps.set_measuring import set_subject
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.engine.progress import Notify, Progress
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.store.columns import content_digest
@@ -342,11 +342,11 @@ class AdaptedPool:
         loaded(self.common.model, self.pool.weights(self.incumbent), self.incumbent)
 
     @cached_property
-    def incumbent_subject(self) -> Subject:
+    def incumbent_subject(self) -> DescribedModel:
         """The set that served when the run began, as a model."""
         return self._subject(self.pool.weights(self.incumbent))
 
-    def _subject(self, weights: Mapping[str, Any]) -> Subject:
+    def _subject(self, weights: Mapping[str, Any]) -> DescribedModel:
         sha = content_digest(weights)
         name = sha[:NAME_DIGITS]
         return set_subject(self.common, name, sha, loaded(self.common.model, weights, name))
@@ -358,7 +358,7 @@ class AdaptedPool:
         return f"adapted_{self.run}"
 
     @cached_property
-    def candidate(self) -> Subject:
+    def candidate(self) -> DescribedModel:
         """The immunised candidate."""
         stored = self.pool.kept(self._stored)
         if stored is None:

@@ -20,7 +20,7 @@ from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request, reads_trees, smoothed_subject, without_attacks
 from holdfast.runs.assess.expected_time import ExpectedCost, Rehearsed, expected_seconds, rehearsed
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.assess.request import AssessRequest, Keep, MeasureAttackers, Opened, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel, Keep, MeasureAttackers, Opened
 from holdfast.runs.assess.result import Result
 from holdfast.runs.assess.served_runs import journaled
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
@@ -264,7 +264,7 @@ def _table(
     return AttackerTable(pool, request)(evidence, judged_on, known=known, keep=keep, progress=progress)
 
 
-def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> AssessRequest:
+def _with_trials(request: AssessRequest, guard: str, subject: DescribedModel) -> AssessRequest:
     """Return the request of an assessment with the black-box attacks that measure the detectors of a guard, if it has
     any and the threat model supports them.
     """
@@ -277,7 +277,7 @@ def _with_trials(request: AssessRequest, guard: str, subject: Subject) -> Assess
     return replace(request, plan=replace(request.plan, trials=trials))
 
 
-def _provers(settings: Certify, subject: Subject) -> tuple[list[Prover], list[Prover]]:
+def _provers(settings: Certify, subject: DescribedModel) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
     automatic = settings.threat.constraint.provers or ((TREES,) if reads_trees(subject.model) else CASCADE)
     names = automatic if settings.method == AUTO else (settings.method,)

@@ -29,8 +29,8 @@ from holdfast.io.data.arrays import selected_rows
 from holdfast.io.data.data import Selection
 from holdfast.io.models.models import ROTATING
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness.target import Target
+from holdfast.runs.assess.request import DescribedModel
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.settings.guard_settings import (
     GuardSettings,
     check_guard_settings,
@@ -284,7 +284,7 @@ def _calibrate(
 def _calibration(
     settings: GuardSettings,
     path: Path | None,
-    subject: Subject,
+    subject: DescribedModel,
     examples: Data,
     fit: Data | None,
     rate: float,
@@ -386,7 +386,9 @@ def _observe(
     return x, Observation(defended, logits, None if features is None else features().cpu(), network)
 
 
-def _features(settings: GuardSettings, target: Target) -> AbstractContextManager[Callable[[], Tensor] | None]:
+def _features(
+    settings: GuardSettings, target: PreparedModel
+) -> AbstractContextManager[Callable[[], Tensor] | None]:
     """The features of the layer that a detector needs; None if no detector needs features."""
     for name, detector in detectors_of(settings).items():
         if "features" in detector.needs:
@@ -396,5 +398,5 @@ def _features(settings: GuardSettings, target: Target) -> AbstractContextManager
                     f"rules.{name} has on: features and no layer, so that it cannot be calibrated; name one, as in "
                     "layer: layer4"
                 )
-            return features_of(target.bare.net, layer)
+            return features_of(target.original.net, layer)
     return nullcontext()

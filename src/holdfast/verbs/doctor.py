@@ -3,14 +3,14 @@
 from holdfast.core.batch import Data
 from holdfast.io.doctor import Checkup, Finding, examine
 from holdfast.io.remote.served_model import inspection_counter
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.declared import edits_of, notes_of
 from holdfast.verbs.opening.resolve import open_examples, open_subject
 from holdfast.verbs.settings import Doctor
 
 
-def opened(settings: Doctor) -> tuple[Subject, Data]:
+def opened(settings: Doctor) -> tuple[DescribedModel, Data]:
     """Open the model and the data, and return them. Data that do not fit the model are opened as well."""
     subject = open_subject(settings)
     inspection_counter(subject.model)

@@ -17,7 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.doubts.gallery import DISCRETE, ITEMS, SLOW, Item, undefended
 from holdfast.io.data import data as data_sources
 from holdfast.runs.assess.assess import assess as run_assessment
-from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harness.kinds.passes import FIXED
 from holdfast.runs.harness.plan import DoubtsWanted, Plan, adaptive_members
@@ -119,7 +119,9 @@ def assessed_net(
         doubts=doubts,
         adaptive=adaptive_members(Linf(eps)) if adaptive else (),
     )
-    return run_assessment(Subject(Classifier(net), digest(canonical([]))), data, AssessRequest(plan), run=run)
+    return run_assessment(
+        DescribedModel(Classifier(net), digest(canonical([]))), data, AssessRequest(plan), run=run
+    )
 
 
 def exhibition(

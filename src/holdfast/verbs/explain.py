@@ -24,11 +24,11 @@ from holdfast.io.models.models import WEIGHTS
 from holdfast.io.models.weights import digest_of_weights
 from holdfast.reports.words import sentences
 from holdfast.runs.assess.preparation import model_digest, readied
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.assess.result import Result
 from holdfast.runs.documents.record import consistent
 from holdfast.runs.documents.stored_runs import open_run
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.runs.store.files import MANIFEST
 from holdfast.runs.store.folder import read_manifest
 from holdfast.settings.grammar import transform_text
@@ -150,14 +150,14 @@ def _some(data: Data, n: int, settings: Explain) -> Batch:
     return some.read(0, len(some))
 
 
-def _notes(settings: Explain, target: Target, used: int, n: int) -> tuple[str, ...]:
+def _notes(settings: Explain, target: PreparedModel, used: int, n: int) -> tuple[str, ...]:
     """What limits the explanation of a model or an example, apart from its figures."""
     notes = []
     if settings.index is None and used < n:
         notes.append(f"Only {used} of {n:,} examples, chosen at random by the seed, were used.")
     if not settings.examples:
         notes.append("Pictures and words of examples are left out, as requested.")
-    if isinstance(target.bare.net, MeanView):
+    if isinstance(target.original.net, MeanView):
         notes.append(
             "The model transforms its inputs at random. The mean of its class probabilities over "
             f"{_VIEWS} random transformations, which are the same for all inputs, is explained instead."
@@ -226,7 +226,7 @@ def _address(named: Sequence[tuple[str, object]], verb: str, folder: str) -> dic
 
 
 @contextmanager
-def _opened(settings: Explain, run: Result | None) -> Iterator[tuple[Subject, Data, Target]]:
+def _opened(settings: Explain, run: Result | None) -> Iterator[tuple[DescribedModel, Data, PreparedModel]]:
     """The model, the data and the prepared model. Raises `TargetError` if they are not those of the run."""
     seen_through = {} if run is None else run.evidence.model.get("seen_through", {})
     transform = transform_text(seen_through) or None

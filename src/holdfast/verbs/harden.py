@@ -22,14 +22,14 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.gates.grammar import parse
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data, tensors_of
 from holdfast.io.data.streamed import Streamed, changing_example, open_by_index, training_data
 from holdfast.io.models.composed import with_denoiser
 from holdfast.recipes.training import optimisation
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import Recipe, facts_of
-from holdfast.runs.assess.request import HardenRequest, Subject
+from holdfast.runs.assess.request import DescribedModel, HardenRequest
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.harden.attempt_training import copy_of, refuse_untrainable, with_trainable_texts
 from holdfast.runs.harden.candidates import Candidate
@@ -70,7 +70,7 @@ ONCE_READ = (
 _JUDGED_SHARE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
-ForHardening = tuple[Subject, TrainingData, Data, Data, tuple[str, ...]]
+ForHardening = tuple[DescribedModel, TrainingData, Data, Data, tuple[str, ...]]
 """The model to harden, the training examples, the test examples, the data set from which these are sampled, and notes
 on how the training examples are read.
 """
@@ -216,8 +216,8 @@ def _seed_notes(request: HardenRequest) -> tuple[str, ...]:
 
 
 def _with_denoiser(
-    subject: Subject, recipe: Recipe | Mapping[str, Any], training: TrainingData, seed: int
-) -> Subject:
+    subject: DescribedModel, recipe: Recipe | Mapping[str, Any], training: TrainingData, seed: int
+) -> DescribedModel:
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
     built = _built(recipe)
     sizes = None if built is None else facts_of(built).denoiser(subject.model, training.example_shape)
@@ -251,7 +251,7 @@ def _parted(
             "smaller number"
         )
     judged, training = examples.take(order[:n].sort().values), examples.subset(order[n:].sort().values)
-    test = as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
+    test = as_data(judged.x, judged.y, expected=DeclaredData(model.bounds, model.classes))
     return training, resolve.with_groups(test, settings, whole=False, positions=judged.ids.cpu().numpy())
 
 
@@ -361,7 +361,7 @@ def _with_unlabelled(
 
 def harden_request(
     settings: Harden,
-    subject: Subject,
+    subject: DescribedModel,
     training: TrainingData,
     excluded: Data,
     baseline: Evidence | None,
@@ -412,7 +412,7 @@ def harden_request(
     )
 
 
-def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | None:
+def _control(recipe: Recipe, settings: Harden, model: Classifier) -> DescribedModel | None:
     """Open the network that a recipe names for comparison, as a surrogate is opened; None without one."""
     if not (address := facts_of(recipe).control):
         return None
@@ -422,8 +422,8 @@ def _control(recipe: Recipe, settings: Harden, model: Classifier) -> Subject | N
 
 
 def _teacher(
-    recipe: Recipe, settings: Harden, subject: Subject, training: TrainingData, examples: Data
-) -> Subject | None:
+    recipe: Recipe, settings: Harden, subject: DescribedModel, training: TrainingData, examples: Data
+) -> DescribedModel | None:
     """Open the network whose predictions a recipe learns; None without one.
 
     Raises `UsageError` if it takes inputs from another range, or has other classes.
@@ -487,7 +487,7 @@ def _usual_epochs(recipe: Any) -> int | None:
     return usual.epochs if isinstance(usual, Training) else None
 
 
-def _open_options(settings: Harden, subject: Subject) -> str:
+def _open_options(settings: Harden, subject: DescribedModel) -> str:
     """Flags with which the new model is opened and assessed, as far as its file does not contain them."""
     flags = ["--threat", str(settings.threat)]
     if "architecture" not in subject.card:

@@ -16,7 +16,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import REFERENCE, Remedy, TargetError, UsageError
 from holdfast.guard.detectors.outputs import features_of, layer_before_last_linear
 from holdfast.io.data.columns import in_order_of_first
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.pictures import Pictures, holds_samples, open_samples
 from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.monitoring.signals import (
@@ -35,8 +35,8 @@ from holdfast.monitoring.signals import (
 from holdfast.monitoring.watching import Monitored, Source, test_of, watch
 from holdfast.reports.words import percent
 from holdfast.runs.assess.preparation import readied
-from holdfast.runs.assess.request import Subject
-from holdfast.runs.harness.target import Target
+from holdfast.runs.assess.request import DescribedModel
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.settings.groups import DataSource
 from holdfast.verbs.opening.arguments import beside, gradients
 from holdfast.verbs.opening.declared import expected, expected_without_model, first_table, notes_of
@@ -67,7 +67,7 @@ def _samples_of(settings: Monitor) -> Path | None:
     return folder if folder is not None and holds_samples(folder) else None
 
 
-def opened_streams(settings: Monitor) -> tuple[Subject | None, Data, Data]:
+def opened_streams(settings: Monitor) -> tuple[DescribedModel | None, Data, Data]:
     """Open the model if there is one, the reference and the stream."""
     if settings.reference is None:
         raise UsageError(
@@ -116,7 +116,7 @@ def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Re
     reference = _open(settings, beside(settings, settings.reference), subject)
     _refuse_short(reference)
     request = in_order_of_first(
-        "the input of a request", Expected(first=first_table(reference)), reference.read(0, 1).x.shape[1:]
+        "the input of a request", DeclaredData(first=first_table(reference)), reference.read(0, 1).x.shape[1:]
     )
     notes = (*notes_of(reference), *request)
     labelled = subject is not None and int(reference.read(0, 1).y[0]) != UNLABELLED
@@ -142,7 +142,9 @@ def live_reference(settings: Monitor, *, observer: Observer | None = None) -> Re
     )
 
 
-def _open(settings: Monitor, source: DataSource, subject: Subject | None, first: Data | None = None) -> Data:
+def _open(
+    settings: Monitor, source: DataSource, subject: DescribedModel | None, first: Data | None = None
+) -> Data:
     """Open a stream or a reference, whose labels may be missing. The columns of a table are matched with those of the
     data `first`.
     """
@@ -211,7 +213,7 @@ def _missing(data: Data) -> NDArray[np.float64]:
     return counts.numpy() / len(data)
 
 
-def _fill(subject: Subject | None, reference: Data, *others: Data) -> Tensor | None:
+def _fill(subject: DescribedModel | None, reference: Data, *others: Data) -> Tensor | None:
     """Return the values of a sample with which the model is called in place of missing ones: the means of the
     reference. None if none are missing, or if the model has finite outputs for all samples with missing values.
     """
@@ -235,7 +237,7 @@ def _fill_notes(fill: Tensor | None) -> tuple[str, ...]:
     return () if fill is None else (note,)
 
 
-def _feature_names(subject: Subject | None, reference: Data) -> tuple[str, ...] | None:
+def _feature_names(subject: DescribedModel | None, reference: Data) -> tuple[str, ...] | None:
     """Return the names of the features of the samples, those of the model if the data have none."""
     table = first_table(reference)
     fitted = None if subject is None else subject.model.feature_names
@@ -275,8 +277,8 @@ class _Filled:
 class _Watched:
     """A prepared model, and functions that read data with what it returns."""
 
-    subject: Subject | None = None
-    target: Target | None = None
+    subject: DescribedModel | None = None
+    target: PreparedModel | None = None
     layer: str | None = None
     features: Callable[[], Tensor] | None = None
     fill: Tensor | None = None
@@ -302,7 +304,7 @@ class _Watched:
 
 @contextmanager
 def _watched(
-    settings: Monitor, subject: Subject | None, reference: Data, fill: Tensor | None
+    settings: Monitor, subject: DescribedModel | None, reference: Data, fill: Tensor | None
 ) -> Iterator[_Watched]:
     """Context manager that prepares the model, and yields it with the layer of its embeddings."""
     if subject is None:
@@ -312,11 +314,11 @@ def _watched(
     inspected = reference if fill is None else _Filled(reference, fill)
     with readied(subject, inspected, device) as (target, _):
         watched = _Watched(subject, target, fill=fill, device=device, ignores_labels=settings.generated)
-        layer = settings.layer or layer_before_last_linear(target.bare.net)
+        layer = settings.layer or layer_before_last_linear(target.original.net)
         if layer is None:
             yield watched
             return
-        with features_of(target.bare.net, layer) as features:
+        with features_of(target.original.net, layer) as features:
             yield replace(watched, layer=layer, features=features)
 
 

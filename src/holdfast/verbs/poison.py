@@ -21,7 +21,7 @@ from holdfast.core.names import did_you_mean, parse_number
 from holdfast.core.types import Count, Fraction, Inputs, Labels, Mask, Positive, Rows, Steps
 from holdfast.io.data.arrays import Arrays, from_numpy
 from holdfast.io.data.data import open_data
-from holdfast.io.data.layouts import Expected, layout_of_images
+from holdfast.io.data.layouts import DeclaredData, layout_of_images
 from holdfast.io.data.loaders import as_array
 from holdfast.io.data.npz import write_trigger
 from holdfast.io.files import replacing
@@ -379,7 +379,7 @@ def poison(
             f"there are {len(stored):,} inputs and {len(labels):,} labels; one label for each was expected"
         )
     box = Bounds(*bounds)
-    expected = Expected(box, layout=layout_of_images(stored), lenient=True)
+    expected = DeclaredData(box, layout=layout_of_images(stored), lenient=True)
     data = from_numpy("x", stored, labels, np.arange(len(stored)), expected)
     if labels.dtype.kind not in "iu" or (labels != data.y).any():
         raise UsageError(f"the labels are {labels.dtype}; class numbers from 0 were expected")
@@ -474,7 +474,7 @@ def write_drill(address: str, attack: str, output: Path, *, seed: int = 0) -> Dr
 
 def _opened(address: str, split: str, class_names: tuple[str, ...] | None = None) -> Arrays:
     """Return a split of a data set in memory, with the channels of images first."""
-    expected = Expected(class_names=class_names, lenient=True)
+    expected = DeclaredData(class_names=class_names, lenient=True)
     try:
         data = open_data(address, split=split, expected=expected)
     except HoldfastError as error:

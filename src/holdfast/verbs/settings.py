@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from holdfast.io.doctor import Checkup
     from holdfast.monitoring.watching import Monitored
     from holdfast.runs.assess.expected_time import ExpectedCost, Rehearsed
-    from holdfast.runs.assess.request import Opened, Subject
+    from holdfast.runs.assess.request import DescribedModel, Opened
     from holdfast.runs.assess.result import Result
     from holdfast.runs.harden.checkpoints import OnEpoch
     from holdfast.runs.harden.hardened import Hardened
@@ -109,7 +109,7 @@ class Doctor(
     verb = "doctor"
 
     @carried_out_by("holdfast.verbs.doctor:opened")
-    def open(self) -> "tuple[Subject, Data]":
+    def open(self) -> "tuple[DescribedModel, Data]":
         """Open the model and the data, and return them. Data that do not fit the model are opened as well."""
 
     @carried_out_by("holdfast.verbs.doctor:checked")

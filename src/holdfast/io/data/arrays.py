@@ -20,7 +20,7 @@ from holdfast.core.model import Bounds, Normalisation, Units
 from holdfast.core.types import Inputs, Layout
 from holdfast.io.data.columns import EXACT, in_order_of_first, inexact, notes_of_rules
 from holdfast.io.data.labels import Numbered, class_labels, refuse_swapped
-from holdfast.io.data.layouts import Expected, LayoutReading, reading_of
+from holdfast.io.data.layouts import DeclaredData, LayoutReading, reading_of
 from holdfast.io.files import NORMALISED_DATA
 from holdfast.io.remote import probing
 
@@ -261,7 +261,7 @@ def from_numpy(
     x: Array,
     y: Array,
     ids: NDArray[np.int64],
-    expected: Expected | None = None,
+    expected: DeclaredData | None = None,
     *,
     layout: Layout | None = None,
     class_names: tuple[str, ...] | None = None,
@@ -278,7 +278,7 @@ def from_numpy(
     labels of the whole source, and `features` the names of the columns of a table. `preserve` is True for a tensor,
     whose axes and float64 type are preserved; `resolution` is then the relative rounding error of its type.
     """
-    expected = expected or Expected()
+    expected = expected or DeclaredData()
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
@@ -325,7 +325,7 @@ def from_numpy(
     return with_note_on_labels(data, expected, y if source_labels is None else source_labels)
 
 
-def with_note_on_labels(data: Arrays, expected: Expected, all_labels: Array) -> Arrays:
+def with_note_on_labels(data: Arrays, expected: DeclaredData, all_labels: Array) -> Arrays:
     """Return the data set, with a further note if its labels seem to count from 1 instead of 0: the lowest is 1, the
     highest is the last class of the model, and the model is no more accurate on them than chance.
 
@@ -360,7 +360,7 @@ def _refuse_ids(x: Array, probe: probing.ProbedClassifier | None) -> None:
         )
 
 
-def with_network_layout(data: Arrays, expected: Expected) -> Arrays:
+def with_network_layout(data: Arrays, expected: DeclaredData) -> Arrays:
     """Determine the order of axes that the network accepts for its inputs. Return the data set, with a note for the
     report if the layout of the network was set.
     """
@@ -398,7 +398,7 @@ def _equal_channels(data: Arrays, probe: probing.ProbedClassifier | None) -> int
     return equal[0] if probe.needs_grey(few.read(0, 2).x) else None
 
 
-def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -> Pixels | None:
+def _pixels(x: Array, expected: DeclaredData, name: str, resolution: float | None) -> Pixels | None:
     if expected.normalised is None:
         return None
     if x.dtype.kind != "f":
@@ -417,7 +417,7 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
     )
 
 
-def check_inputs(data: Arrays, expected: Expected) -> None:
+def check_inputs(data: Arrays, expected: DeclaredData) -> None:
     """Raise `TargetError` if inputs of the data set are not finite or are outside the bounds. Bytes divided by 255 are
     always valid and are not checked.
 
@@ -450,7 +450,7 @@ def check_inputs(data: Arrays, expected: Expected) -> None:
         raise _out_of_range(data, lowest, highest, bounds)
 
 
-def handles_missing(x: Array, expected: Expected) -> bool:
+def handles_missing(x: Array, expected: DeclaredData) -> bool:
     """Return whether the model accepts the rows `x` (n, features) of a table that have missing values."""
     rows = np.isnan(x).any(1)
     ids = np.flatnonzero(rows)

@@ -20,7 +20,7 @@ from holdfast.core.errors import TargetError, UsageError, data_argument
 from holdfast.core.model import Bounds
 from holdfast.io.data import pictures
 from holdfast.io.data.arrays import FULL_SCALE, Array, Arrays, Choice, from_numpy
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.files import existing, megabytes, replacing
 from holdfast.io.sandbox.calling import read_under_limits
 from holdfast.io.sandbox.clips import SAMPLES
@@ -52,7 +52,7 @@ def _clips_in(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[Pa
 def open_clips(
     folder: Path,
     choice: Choice,
-    expected: Expected,
+    expected: DeclaredData,
     *,
     sampling_rate: int | None = None,
     follow_links: bool = False,
@@ -197,7 +197,7 @@ def _refuse_mixed(
             )
 
 
-def _refuse_other_rate(name: str, rate: int, expected: Expected) -> None:
+def _refuse_other_rate(name: str, rate: int, expected: DeclaredData) -> None:
     """Raise `TargetError` if the first data of the run have another sampling rate."""
     first = expected.first
     if first is not None and first.sampling_rate not in (None, rate):
@@ -225,7 +225,7 @@ def _refuse_values(name: str, clip: Array) -> None:
         )
 
 
-def _refuse_misfit(x: Array, expected: Expected, longest: str, rate: int) -> None:
+def _refuse_misfit(x: Array, expected: DeclaredData, longest: str, rate: int) -> None:
     """Raise `TargetError` if the model accepts the clips neither as they are nor with an axis for one channel."""
     probe = expected.probe
     if probe is None or probe.model.remote:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from holdfast.core.batch import encoded
 from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError, data_argument
 from holdfast.core.names import by_stripped, note_on_spaces
-from holdfast.io.data.layouts import Expected, FirstTable
+from holdfast.io.data.layouts import DeclaredData, FirstTable
 from holdfast.io.files import names_of
 from holdfast.threats.table_checking import checked
 from holdfast.threats.table_rules import Rules, refuse_other_columns
@@ -158,7 +158,7 @@ _SHOWN = 6
 
 
 def matched_columns(
-    table: ColumnTable, features: Sequence[str], expected: Expected
+    table: ColumnTable, features: Sequence[str], expected: DeclaredData
 ) -> tuple[ColumnTable, tuple[str, ...], bool, tuple[str, ...]]:
     """Return a table, the names of its features in the order of the model's inputs, whether they are names and not
     positions, and notes for the report.
@@ -203,7 +203,7 @@ def left_out(name: str, further: Sequence[str]) -> tuple[str, ...]:
     return (f"{name} has further columns, which were left out: {_few(further)}",) if further else ()
 
 
-def in_order_of_first(name: str, expected: Expected, shape: Sequence[int]) -> tuple[str, ...]:
+def in_order_of_first(name: str, expected: DeclaredData, shape: Sequence[int]) -> tuple[str, ...]:
     """Return the note on an array beside a table, whose inputs have this `shape` and no names of columns. Raises
     `TargetError` if the numbers of columns differ.
     """

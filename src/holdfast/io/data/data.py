@@ -28,7 +28,7 @@ from holdfast.io.data.labels import (
     renumbered,
     whole_numbers,
 )
-from holdfast.io.data.layouts import Expected, layout_of_images
+from holdfast.io.data.layouts import DeclaredData, layout_of_images
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
 from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder
@@ -206,7 +206,7 @@ def open_data(
     n: int | None = None,
     sample: int | None = None,
     seed: int = 0,
-    expected: Expected | None = None,
+    expected: DeclaredData | None = None,
 ) -> Arrays | Pictures:
     """Return the data set at an address, which is a path or a name. Raises `UsageError` or `TargetError` with advice.
 
@@ -219,7 +219,7 @@ def open_data(
     the layout of its inputs and the number of its classes are determined from the data.
     """
     choice = Choice(split, n, sample, seed)
-    expected = expected or Expected()
+    expected = expected or DeclaredData()
     options = _Options(choice, label, drop, x, y, separator, header, follow_links, sampling_rate, expected)
     place = _located(address)
     with reading(address):
@@ -252,7 +252,7 @@ class _Options:
     header: bool
     follow_links: bool
     sampling_rate: int | None
-    expected: Expected
+    expected: DeclaredData
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
 
 
 def _groups(
-    archive: Npz, n_rows: int, rows: NDArray[np.int64], address: str, expected: Expected
+    archive: Npz, n_rows: int, rows: NDArray[np.int64], address: str, expected: DeclaredData
 ) -> Groups | None:
     """Return the group of each example in the given rows, or None if no groups are requested."""
     name = expected.groups

@@ -21,7 +21,7 @@ from holdfast.core.errors import (
 )
 from holdfast.core.names import by_stripped, most_similar, note_on_spaces
 from holdfast.io.data.columns import MOST_CHARACTERS, Words, number_of
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.files import names_of, similar_name
 
 Array = NDArray[Any]
@@ -52,7 +52,7 @@ def refuse_swapped(x: Array, y: Array, name: str, *remedies: Remedy) -> None:
 def class_labels(
     y: Array,
     n_rows: int,
-    expected: Expected,
+    expected: DeclaredData,
     *,
     classes: int | None,
     name: str,
@@ -151,7 +151,7 @@ MOST_TEXTS = 10_000_000
 
 
 def class_numbers(
-    names_in_data: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+    names_in_data: Sequence[str], expected: DeclaredData, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
     """Return the class names in the order of their class numbers. The result includes all names in `names_in_data`,
     which are the names in the data.
@@ -197,7 +197,7 @@ def class_numbers(
 
 
 def lenient_numbers(
-    names_in_data: Sequence[str], expected: Expected, where: str, kind: str
+    names_in_data: Sequence[str], expected: DeclaredData, where: str, kind: str
 ) -> tuple[tuple[str, ...], HoldfastError | None]:
     """Return the class names in the order of their class numbers, as `class_numbers` does, and None.
 
@@ -235,7 +235,7 @@ class Numbered:
         return (f"text labels were numbered: {shown}{more}", *self.on_spaces)
 
 
-def numbered(y: Array, expected: Expected, name: str) -> Numbered:
+def numbered(y: Array, expected: DeclaredData, name: str) -> Numbered:
     """Convert the labels `y` (n,) of a data set, which may be integers or strings, to class numbers.
 
     Integers are looked up among the class labels of the model if it has some; otherwise they are the class numbers.
@@ -255,7 +255,7 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
     return Numbered(_among(y, expected.class_labels, expected, name))
 
 
-def numbered_words(words: Sequence[str], indices: Array, expected: Expected, name: str) -> Numbered:
+def numbered_words(words: Sequence[str], indices: Array, expected: DeclaredData, name: str) -> Numbered:
     """Convert string labels to class numbers. `words` contains the distinct labels, and `indices` (n,) is the index in
     `words` of the label of each example.
 
@@ -276,7 +276,7 @@ def numbered_words(words: Sequence[str], indices: Array, expected: Expected, nam
     return Numbered(y, names, objection, note_on_spaces(f"the label of {name}", read_as))
 
 
-def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> Array:
+def _among(y: Array, labels: tuple[int, ...], expected: DeclaredData, name: str) -> Array:
     """Return the index of each label in `labels`, the class labels of the model."""
     numbers = {label: number for number, label in enumerate(labels)}
     distinct, places = np.unique(y, return_inverse=True)
@@ -291,7 +291,7 @@ def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> 
 
 
 def matched(
-    names: tuple[str, ...] | None, expected: Expected
+    names: tuple[str, ...] | None, expected: DeclaredData
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
     """Compare the class names of a data set with those of the model. Return the class names, and the new number of each
     class if the order differs, else None.
@@ -343,7 +343,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _declared(
-    names_in_data: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+    names_in_data: Sequence[str], expected: DeclaredData, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
     names = expected.class_names or ()
     source = "class_names has" if expected.names_declared else "the model has the names of"
@@ -367,7 +367,7 @@ def _names(reason: str) -> Remedy:
     return model_argument("class_names", _NAMES, reason=reason)
 
 
-def _served(expected: Expected) -> tuple[Remedy, ...]:
+def _served(expected: DeclaredData) -> tuple[Remedy, ...]:
     names = model_argument("class_names", _NAMES)
     labels = model_argument("http_labels", True, also=(names,), reason="if the server returns classes")
     return (labels,) if expected.remote else ()

@@ -297,7 +297,7 @@ class FirstTable:
 
 
 @dataclass(frozen=True)
-class Expected:
+class DeclaredData:
     """Declared properties of a data set, and the model that will be called with it. A property is None if it is
     unknown.
     """

@@ -36,7 +36,7 @@ from holdfast.core.names import kind_of
 from holdfast.io.data.arrays import SUPPORTED, Array, Arrays, from_numpy
 from holdfast.io.data.data import concatenated
 from holdfast.io.data.labels import numbered, whole_numbers
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.pictures import pixels_of
 
 _OPTIONS = ("num_workers", "prefetch_factor", "timeout", "multiprocessing_context", "persistent_workers")
@@ -277,7 +277,7 @@ def as_data(
     y: object = None,
     *,
     name: str = "data in memory",
-    expected: Expected | None = None,
+    expected: DeclaredData | None = None,
     n: int | None = None,
     entries: tuple[str | None, str | None] = (None, None),
 ) -> Data:
@@ -289,7 +289,7 @@ def as_data(
     its first `n` examples if `n` is given. `entries` are the names of the inputs and of the labels in mappings, if they
     are not the usual ones. `expected` declares properties of the data.
     """
-    expected = expected or Expected()
+    expected = expected or DeclaredData()
     if y is None and isinstance(x, Tensor | np.ndarray) and not expected.needs_labels:
         y, expected = np.full(len(x), UNLABELLED), replace(expected, checks_labels=False)
     if y is None:
@@ -318,7 +318,7 @@ def as_data(
     return data.labelled(numbering)
 
 
-def _user_defined(data: Data, expected: Expected) -> Data:
+def _user_defined(data: Data, expected: DeclaredData) -> Data:
     """Return a data set of a class that the caller defined, unchanged.
 
     Raises `UsageError` if a normalisation or a layout is declared, because the class itself reads the examples.

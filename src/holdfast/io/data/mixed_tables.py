@@ -14,7 +14,7 @@ from holdfast.core.errors import NoSplit, Remedy, TargetError, UsageError
 from holdfast.core.names import by_stripped, note_on_spaces
 from holdfast.core.types import Mask
 from holdfast.io.data.columns import SPLIT_COLUMN, TEXT, ColumnTable, Words, as_numbers
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.tables import read_table
 from holdfast.io.files import names_of, similar_name
 
@@ -116,14 +116,14 @@ def open_mixed(files: Sequence[TableFile], drop: Sequence[str]) -> MixedTables:
 
 def _read(file: TableFile, drop: Sequence[str]) -> ColumnTable:
     read = partial(read_table, file.path, separator=file.separator, header=file.header)
-    header = read(label=None, expected=Expected()).columns
+    header = read(label=None, expected=DeclaredData()).columns
     kept = [name for name in header if name not in (SPLIT_COLUMN, *drop)]
     if not kept:
         raise UsageError(
             f"{str(file.path)!r} has no column besides {names_of(header)}; at least one is needed"
         )
     present = tuple(name for name in drop if name in header)
-    return read(label=kept[0], drop=present, expected=Expected(words=None))
+    return read(label=kept[0], drop=present, expected=DeclaredData(words=None))
 
 
 def _refuse_other_columns(tables: Sequence[ColumnTable], names: Sequence[str], drop: Sequence[str]) -> None:

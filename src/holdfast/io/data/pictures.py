@@ -25,7 +25,7 @@ from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.core.names import by_stripped, note_on_spaces
 from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
 from holdfast.io.data.labels import lenient_numbers
-from holdfast.io.data.layouts import GREY_NOTE, Expected
+from holdfast.io.data.layouts import GREY_NOTE, DeclaredData
 from holdfast.io.files import NORMALISED_DATA, existing, megabytes, opened, sha256_of_file, similar_name
 from holdfast.io.models.weights import RAISE_LIMIT, read_once
 from holdfast.io.sandbox.calling import too_slow
@@ -138,7 +138,7 @@ class ClassFolders:
     """notes for the report on folders that are not read, and on empty ones"""
 
     def numbered(
-        self, expected: Expected, n: int | None
+        self, expected: DeclaredData, n: int | None
     ) -> tuple[NDArray[np.int64], tuple[str, ...], HoldfastError | None, tuple[str, ...]]:
         """Return the class number of each selected file, the class names in the order of their numbers, the reason why
         the numbers are uncertain if there is one, and notes. `n` is the requested number of examples.
@@ -190,13 +190,13 @@ def _subfolders(root: Path) -> list[str]:
 
 
 def open_folder(
-    folder: Path, choice: Choice, expected: Expected | None = None, *, follow_links: bool = False
+    folder: Path, choice: Choice, expected: DeclaredData | None = None, *, follow_links: bool = False
 ) -> Pictures:
     """Return a data set of the images in a folder with one subfolder for each class; see `class_folders`.
 
     `expected` contains the declared properties of the classes, and the model.
     """
-    expected = expected or Expected()
+    expected = expected or DeclaredData()
     files = class_folders(folder, choice, SUFFIXES, "image", follow_links=follow_links)
     _refuse_declared(expected, str(files.root))
     paths = files.paths
@@ -240,7 +240,7 @@ def open_samples(folder: Path, *, follow_links: bool = False) -> Pictures:
     return Pictures(str(folder), paths, y, np.arange(len(paths)), (), mode, size, notes)
 
 
-def _refuse_declared(expected: Expected, name: str) -> None:
+def _refuse_declared(expected: DeclaredData, name: str) -> None:
     """Raise `UsageError` for a declared normalisation or layout, because images are always read in the same way."""
     if expected.normalised is not None:
         raise UsageError(

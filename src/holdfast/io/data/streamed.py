@@ -22,7 +22,7 @@ from holdfast.core.types import Ids, Inputs, Labels
 from holdfast.io.data import loaders
 from holdfast.io.data.arrays import Arrays, check_inputs, from_numpy
 from holdfast.io.data.labels import class_labels, numbered, whole_numbers
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 
 _CHUNK_BYTES = 1 << 22
 """Size in bytes of the inputs that are read at a time when all examples are read once."""
@@ -155,7 +155,7 @@ def _chunks(n: int, shape: tuple[int, ...]) -> list[list[int]]:
 
 
 def open_by_index(
-    data: object, expected: Expected, *, entries: tuple[str | None, str | None] = (None, None)
+    data: object, expected: DeclaredData, *, entries: tuple[str | None, str | None] = (None, None)
 ) -> Streamed | None:
     """Return the examples of a torch data set, or of the data set of a loader, as training examples that are read by
     index. Return None if they cannot be read in another order than that of the loader.
@@ -245,7 +245,7 @@ class _Reader:
         return next((self.places[row] for row, once, again in pairs if once != again), None)
 
     def checked(
-        self, converted: "_Converted", chunks: Sequence[Sequence[int]], expected: Expected
+        self, converted: "_Converted", chunks: Sequence[Sequence[int]], expected: DeclaredData
     ) -> tuple[Labels, tuple[bytes, ...]]:
         """Read all examples once. Return their class numbers and a hash of each input."""
         labels: list[Any] = []
@@ -266,7 +266,7 @@ def _bytes_of(x: Tensor) -> bytes:
     return x.contiguous().numpy().tobytes()
 
 
-def _converted_as(x: Tensor, rows: Sequence[int], expected: Expected) -> Arrays:
+def _converted_as(x: Tensor, rows: Sequence[int], expected: DeclaredData) -> Arrays:
     """A few examples as a data set, with the conversion to floats that applies to all."""
     resolution = torch.finfo(x.dtype).eps if x.is_floating_point() else None
     return from_numpy(

@@ -35,7 +35,7 @@ from holdfast.io.data.columns import (
     without,
 )
 from holdfast.io.data.labels import Groups, numbered, numbered_words, refuse_unknown
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.pictures import decoded
 from holdfast.io.files import names_of, readable_file, similar_name
 from holdfast.io.sandbox.calling import read_under_limits
@@ -56,7 +56,7 @@ def open_table(
     name: str,
     label: str | None,
     drop: tuple[str, ...] = (),
-    expected: Expected | None = None,
+    expected: DeclaredData | None = None,
     inputs: str | None = None,
     separator: str | None = None,
     header: bool = True,
@@ -69,7 +69,7 @@ def open_table(
     `header` are those of a CSV file. The columns of a file without a header get the names of the columns that the model
     was fitted on, in their order, if their number is equal.
     """
-    expected = expected or Expected()
+    expected = expected or DeclaredData()
     column_table = read_table(
         path,
         label=label,
@@ -87,7 +87,7 @@ def read_table(
     *,
     label: str | None,
     drop: tuple[str, ...] = (),
-    expected: Expected,
+    expected: DeclaredData,
     inputs: str | None = None,
     separator: str | None = None,
     header: bool = True,
@@ -116,10 +116,10 @@ def table_examples(
     name: str,
     label: str | None,
     drop: tuple[str, ...] = (),
-    expected: Expected | None = None,
+    expected: DeclaredData | None = None,
 ) -> Arrays:
     """Return the rows of one split of a table in memory as a data set, with the same rules as `open_table`."""
-    expected = expected or Expected()
+    expected = expected or DeclaredData()
     label, label_notes = _label_if_needed(label, table, expected)
     if expected.first is not None:  # which has the columns that are dropped, and others may lack them
         drop = tuple(name for name in drop if name in table.columns)
@@ -172,7 +172,7 @@ def table_examples(
     return data.labelled(numbering)
 
 
-def _groups(table: ColumnTable, expected: Expected) -> Groups | None:
+def _groups(table: ColumnTable, expected: DeclaredData) -> Groups | None:
     """Return the group of each row, or None if no groups are requested. Raises `UsageError` if the column does not
     exist.
     """
@@ -183,7 +183,7 @@ def _groups(table: ColumnTable, expected: Expected) -> Groups | None:
     return Groups.of_words(table.words[column], column)
 
 
-def _groups_only(table: ColumnTable, expected: Expected) -> tuple[str, ...]:
+def _groups_only(table: ColumnTable, expected: DeclaredData) -> tuple[str, ...]:
     """Return the column of the groups if it is no feature: a column with text, or one that the model was not fitted
     on.
     """
@@ -214,7 +214,7 @@ def _whole_inputs(
 
 
 def _label_if_needed(
-    label: str | None, table: ColumnTable, expected: Expected
+    label: str | None, table: ColumnTable, expected: DeclaredData
 ) -> tuple[str | None, tuple[str, ...]]:
     """Return the name of the label column, or None with a note if labels are optional and the table has none.
 
@@ -311,7 +311,7 @@ def _whole(text: str) -> int | None:
 
 
 def _numbers(
-    table: ColumnTable, features: Sequence[str], rows: NDArray[np.int64], expected: Expected
+    table: ColumnTable, features: Sequence[str], rows: NDArray[np.int64], expected: DeclaredData
 ) -> NDArray[np.float32]:
     if not features:
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
@@ -394,7 +394,7 @@ def open_frame(
     label: str | None = None,
     drop: Iterable[str] = (),
     choice: Choice | None = None,
-    expected: Expected | None = None,
+    expected: DeclaredData | None = None,
 ) -> Arrays:
     """Return the examples of a pandas data frame as a data set with float32 features. The labels are a column of the
     frame, or the second element of a pair.
@@ -413,7 +413,7 @@ def open_frame(
             )
         label, columns = _with_labels(columns, labels, frame.index)
     return table_examples(
-        _table(columns, label, expected or Expected()),
+        _table(columns, label, expected or DeclaredData()),
         choice or Choice(),
         name=_NAME,
         label=label,
@@ -422,7 +422,7 @@ def open_frame(
     )
 
 
-def _table(columns: Mapping[str, list[str]], label: str | None, expected: Expected) -> ColumnTable:
+def _table(columns: Mapping[str, list[str]], label: str | None, expected: DeclaredData) -> ColumnTable:
     only_texts = (label, SPLIT_COLUMN, *(columns if expected.words is None else expected.words))
     texts = [name for name in columns if name in (*only_texts, expected.groups)]
     features = [name for name in columns if name not in only_texts]

@@ -23,7 +23,7 @@ from holdfast.core.meter import lead_of
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
-from holdfast.recipes.training.fit import Turn
+from holdfast.recipes.training.fit import Update
 from holdfast.recipes.training.learner import Learner
 from holdfast.recipes.training.losses import kullback_leibler
 
@@ -273,10 +273,10 @@ def distance(first: Policy, second: Policy, features: Tensor) -> float:
     return max(float((one.exp() - other.exp()).abs().sum(1).mean()) / 2 for one, other in pairs)
 
 
-def is_due(turn: Turn) -> bool:
+def is_due(update: Update) -> bool:
     """Return whether policies learn from an update, which a quarter of the updates, chosen at random, have."""
     one = torch.zeros(1, dtype=torch.int64)
-    return int(turn.rng.at("learns").integers(one, EVERY)) == 0
+    return int(update.rng.at("learns").integers(one, EVERY)) == 0
 
 
 def after_update(learner: Learner, batch: Batch, rng: Draws) -> tuple[PerExample, int]:

@@ -65,7 +65,7 @@ from holdfast.recipes.training.weights import Statistics, ema, perturbed, swa
 
 
 @dataclass(frozen=True)
-class Turn:
+class Update:
     """State of a training that a recipe receives with each batch: random numbers for the attack on the batch, and the
     fraction of the training that is complete.
     """
@@ -80,7 +80,7 @@ class Turn:
     """factor of eps, which grows during the warm-up and may exceed 1"""
 
 
-Inner = Callable[[Batch, Turn], Inputs]
+Inner = Callable[[Batch, Update], Inputs]
 """function that returns the inputs on which a batch is trained"""
 TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
 """function that returns the mean loss of a batch and its attacked inputs, and how many of these are classified
@@ -499,9 +499,9 @@ class _Loop:
         with torch.enable_grad(), drawing(masks, rows.device):
             done = plan.done(n_done)
             grown = how.overshoot * (1.0 if done >= how.warmup else done / how.warmup)
-            turn = Turn(update_rng, epoch, done, grown)
+            update = Update(update_rng, epoch, done, grown)
             with computing(how.precision, rows.device):
-                x_adv = self._inner(batch, turn)
+                x_adv = self._inner(batch, update)
             self._optimisation.zero_grad()
             if self._private:
                 value, hits = self._loss(batch, x_adv)

@@ -19,7 +19,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.training import Checkpoint, have_compiled, lay_out
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.recipes.training.augment import refuse_augmentation
-from holdfast.recipes.training.fit import EpochGuard, Forwards, Training, Turn, fit, refuse_unusable
+from holdfast.recipes.training.fit import EpochGuard, Forwards, Training, Update, fit, refuse_unusable
 from holdfast.recipes.training.optimisation import processes, refuse_few
 from holdfast.recipes.training.weights import twin
 
@@ -125,7 +125,7 @@ class Learner:
         return repeated
 
 
-InnerOf = Callable[[Learner, Batch, Turn], Inputs]
+InnerOf = Callable[[Learner, Batch, Update], Inputs]
 """function that returns the inputs on which a batch is trained"""
 LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
 """function that returns the mean loss of a batch and its attacked inputs, and how many of these are classified
@@ -189,9 +189,9 @@ def trained(loop: Loop) -> Iterator[Checkpoint]:
     for copied in (learner.net, learner.frozen):
         copied.register_forward_pre_hook(count)
 
-    def inner(batch: Batch, turn: Turn) -> Inputs:
-        learner.state[GROWN].fill_(turn.grown)
-        return loop.inner(learner.with_current_eps, batch, turn)
+    def inner(batch: Batch, update: Update) -> Inputs:
+        learner.state[GROWN].fill_(update.grown)
+        return loop.inner(learner.with_current_eps, batch, update)
 
     checkpoints = fit(
         net,
@@ -274,7 +274,7 @@ def _with_class_weights(learner: Learner, loop: Loop) -> Learner:
     return replace(learner, class_weights=weights / weights[data.y].mean())
 
 
-def clean_inputs(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+def clean_inputs(learner: Learner, batch: Batch, update: Update) -> Inputs:
     """Return the clean inputs of a batch, as the training inputs of recipes without an attack."""
     return batch.x
 

@@ -18,7 +18,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import Checkpoint
 from holdfast.core.types import Inputs
-from holdfast.recipes.training.fit import Training, Turn
+from holdfast.recipes.training.fit import Training, Update
 from holdfast.recipes.training.learner import Learner, Loop, adversarial_cross_entropy, clean_inputs, trained
 from holdfast.statistics.privacy_budget import RowBudget
 
@@ -254,9 +254,9 @@ class LossRecipe(RecipeFacts):
     def check(self, threat: ThreatModel) -> None:
         """Raise `UsageError` if the recipe cannot train under a threat model with its settings."""
 
-    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+    def inner(self, learner: Learner, batch: Batch, update: Update) -> Inputs:
         """Return the inputs on which a batch is trained, which are the clean ones here."""
-        return clean_inputs(learner, batch, turn)
+        return clean_inputs(learner, batch, update)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch with the training inputs `x_adv`, and the number of correct examples."""

@@ -59,7 +59,7 @@ from holdfast.rotation.steps.set_measuring import (
     widened,
 )
 from holdfast.runs.assess.expected_time import duration, step_times
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent, stoppable
 from holdfast.runs.engine.run import Run
 from holdfast.runs.store.columns import content_digest
@@ -469,10 +469,10 @@ class _Admitting:
             self._needs,
         )
 
-    def _clean(self, subjects: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+    def _clean(self, subjects: Sequence[DescribedModel], n: int) -> tuple[Evidence, ...]:
         return tuple(self.measuring.clean(subject, n, first=self._first["transfer"]) for subject in subjects)
 
-    def _white(self, subjects: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+    def _white(self, subjects: Sequence[DescribedModel], n: int) -> tuple[Evidence, ...]:
         return tuple(self.measuring.white(subject, n, first=self._first["white-box"]) for subject in subjects)
 
     @cached_property
@@ -517,12 +517,12 @@ class _Admitting:
         )
 
     @cached_property
-    def _bases(self) -> tuple[Subject, ...]:
+    def _bases(self) -> tuple[DescribedModel, ...]:
         """The bases; if they were deleted, the surrogates, which are trained in the same way."""
         return tuple(map(self._subject, bases_left(self.pool))) or self._surrogates
 
     @cached_property
-    def _surrogates(self) -> tuple[Subject, ...]:
+    def _surrogates(self) -> tuple[DescribedModel, ...]:
         subjects = []
         for model in self.measuring.transfer_examples.own:
             sha = content_digest(state_of(model))
@@ -530,12 +530,12 @@ class _Admitting:
         return tuple(subjects)
 
     @cached_property
-    def _incumbents(self) -> tuple[Subject, ...]:
+    def _incumbents(self) -> tuple[DescribedModel, ...]:
         """The serving set; if there is none, the bases."""
         serving = self.pool.serving
         return self._bases if serving is None else (self._subject(serving.name),)
 
-    def _subject(self, name: str) -> Subject:
+    def _subject(self, name: str) -> DescribedModel:
         sha = self.pool.ledger.member(name).digest
         return set_subject(self.request, name, sha, self.request.of_set(self.pool, name))
 

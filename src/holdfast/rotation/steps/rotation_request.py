@@ -31,7 +31,7 @@ from holdfast.rotation.collecting import Beginning
 from holdfast.rotation.generating import unpacked_generator
 from holdfast.rotation.pool import Pool
 from holdfast.runs.assess.preparation import enough_threads
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.engine.run import MemoryStore
 from holdfast.runs.harden.attempt_training import learner_of, refuse_untrainable
 from holdfast.runs.harden.candidates import Candidate
@@ -73,7 +73,7 @@ class Examples:
 class RotateRequest:
     """Settings that all parameter sets of a pool share: the model, the examples, the threat model and the recipe."""
 
-    subject: Subject
+    subject: DescribedModel
     """the model, with the architecture and preprocessing of all sets"""
     threat: ThreatModel
     threat_text: str
@@ -196,7 +196,7 @@ def split_examples(data: Batch, test: Data, name: str, classes: int, seed: int) 
     return Examples(rest, held_out.take(order), digest_of(fresh), name, notes)
 
 
-def trainable_subject(subject: Subject, device: str, examples: Examples) -> Subject:
+def trainable_subject(subject: DescribedModel, device: str, examples: Examples) -> DescribedModel:
     """Return the model of a run as a copy that can be trained.
 
     Raises `UsageError` or `TargetError` if the model cannot be trained.

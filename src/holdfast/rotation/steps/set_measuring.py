@@ -32,7 +32,7 @@ from holdfast.rotation.pool import Pool
 from holdfast.rotation.steps.alternatives import TransferAttacker
 from holdfast.rotation.steps.rotation_request import EVERY, FIRST, MOST, RotateRequest, surrogates
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.engine.identity import code_digest
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.harness.plan import Plan, settings
@@ -263,10 +263,10 @@ class TransferResult:
     """for each attacker and attack, the mask (n) of the broken examples"""
 
 
-def set_subject(request: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
+def set_subject(request: RotateRequest, name: str, sha: str, model: Classifier) -> DescribedModel:
     """Return a parameter set as a model that can be assessed. `sha` is the digest of the set."""
     card = {key: value for key, value in request.subject.card.items() if key != "files"}
-    return Subject(model, sha, {**card, "name": name, "digest": sha})
+    return DescribedModel(model, sha, {**card, "name": name, "digest": sha})
 
 
 @dataclass
@@ -280,19 +280,19 @@ class SetMeasurements:
     """command that resumes a stopped run"""
     _known: dict[tuple[str, str, int], Evidence] = field(default_factory=dict)
 
-    def white(self, of: Subject, n: int, *, first: int) -> Evidence:
+    def white(self, of: DescribedModel, n: int, *, first: int) -> Evidence:
         """Return the evidence of a parameter set under white-box attacks, for the first `n` held-out examples.
 
         `first` is the size of the first range; see `judged_ranges`.
         """
         return self._cached(of, "white-box", WHITE, n, first)
 
-    def clean(self, of: Subject, n: int, *, first: int) -> Evidence:
+    def clean(self, of: DescribedModel, n: int, *, first: int) -> Evidence:
         """Return the evidence of a parameter set on clean inputs, for the first `n` held-out examples."""
         return self._cached(of, "clean", (), n, first)
 
     def transferred(
-        self, subject: Subject, attackers: Sequence[Attacker], n: int, *, first: int
+        self, subject: DescribedModel, attackers: Sequence[Attacker], n: int, *, first: int
     ) -> TransferResult:
         """Test a parameter set with the transfer examples of each attacker for the first `n` held-out examples, and
         return the results.
@@ -316,7 +316,9 @@ class SetMeasurements:
         by_key = {key: torch.cat([piece[place] for piece in broken]) for place, key in enumerate(keys)}
         return TransferResult(joined_evidence(evidence), by_key)
 
-    def _cached(self, subject: Subject, kind: str, members: Sequence[Member], n: int, first: int) -> Evidence:
+    def _cached(
+        self, subject: DescribedModel, kind: str, members: Sequence[Member], n: int, first: int
+    ) -> Evidence:
         key = (subject.digest, kind, n)
         if key not in self._known:
             pieces = [self._piece(subject, kind, members, *piece)[0] for piece in judged_ranges(n, first)]
@@ -324,7 +326,7 @@ class SetMeasurements:
         return self._known[key]
 
     def _piece(
-        self, subject: Subject, kind: str, members: Sequence[Member], start: int, stop: int
+        self, subject: DescribedModel, kind: str, members: Sequence[Member], start: int, stop: int
     ) -> tuple[Evidence, Path]:
         request = self.transfer_examples.request
         threat = replace(request.threat, access="gradients", queries=None, surrogates=())

@@ -33,7 +33,7 @@ from holdfast.runs.assess.preparation import (
     refuse_data,
     refuse_gates,
 )
-from holdfast.runs.assess.request import AssessRequest, Opening, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel, Opening
 from holdfast.runs.assess.result import (
     ATTACKED,
     Result,
@@ -70,7 +70,7 @@ from holdfast.runs.engine.run import Executor, MemoryStore, Run, Stopwatch, Stor
 from holdfast.runs.harness.assembly import FOUND
 from holdfast.runs.harness.kinds.checks import GEOMETRY, STATEFUL
 from holdfast.runs.harness.plan import Plan
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.runs.store import columns as column_files
 from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 
@@ -79,7 +79,7 @@ JUDGED_BY_ATTACKERS = 1_000
 
 
 def assess(
-    subject: Subject,
+    subject: DescribedModel,
     data: Data,
     request: AssessRequest,
     *,
@@ -154,11 +154,11 @@ def assess(
 class _Job:
     """The inputs of an assessment, and its steps."""
 
-    subject: Subject
+    subject: DescribedModel
     data: Data
     request: AssessRequest
     plan: Plan
-    target: Target
+    target: PreparedModel
     device: torch.device
     manifest: Manifest
     served: Served | None

@@ -17,10 +17,10 @@ from holdfast.core.errors import NoBounds, Remedy, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.io.models.composed import Ensemble
-from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.harness.kinds.proof import prepared_prover
 from holdfast.runs.harness.plan import Plan
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.statistics.intervals import upper_tail
 from holdfast.threats.domains import TABLE
 
@@ -62,7 +62,7 @@ def without_attacks(request: AssessRequest) -> AssessRequest:
     return replace(request, plan=replace(request.plan, members=(), adaptive=(), suite="", doubts="none"))
 
 
-def smoothed_subject(subject: Subject, smoothing: StatisticalProver) -> Subject:
+def smoothed_subject(subject: DescribedModel, smoothing: StatisticalProver) -> DescribedModel:
     """Return the smoothed classifier of a model, as the model of a run. All numbers of the run are about it.
 
     Raises `UsageError` for a model with a detector.
@@ -99,7 +99,7 @@ def smoothed_subject(subject: Subject, smoothing: StatisticalProver) -> Subject:
 
 
 def refuse_unprovable(
-    plan: Plan, target: Target, sample: Batch, verb: Literal["assess", "certify"] = "certify"
+    plan: Plan, target: PreparedModel, sample: Batch, verb: Literal["assess", "certify"] = "certify"
 ) -> None:
     """Raise `UsageError` for a model about which the methods of a plan prove nothing, such as a randomised one, or one
     with an operation without sound bounds. Nothing is refused if the plan contains no proofs.
@@ -119,8 +119,8 @@ def refuse_unprovable(
             from holdfast.certifiers.masking import by_masking
 
             return by_masking(plan.threat.constraint)
-        own = (Remedy("method", TREES),) if reads_trees(target.bare) else ()
-        return (*own, *by_smoothing(plan.threat.constraint, sample, target.bare))
+        own = (Remedy("method", TREES),) if reads_trees(target.original) else ()
+        return (*own, *by_smoothing(plan.threat.constraint, sample, target.original))
 
     of_table = plan.threat.constraint.domain is TABLE
     if of_table and any(stage.prover is not None and stage.prover.name != TREES for stage in stages):
@@ -135,10 +135,10 @@ def refuse_unprovable(
     if (
         by_operations
         and target.smoothed is None
-        and (target.bare.remote or target.bare.access != "gradients")
+        and (target.original.remote or target.original.access != "gradients")
     ):
-        raise UsageError(f"{_BOUNDS}, {_without_operations(target.bare)}", *without_bounds())
-    net = target.bare.net
+        raise UsageError(f"{_BOUNDS}, {_without_operations(target.original)}", *without_bounds())
+    net = target.original.net
     if by_operations and target.smoothed is None and isinstance(net, Ensemble) and net.combine != "logits":
         raise UsageError(
             f"the members of the model are combined by {net.combine}, for which no bounds are known; certify the mean "

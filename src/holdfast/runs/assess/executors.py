@@ -23,7 +23,7 @@ from holdfast.io.files import megabytes
 from holdfast.io.models.factories import CODE, imported_from
 from holdfast.runs.assess.measuring import ShardMeasure, WorkerSetup
 from holdfast.runs.assess.preparation import model_digest, readied, with_surrogates
-from holdfast.runs.assess.request import AssessRequest, Opening, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel, Opening
 from holdfast.runs.engine.processes import import_path, unshared, worker_processes
 from holdfast.runs.engine.progress import Notify
 from holdfast.runs.engine.ray_cluster import RayOptions, connected
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @contextmanager
 def executor_for(
     request: AssessRequest,
-    subject: Subject,
+    subject: DescribedModel,
     measure: ShardMeasure,
     digests: Mapping[str, Any],
     opening: Opening | None,
@@ -73,7 +73,7 @@ def executor_for(
 def _cluster(
     request: AssessRequest,
     options: RayOptions,
-    subject: Subject,
+    subject: DescribedModel,
     measure: ShardMeasure,
     digest: str,
     notify: Notify,
@@ -144,8 +144,8 @@ def _without_surrogates(plan: Plan) -> Plan:
 
 
 def _as_given(
-    subject: Subject, data: Data, surrogates: tuple[Subject, ...]
-) -> tuple[Subject, Data, tuple[Subject, ...]]:
+    subject: DescribedModel, data: Data, surrogates: tuple[DescribedModel, ...]
+) -> tuple[DescribedModel, Data, tuple[DescribedModel, ...]]:
     return subject, data, surrogates
 
 
@@ -213,8 +213,8 @@ class Sendable(Protocol):
 class SentModel:
     """Everything that a worker needs to measure shards of a run: the opened model and surrogates, and the plan."""
 
-    subject: Subject
-    surrogates: tuple[Subject, ...]
+    subject: DescribedModel
+    surrogates: tuple[DescribedModel, ...]
     plan: Plan
     """the plan without surrogates, which the worker prepares itself"""
     rows: Rows

@@ -29,7 +29,7 @@ from holdfast.io.data.data import concatenated
 from holdfast.io.remote.served_model import InspectionCounter, rows_of_calls
 from holdfast.reports.words import amount
 from holdfast.runs.assess.preparation import plan_for, refuse_data
-from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.assess.served_runs import served_by
 from holdfast.runs.documents.record import Division
 from holdfast.runs.documents.run_manifest import work_of
@@ -38,7 +38,7 @@ from holdfast.runs.harness.kinds.passes import FIXED, MATRIX_ROWS
 from holdfast.runs.harness.kinds.proof import AT_ONCE
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.stage import Member
-from holdfast.runs.harness.target import LOOKED_AT, Target
+from holdfast.runs.harness.target import LOOKED_AT, PreparedModel
 
 _FEW, _MANY = 8, 128
 """Numbers of examples in the two batches on which steps are timed; attacks are run on batches of both sizes."""
@@ -192,7 +192,7 @@ class StageTimes:
 
 
 def expected_seconds(
-    request: AssessRequest, plan: Plan, target: Target, data: Data, device: torch.device
+    request: AssessRequest, plan: Plan, target: PreparedModel, data: Data, device: torch.device
 ) -> float | None:
     """Return the expected seconds of a requested assessment with the completed `plan`, or None if they cannot be
     estimated: if an attack has no known number of steps or no usual norm, if something is proved, or with workers.
@@ -209,14 +209,14 @@ def expected_seconds(
 
 
 def stage_times(
-    plan: Plan, target: Target, data: Data, device: torch.device, batch_size: int | None
+    plan: Plan, target: PreparedModel, data: Data, device: torch.device, batch_size: int | None
 ) -> StageTimes:
     """Measure the steps of attacks on the first examples of `data`, and count those of a plan. Passes on surrogates are
     counted like those of the model.
     """
     sample = data.read(0, min(TRIED, len(data))).to(device)
     size = batch_size or batch_size_for(math.prod(sample.x.shape[1:]), str(device))
-    gradients = target.bare.access == "gradients" and plan.threat.gives("gradients")
+    gradients = target.original.access == "gradients" and plan.threat.gives("gradients")
 
     def passes(attack: Attack) -> tuple[float, float]:
         if isinstance(attack, ThresholdAttack):  # evaluates all its candidates in few calls
@@ -231,7 +231,7 @@ def stage_times(
         return CountedAttack(passes(member.attack), *in_waves)
 
     return StageTimes(
-        step_times(target.quick, plan.threat, sample, size, gradients=gradients),
+        step_times(target.optimised, plan.threat, sample, size, gradients=gradients),
         tuple(counted_attack(member) for member in plan.members),
         tuple(passes(attack) for attack in (*outside, *(member.attack for member in plan.curve))),
         plan.doubts == "all",
@@ -244,7 +244,7 @@ def stage_times(
     )
 
 
-def surviving_share(threat: ThreatModel, target: Target, sample: Batch, *, gradients: bool) -> float:
+def surviving_share(threat: ThreatModel, target: PreparedModel, sample: Batch, *, gradients: bool) -> float:
     """Return the share of examples that survive the first attack, estimated with a short attack on a sample: 1 if the
     model has no scores, or the threat model no usual norm.
     """
@@ -257,9 +257,9 @@ def surviving_share(threat: ThreatModel, target: Target, sample: Batch, *, gradi
 
     short: Attack = PGD(steps=10) if gradients else Square(queries=100)
     with torch.random.fork_rng():
-        x_adv = short(target.quick, sample, replace(threat, queries=None), rng=Draws(0))
+        x_adv = short(target.optimised, sample, replace(threat, queries=None), rng=Draws(0))
         with torch.no_grad():
-            correct = target.quick(x_adv, sample.ids).argmax(1) == sample.y
+            correct = target.optimised(x_adv, sample.ids).argmax(1) == sample.y
     return float(correct.double().mean())
 
 
@@ -374,7 +374,7 @@ class ExpectedRows:
 def expected_rows(
     order: AssessRequest,
     plan: Plan,
-    target: Target,
+    target: PreparedModel,
     n: int,
     work: Division,
     *,
@@ -392,7 +392,7 @@ def expected_rows(
     if target.smoothed is not None:
         passes = Passes(work.batch_size, target.smoothed.base.batches, shards)
         return _smoothed(target.smoothed, n, passes, gates=gates, opening=opening)
-    passes, randomised = Passes(work.batch_size, target.bare.batches, shards), target.randomised
+    passes, randomised = Passes(work.batch_size, target.original.batches, shards), target.randomised
     due = n if right is None or plan.threat.constraint.judges_misclassified else right
     judged = JUDGED_AT_RANDOM if randomised else 1
     sample_rows = passes.filled(min(LOOKED_AT, n))
@@ -528,7 +528,9 @@ class Rehearsed:
         return text
 
 
-def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: InspectionCounter) -> Rehearsed:
+def rehearsed(
+    subject: DescribedModel, data: Data, order: AssessRequest, counted: InspectionCounter
+) -> Rehearsed:
     """Estimate how many rows a run will send to a model server, by measuring a few examples.
 
     `counted` limits and counts the rows that are sent for the estimate. Raises the same errors as the run itself.
@@ -543,7 +545,7 @@ def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Inspe
     classes = model.classes or len(data.classes or ()) or int(sample.y.max()) + 1
     if first:
         classes, right, randomised = _inspected(model, sample, second)
-    target = Target(model, model, model, randomised, classes)
+    target = PreparedModel(model, model, model, randomised, classes)
     with ExitStack() as stack:
         plan = plan_for(subject, data, order, target, sample, stack)
         shape = tuple(sample.x.shape[1:])

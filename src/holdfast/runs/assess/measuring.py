@@ -71,7 +71,7 @@ from holdfast.runs.harness.stage import (
     repeated_attacks,
     suite_columns,
 )
-from holdfast.runs.harness.target import Target, judge_inputs
+from holdfast.runs.harness.target import PreparedModel, judge_inputs
 from holdfast.threats.domains import TEXT
 
 
@@ -80,7 +80,7 @@ class ShardMeasure:
     """Callable that measures one shard of a stage and returns its columns."""
 
     plan: Plan
-    target: Target
+    target: PreparedModel
     data: Data
     device: torch.device
     served: Served | None = None
@@ -91,7 +91,7 @@ class ShardMeasure:
         """Return the columns of a task. Raises `OutOfTime` if the model is queried after the time `until`."""
         batch, clean = self.read(task.start, task.stop), task.clean is None
         if clean:
-            bare, classes = self.target.bare, self.target.classes
+            bare, classes = self.target.original, self.target.classes
             limits, logits = (bare.bounds, classes, self.data.name), self.target.logits
             refuse_batch(batch, *limits, whole=self.data, remote=bare.remote, logits=logits)
         with purpose(task.stage, task.shard, "clean" if clean else "attacks"):
@@ -112,11 +112,11 @@ class ShardMeasure:
         return self._last[start, stop]
 
 
-def timed(target: Target, until: float) -> Target:
+def timed(target: PreparedModel, until: float) -> PreparedModel:
     """Add a time limit to the attacked models of an assessment: each raises `OutOfTime` if it is queried after the time
     `until`.
     """
-    return replace(target, quick=Timed(target.quick, until), view=Timed(target.view, until))
+    return replace(target, optimised=Timed(target.optimised, until), view=Timed(target.view, until))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Measurement:
 
     run: Run
     plan: Plan
-    target: Target
+    target: PreparedModel
     data: Data
     device: torch.device
     sets: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
@@ -406,12 +406,12 @@ def run_probes(
         _first_gradients(of_suite),
         target.blind,
         target.randomised,
-        access=target.bare.access,
+        access=target.original.access,
         classes=target.classes,
         outcomes=() if unclear else outcomes(plan.stages(), by_stage),
         repeated=tuple(again.values()),
     )
-    counting_model = PassCounter(measurement.target.quick)
+    counting_model = PassCounter(measurement.target.optimised)
     fitting, n_forwards = _input(measurement, columns)
     counting_model.forwards += n_forwards
     context = replace(context, input=fitting)
@@ -467,7 +467,7 @@ def _allotment(
     within = probing_threat(plan.threat, columns)
     probes = {probe.name: probe for probe in possible}
     n_by_probe = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
-    passes = Passes(measurement.run.room(DOUBTS, 0).size, measurement.target.bare.batches)
+    passes = Passes(measurement.run.room(DOUBTS, 0).size, measurement.target.original.batches)
 
     def cost(name: str, n: int) -> int | None:
         return probe_rows(probes[name], within, n, passes, randomised=measurement.target.randomised)
@@ -506,7 +506,7 @@ def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int
     """Test whether the data do not fit the model, in smaller batches if memory runs out."""
     room = measurement.run.room(DOUBTS, _FITTING)
     names = names_of_labels(measurement.data)
-    model, texts = measurement.target.bare, measurement.plan.threat.constraint.domain is TEXT
+    model, texts = measurement.target.original, measurement.plan.threat.constraint.domain is TEXT
     return in_room(lambda size: misfit(model, batch, size, names, texts=texts), room, 0, len(batch))
 
 

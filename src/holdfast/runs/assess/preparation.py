@@ -36,7 +36,7 @@ from holdfast.io.remote.probing import (
     range_of_training,
 )
 from holdfast.runs.assess.certify import refuse_unprovable
-from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.harness.assembly import Context, evidence_from
 from holdfast.runs.harness.kinds.passes import MATRIX_ROWS, paired
 from holdfast.runs.harness.plan import (
@@ -47,7 +47,7 @@ from holdfast.runs.harness.plan import (
     within_budget,
 )
 from holdfast.runs.harness.stage import Work
-from holdfast.runs.harness.target import LOOKED_AT, Target, base_of, prepared
+from holdfast.runs.harness.target import LOOKED_AT, PreparedModel, base_of, prepared
 
 _PIECE = 1024
 """examples that are read at once to find the range of the labels"""
@@ -217,7 +217,7 @@ def _out_of_range(x: Tensor, low: Tensor, high: Tensor, name: str) -> TargetErro
 def refuse_gates(
     claims: Sequence[Claim],
     plan: Plan,
-    target: Target,
+    target: PreparedModel,
     sample: Batch,
     data: Data,
     *,
@@ -241,7 +241,7 @@ def refuse_gates(
         judge(claim, evidence, Doubts(), baseline=evidence if claim.versus else None)
 
 
-def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
+def _as_if_broken(plan: Plan, target: PreparedModel, sample: Batch) -> Evidence:
     """Evidence with every column of the plan, in which the last attack breaks all correct examples."""
     by_stage: dict[str, Columns] = {}
     for stage in plan.stages():
@@ -260,13 +260,13 @@ _NO_SURROGATES = Remedy("surrogates", option="--surrogate")
 
 @contextmanager
 def readied(
-    subject: Subject,
+    subject: DescribedModel,
     data: Data,
     device: torch.device,
     *,
     adaptive: bool = False,
     batch_size: int | None = None,
-) -> Iterator[tuple[Target, Batch]]:
+) -> Iterator[tuple[PreparedModel, Batch]]:
     """Context manager that prepares the attacked model on its device, and restores the model on exit.
 
     Yields the prepared model and the examples with which it was inspected, at most `batch_size`. With `adaptive`, parts
@@ -278,12 +278,12 @@ def readied(
     with (
         placed(subject.model, device),
         prepared(subject.model, sample, adaptive=adaptive) as target,
-        enough_threads(base_of(target.bare), sample.x),
+        enough_threads(base_of(target.original), sample.x),
     ):
         yield target, sample
 
 
-def model_digest(subject: Subject, target: Target) -> str:
+def model_digest(subject: DescribedModel, target: PreparedModel) -> str:
     """Return the SHA-256 that identifies the attacked model in the manifest of a run, in hex."""
     return digest(canonical([subject.digest, target.randomised]))
 
@@ -301,7 +301,7 @@ def placed(model: Classifier, device: torch.device) -> Iterator[None]:
 
 
 def with_surrogates(
-    plan: Plan, stack: ExitStack, surrogates: Sequence[Subject], sample: Batch, target: Target
+    plan: Plan, stack: ExitStack, surrogates: Sequence[DescribedModel], sample: Batch, target: PreparedModel
 ) -> Plan:
     """Add the surrogate models of the attacker to the plan of an assessment. They remain prepared until `stack` is
     closed.
@@ -314,13 +314,15 @@ def with_surrogates(
     why = plan.threat.constraint.without_surrogates()
     if why:
         raise UsageError(f"surrogates are not used {why}", _NO_SURROGATES)
-    ready = tuple(_ready(surrogate, stack, sample, target).quick for surrogate in surrogates)
+    ready = tuple(_ready(surrogate, stack, sample, target).optimised for surrogate in surrogates)
     return replace(
         plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest and not plan.alone
     )
 
 
-def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) -> Target:
+def _ready(
+    surrogate: DescribedModel, stack: ExitStack, sample: Batch, target: PreparedModel
+) -> PreparedModel:
     role = "member" if surrogate.card.get("member") else "surrogate"
     name = f"{role} {surrogate.card.get('name', '')}"
     if surrogate.model.access != "gradients":
@@ -361,10 +363,10 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
     return prepared_surrogate
 
 
-def _refuse_flat(name: str, prepared_surrogate: Target, sample: Batch) -> None:
+def _refuse_flat(name: str, prepared_surrogate: PreparedModel, sample: Batch) -> None:
     """Raise `UsageError` for a surrogate without a gradient, since examples are computed from gradients."""
     examples = next(iter(sample.split(_SURROGATE_EXAMPLES)))
-    input_gradient, _ = gradient(prepared_surrogate.bare, examples, margin_loss)
+    input_gradient, _ = gradient(prepared_surrogate.original, examples, margin_loss)
     if not input_gradient.any():
         raise UsageError(
             f"the {name} passes no gradient back to any of the first {len(examples)} examples, and examples "
@@ -373,7 +375,7 @@ def _refuse_flat(name: str, prepared_surrogate: Target, sample: Batch) -> None:
         )
 
 
-def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Target) -> Plan:
+def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: PreparedModel) -> Plan:
     """Add a stage to the plan of an assessment that transfers perturbations between the data of the run and the data
     sets `others`.
 
@@ -394,7 +396,7 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
             f"class; leave goal=targeted:{threat.goal} out of the threat",
             Remedy("across"),
         )
-    if not (threat.gives("gradients") and target.bare.access == "gradients") and not threat.surrogates:
+    if not (threat.gives("gradients") and target.original.access == "gradients") and not threat.surrogates:
         raise UsageError(
             "perturbations for the transfer between data sets are computed from gradients, but the model has none",
             replace(SURROGATE, reason="for a model that has some"),
@@ -413,14 +415,19 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
 
 
 def plan_for(
-    subject: Subject, data: Data, request: AssessRequest, target: Target, sample: Batch, stack: ExitStack
+    subject: DescribedModel,
+    data: Data,
+    request: AssessRequest,
+    target: PreparedModel,
+    sample: Batch,
+    stack: ExitStack,
 ) -> Plan:
     """Complete the plan of a requested assessment for its model and data, after checking that it can be measured.
     Surrogates remain prepared until `stack` is closed.
 
     Raises an error for what cannot be measured. Gates are not checked.
     """
-    bare = target.bare
+    bare = target.original
     given = request.plan.threat
     threat = replace(given, constraint=given.constraint.in_bounds(bare.bounds))
     request = replace(request, plan=replace(request.plan, threat=threat))
@@ -453,7 +460,7 @@ def plan_for(
     return plan
 
 
-def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) -> Batch | None:
+def learning_examples(plan: Plan, target: PreparedModel, data: Data, fit: Data | None) -> Batch | None:
     """Return the examples on which learned attacks are fitted, as many as the attack that needs the most examples.
 
     Returns None if no attack is learned or `fit` is None. Raises `UsageError` if their shape is not that of `data`.
@@ -468,7 +475,7 @@ def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) 
             f"those of {data.name} have shape {tuple(shape)}",
             replace(OTHER_EXAMPLES, reason="for examples of the same kind"),
         )
-    limits = (target.bare.bounds, target.classes, fit.name)
+    limits = (target.original.bounds, target.classes, fit.name)
     refuse_batch(batch, *limits, whole=fit, logits=target.logits)
     return _typed(batch, data)
 

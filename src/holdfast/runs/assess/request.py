@@ -23,7 +23,7 @@ In smaller shards, the later attacks of a suite run on few examples and are slow
 
 
 @dataclass(frozen=True)
-class Subject:
+class DescribedModel:
     """The model that a run assesses or trains, and its description for the evidence."""
 
     model: Classifier
@@ -34,7 +34,7 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-Opened = tuple[Subject, Data, tuple[Subject, ...]]
+Opened = tuple[DescribedModel, Data, tuple[DescribedModel, ...]]
 """The opened model, data and surrogates of a run."""
 Opening = Callable[[], Opened]
 """Function that opens the model, the data and the surrogates, possibly in another process."""
@@ -66,7 +66,7 @@ class AssessRequest:
     ray: RayOptions | None = None
     """cluster on which `workers` tasks measure shards; None for processes of this machine"""
     device: str = "cpu"
-    surrogates: tuple[Subject, ...] = ()
+    surrogates: tuple[DescribedModel, ...] = ()
     """surrogate models of the attacker"""
     attackers: "MeasureAttackers | None" = None
     """function that measures the table of attackers of a model with rotation after the suite; None without rotation"""
@@ -126,9 +126,9 @@ class HardenRequest:
     """number of updates between two checkpoints within an epoch; None for checkpoints after each epoch only"""
     notes: tuple[str, ...] = ()
     """notes on how the training examples are read, which are shown before the training and are on the card"""
-    control: Subject | None = None
+    control: DescribedModel | None = None
     """network with which the recipe compares the new one after the training"""
-    teacher: Subject | None = None
+    teacher: DescribedModel | None = None
     """network whose predictions the recipe trains on"""
 
 

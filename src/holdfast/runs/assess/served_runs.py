@@ -13,7 +13,7 @@ from holdfast.core.meter import Kind
 from holdfast.core.model import Classifier
 from holdfast.io.remote.http_client import Sent, Totals, counting_by
 from holdfast.io.remote.served_model import Served
-from holdfast.runs.assess.request import AssessRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.harness.plan import refuse_what_is_hidden
 from holdfast.runs.harness.target import base_of
 from holdfast.runs.store.files import SERVED, make_private, usable
@@ -72,7 +72,7 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
                     folder.rmdir()
 
 
-def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> None:
+def refuse_early(served: Served, subject: DescribedModel, request: AssessRequest) -> None:
     """Raise `UsageError` for a request that is not possible for a served model, before further rows are sent to the
     server.
 

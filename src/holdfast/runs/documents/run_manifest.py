@@ -30,7 +30,7 @@ from holdfast.recipes.training.recipe import facts_of
 from holdfast.reports.words import strict
 from holdfast.runs.assess.measuring import shards_of
 from holdfast.runs.assess.preparation import model_digest, small_eps_note, wide_bounds_note
-from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel, HardenRequest
 from holdfast.runs.documents.record import (
     DOUBTS,
     DataCard,
@@ -42,7 +42,7 @@ from holdfast.runs.documents.record import (
 )
 from holdfast.runs.engine.identity import code_digest, hardware, repeatable, versions
 from holdfast.runs.harness.plan import Plan
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 from holdfast.threats.stored import threat_from_json
 
 _ADDRESS = re.compile(r"[\w./@][\w./:@+=-]*")
@@ -183,11 +183,11 @@ _SAMPLE = 64
 
 
 def assess_manifest(
-    subject: Subject,
+    subject: DescribedModel,
     data: Data,
     request: AssessRequest,
     plan: Plan,
-    target: Target,
+    target: PreparedModel,
     shape: tuple[int, ...],
     *,
     served: Served | None = None,
@@ -257,7 +257,7 @@ def work_of(
 
 
 def harden_manifest(
-    subject: Subject,
+    subject: DescribedModel,
     digests: list[str],
     test: Data,
     request: HardenRequest,
@@ -331,7 +331,7 @@ def about_run(command: str) -> dict[str, Any]:
     return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(command)}
 
 
-def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any]:
+def _config(request: AssessRequest, plan: Plan, target: PreparedModel) -> dict[str, Any]:
     """The settings of the run that can change a number."""
     surrogates = [_identity(surrogate) for surrogate in request.surrogates]
     return {
@@ -384,10 +384,15 @@ def _groups_identity(data: Data) -> dict[str, Any]:
 
 
 def _notes(
-    subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
+    subject: DescribedModel,
+    data: Data,
+    request: AssessRequest,
+    plan: Plan,
+    target: PreparedModel,
+    shape: tuple[int, ...],
 ) -> list[str]:
     """Notes on model, data and threat model that a reader needs before the numbers."""
-    bounds = target.bare.bounds
+    bounds = target.original.bounds
     small = small_eps_note(plan.threat.constraint, bounds, math.prod(shape))
     wide = (
         ()
@@ -418,7 +423,7 @@ def _notes(
     return [*subject.notes, *cut, *surrogates, *notes]
 
 
-def _identity(surrogate: Subject) -> Other:
+def _identity(surrogate: DescribedModel) -> Other:
     """Name, origin and digest of a surrogate model, and whether it is a member of the model."""
     name, how = (str(surrogate.card.get(key, "")) for key in ("name", "how"))
     identity: Other = {"name": name, "how": how, "digest": surrogate.digest}

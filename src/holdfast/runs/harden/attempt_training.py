@@ -25,7 +25,7 @@ from holdfast.io.models.weights import digest_of_weights, written
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.follow_up import RAISED
 from holdfast.recipes.training.recipe import Recipe, facts_of
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden import checkpoints
 from holdfast.runs.harden.candidates import Candidate, EndedBy, Trainer, ended_by
@@ -245,7 +245,7 @@ def spent_before(plan: Mapping[str, Any], earlier: Sequence[Made]) -> float:
 class AttemptTraining:
     """Trains a copy of the model with the recipe of one attempt of a hardening."""
 
-    subject: Subject
+    subject: DescribedModel
     trainer: Trainer
     candidate: Candidate
     attempt: Mapping[str, Any]
@@ -351,7 +351,7 @@ class AttemptTraining:
             write_atomically(path, written(net, {**self.metadata, **structure_metadata(net)}))
         return f"the best of the {last_epoch(last.curve)} epochs before is in {str(path)!r}"
 
-    def _new_model(self, checkpoint: Checkpoint) -> Subject:
+    def _new_model(self, checkpoint: Checkpoint) -> DescribedModel:
         facts = facts_of(self.candidate.recipe)
         new = facts.network(self.subject.model)
         checkpoint.put_into(new)

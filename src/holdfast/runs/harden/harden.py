@@ -20,7 +20,7 @@ from holdfast.core.model import Classifier, of_values
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Before, refuse_goal
 from holdfast.io.data.data import selected
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_data
 from holdfast.io.models.composed import Ensemble
 from holdfast.io.models.exported import exported
@@ -41,7 +41,7 @@ from holdfast.runs.assess.preparation import (
     refuse_threat,
     threads,
 )
-from holdfast.runs.assess.request import AssessRequest, HardenRequest, Subject
+from holdfast.runs.assess.request import AssessRequest, DescribedModel, HardenRequest
 from holdfast.runs.assess.result import Result
 from holdfast.runs.documents.run_manifest import about_run, command_of, harden_manifest
 from holdfast.runs.documents.stored_runs import files_of
@@ -132,7 +132,9 @@ class AssessmentTimes:
         return _LEAST + bisect.bisect_left(sizes, True, key=lambda size: self.of(size) > limit_s)
 
 
-def affordable(subject: Subject, test: Data, request: HardenRequest, held_out: int, notify: Notify) -> int:
+def affordable(
+    subject: DescribedModel, test: Data, request: HardenRequest, held_out: int, notify: Notify
+) -> int:
     """Return the number of test examples on which both models are assessed, and announce the expected time. It is
     measured with a few passes of the given model. `held_out` is the number of held-out examples.
     """
@@ -186,7 +188,7 @@ _IGNORED_DOUBT = "not-exhausted"  # raised if the suite is too weak, which no tr
 
 
 def harden(
-    subject: Subject,
+    subject: DescribedModel,
     data: TrainingData,
     test: Data,
     request: HardenRequest,
@@ -239,7 +241,7 @@ class CheckedInputs:
     """number of threads for the network"""
 
 
-def checked(subject: Subject, data: TrainingData, test: Data, request: HardenRequest) -> CheckedInputs:
+def checked(subject: DescribedModel, data: TrainingData, test: Data, request: HardenRequest) -> CheckedInputs:
     """Check all that a hardening needs, and return it. Nothing is trained or stored. Raises `UsageError` or
     `TargetError`.
     """
@@ -247,7 +249,7 @@ def checked(subject: Subject, data: TrainingData, test: Data, request: HardenReq
     freeze_others(copy_of(subject.model), request.train_only)
     refuse_data(test)
     with readied(subject, test, optimisation.own(torch.device(request.device))) as (target, sample):
-        bounds, n_threads = target.bare.bounds, torch.get_num_threads()
+        bounds, n_threads = target.original.bounds, torch.get_num_threads()
         # those that are read by index were checked when they were opened
         if isinstance(data, Batch):
             for part in data.split(_CHECKED):
@@ -268,7 +270,11 @@ def checked(subject: Subject, data: TrainingData, test: Data, request: HardenReq
 
 
 def refuse_unfit(
-    subject: Subject, data: TrainingData, test: Data, request: HardenRequest, clock: Clock = time.perf_counter
+    subject: DescribedModel,
+    data: TrainingData,
+    test: Data,
+    request: HardenRequest,
+    clock: Clock = time.perf_counter,
 ) -> None:
     """Check all that a hardening needs, and plan its training, for which updates are timed if it has a budget. Nothing
     is stored. Raises `UsageError` or `TargetError`, also for a budget that is too small.
@@ -281,7 +287,12 @@ def refuse_unfit(
 
 
 def refuse_unmeasured(
-    subject: Subject, test: Data, request: HardenRequest, gates: Sequence[Claim], *, paired: bool = False
+    subject: DescribedModel,
+    test: Data,
+    request: HardenRequest,
+    gates: Sequence[Claim],
+    *,
+    paired: bool = False,
 ) -> None:
     """Raise `UsageError` or `TargetError` if the assessments before and after a training cannot be measured, or if they
     do not measure the metric of a gate. Gates against a baseline are checked if they are `paired`: judged on both.
@@ -309,7 +320,7 @@ class _Job:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: DescribedModel,
         inputs: CheckedInputs,
         test: Data,
         request: HardenRequest,
@@ -380,7 +391,7 @@ class _Job:
         labelled = self.rest.subset(self.rest.y != UNLABELLED)
         examples = labelled.take(Draws(self.request.seed).at("learned on").bits(labelled.ids).argsort()[:n])
         examples = examples.to(torch.device("cpu"))
-        return as_data(examples.x, examples.y, expected=Expected(model.bounds, model.classes))
+        return as_data(examples.x, examples.y, expected=DeclaredData(model.bounds, model.classes))
 
     def _planned(self, test: Data) -> dict[str, Any]:
         request = self.request
@@ -559,7 +570,7 @@ class _Job:
                 return trained_models, trained_models[0]
             assessment = replace(self.assessment, gates=(), baseline=None)
             checked, model = self.checked.to(torch.device("cpu")), self.subject.model
-            examples = as_data(checked.x, checked.y, expected=Expected(model.bounds, model.classes))
+            examples = as_data(checked.x, checked.y, expected=DeclaredData(model.bounds, model.classes))
             result = self._assessed(trained_models[-1].subject, examples, _numbered("checked", k), assessment)
             run.record(_numbered("checked", k), _head(result))
             raised = {doubt.name for doubt in result.doubts if doubt.state == "raised"}
@@ -585,7 +596,7 @@ class _Job:
         model.net.load_state_dict(safetensors.torch.load(weights))
         return of_values(model.eval())
 
-    def _assessed(self, subject: Subject, data: Data, place: str, request: AssessRequest) -> Result:
+    def _assessed(self, subject: DescribedModel, data: Data, place: str, request: AssessRequest) -> Result:
         return assess(
             subject,
             data,

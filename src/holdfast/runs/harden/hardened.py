@@ -31,7 +31,7 @@ from holdfast.reports.formats.html import svg
 from holdfast.reports.tree import Report
 from holdfast.reports.words import percent, plain, strict
 from holdfast.reports.write import rendered
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.assess.result import Result
 from holdfast.runs.harden.candidates import Candidate, EndedBy, announced_s, standard_error
 from holdfast.runs.harden.checkpoints import Point
@@ -233,7 +233,7 @@ class Made:
 
     candidate: Candidate
     attempt: Mapping[str, Any]
-    subject: Subject
+    subject: DescribedModel
     curve: tuple[Point, ...]
     chosen: Point
     raised: int
@@ -256,7 +256,7 @@ def trained_under(threat: ThreatModel) -> str:
     return ThreatModel(threat.constraint, unit=threat.unit).text
 
 
-def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def weights_metadata(subject: DescribedModel, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata that is written to the weights file of a hardened model: how the model is opened, and the
     digest of its training.
     """

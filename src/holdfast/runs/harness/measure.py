@@ -23,7 +23,7 @@ from holdfast.runs.harness.assembly import Context, due_examples, evidence_from,
 from holdfast.runs.harness.kinds.attack import learned_for, with_learned
 from holdfast.runs.harness.plan import Plan, members_of, refuse_unfitted, refuse_what_is_hidden
 from holdfast.runs.harness.stage import Stage, Work, broken_by_suite
-from holdfast.runs.harness.target import LOOKED_AT, Target, prepared
+from holdfast.runs.harness.target import LOOKED_AT, PreparedModel, prepared
 
 _TYPES = (torch.float32, torch.float64)  # attacks lose their steps to rounding in shorter types
 
@@ -90,7 +90,7 @@ def measure_plan(
 def _shards(
     stage: Stage,
     plan: Plan,
-    target: Target,
+    target: PreparedModel,
     batches: Sequence[Batch],
     by_stage: Mapping[str, Columns],
     batch_size: int,

@@ -25,7 +25,7 @@ from holdfast.core.types import Mask
 from holdfast.doubts.not_exhausted import repeated
 from holdfast.doubts.protocol import Outcome
 from holdfast.doubts.zero_gradient import ZERO_GRADIENTS
-from holdfast.runs.harness.target import Target
+from holdfast.runs.harness.target import PreparedModel
 
 if TYPE_CHECKING:
     from holdfast.runs.harness.plan import Plan
@@ -71,7 +71,7 @@ class Work:
     """The plan, the model and the examples on which a stage is run."""
 
     plan: "Plan"
-    target: Target
+    target: PreparedModel
     sets: tuple[Batch, ...]
     """one batch with the examples of a shard or, for a stage without shards, its data sets"""
     room: Room

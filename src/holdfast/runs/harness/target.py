@@ -104,22 +104,22 @@ class WithDetector:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The model under test in two versions: the original `bare`, which judges inputs, and an equivalent frozen copy
-    `quick`, which attacks query.
+class PreparedModel:
+    """The model under test in two versions: `original`, which judges inputs, and an equivalent frozen copy
+    `optimised`, which attacks query.
 
     Adaptive attacks query `view`, which has the same outputs, and gradients that bypass the parts of the model in
     `masking`.
     """
 
-    bare: Classifier
-    quick: Model
+    original: Classifier
+    optimised: Model
     view: Model
     randomised: bool
     classes: int
     notes: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
-    """notes on how `quick` was optimised"""
+    """notes on how `optimised` was optimised"""
     in_training: tuple[str, ...] = ()
     """names of the dropout and batch norm layers that were in training mode; the model was measured
     in evaluation mode"""
@@ -145,17 +145,17 @@ class Target:
     @property
     def smoothed(self) -> SmoothedVotes | None:
         """Smoothed classifier that is the model under test; None for another model."""
-        return smoothed_votes(self.bare)
+        return smoothed_votes(self.original)
 
     @property
     def rejects(self) -> bool:
         """Whether the model has an additional last logit for "rejected", which is not one of the `classes`."""
-        return self.bare.rejects
+        return self.original.rejects
 
     def logits(self, x: Inputs) -> Logits:
         """Return the logits of the original model for the inputs `x`, computed without gradients."""
         with torch.no_grad(), judging():
-            logits: Logits = self.bare(x)
+            logits: Logits = self.original(x)
         return logits
 
     def queried(self, model: Model, batch: Batch) -> Model:
@@ -164,14 +164,14 @@ class Target:
         """
         if batch.x.isnan().any():
             model = WithMissing(model, batch)
-        model = Answering(model, batch) if self.bare.remote else model
+        model = Answering(model, batch) if self.original.remote else model
         return WithDetector(model, batch, self.aim) if self.rejects else model
 
     def judged_logits(self, logits: Logits, y: Labels) -> Tensor:
         """Return the logits by which an attacked input is judged. An input that the model rejects counts as correctly
         classified.
         """
-        logits = for_label(logits, y) if self.bare.remote else logits
+        logits = for_label(logits, y) if self.original.remote else logits
         return rejected_as_correct(logits, y) if self.rejects else logits
 
     def predicted(self, logits: Logits) -> Labels:
@@ -179,7 +179,7 @@ class Target:
         rejects the input.
         """
         best = logits[:, : self.classes].argmax(1)
-        if self.bare.remote:
+        if self.original.remote:
             best = torch.where(refused(logits), -1, best)
         return torch.where(self.rejected(logits), -1, best) if self.rejects else best
 
@@ -201,7 +201,7 @@ class Target:
 
 
 @contextmanager
-def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[Target]:
+def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[PreparedModel]:
     """Context manager that puts the model into eval mode, yields it as the target of a measurement, and restores it on
     exit. Inside it, the process keeps freed memory.
 
@@ -220,7 +220,7 @@ def base_of(model: Classifier) -> Classifier:
     return model if smoothed is None else smoothed.base
 
 
-def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
+def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> PreparedModel:
     base = base_of(model)  # a smoothed classifier is as random as its base, which is many times cheaper
     state = _generators(sample.x.device)
     logits = _first_logits(base, sample)
@@ -238,7 +238,9 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
         *((REJECTS,) if model.rejects else ()),
     )
     blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
-    target = Target(model, quick, quick, randomised, class_logits.shape[1], notes, details, left_in_training)
+    target = PreparedModel(
+        model, quick, quick, randomised, class_logits.shape[1], notes, details, left_in_training
+    )
     return replace(target, blind=blind, blind_view=blind)
 
 
@@ -277,9 +279,9 @@ def _blind(model: Model, sample: Batch) -> bool:
     return True
 
 
-def _with_view(target: Target, sample: Batch) -> Target:
+def _with_view(target: PreparedModel, sample: Batch) -> PreparedModel:
     try:
-        masked = masking(target.bare, sample.x)
+        masked = masking(target.original, sample.x)
     except UsageError:
         raise
     except Exception:  # noqa: BLE001  a network may fail in any way
@@ -287,7 +289,7 @@ def _with_view(target: Target, sample: Batch) -> Target:
         return replace(target, notes=(*target.notes, note))
     if not masked:
         return target
-    view = View(target.bare, masked.replacements, masked.steps)
+    view = View(target.original, masked.replacements, masked.steps)
     return replace(target, view=view, masking=masked, blind_view=target.blind and _blind(view, sample))
 
 
@@ -370,7 +372,9 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
     }
 
 
-def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
+def judge_inputs(
+    plan: "Plan", target: PreparedModel, batch: Batch, x_adv: Inputs, rng: Draws
+) -> dict[str, Tensor]:
     """Judge inputs that were found outside the stages of a plan, for example by probes, and return the results as the
     columns of an attack.
     """
@@ -383,7 +387,9 @@ def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng:
     return {name: values.cpu() for name, values in columns.items()}
 
 
-def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tuple[Logits, dict[str, Tensor]]:
+def verdict_of(
+    plan: "Plan", target: PreparedModel, batch: Batch, x_adv: Inputs
+) -> tuple[Logits, dict[str, Tensor]]:
     """Evaluate the original model on attacked inputs, and return its logits and the results as columns, such as
     `success` and the distances.
 
@@ -401,7 +407,7 @@ def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tup
     return logits, {
         "id": batch.ids,
         "ran": torch.ones_like(wrong),
-        "success": wrong & allowed(constraint, x_adv, batch.x, target.bare.bounds),
+        "success": wrong & allowed(constraint, x_adv, batch.x, target.original.bounds),
         "prediction": target.predicted(logits),
         "right": right,
         "right_fresh": right_fresh,
@@ -456,7 +462,7 @@ def aimed(batch: Batch, threat: ThreatModel) -> Batch:
 
 
 def returned(
-    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+    attack: Attack, threat: ThreatModel, target: PreparedModel, batch: Batch, rng: Draws
 ) -> tuple[Inputs, Spent]:
     """Run an attack on a batch, and return the resulting inputs and the cost. Raises `HoldfastError` if an input
     violates the threat model.
@@ -465,8 +471,8 @@ def returned(
     """
     if isinstance(attack, ThresholdAttack):
         attack = _reading(attack, target)
-    complete = without_missing(batch, target.bare.bounds)
-    meter = Metered(target.queried(target.quick, batch), complete, threat)
+    complete = without_missing(batch, target.original.bounds)
+    meter = Metered(target.queried(target.optimised, batch), complete, threat)
     items: Mapping[str, Tensor] = {}
     try:
         if isinstance(attack, Itemised):
@@ -482,7 +488,7 @@ def returned(
             f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack must return inputs of the same type and shape"
         )
     x_adv = with_missing(x_adv, batch.x)
-    legal = allowed(threat.constraint, x_adv, batch.x, target.bare.bounds)
+    legal = allowed(threat.constraint, x_adv, batch.x, target.original.bounds)
     if not legal.all():
         worst = int((~legal).nonzero()[0, 0])
         distance = float(threat.constraint.distance(x_adv[worst : worst + 1], batch.x[worst : worst + 1]))
@@ -494,17 +500,17 @@ def returned(
     return x_adv.detach(), replace(meter.spent, items=items)
 
 
-def _reading(attack: ThresholdAttack, target: Target) -> Attack:
+def _reading(attack: ThresholdAttack, target: PreparedModel) -> Attack:
     """Return the attack with the thresholds of the model, if it is a tree ensemble whose thresholds can be read."""
     from holdfast.certifiers.tree_reading import has_trees, inner_values
 
-    if not has_trees(target.bare):
+    if not has_trees(target.original):
         return attack
-    return attack.reading(target.once("thresholds", lambda: inner_values(target.bare)))
+    return attack.reading(target.once("thresholds", lambda: inner_values(target.original)))
 
 
 def votes(
-    target: Target, batch: Batch, x: Inputs, judged_logits: Callable[[Logits], Tensor]
+    target: PreparedModel, batch: Batch, x: Inputs, judged_logits: Callable[[Logits], Tensor]
 ) -> tuple[Logits, Tensor, Tensor]:
     """Return the logits of the original model, and two independent estimates of the fraction of forward passes in which
     each input is classified correctly.

@@ -56,7 +56,7 @@ from holdfast.io.models.models import CARD
 from holdfast.recipes.training.recipe import Recipe
 from holdfast.rotation.collecting import rows_of, with_fresh_weights
 from holdfast.runs.assess.executors import executor_of
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.assess.served_runs import attach, finish, journaled, served_by
 from holdfast.runs.engine.run import Measure, Run
 from holdfast.runs.harden.attempt_training import refuse_untrainable
@@ -144,7 +144,7 @@ _PROBE = 64  # examples on which a training function is called twice
 
 @dataclass(frozen=True)
 class _Opened:
-    subject: Subject
+    subject: DescribedModel
     examples: Batch
     names: dict[str, Any]
     """name, digest and number of the data"""

@@ -21,11 +21,11 @@ from holdfast.core.threat import ThreatModel
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.clips import SIGNAL_BOUNDS, holds_clips
 from holdfast.io.data.data import Names, Selection, selected
-from holdfast.io.data.layouts import Expected, FirstTable, Ranges
+from holdfast.io.data.layouts import DeclaredData, FirstTable, Ranges
 from holdfast.io.doctor.behaviour import unlike_a_logit
 from holdfast.io.models.models import Declared
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
 from holdfast.settings.values import numbers_by_feature
 from holdfast.threats.domains import SIGNAL, TABLE, TEXT, Domain
@@ -265,7 +265,7 @@ def expected(
     *,
     lenient: bool = False,
     first: Data | None = None,
-) -> Expected:
+) -> DeclaredData:
     """Return the properties that data must have to fit the model, such as bounds and number of classes, and options for
     reading the data.
 
@@ -277,7 +277,7 @@ def expected(
     words: tuple[str, ...] | None = () if table is None else tuple(table.rules.categories)
     if edits is not None:
         words = None if source.x is None else (source.x,)
-    return Expected(
+    return DeclaredData(
         model.bounds,
         model.classes,
         None if names is None else tuple(names),
@@ -299,9 +299,9 @@ def expected(
     )
 
 
-def expected_without_model(settings: Opening, source: DataSource, first: Data | None = None) -> Expected:
+def expected_without_model(settings: Opening, source: DataSource, first: Data | None = None) -> DeclaredData:
     """Return the properties that data must have if no model is called with them, whose labels may be missing."""
-    return Expected(
+    return DeclaredData(
         class_names=settings.class_names,
         class_order=settings.class_order,
         layout=source.layout,
@@ -349,7 +349,9 @@ def group_column(settings: Opening) -> str | None:
     return given if isinstance(given, str) else None
 
 
-def unlabelled(settings: Opening, model: Classifier, data: DataSource, first: Data | None = None) -> Expected:
+def unlabelled(
+    settings: Opening, model: Classifier, data: DataSource, first: Data | None = None
+) -> DeclaredData:
     """Return the properties that data must have to fit the model if only their inputs are used and their labels are
     not.
     """
@@ -362,7 +364,9 @@ def unlabelled(settings: Opening, model: Classifier, data: DataSource, first: Da
     )
 
 
-def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
+def with_found_properties(
+    subject: DescribedModel, surrogates: Sequence[DescribedModel], data: Data
+) -> DescribedModel:
     """Determine those properties of the model that are not declared, by tests on the data. Return the model under test
     with notes about them.
 

@@ -44,7 +44,7 @@ from holdfast.guard.state_in_sqlite import SQLiteState
 from holdfast.guard.stored_inputs import StoredInputs
 from holdfast.reports.charts import rounded_up
 from holdfast.reports.words import strict
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.store.encryption import Seal, refuse_unready
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import InputSpace
@@ -114,7 +114,7 @@ def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibra
     return replace(pipeline, stored=input_storage(settings, path))
 
 
-def guarded_subject(subject: Subject, guard: str) -> Subject:
+def guarded_subject(subject: DescribedModel, guard: str) -> DescribedModel:
     """Return the model with the calibrated stateless detectors of a guard, `FILE` or `FILE:RULE`, as a part of it.
 
     Raises `UsageError` for a guard that was not calibrated with this model.
@@ -148,7 +148,7 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
     )
     note = f"the guard {path.name} rejects inputs by {', '.join(thresholds)}{rate}"
     card = {**subject.card, "guard": {"file": path.name, "rules": [*thresholds]}}
-    return Subject(model, identity, card, (*subject.notes, note))
+    return DescribedModel(model, identity, card, (*subject.notes, note))
 
 
 def query_trials(guard: str) -> QueryTrials | None:
@@ -325,7 +325,7 @@ def guard_digest(settings: GuardSettings) -> str:
     return digest(canonical([rules, settings.outputs, *(part.model_dump(mode="json") for part in parts)]))
 
 
-def served_digest(subject: Subject) -> str:
+def served_digest(subject: DescribedModel) -> str:
     """Return the SHA-256 of a model with its preprocessing, which a calibration names.
 
     The bounds are not part of it, as the guard has its own, and neither are layout and meaning of the outputs, which

@@ -18,7 +18,7 @@ from holdfast.io.models.factories import converted_arguments
 from holdfast.io.models.models import ROTATING, Declared, OpenedModel, open_model
 from holdfast.io.remote.remote import Remote
 from holdfast.reports.words import strict
-from holdfast.runs.assess.request import Subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.runs.store.columns import Count, Real, refuse_form
 from holdfast.runs.store.files import POOL_MANIFEST
 from holdfast.settings.grammar import COMBINATIONS, MIXED
@@ -206,7 +206,7 @@ def open_members(
     address: str,
     settings: Opening,
     declared: Declared,
-    open_member: Callable[[SurrogateSettings, Opening, str], Subject],
+    open_member: Callable[[SurrogateSettings, Opening, str], DescribedModel],
 ) -> OpenedModel:
     """Open the members at an address `ensemble:` or `mixed:` with `open_member`, and return the model that consists of
     them.
@@ -278,11 +278,11 @@ def _described(combined: Mapping[str, Any]) -> str:
     return "mixed probabilities with " + ", ".join(f"{name} {value:g}" for name, value in combined.items())
 
 
-def _entry(subject: Subject) -> dict[str, Any]:
+def _entry(subject: DescribedModel) -> dict[str, Any]:
     return {**{key: subject.card[key] for key in ("name", "how")}, "digest": subject.digest}
 
 
-def _common(subjects: Sequence[Subject], declared: Declared) -> Declared:
+def _common(subjects: Sequence[DescribedModel], declared: Declared) -> Declared:
     """Return the properties that the members share. Raises `TargetError` if they have other bounds or classes."""
     given = None if declared.bounds is None else ends(declared.bounds)
     first = subjects[0]
@@ -315,7 +315,7 @@ def _common(subjects: Sequence[Subject], declared: Declared) -> Declared:
     return Declared(bounds=bounds_of_all, **shared)
 
 
-def members_as_surrogates(subject: Subject) -> tuple[Subject, ...]:
+def members_as_surrogates(subject: DescribedModel) -> tuple[DescribedModel, ...]:
     """Return the members of an opened model as surrogates, on which attacks are computed as well; none for another
     model, or if a member gives no gradients.
 
@@ -327,7 +327,7 @@ def members_as_surrogates(subject: Subject) -> tuple[Subject, ...]:
     # a guard or random transformations may be around the network
     net = next(part for part in subject.model.modules() if isinstance(part, Ensemble | Mixture))
     return tuple(
-        Subject(_copy(member, subject.model), entry["digest"], {**entry, "member": True})
+        DescribedModel(_copy(member, subject.model), entry["digest"], {**entry, "member": True})
         for member, entry in zip(net.members, entries, strict=True)
     )
 

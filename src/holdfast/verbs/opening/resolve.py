@@ -25,7 +25,7 @@ from holdfast.core.types import Inputs
 from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.clips import with_rate
 from holdfast.io.data.data import Selection, grouped, noting_fewer, open_data, selected
-from holdfast.io.data.layouts import Expected
+from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_array, as_data
 from holdfast.io.data.tables import is_frame, open_frame, text_of
 from holdfast.io.models.adapting import object_identity, refuse_no_model
@@ -34,7 +34,7 @@ from holdfast.io.models.models import Declared, open_model
 from holdfast.io.remote.remote import SCHEMES, Remote
 from holdfast.recipes.training.fit import drawing
 from holdfast.reports.words import amount, strict
-from holdfast.runs.assess.request import Opened, Subject
+from holdfast.runs.assess.request import DescribedModel, Opened
 from holdfast.runs.harness.kinds.passes import MATRIX_ROWS
 from holdfast.runs.harness.plan import Plan
 from holdfast.settings import groups
@@ -116,7 +116,9 @@ def unit_of(settings: Opening) -> str:
     return settings.threat.unit if isinstance(settings, groups.ThreatSource) else ""
 
 
-def open_subject(settings: Opening, *, transform: str | None = None, adaptive: bool = False) -> Subject:
+def open_subject(
+    settings: Opening, *, transform: str | None = None, adaptive: bool = False
+) -> DescribedModel:
     """Open the model under test. If `transform` is given, random transformations are applied to its inputs."""
     properties = declared(settings)
     if settings.model is None:
@@ -224,7 +226,7 @@ def _values_of(
     them, because only features of a table have bounds and units of their own.
     """
     any_value = Bounds(torch.tensor(-torch.inf), torch.tensor(torch.inf))
-    properties = Expected(
+    properties = DeclaredData(
         any_value,
         feature_names=fitted,
         lenient=True,
@@ -279,7 +281,7 @@ def _subject(
     declared: Declared | None = None,
     *,
     relative: bool = False,
-) -> Subject:
+) -> DescribedModel:
     """The subject of a model. With `relative`, eps is relative to each input, and in none of its units."""
     properties = strict(
         {
@@ -306,10 +308,12 @@ def _subject(
         shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
     has_eps = not relative and (declared is None or not (declared.texts or declared.rules is not None))
     units = units_of_eps(model, normalised) if has_eps else ()
-    return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
+    return DescribedModel(
+        model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units)
+    )
 
 
-def open_surrogates(settings: Measuring, target: Classifier) -> tuple[Subject, ...]:
+def open_surrogates(settings: Measuring, target: Classifier) -> tuple[DescribedModel, ...]:
     """Open the surrogate models, which are given as settings or as objects."""
     subjects = []
     for surrogate in settings.surrogates:
@@ -318,7 +322,7 @@ def open_surrogates(settings: Measuring, target: Classifier) -> tuple[Subject, .
     return tuple(subjects)
 
 
-def open_other(other: object, settings: Opening, role: str) -> Subject:
+def open_other(other: object, settings: Opening, role: str) -> DescribedModel:
     """Open a further model of a run, which is given as settings or as an object. `role` names it in errors."""
     if isinstance(other, ModelReference):
         refuse_other_settings(other, f"a {role}", "arch", "model_args", "trust_code")
@@ -334,7 +338,7 @@ def open_other(other: object, settings: Opening, role: str) -> Subject:
     return _subject(*_wrapped(net, properties), properties)
 
 
-def refuse_other_bounds(subject: Subject, target: Classifier, role: str = "surrogate") -> None:
+def refuse_other_bounds(subject: DescribedModel, target: Classifier, role: str = "surrogate") -> None:
     """Give another model the units of the model `target`, and raise `UsageError` if it takes inputs from another
     range.
     """
@@ -348,7 +352,7 @@ def refuse_other_bounds(subject: Subject, target: Classifier, role: str = "surro
         )
 
 
-def open_named(text: str, settings: Opening, role: str) -> Subject:
+def open_named(text: str, settings: Opening, role: str) -> DescribedModel:
     """Open another model than the one under test, such as a teacher, from text such as
     `weights.pt,arch=net.py:build`, which has the grammar of a surrogate. `role` names it in errors.
     """
@@ -356,7 +360,7 @@ def open_named(text: str, settings: Opening, role: str) -> Subject:
     return subject_at(spec, settings, trust_code=settings.trust_code, role=role)
 
 
-def refuse_other_classes(subject: Subject, classes: int, x: Inputs, role: str) -> None:
+def refuse_other_classes(subject: DescribedModel, classes: int, x: Inputs, role: str) -> None:
     """Raise `UsageError` if another model cannot be called with the inputs `x`, or returns another number of
     classes.
     """
@@ -386,7 +390,7 @@ _NEEDS_WEIGHTS = {
 
 def subject_at(
     spec: SurrogateSettings, settings: Opening, *, trust_code: bool, role: str = "surrogate"
-) -> Subject:
+) -> DescribedModel:
     """Open a surrogate or another model that is needed beside the model under test, at an address."""
     if spec.model.partition(":")[0] in SCHEMES:
         reason = _NEEDS_WEIGHTS.get(role, "attacks on it are computed from gradients")
@@ -448,14 +452,14 @@ def with_groups(
     return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
 
 
-def open_source(settings: Opening, source: groups.DataSource, properties: Expected) -> Data:
+def open_source(settings: Opening, source: groups.DataSource, properties: DeclaredData) -> Data:
     """Open the data of a command, if `source` are its settings, or all examples of other data beside them."""
     if isinstance(source, Opening):
         return open_expected(source, properties)
     return open_beside(settings, source, properties)
 
 
-def open_beside(settings: Opening, source: groups.DataSource, properties: Expected) -> Data:
+def open_beside(settings: Opening, source: groups.DataSource, properties: DeclaredData) -> Data:
     """Open all examples of other data than those of the settings, such as training examples that are compared. `n` and
     `sample` do not select from them.
     """
@@ -478,7 +482,7 @@ def random_instead(settings: groups.ExampleSelection) -> tuple[Remedy, ...]:
 
 
 def open_expected(
-    settings: Opening, properties: Expected, selection: groups.ExampleSelection | None = None
+    settings: Opening, properties: DeclaredData, selection: groups.ExampleSelection | None = None
 ) -> Data:
     """Open the examples of the data with these declared properties."""
     if settings.data is None:
@@ -504,7 +508,7 @@ def open_expected(
     return noting_fewer(examples, selection.n or selection.sample)
 
 
-def _frame(source: groups.DataSource, properties: Expected, **chosen: Any) -> Data:
+def _frame(source: groups.DataSource, properties: DeclaredData, **chosen: Any) -> Data:
     return open_frame(
         source.data,
         label=source.label,
@@ -514,7 +518,7 @@ def _frame(source: groups.DataSource, properties: Expected, **chosen: Any) -> Da
     )
 
 
-def open_object(source: groups.DataSource, expected: Expected) -> Data:
+def open_object(source: groups.DataSource, expected: DeclaredData) -> Data:
     """Return all examples of additional data that are given as a Python object, such as a pair of arrays or a data
     frame.
     """
@@ -523,7 +527,7 @@ def open_object(source: groups.DataSource, expected: Expected) -> Data:
     return as_data(source.data, expected=expected, entries=(source.x, source.y))
 
 
-def open_seeded(settings: Opening) -> Subject:
+def open_seeded(settings: Opening) -> DescribedModel:
     """Open the model under test. A factory initialises its weights from the seed, so that it returns the same network
     in each process.
     """
@@ -645,7 +649,7 @@ def open_others(settings: Assess | Certify, model: Classifier, first: Data) -> t
     return tuple(opened)
 
 
-def device_of_model(settings: Measuring, subject: Subject) -> str:
+def device_of_model(settings: Measuring, subject: DescribedModel) -> str:
     """Return the name of the torch device of a run: that of the weights of a network that is given as an object, unless
     the setting `device` determines another one.
     """

@@ -46,7 +46,7 @@ from holdfast.runs.harness.stage import (
 )
 from holdfast.runs.harness.target import (
     DISTANCES,
-    Target,
+    PreparedModel,
     aimed,
     cost_columns,
     digests,
@@ -97,7 +97,10 @@ class Fit(StageKind):
             raise UsageError(
                 f"there is no example to fit {stage.member.name} to that is not judged", OTHER_EXAMPLES
             )
-        queried, batch = target.queried(target.quick, batch), without_missing(batch, target.bare.bounds)
+        queried, batch = (
+            target.queried(target.optimised, batch),
+            without_missing(batch, target.original.bounds),
+        )
         meter = Metered(queried, batch, work.plan.threat)
         with target.repeatable(rng):
             learned, fits, chose = best_fit(attack, meter, batch, work.plan.threat, rng=rng)
@@ -213,7 +216,7 @@ class AttackKind(StageKind, Protocol):
         batch, plan, chosen = work.batch, work.plan, work.chosen
         target = work.target
         aware = stage.adaptive or self.aware
-        target = replace(target, quick=target.view if aware else target.quick, aim=stage.aim)
+        target = replace(target, optimised=target.view if aware else target.optimised, aim=stage.aim)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
         rng, work = Draws(plan.seed).at("stage", stage.name), replace(work, target=target)
         columns = dict(self.unattacked(stage, work.clean))
@@ -257,7 +260,7 @@ class AttackKind(StageKind, Protocol):
         }
         return {name: values.cpu() for name, values in columns.items()}
 
-    def further(self, target: Target, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
+    def further(self, target: PreparedModel, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
         """Return the columns of an attacked batch that this kind has in addition to the verdict, the cost and the
         stored inputs. `logits` are those of the attacked inputs.
         """
@@ -433,7 +436,7 @@ def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng:
     attack, target = stage.attack, work.target
     if not isinstance(attack, Placed):
         return {}
-    x_adv = attack.at_random(target.bare, batch, threat, rng=rng)
+    x_adv = attack.at_random(target.original, batch, threat, rng=rng)
     _, right, _ = votes(target, batch, x_adv, lambda logits: target.judged_logits(logits, batch.y))
     tried = attack.tried(threat, batch.x.shape[1:])
     return {_PLACES: torch.full_like(batch.ids, tried), _BROKEN_AT_RANDOM: (right <= 0.5).long()}

@@ -23,7 +23,7 @@ from holdfast.core.types import Ids, Inputs, Mask
 from holdfast.runs.harness.kinds.attack import AttackKind
 from holdfast.runs.harness.stage import Stage, StageKind, Work, table_of_stage
 from holdfast.runs.harness.target import (
-    Target,
+    PreparedModel,
     aimed,
     cost_columns,
     returned,
@@ -89,7 +89,7 @@ class AnswerChecks(AttackKind):
         survived = torch.isin(batch.ids, missed)
         with target.repeatable(rng.at(int(batch.ids[0]))):
             fresh = threat.constraint.sample(
-                without_missing(batch, target.bare.bounds), target.bare.bounds, rng.at("fresh")
+                without_missing(batch, target.original.bounds), target.original.bounds, rng.at("fresh")
             )
             before = target.logits(fresh)
             x_adv, spent = self.attacked(stage, work, batch, replace(threat, access="labels"), rng, "labels")
@@ -136,7 +136,7 @@ class AnswerChecks(AttackKind):
     def survivors(self, stage: Stage, work: Work, batch: Batch, rng: Draws) -> tuple[Mask, Spent]:
         """Return which examples survive if every valid input is allowed."""
         target, threat = work.target, work.plan.threat
-        box = resized(threat, extent(threat.constraint, batch.x, target.bare.bounds))
+        box = resized(threat, extent(threat.constraint, batch.x, target.original.bounds))
         x_adv, spent = self.attacked(stage, work, batch, box, rng, "box")
         return right(target, batch, x_adv), spent
 
@@ -150,7 +150,9 @@ class AnswerChecks(AttackKind):
         cost = {"queries": torch.zeros_like(batch.ids), "backwards": torch.zeros_like(batch.ids)}
         if not len(batch):
             return number, cost
-        for k, eps in enumerate(larger_sizes(threat.constraint, batch, work.target.bare.bounds, _SIZES), 1):
+        for k, eps in enumerate(
+            larger_sizes(threat.constraint, batch, work.target.original.bounds, _SIZES), 1
+        ):
             x_adv, spent = self.attacked(stage, work, batch, resized(threat, eps), rng.at(k), "larger")
             cost = {name: count + getattr(spent, name) for name, count in cost.items()}
             number[(number == 0) & ~right(work.target, batch, x_adv)] = k
@@ -158,7 +160,7 @@ class AnswerChecks(AttackKind):
                 break
         return number, cost
 
-    def agrees(self, target: Target, batch: Batch, threat: ThreatModel, rng: Draws) -> Tensor:
+    def agrees(self, target: PreparedModel, batch: Batch, threat: ThreatModel, rng: Draws) -> Tensor:
         """Return 1 for each example of which the gradient predicts the effect of a step, 0 for the others, and -1
         without gradients.
         """
@@ -166,18 +168,18 @@ class AnswerChecks(AttackKind):
 
         if not threat.gives("gradients"):
             return torch.full_like(batch.ids, -1)
-        filled = without_missing(batch, target.bare.bounds)
+        filled = without_missing(batch, target.original.bounds)
         draws = VOTES if target.randomised else 1
-        return agreeing(target.queried(target.quick, batch), filled, threat.constraint, rng, draws).long()
+        return agreeing(target.queried(target.optimised, batch), filled, threat.constraint, rng, draws).long()
 
-    def chooses(self, target: Target, batch: Batch, threat: ThreatModel) -> bool:
+    def chooses(self, target: PreparedModel, batch: Batch, threat: ThreatModel) -> bool:
         """Return whether the model chooses among outcomes without a gradient, such as the entries of a codebook."""
         from holdfast.attacks.parts.feature_search import features_of  # only for runs with adaptive attacks
 
         if not threat.gives("gradients"):
             return False
-        filled = without_missing(batch, target.bare.bounds)
-        features = features_of(target.queried(target.quick, batch), filled)
+        filled = without_missing(batch, target.original.bounds)
+        features = features_of(target.queried(target.optimised, batch), filled)
         return features is not None and features.chooses
 
     def changed(self, work: Work, batch: Batch, fresh: Inputs, before: Tensor) -> Mask:
@@ -207,7 +209,7 @@ def resized(threat: ThreatModel, eps: float) -> ThreatModel:
     return replace(threat, constraint=constraint)
 
 
-def right(target: Target, batch: Batch, x: Inputs) -> Mask:
+def right(target: PreparedModel, batch: Batch, x: Inputs) -> Mask:
     """Return which inputs the model classifies correctly in most of its votes."""
     _, share, _ = votes(target, batch, x, lambda logits: target.judged_logits(logits, batch.y))
     return share > 0.5
@@ -247,7 +249,7 @@ class GeometryTable(StageKind):
     def run(self, stage: Stage, work: Work) -> Columns:
         """Measure the geometry around the examples of the stage, and return it as columns of the table."""
         assert work.plan.geometry is not None
-        table = work.plan.geometry(work.target.bare, work.batch, work.plan.threat, work.plan.seed)
+        table = work.plan.geometry(work.target.original, work.batch, work.plan.threat, work.plan.seed)
         ids = work.batch.ids.cpu()
         columns = {"id": ids, "ran": torch.ones_like(ids, dtype=torch.bool)}
         return columns | {f"{GEOMETRY}.{name}": values for name, values in table.columns.items()}
@@ -282,7 +284,7 @@ class Trials(Protocol):
     def identity(self) -> Mapping[str, object]:
         """Everything that changes the result, as plain values for the manifest of a run."""
 
-    def __call__(self, target: Target, batch: Batch, threat: "ThreatModel", seed: int) -> Table:
+    def __call__(self, target: PreparedModel, batch: Batch, threat: "ThreatModel", seed: int) -> Table:
         """Return one row for each example that is correct when clean."""
 
 

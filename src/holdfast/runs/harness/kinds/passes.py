@@ -33,7 +33,7 @@ from holdfast.runs.harness.stage import (
     evaluations,
 )
 from holdfast.runs.harness.target import (
-    Target,
+    PreparedModel,
     aimed,
     cost_columns,
     digests,
@@ -156,7 +156,7 @@ class FixedPass(AttackKind):
                 pieces.add(self.piece(stage, work, piece, rng, missed))
         return pieces.columns()
 
-    def further(self, target: Target, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
+    def further(self, target: PreparedModel, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
         """Return confidence, entropy and margin of the class probabilities of the attacked inputs."""
         probabilities = for_label(logits[:, : target.classes], batch.y).softmax(1)
         return {
@@ -252,7 +252,7 @@ class DetectorPass(AttackKind):
         """
         return undetected(stage.aim, by_stage)
 
-    def further(self, target: Target, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
+    def further(self, target: PreparedModel, batch: Batch, logits: Logits, spent: Spent) -> dict[str, Tensor]:
         """Return the scores of the detector for the attacked inputs. The score is inf for an input that the network
         classifies correctly.
         """
@@ -349,7 +349,7 @@ class TransferMatrix(AttackKind):
         """
         plan, target = work.plan, work.target
         batch, threat = aimed(batch, plan.threat), replace(plan.threat, queries=None)
-        metered = Metered(target.queried(target.quick, batch), batch, threat)
+        metered = Metered(target.queried(target.optimised, batch), batch, threat)
 
         def correct_by_model(x: Inputs, target_logits: Logits) -> Tensor:
             with torch.no_grad():
@@ -388,7 +388,7 @@ class TransferMatrix(AttackKind):
         """
         clean, threat = work.clean, work.plan.threat
         models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
-        wrong = right[:, None].expand(-1, len(makers(work.target.quick, threat)), models)
+        wrong = right[:, None].expand(-1, len(makers(work.target.optimised, threat)), models)
         table = {"transfer.id": clean["id"], "transfer.right": right.expand(-1, models)}
         return {**super().as_if_broken(stage, work), **table, "transfer.wrong": wrong}
 
@@ -496,14 +496,14 @@ def paired(batch: Batch, seed: int, place: int) -> Batch:
 def _transferred(stage: Stage, work: Work, sets: Sequence[Batch]) -> dict[str, Tensor]:
     plan, target = work.plan, work.target
     rng, threat = Draws(plan.seed).at("stage", stage.name), replace(plan.threat, queries=None)
-    project, bounds = threat.constraint.project, target.bare.bounds
+    project, bounds = threat.constraint.project, target.original.bounds
     turned: list[Tensor] = []
     control: list[Tensor] = []
     queries = backwards = torch.zeros_like(sets[0].ids)
     with target.repeatable(rng.at(int(sets[0].ids[0]))):
         sets = [replace(source, y=target.logits(source.x)[:, : target.classes].argmax(1)) for source in sets]
         for place, source in enumerate(sets):
-            metered = Metered(target.queried(target.quick, source), source, threat)
+            metered = Metered(target.queried(target.optimised, source), source, threat)
             makers = (metered,) if threat.gives("gradients") else threat.surrogates
             x_adv, _ = returned(
                 stage.attack, replace(threat, surrogates=makers), target, source, rng.at(place)
@@ -535,5 +535,5 @@ def _permuted(change: Inputs, batch: Batch, rng: Draws) -> Inputs:
     return spread.gather(2, order[:, None].expand_as(spread)).view_as(change)
 
 
-def _turned(target: Target, batch: Batch, x: Inputs) -> Mask:
+def _turned(target: PreparedModel, batch: Batch, x: Inputs) -> Mask:
     return ~(margin(target.judged_logits(target.logits(x), batch.y), batch) > 0)

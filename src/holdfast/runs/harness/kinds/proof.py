@@ -28,7 +28,7 @@ from holdfast.runs.harness.stage import (
     broken_by_suite,
     certified_in,
 )
-from holdfast.runs.harness.target import LOOKED_AT, Target, stored_inputs, unattacked, verdict_of
+from holdfast.runs.harness.target import LOOKED_AT, PreparedModel, stored_inputs, unattacked, verdict_of
 
 if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
@@ -96,7 +96,7 @@ class ProofKind(StageKind, Protocol):
         plan, target = work.plan, work.target
         with torch.no_grad():
             # raises the error of the run's time limit, which the bounds of a traced model do not notice
-            target.quick(batch.x[:1], batch.ids[:1])
+            target.optimised(batch.x[:1], batch.ids[:1])
         proofs = ready(batch)
         if not self.refutes:
             proofs = replace(proofs, broken=torch.zeros_like(proofs.broken))
@@ -286,7 +286,9 @@ def _stages(kind: StageKind, provers: Sequence[Prover], first: int) -> list[Stag
     ]
 
 
-def prepared_prover(target: Target, prover: Prover, sample: Batch, threat: "ThreatModel") -> ReadyProver:
+def prepared_prover(
+    target: PreparedModel, prover: Prover, sample: Batch, threat: "ThreatModel"
+) -> ReadyProver:
     """Return a prover that is prepared for the model of a target and a threat model. It is prepared once for each
     target, since tracing a network may take longer than the bounds of a batch.
     """
@@ -295,13 +297,17 @@ def prepared_prover(target: Target, prover: Prover, sample: Batch, threat: "Thre
     from holdfast.certifiers.provers import GraphProver, prepared_graph
 
     if isinstance(prover, GraphProver):  # all of them use the same graph
-        graph = target.once("graph", lambda: prepared_graph(target.bare, sample))
-        return target.once(f"prover {prover.name} {prover!r}", lambda: prover.on(graph, target.bare, threat))
-    return target.once(f"prover {prover.name} {prover!r}", lambda: prover.ready(target.bare, sample, threat))
+        graph = target.once("graph", lambda: prepared_graph(target.original, sample))
+        return target.once(
+            f"prover {prover.name} {prover!r}", lambda: prover.on(graph, target.original, threat)
+        )
+    return target.once(
+        f"prover {prover.name} {prover!r}", lambda: prover.ready(target.original, sample, threat)
+    )
 
 
 def _prepared_smoothing(
-    target: Target, prover: StatisticalProver, sample: Batch, threat: "ThreatModel"
+    target: PreparedModel, prover: StatisticalProver, sample: Batch, threat: "ThreatModel"
 ) -> ReadyProver:
     smoothed = target.smoothed
     if smoothed is None or not same_changes(prover, smoothed.smoothing):
@@ -323,14 +329,14 @@ def refuse_contradictory(proofs: Proofs) -> None:
         raise ValueError("a prover returned a certificate and a counterexample for the same example")
 
 
-def wrong_in_double(target: Target, batch: Batch, x_adv: Inputs) -> Mask:
+def wrong_in_double(target: PreparedModel, batch: Batch, x_adv: Inputs) -> Mask:
     """Return the mask of the inputs that a copy of the model in double precision misclassifies as well, so that the
     error is not due to rounding.
 
     A model that cannot be evaluated in double precision confirms nothing.
     """
     try:
-        double = target.once(DOUBLE, lambda: copy.deepcopy(target.bare).double())
+        double = target.once(DOUBLE, lambda: copy.deepcopy(target.original).double())
         with torch.no_grad():
             logits = double(x_adv.double())
     except (TargetError, RuntimeError, TypeError) as error:
