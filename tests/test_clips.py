@@ -64,6 +64,7 @@ def test_saved_clips_are_broken_and_allowed_when_they_are_read_again(folder: Pat
     assert not x_adv.x[padding & (padding.flip(1).cumprod(1).flip(1) > 0)].any()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_reports_show_and_play_clips_and_state_how_loud_the_change_is(folder: Path) -> None:
     result = holdfast.assess(Pitch(), str(folder), threat="snr:20dB", suite="pgd")
     page, text = (folder.parent / f"r.{suffix}" for suffix in ("html", "md"))
@@ -81,6 +82,7 @@ def test_reports_show_and_play_clips_and_state_how_loud_the_change_is(folder: Pa
     assert "dB below the clips (signal-to-noise ratio)" in text.read_text()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_an_explanation_plays_the_changed_clip_and_names_parts_in_seconds(folder: Path) -> None:
     explained = holdfast.explain(Pitch(), str(folder), threat="snr:20dB", index=0)
     page = folder.parent / "why.html"

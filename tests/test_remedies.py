@@ -90,6 +90,8 @@ from holdfast.verbs.adapt_served import refuse_uncalibratable
 from holdfast.verbs.audit.backdoor import AuditBackdoor
 from holdfast.verbs.audit.opening_models import prepared_backdoor
 from holdfast.verbs.checked_settings import check_settings
+from holdfast.verbs.control import opened as open_episodes
+from holdfast.verbs.control import refuse_other_settings
 from holdfast.verbs.harden import _refuse_two_limits, _with_denoiser, _with_threat_of_recipe
 from holdfast.verbs.monitor import _refuse_data, _refuse_mixed
 from holdfast.verbs.opening.arguments import refuse_misspelt
@@ -955,6 +957,19 @@ def candidate_calibrated(n=None, sample=None):
     refuse_uncalibratable(settings.model_copy(update={"n": n, "sample": sample}))
 
 
+def of_policies(**arguments):
+    """The settings of an assessment of a policy, and the policy and its environment, without a run."""
+    given = {"model": lambda x: x[:, :1], "data": "cartpole", "threat": "observations:linf:0.1"}
+    settings = check_settings({**given, **arguments}, "", kind=Assess)
+    refuse_other_settings(settings)
+    open_episodes(settings)
+
+
+def policy_hardened(**arguments):
+    """The settings of a hardening of a policy or a classifier, without a run."""
+    check_settings({"model": LINEAR, "data": PAIR, "budget": "1min", **arguments}, "", kind=Harden)
+
+
 def explained(index=None, **settings):
     holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index, **settings)
 
@@ -978,8 +993,22 @@ VALUES: dict[str, Any] = {
     "class_names": ["a", "b", "c"],
     "classes": 3,
     "recipe.others": "l2:0.1",
+    "sampling_rate": 8000,
 }
 
+situation("a setting that policies do not have", of_policies, suite="quick")
+situation("a policy on a GPU", of_policies, device="cuda")
+situation("an architecture without weights of a policy", of_policies, arch="net.py:make")
+situation(
+    "a recipe for policies under a norm", policy_hardened, threat="linf:0.1", recipe={"use": "robust-policy"}
+)
+situation(
+    "a recipe for classifiers of a policy",
+    policy_hardened,
+    threat="observations:linf:0.1",
+    recipe={"use": "pgd"},
+)
+situation("a room without a sampling rate", opened, transform="room=1,shift=0.1s")
 situation("a row number beyond the data", explained, index=50)
 situation("an example that is not shown", explained, index=3, examples=False)
 

@@ -14,7 +14,8 @@ from holdfast.io.models.generators import open_generator
 SOURCE = Path(holdfast.__file__).parent
 SEEDING = ("manual_seed", "default_rng", "Draws")
 EXCEPTIONS = {
-    "doubts/gallery/decisions.py: 1 + i": "numbers of the networks of a gallery, whose weights decide recorded numbers"
+    "doubts/gallery/decisions.py: 1 + i": "numbers of the networks of a gallery, whose weights decide recorded numbers",
+    "control/environments.py: seed % 2 ** 31": "the seed of an episode as gymnasium accepts it",
 }
 """places that compute with a seed, with the reasons"""
 

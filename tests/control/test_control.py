@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.audits import control
 from holdfast.audits.audit import open_audit
 from holdfast.audits.control import ControlRun, Row, finding_of
 from holdfast.control.attackers import (
@@ -113,9 +114,7 @@ def test_the_interval_of_the_action_of_the_regulator_is_exact():
     reached = policy.outputs(MaximalDifference()(x, view(policy, ball, len(x))))
     assert float((reached - clean).abs().max()) == pytest.approx(exact, abs=1e-6)
     proved = certified_actions(policy, x, ball)
-    assert float((proved.high - clean).max()) == pytest.approx(
-        exact, abs=2e-5
-    )  # with the rounding in float32
+    assert exact - 1e-6 <= float((proved.high - clean).max()) <= exact + 3e-5  # with the rounding in float32
     for k in range(20):
         outputs = policy.outputs(x + ball.sample(Draws(k), torch.arange(len(x))))
         assert ((outputs >= proved.low) & (outputs <= proved.high)).all()
@@ -230,7 +229,7 @@ def test_unusable_environments_and_policies_are_refused_with_what_was_expected()
     with pytest.raises(UsageError, match="unit is range, and 2 of 4"):
         holdfast.assess(linear(), "cartpole", "observations:linf:0.1,unit=range")
     with pytest.raises(UsageError, match="may contain a pickled policy"):
-        open_policy("policy.pkl", CartPole(), {}, trust_code=False)
+        open_policy("policy.pt", CartPole(), {}, trust_code=False)
 
 
 def test_actions_that_leave_the_space_later_are_refused_or_moved_to_its_bounds():
@@ -354,6 +353,8 @@ def test_doubts_are_raised_where_returns_may_mislead():
     learned = {"none": 9.0, "greedy flipping": 5.0, "learned adversary": 3.0}
     assert not found(learned).facts["doubts"] and found(learned).verdict == "flagged"
     assert [*found(learned | {"learned adversary": 5.0}).facts["doubts"]] == ["adversary-did-not-learn"]
+    pushed = {"none": 9.0, "greedy flipping": 9.0, "directed push": 5.0, "learned adversary": 9.0}
+    assert [*found(pushed).facts["doubts"]] == ["adversary-did-not-learn"]
     assert not found(dict.fromkeys(learned, 9.0)).facts["doubts"]  # a policy that holds
     assert found(dict.fromkeys(learned, 9.0)).headline.startswith("no attacker lowers the mean return of 9")
     assert [*found(learned, limited=False).facts["doubts"]] == ["episodes-without-end"]
@@ -370,7 +371,7 @@ def test_parameters_of_the_environment_are_changed_to_their_extremes():
 
 @pytest.mark.slow
 def test_an_assessment_is_resumed_verified_and_gated(tmp_path, monkeypatch):
-    monkeypatch.setattr(ControlRun, "ppo", PPO(updates=2), raising=False)
+    monkeypatch.setattr(control, "ADVERSARY", PPO(updates=2, rows=16, horizon=16))
     policy = linear(-LQR().gain().float()[0])
     arguments = {"model": policy, "data": "lqr", "threat": "actions:linf:0.2", "n": 20}
     arguments["gates"] = ["clean_return >= -1000"]
@@ -387,7 +388,8 @@ def test_an_assessment_is_resumed_verified_and_gated(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_hardened_policy_is_written_opened_and_verified(tmp_path):
+def test_a_hardened_policy_is_written_opened_and_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "ADVERSARY", PPO(updates=2, rows=16, horizon=16))
     recipe = {"use": "robust-policy", "rounds": 1, "generations": 2, "population": 8}
     settings = {
         "model": linear(-LQR().gain().float()[0]),

@@ -14,10 +14,10 @@ from holdfast.io.data.clips import SIGNAL_BOUNDS
 from holdfast.io.data.data import open_data
 from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.remote.probing import ProbedClassifier
-from holdfast.io.sandbox import calling
 
 soundfile = pytest.importorskip("soundfile")
 
+pytestmark = pytest.mark.usefixtures("in_this_process")  # tests/test_clips.py decodes in another one
 RNG = np.random.default_rng(0)
 RATE = 8000
 
@@ -37,13 +37,6 @@ class Spectra(nn.Module):
 def for_spectra() -> DeclaredData:
     model = Classifier(Spectra(), bounds=SIGNAL_BOUNDS)
     return DeclaredData(SIGNAL_BOUNDS, probe=ProbedClassifier(model))
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode in this process, which is faster, in all tests but the first."""
-    if request.node.name != "test_clips_of_16_bits_are_scaled_and_padded_to_the_longest":
-        monkeypatch.setattr(calling.HERE, "limited", True)
 
 
 @pytest.fixture
@@ -74,6 +67,11 @@ def test_clips_of_24_bits_and_of_several_channels_keep_them(folder: Path) -> Non
     x = open_data(str(folder)).read(0, 2).x
     assert x.shape == (2, 2, 240)
     torch.testing.assert_close(x[0], torch.from_numpy(values.T).float(), rtol=0, atol=2**-22)
+
+
+def test_compressed_clips_that_have_no_random_access_are_decoded(folder: Path) -> None:
+    soundfile.write(folder / "b" / "2.wav", noise(320), RATE, subtype="GSM610")
+    assert open_data(str(folder)).read(0, 3).x[2].any()
 
 
 def test_resampling_keeps_a_tone_and_removes_what_the_lower_rate_cannot_represent(folder: Path) -> None:

@@ -332,7 +332,7 @@ def test_a_layer_over_tokens_is_refused_with_what_it_does(layer):
 def test_a_threat_under_which_nothing_is_proved_is_refused_in_python_too(threat, tmp_path):
     with pytest.raises(
         UsageError,
-        match="proof is about|nothing to prove|no eps|under linf, l2, l1, table, text and training-set only",
+        match="proof is about|nothing to prove|no eps|text, training-set and observations only",
     ):
         holdfast.certify("mnist-cnn", "mnist-mini", threat, n=2, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()

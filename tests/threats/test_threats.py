@@ -43,6 +43,9 @@ TEXTS = (
     "text:inserts=2,file=words.json,access=labels",
     "table:rules.yaml,eps=0.3",
     "trigger:drill.npz,goal=targeted:1",
+    "observations:linf:0.1,unit=std",
+    "actions:l2:0.5",
+    "parameters:mass=0.25,length=0.1",
 )
 
 

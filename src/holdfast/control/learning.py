@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from holdfast.control.attackers import (
     Ball,
@@ -303,12 +303,42 @@ def learned_adversary(
     scale: Tensor,
     deadline: float = float("inf"),
 ) -> Learned:
-    """Return an adversary that PPO trained against a policy."""
+    """Return an adversary that PPO trained against a policy.
+
+    It begins with the wishes of the best directed push, because rewards that are equal in every step show nothing
+    before an episode ends early.
+    """
     attacked = Attacked(environment, policy, ball, rng.at("ascent"))
     learner = new_learner(attacked, rng, scale=scale)
+    seeds = rng.at("imitated").bits(torch.arange(_IMITATED)).abs() % 2**31
+    push = directed_push(environment, policy, ball, seeds, rng)
+    x = episodes(environment, policy, push, ball, seeds, rng, keep=True).visited
+    _imitate(learner, x, push.wish(x, View(policy, None, ball, torch.arange(len(x)), 0, rng)), rng)
     for _ in trained(attacked, learner, how, rng, deadline=deadline):
         pass
     return Learned(deepcopy(learner.network).requires_grad_(False))
+
+
+_IMITATED = 32
+"""number of episodes of the directed push with which a learned adversary begins"""
+_SOFT = 0.1
+"""share of each wish that is spread over all actions, so that the adversary still tries others"""
+
+
+def _imitate(learner: Learner, x: Tensor, wish: Tensor, rng: Draws) -> None:
+    """Fit the network of a learner to the wishes (m), or (m, a), of an attacker for observations (m, d)."""
+    generator = torch.Generator().manual_seed(rng.at("imitation").seed)
+    optimiser = torch.optim.Adam(learner.network.parameters(), lr=3e-3)
+    for _ in range(_FITTED):
+        some = torch.randint(len(x), (min(512, len(x)),), generator=generator)
+        outputs = learner.network(x[some])
+        if isinstance(learner.actions, Discrete):
+            loss = cross_entropy(outputs, wish[some], label_smoothing=_SOFT)
+        else:
+            loss = mse_loss(outputs, wish[some])
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        optimiser.step()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from holdfast.control.environments import BUNDLED, LQR, CartPole, Discrete, Environment, Gymnasium, registered
 from holdfast.control.policies import Network, Policy, policy_of
-from holdfast.core.errors import TRUST_CODE, TargetError, UsageError
+from holdfast.core.errors import TRUST_CODE, Remedy, TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.io.files import content_of_file, refusing
 from holdfast.io.models.adapting import digest_of_object
@@ -69,7 +69,12 @@ def _made(make: Callable[[], Any], name: str) -> Environment:
 
 
 def open_policy(
-    source: object, environment: Environment, arguments: Mapping[str, str], *, trust_code: bool
+    source: object,
+    environment: Environment,
+    arguments: Mapping[str, str],
+    *,
+    trust_code: bool,
+    arch: str | None = None,
 ) -> Opened:
     """Return the policy of `file.py:make`, an archive of stable-baselines3 (.zip), a network of ONNX, a folder of
     `holdfast harden`, or a module or function.
@@ -77,6 +82,11 @@ def open_policy(
     Raises `UsageError` or `TargetError` if it does not fit the environment.
     """
     notes: tuple[str, ...] = ()
+    if arch is not None and (not isinstance(source, str) or names_code(source) or source.endswith(".zip")):
+        raise UsageError(
+            f"arch is {arch!r}, which builds the network for a file of weights, and the policy is no such file",
+            Remedy("arch"),
+        )
     if not isinstance(source, str):
         name, digest, made = "policy", digest_of_object(source), source  # type: ignore[arg-type]  # digested as it is
     elif names_code(source):
@@ -87,14 +97,14 @@ def open_policy(
         name, (made, digest) = source, _own(path)
     elif source.endswith(".zip"):
         name, (made, digest, notes) = source, _archived(Path(source), environment, arguments)
-    elif source.endswith((".pkl", ".pickle", ".pt", ".pth")) and not trust_code:
+    elif source.endswith((".pt", ".pth")) and not trust_code and arch is None:
         raise UsageError(
-            f"{source!r} may contain a pickled policy, whose code would run; give file.py:make, or an archive of "
-            "stable-baselines3 (.zip)",
+            f"{source!r} may contain a pickled policy, whose code would run; give file.py:make, an archive of "
+            "stable-baselines3 (.zip), or with arch the function that builds the network of these weights",
             TRUST_CODE,
         )
     else:
-        opened = open_model(source, model_args=dict(arguments), trust_code=trust_code)
+        opened = open_model(source, arch=arch, model_args=dict(arguments), trust_code=trust_code)
         name, digest, made, notes = source, opened.digest, _Unread(opened.model), opened.notes
     policy = policy_of(made, environment, name)
     return Opened(policy, name, digest, (*notes, *_moved(policy, environment)))

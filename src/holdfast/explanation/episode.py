@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from holdfast.reports.tree import Chart, Picture
 from holdfast.reports.words import plain
 from holdfast.runs.store.columns import Form, validated_columns
 from holdfast.runs.store.folder import read_chain, read_stage
+from holdfast.threats.parsing import parse_threat
+from holdfast.threats.policies import Observations
 
 _FRAMES = 60
 """largest number of frames of the film"""
@@ -29,7 +31,14 @@ _TEXT, _COLOURS = 20, 32
 """height of the letters in pixels, and number of colours"""
 _BLUE, _RED, _GREY = (33, 102, 172), (178, 24, 43), (140, 140, 140)
 _CARTPOLE = "cartpole"
-_VALUES = ("position (m)", "velocity (m/s)", "angle (rad)", "angular velocity (rad/s)")
+_VALUES: Mapping[str, Sequence[str]] = {
+    _CARTPOLE: ("position (m)", "velocity (m/s)", "angle (rad)", "angular velocity (rad/s)"),
+    "lqr": ("position", "velocity"),
+}
+"""names of the values of an observation in bundled environments"""
+_CART_KEY = (
+    " The thin red line is the pole as the policy observes it, and the arrow the force that it chooses."
+)
 _DRAWN = 4
 """largest number of values of observations that are drawn over the steps"""
 
@@ -82,16 +91,9 @@ def _explained(
         if len(moved)
         else "no action differs in the steps of both"
     )
-    d = clean["state"].shape[1]
-    names = _VALUES if environment == _CARTPOLE else [f"value {place}" for place in range(d)]
+    names = _VALUES.get(environment, [f"value {place}" for place in range(clean["state"].shape[1])])
     threat = result.content["config"]["settings"]["threat"]
     film = _film(environment, clean, attacked, attacker)
-    means = result.facts["mean_returns"]
-    unattacked, *others = means
-    lowered = {
-        name: max(means[unattacked] - means[name], 0.0) for name in sorted(others, key=means.__getitem__)
-    }
-    shift = (attacked["shown"] - attacked["state"]).abs()
     figures = (
         Figure(
             "film",
@@ -102,53 +104,12 @@ def _explained(
             _rows(clean["state"], attacked["state"]),
             (Picture(film, f"One episode without (blue) and with (red) the attacker {attacker}"),),
             note="Both begin in the same state. The film repeats."
-            + (
-                " The thin red line is the pole as the policy observes it, and the arrow the force that it chooses."
-                if environment == _CARTPOLE
-                else ""
-            ),
+            + (_CART_KEY if environment == _CARTPOLE else ""),
             columns=1,
         ),
-        Figure(
-            "attackers",
-            f"of all attackers, {attacker} lowers the mean return most: from {plain(means[unattacked])} to "
-            f"{plain(means[attacker])}"
-            if any(lowered.values())
-            else f"no attacker lowers the mean return of {plain(means[unattacked])}",
-            "Mean return under each attacker, lowest first; a bar is as long as the return that the attacker costs.",
-            ("attacker", "mean return", "lowered by"),
-            tuple((name, means[name], lost) for name, lost in lowered.items()),
-            bars=bars(
-                list(lowered),
-                list(lowered.values()),
-                [f"{plain(means[name])} ({plain(lost)} less)" for name, lost in lowered.items()],
-            ),
-            note="All attackers were measured in the same episodes.",
-        ),
-        Figure(
-            "states",
-            "the states of both episodes, and what the policy observes in the attacked one",
-            f"The first {min(d, _DRAWN)} values of the state over the steps of both episodes.",
-            ("step", *(f"observed {name}" for name in names), "action"),
-            tuple(
-                (step, *observed, *action)
-                for step, (observed, action) in enumerate(
-                    zip(attacked["shown"].tolist(), attacked["action"].tolist(), strict=True)
-                )
-            ),
-            charts=_charts(clean, attacked, names),
-        ),
-        Figure(
-            "perturbations",
-            f"the attacker changes what the policy observes by at most {plain(float(shift.max()))} in one value",
-            "Largest and mean absolute perturbation of each value of the observations in the attacked episode.",
-            ("value", "largest", "mean"),
-            tuple(
-                (str(name), float(shift[:, place].max()), float(shift[:, place].mean()))
-                for place, name in enumerate(names)
-            ),
-            tabular=True,
-        ),
+        _attackers(result, attacker),
+        _states(clean, attacked, names),
+        _perturbations(attacked, names),
     )
     return Explained(
         f"{result.content['model']['name']} in {environment}",
@@ -157,7 +118,9 @@ def _explained(
         figures,
         advice=(
             f"Train a policy that holds: holdfast harden MODEL {environment} --recipe robust-policy --threat {threat}.",
-        ),
+        )
+        if isinstance(parse_threat(threat).constraint, Observations)
+        else (),
         notes=("The episode is the first of those that judge, and was not chosen by its result.",),
         facts=(
             ("model", f"{result.content['model']['name']}, digest {result.content['model']['digest'][:16]}"),
@@ -165,6 +128,68 @@ def _explained(
             ("threat", threat),
             ("seed", str(result.content["seed"])),
         ),
+    )
+
+
+def _attackers(result: AuditResult, attacker: str) -> Figure:
+    """The mean return under each attacker."""
+    means = result.facts["mean_returns"]
+    unattacked, *others = means
+    lowered = {
+        name: max(means[unattacked] - means[name], 0.0) for name in sorted(others, key=means.__getitem__)
+    }
+    return Figure(
+        "attackers",
+        f"of all attackers, {attacker} lowers the mean return most: from {plain(means[unattacked])} to "
+        f"{plain(means[attacker])}"
+        if any(lowered.values())
+        else f"no attacker lowers the mean return of {plain(means[unattacked])}",
+        "Mean return under each attacker, lowest first; a bar is as long as the return that the attacker costs.",
+        ("attacker", "mean return", "lowered by"),
+        tuple((name, means[name], lost) for name, lost in lowered.items()),
+        bars=bars(
+            list(lowered),
+            list(lowered.values()),
+            [f"{plain(means[name])} ({plain(lost)} less)" for name, lost in lowered.items()],
+        ),
+        note="All attackers were measured in the same episodes.",
+    )
+
+
+def _states(clean: dict[str, Tensor], attacked: dict[str, Tensor], names: Sequence[str]) -> Figure:
+    """The states of both episodes, and what the policy observed."""
+    return Figure(
+        "states",
+        "the states of both episodes, and what the policy observes in the attacked one",
+        f"The first {min(len(names), _DRAWN)} values of the state over the steps of both episodes.",
+        (
+            "step",
+            *(f"observed {name}" for name in names),
+            *(f"action {place}" for place in range(attacked["action"].shape[1])),
+        ),
+        tuple(
+            (step, *observed, *action)
+            for step, (observed, action) in enumerate(
+                zip(attacked["shown"].tolist(), attacked["action"].tolist(), strict=True)
+            )
+        ),
+        charts=_charts(clean, attacked, names),
+    )
+
+
+def _perturbations(attacked: dict[str, Tensor], names: Sequence[str]) -> Figure:
+    """The size of the perturbations of each value."""
+    shift = (attacked["shown"] - attacked["state"]).abs()
+    return Figure(
+        "perturbations",
+        f"the attacker changes what the policy observes by at most {plain(float(shift.max()))} in one value",
+        "Largest and mean absolute perturbation of each value of the observations in the attacked episode.",
+        ("value", "largest", "mean"),
+        tuple(
+            (str(name), float(shift[:, place].max()), float(shift[:, place].mean()))
+            for place, name in enumerate(names)
+        ),
+        tabular=True,
     )
 
 

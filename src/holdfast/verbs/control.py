@@ -41,6 +41,7 @@ _OWN = frozenset(
         "seed",
         "output",
         "model_args",
+        "arch",
         "trust_code",
         "device",
         "file_version",
@@ -67,7 +68,11 @@ def opened(settings: Assess | Certify | Harden) -> tuple[ControlRun, Opened, Ope
     """Open the policy and the environment of the settings."""
     environment = open_environment(settings.data)
     policy = open_policy(
-        settings.model, environment.value, settings.model_args, trust_code=settings.trust_code
+        settings.model,
+        environment.value,
+        settings.model_args,
+        trust_code=settings.trust_code,
+        arch=settings.arch,
     )
     threat = settings.threat.constraint
     assert isinstance(threat, Observations | Actions | Parameters)  # the domain of the threat is CONTROL

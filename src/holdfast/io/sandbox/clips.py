@@ -39,7 +39,7 @@ def read(
                             sound.format,
                         )
                         # of other formats nothing is decoded
-                        samples = sound.read(dtype=kind, always_2d=True) if format_name in _FORMATS else None
+                        samples = sound.read(n, kind, always_2d=True) if format_name in _FORMATS else None
                 except soundfile.LibsndfileError as error:
                     raise TargetError(
                         f"clip {name!r} cannot be read as WAV or FLAC: {error.error_string} Write it again, as PCM of "
