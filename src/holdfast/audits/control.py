@@ -1,7 +1,7 @@
 """The assessment of a policy in an environment: episodes under each attacker, and the returns that follow from them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -339,8 +339,14 @@ def finding_of(settings: Settings, rows: list[Row], *, ignored: bool) -> Finding
     """Return what the episodes under all attackers show."""
     clean, attacked = rows[0], rows[1:]
     worst = min(attacked, key=lambda row: row.estimate.value)
+    # the strongest attacker may be another one than the lowest of these episodes
+    lowest = replace(
+        worst.estimate,
+        low=min(row.estimate.low for row in attacked),
+        high=min(row.estimate.high for row in attacked),
+    )
     doubts, reasons = _doubts(settings, rows, ignored=ignored)
-    harmful = worst.estimate.high < clean.estimate.low
+    harmful = lowest.high < clean.estimate.low
     verdict = "unclear" if ignored else "flagged" if harmful else "not flagged"
     lost = clean.estimate.value - worst.estimate.value
     share = (
@@ -360,7 +366,7 @@ def finding_of(settings: Settings, rows: list[Row], *, ignored: bool) -> Finding
             "mean_returns": {row.name: row.estimate.value for row in rows},
             "doubts": doubts,
         },
-        metrics={"worst_return": worst.estimate, "clean_return": clean.estimate},
+        metrics={"worst_return": lowest, "clean_return": clean.estimate},
         tables=(
             Table(
                 "Return under each attacker, lowest first",

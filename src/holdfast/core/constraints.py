@@ -140,6 +140,10 @@ class Constraint(ABC):
         """Return the coordinates in which attacks on a batch search; None for the values of the inputs."""
         return None
 
+    def as_stored(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Return inputs around `x` as a file stores them, on which the verdict is made; by default unchanged."""
+        return x_adv
+
     def refuse_unfit(self, x: Inputs) -> None:
         """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this. Inputs of numbers can."""
         return

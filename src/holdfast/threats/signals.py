@@ -71,6 +71,10 @@ class _Clips(Norm):
         """Return the direction of length one of steepest increase that is zero in the padding."""
         return super().steepest(gradient * sound_of(x), x, bounds)  # type: ignore[safe-super]
 
+    def as_stored(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Return clips with their samples rounded to 16 bits; see `stored`."""
+        return stored(x_adv, x, self, bounds)
+
     def coordinates(self, batch: Batch, bounds: Bounds) -> "Scaled":
         """Return coordinates in which the ball is smaller by the rounding to 16 bits."""
         return _scaled(batch, bounds, self, self, torch.ones(len(batch)).to(batch.x))
@@ -146,6 +150,10 @@ class Relative(Norm):
         unit = batch.at(batch.x / size)
         drawn = self.norm.resized(self.eps).sample(unit, _UNBOUNDED, rng)
         return self.project(batch.x + size * (drawn - unit.x), batch.x, bounds)
+
+    def as_stored(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Return clips with their samples rounded to 16 bits; see `stored`."""
+        return stored(x_adv, x, self, bounds)
 
     def coordinates(self, batch: Batch, bounds: Bounds) -> "Scaled":
         """Return coordinates in which all clips have the same radius, smaller by the rounding to 16 bits."""

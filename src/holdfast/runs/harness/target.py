@@ -379,6 +379,7 @@ def judge_inputs(
     columns of an attack.
     """
     batch, x_adv = aimed(batch, plan.threat), with_missing(x_adv, batch.x)
+    x_adv = plan.threat.constraint.as_stored(x_adv, batch.x, target.original.bounds)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = verdict_of(plan, target, batch, x_adv)
     zeros = torch.zeros_like(batch.ids)
