@@ -403,3 +403,25 @@ def test_a_hardened_policy_is_written_opened_and_verified(tmp_path, monkeypatch)
     x = states(10, 1, 1)
     assert torch.equal(opened.outputs(x), result.model.outputs(x))
     assert open_audit(tmp_path / "run").facts == result.after.facts
+
+
+def test_the_interval_of_the_worst_return_ends_at_the_lowest_end_of_all_attackers():
+    settings = {"threat": "observations:linf:0.1", "n": 5, "limit": 9, "limited": True, "scaled": ""}
+    rows = [
+        Row(
+            name,
+            torch.full((5,), 3.0),
+            torch.full((5,), 9),
+            torch.ones(5) == 1,
+            Estimate(value, low, high, 5),
+        )
+        for name, value, low, high in (("none", 9.0, 9.0, 9.0), ("a", 3.0, 2.9, 3.1), ("b", 3.2, 1.0, 6.0))
+    ]
+    worst = finding_of(settings, rows, ignored=False).metrics["worst_return"]
+    assert (worst.value, worst.low, worst.high) == (3.0, 1.0, 3.1)
+
+
+@pytest.mark.parametrize("condition", ["access=none", "queries=100"])
+def test_a_condition_that_the_attackers_of_a_policy_do_not_keep_is_refused(condition):
+    with pytest.raises(UsageError, match="leave access and queries out"):
+        holdfast.assess(lambda x: x[:, :1], "cartpole", f"observations:linf:0.1,{condition}", n=2)

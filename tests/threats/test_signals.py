@@ -159,3 +159,12 @@ def test_robustness_of_clips_is_proved_under_linf():
     result = holdfast.assess(model, data, certify=True, **settings)
     assert result.metrics["certified_accuracy"].value == 1  # the bias alone decides
     assert type(result.evidence.threat.constraint) is LinfOfClips
+
+
+def test_what_probes_find_is_judged_as_a_file_stores_it():
+    clip = torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) * 0.01
+    constraint = parse_threat("snr:40dB").opened().constraint
+    moved = constraint.project(clip + 1e-5, clip, Bounds(-1.0, 1.0))
+    stored = constraint.as_stored(moved, clip, Bounds(-1.0, 1.0))
+    assert ((stored == clip) | (stored * 32768 == (stored * 32768).round())).all()
+    assert not torch.equal(stored, moved)

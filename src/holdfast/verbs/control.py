@@ -61,10 +61,10 @@ def refuse_other_settings(settings: Assess | Certify | Harden, *further: str) ->
                 Remedy(name),
             )
     threat = settings.threat
-    if threat.access != "gradients" or threat.queries is not None or threat.goal is not None:
+    if threat.access != "gradients" or threat.queries is not None:
         raise UsageError(
-            f"the threat is {threat}; the attackers of a policy have the policy itself and no target class: leave "
-            "access, queries and goal out"
+            f"the threat is {threat}; the attackers of a policy have the policy itself: leave access and queries "
+            "out"
         )
     if settings.device not in (None, "auto", "cpu"):
         raise UsageError(f"device is {settings.device!r}; episodes run on the CPU", Remedy("device", "cpu"))
