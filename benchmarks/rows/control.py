@@ -30,9 +30,9 @@ def states(*scales: float) -> torch.Tensor:
     return torch.randn(STATES, len(scales), generator=torch.Generator().manual_seed(0)) * torch.tensor(scales)
 
 
-def returns() -> Cells:
-    policy = linear(torch.tensor(WEIGHTS), CartPole())
-    how = ControlRun(CartPole(), policy, Observations("linf", EPS), "", EPISODES, 0)
+def returns(policy: Policy, eps: float) -> Cells:
+    """The mean return of a policy of the cart-pole under each attacker."""
+    how = ControlRun(CartPole(), policy, Observations("linf", eps), "", EPISODES, 0)
     ball, seeds = how.ball(), how.seeds("judged", EPISODES)
     return {
         stage: float(
@@ -76,7 +76,7 @@ def regulator() -> tuple[float, float, int]:
 
 
 def measured() -> Outcome:
-    means = returns()
+    means = returns(linear(torch.tensor(WEIGHTS), CartPole()), EPS)
     attack, certificate = agreement()
     error, excess, outside = regulator()
     claims = []

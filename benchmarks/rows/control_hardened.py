@@ -6,15 +6,14 @@ import torch
 
 from benchmarks.parts import part
 from benchmarks.record import Cells, Claim, Outcome
-from holdfast.audits.control import ControlRun, attacker_of
-from holdfast.control.attackers import Ball, episodes
+from benchmarks.rows.control import EPISODES, returns
+from holdfast.control.attackers import Ball
 from holdfast.control.environments import CartPole
 from holdfast.control.hardening import Hardening, Method, hardened
 from holdfast.core.draws import Draws
-from holdfast.threats.policies import Observations
 
 WHAT = "policies by each method of robust-policy: mean return under the strongest attacker, three seeds"
-EPISODES, SEEDS, SCALE = 100, (0, 1, 2), (1.0, 1.0, 0.1, 0.5)
+SEEDS, SCALE = (0, 1, 2), (1.0, 1.0, 0.1, 0.5)
 METHODS: tuple[Method, ...] = ("search", "ppo", "smooth", "alternating")
 BEST_LINEAR = 116
 """mean return at eps 0.1 of the best linear policy that others found"""
@@ -25,16 +24,7 @@ def one(method: Method, eps: float, seed: int) -> Cells:
     ball = Ball("linf", eps, torch.ones(4))
     steps = hardened(CartPole(), ball, Hardening(method=method), Draws(seed), scale=torch.tensor(SCALE))
     *_, (_, policy) = steps
-    how = ControlRun(CartPole(), policy, Observations("linf", eps), "", EPISODES, 0)
-    seeds = how.seeds("judged", EPISODES)
-    return {
-        stage: float(
-            episodes(
-                how.environment, policy, attacker_of(how, stage, ball), ball, seeds, how.rng.at(stage)
-            ).returns.mean()
-        )
-        for stage in how.stages
-    }
+    return returns(policy, eps)
 
 
 def measured() -> Outcome:

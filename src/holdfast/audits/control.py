@@ -21,8 +21,15 @@ from holdfast.control.attackers import (
     Unattacked,
     episodes,
 )
-from holdfast.control.environments import NO_LIMIT, Box, Discrete, Environment, ignores_seed
-from holdfast.control.learning import PPO, critics, directed_push, learned_adversary, typical
+from holdfast.control.environments import NO_LIMIT, Box, Discrete, Environment, episode_seeds, ignores_seed
+from holdfast.control.learning import (
+    PPO,
+    directed_push,
+    learned_adversary,
+    learned_critic,
+    learned_sarsa,
+    typical,
+)
 from holdfast.control.perturbed_actions import DirectedActions, RandomActions, learned_actions
 from holdfast.control.policies import Policy
 from holdfast.core.draws import Draws
@@ -85,7 +92,7 @@ class ControlRun:
 
     def seeds(self, name: str, n: int) -> Ids:
         """Return the seeds of n episodes; those that judge and those of a training have different names."""
-        return self.rng.at("seeds", name).bits(torch.arange(n)).abs() % 2**31
+        return episode_seeds(self.rng.at("seeds", name), torch.arange(n))
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -136,7 +143,7 @@ class ControlRun:
     def ball(self) -> Ball:
         """Return the perturbations of the threat in the units of the observations or the actions."""
         if isinstance(self.threat, Parameters):
-            return Ball("linf", 0.0, torch.ones(self.environment.observations.size))
+            return Ball.empty(self.environment.observations.size)
         size = self.environment.observations.size
         if isinstance(self.threat, Actions):
             assert isinstance(self.environment.actions, Box)
@@ -150,7 +157,7 @@ class ControlRun:
 
     def visited(self) -> Tensor:
         """Return the observations (m, d) of unattacked training episodes."""
-        still = Ball("linf", 0.0, torch.ones(self.environment.observations.size))
+        still = Ball.empty(self.environment.observations.size)
         seeds = self.seeds("scale", _TRAINED)
         return episodes(
             self.environment, self.policy, Unattacked(), still, seeds, self.rng.at("scale"), keep=True
@@ -170,7 +177,7 @@ def measure(run: Run, how: ControlRun, prefix: str = "") -> Images:
 
 def _episodes(how: ControlRun, stage: str, ball: Ball, judged: Ids) -> Episodes:
     environment, policy, rng = how.environment, how.policy, how.rng.at(stage)
-    still = Ball("linf", 0.0, torch.ones(environment.observations.size))
+    still = Ball.empty(environment.observations.size)
     if isinstance(how.threat, Parameters) and stage != NONE:
         changed = environment.changed(_factors(how, stage, judged))
         return episodes(changed, policy, Unattacked(), still, judged, rng)
@@ -207,8 +214,8 @@ def attacker_of(how: ControlRun, stage: str, ball: Ball) -> Attacker:
     """Return an attacker on observations by the name of its stage, trained on other episodes than those that judge."""
     rng, seeds = how.rng.at(stage), how.seeds("trained", _TRAINED)
     if stage in (CRITIC, SARSA):
-        critic, sarsa = critics(how.environment, how.policy, seeds, how.rng.at("critics"))
-        return critic if stage == CRITIC else sarsa
+        learned = learned_critic if stage == CRITIC else learned_sarsa
+        return learned(how.environment, how.policy, seeds, how.rng.at("critics"))
     if stage == DIRECTED:
         return directed_push(how.environment, how.policy, ball, seeds, rng)
     if stage == LEARNED:

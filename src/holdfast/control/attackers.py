@@ -40,6 +40,11 @@ class Ball:
     scale: Tensor
     """unit of eps for each value of an observation (d)"""
 
+    @classmethod
+    def empty(cls, size: int) -> "Ball":
+        """Return the ball without any perturbation of observations of a size."""
+        return cls("linf", 0.0, torch.ones(size))
+
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the perturbations (n, d) with the largest product with a gradient (n, d)."""
         g = gradient * self.scale

@@ -99,6 +99,11 @@ class Environment(Protocol):
         """Names of the parameters that can be changed."""
 
 
+def episode_seeds(rng: Draws, ids: Ids) -> Ids:
+    """Return a seed for each id (n), from 0 to 2^31 - 1."""
+    return rng.bits(ids).abs() % 2**31
+
+
 _STARTS = Draws(0).at("control", "starts")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from holdfast.control.attackers import Asking, Ball, View, Wishing, asked, episodes
-from holdfast.control.environments import Discrete, Environment
+from holdfast.control.environments import Discrete, Environment, episode_seeds
 from holdfast.control.learning import (
     PPO,
     Attacked,
@@ -78,11 +78,6 @@ def divergence(network: nn.Module, x: Tensor, x_adv: Tensor, *, discrete: bool) 
     return found
 
 
-def smooth(ball: Ball, weight: float, rng: Draws, *, discrete: bool) -> "Smooth":
-    """Return the regulariser of smooth actions."""
-    return Smooth(ball, weight, torch.Generator().manual_seed(rng.seed), discrete)
-
-
 @dataclass(frozen=True)
 class Smooth:
     """The largest divergence of the actions within the ball, which gradient steps find."""
@@ -124,7 +119,9 @@ class _Population:
 def searched(
     environment: Environment, ball: Ball, how: Hardening, rng: Draws, *, scale: Tensor, deadline: float
 ) -> Iterator[tuple[Progress, Policy]]:
-    """Search for a linear policy, and yield the best one after each generation."""
+    """Search for a linear policy, and yield after each generation the mean of its best ones and the return of the
+    best one.
+    """
     generator = torch.Generator().manual_seed(rng.at("search").seed)
     actions, d = environment.actions, len(scale)
     k = actions.n if isinstance(actions, Discrete) else actions.size
@@ -138,7 +135,7 @@ def searched(
             candidates[0], candidates[1] = mean, best
             if isinstance(actions, Discrete):  # only the direction decides
                 candidates = candidates / candidates.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-9)
-            seeds = rng.at("episodes", generation).bits(torch.arange(_EPISODES)).abs() % 2**31
+            seeds = episode_seeds(rng.at("episodes", generation), torch.arange(_EPISODES))
             worst = _worst(
                 environment, candidates / scale, attackers, ball, seeds, rng.at("worst", generation)
             )
@@ -214,7 +211,8 @@ def hardened(
     regulariser = None
     if how.method in ("smooth", "alternating"):
         discrete = isinstance(environment.actions, Discrete)
-        regulariser = smooth(ball, how.weight, rng.at("smooth"), discrete=discrete)
+        generator = torch.Generator().manual_seed(rng.at("smooth").seed)
+        regulariser = Smooth(ball, how.weight, generator, discrete)
     if how.method != "alternating":
         schedule = replace(how.ppo, updates=how.updates)
         for progress in trained(

@@ -5,9 +5,11 @@ function: it acts in an environment whose step contains the attacked policy, and
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from holdfast.control.attackers import (
     asked,
     episodes,
 )
-from holdfast.control.environments import Actions, Box, Discrete, Environment, Step
+from holdfast.control.environments import Actions, Box, Discrete, Environment, Step, episode_seeds
 from holdfast.control.policies import Network, Policy
 from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Mask
@@ -56,11 +58,6 @@ class PPO:
     clip: float = 0.2
     entropy: float = 0.005
     """weight of the entropy"""
-
-    @property
-    def steps(self) -> int:
-        """Number of environment steps of a training."""
-        return self.updates * self.rows * self.horizon
 
 
 @dataclass
@@ -134,8 +131,8 @@ def trained(
     `deadline`, in seconds of `time.monotonic`.
     """
     generator = torch.Generator().manual_seed(rng.at("actions").seed)
-    n, seeds = how.rows, torch.arange(how.rows)
-    seeds = rng.at("episodes").bits(seeds).abs() % 2**31
+    n = how.rows
+    seeds = episode_seeds(rng.at("episodes"), torch.arange(n))
     x, ages, returns = environment.reset(seeds), torch.zeros(n, dtype=torch.int64), torch.zeros(n)
     begun, place = n, 0
     for update in range(how.updates):
@@ -157,7 +154,7 @@ def trained(
                 kept["value"].append(learner.value(seen)[:, 0])
             kept["x"].append(seen)
             kept["action"].append(action)
-            step = environment.step(_within(environment.actions, action))
+            step = environment.step(within(environment.actions, action))
             x, ages, returns = step.observations, ages + 1, returns + step.rewards
             ended = step.ended | (ages >= environment.limit)
             with torch.no_grad():  # an episode that is only cut goes on in the estimate
@@ -166,7 +163,7 @@ def trained(
             kept["ended"].append(ended)
             if ended.any():
                 finished.append(returns[ended])
-                fresh = rng.at("episodes").bits(torch.arange(begun, begun + n)).abs() % 2**31
+                fresh = episode_seeds(rng.at("episodes"), torch.arange(begun, begun + n))
                 begun += n
                 x = environment.restart(ended, fresh)
                 ages, returns = ages.masked_fill(ended, 0), returns.masked_fill(ended, 0.0)
@@ -188,7 +185,8 @@ def _sampled(law: torch.distributions.Distribution, generator: torch.Generator) 
     return mean + deviation * torch.randn(mean.shape, generator=generator)
 
 
-def _within(actions: Actions, action: Tensor) -> Tensor:
+def within(actions: Actions, action: Tensor) -> Tensor:
+    """Return actions with vectors moved to the bounds of an environment; choices are unchanged."""
     return action if isinstance(actions, Discrete) else actions.clamp(action)
 
 
@@ -233,24 +231,28 @@ def _update(
 
 
 @dataclass
-class Attacked:
-    """The environment of an adversary: its actions are wishes for the action of a policy, and its rewards are those of
-    the policy with the opposite sign.
+class AgainstPolicy(ABC):
+    """Base class of the environments of adversaries, whose step contains the policy, and whose rewards are those of the
+    policy with the opposite sign.
     """
 
     environment: Environment
     policy: Policy
     ball: Ball
-    rng: Draws
-    gradient_steps: int = 10
 
     def __post_init__(self) -> None:
         self.name, self.limit = self.environment.name, self.environment.limit
         self.observations, self.parameters = self.environment.observations, self.environment.parameters
         self.returns, self.shape = (None, None), self.environment.shape
-        own = self.policy.actions
-        ends = torch.ones(own.size) if isinstance(own, Box) else torch.ones(1)
-        self.actions: Actions = own if isinstance(own, Discrete) else Box(-ends, ends)
+        self.actions = self._choices()
+
+    @abstractmethod
+    def _choices(self) -> Actions:
+        """Return the actions of the adversary."""
+
+    @abstractmethod
+    def _acted(self, actions: Tensor) -> Tensor:
+        """Return the actions that the environment gets, and keep the memory of the policy after them."""
 
     def reset(self, seeds: Ids) -> Tensor:
         """Start one episode for each seed."""
@@ -272,20 +274,36 @@ class Attacked:
         return self._x
 
     def step(self, actions: Tensor) -> Step:
-        """Change the observations as the adversary wishes, and take the step of the policy."""
+        """Take the step of the policy and the adversary."""
+        self._x, rewards, ended = self.environment.step(self._acted(actions))
+        self._time += 1
+        return Step(self._x, -rewards, ended)
+
+    def changed(self, factors: Mapping[str, Tensor]) -> Self:
+        """Return the environment with other parameters."""
+        return replace(self, environment=self.environment.changed(factors))
+
+
+@dataclass
+class Attacked(AgainstPolicy):
+    """The environment of an adversary whose actions are wishes for the action of a policy."""
+
+    rng: Draws
+    gradient_steps: int = 10
+
+    def _choices(self) -> Actions:
+        own = self.policy.actions
+        ends = torch.ones(own.size) if isinstance(own, Box) else torch.ones(1)
+        return own if isinstance(own, Discrete) else Box(-ends, ends)
+
+    def _acted(self, actions: Tensor) -> Tensor:
         view = View(
             self.policy, self._memory, self.ball, self._seeds, self._time, self.rng, self.gradient_steps
         )
         seen = asked(self._x, view, actions)
         with torch.no_grad():
             outputs, self._memory = self.policy(seen, self._memory)
-        self._x, rewards, ended = self.environment.step(self.policy.act(outputs))
-        self._time += 1
-        return Step(self._x, -rewards, ended)
-
-    def changed(self, factors: Mapping[str, Tensor]) -> "Attacked":
-        """Return the environment with other parameters."""
-        return replace(self, environment=self.environment.changed(factors))
+        return self.policy.act(outputs)
 
 
 def typical(x: Tensor) -> Tensor:
@@ -310,7 +328,7 @@ def learned_adversary(
     """
     attacked = Attacked(environment, policy, ball, rng.at("ascent"))
     learner = new_learner(attacked, rng, scale=scale)
-    seeds = rng.at("imitated").bits(torch.arange(_IMITATED)).abs() % 2**31
+    seeds = episode_seeds(rng.at("imitated"), torch.arange(_IMITATED))
     push = directed_push(environment, policy, ball, seeds, rng)
     x = episodes(environment, policy, push, ball, seeds, rng, keep=True).visited
     _imitate(learner, x, push.wish(x, View(policy, None, ball, torch.arange(len(x)), 0, rng)), rng)
@@ -408,24 +426,34 @@ _FITTED = 500
 """gradient steps with which a critic is fitted"""
 
 
-def critics(environment: Environment, policy: Policy, seeds: Ids, rng: Draws) -> tuple[Critic, RobustSarsa]:
-    """Return the attackers that follow a learned value of observations, and of actions."""
+def learned_critic(environment: Environment, policy: Policy, seeds: Ids, rng: Draws) -> Critic:
+    """Return the attacker that follows a learned value of observations."""
     steps = recorded(environment, policy, seeds, rng)
-    d, scale = steps.x.shape[1], typical(steps.x)
+    value, _ = _new_critics(environment, steps, rng)
+    return Critic(_fitted(value, steps.x, steps.returns, rng.at("value")))
+
+
+def learned_sarsa(environment: Environment, policy: Policy, seeds: Ids, rng: Draws) -> RobustSarsa:
+    """Return the attacker that follows a learned value of actions."""
+    steps = recorded(environment, policy, seeds, rng)
+    _, action_value = _new_critics(environment, steps, rng)
     discrete = isinstance(environment.actions, Discrete)
+    inputs = steps.x if discrete else torch.cat((steps.x, steps.action), 1)
+    rows = steps.action if discrete else None
+    return RobustSarsa(_fitted(action_value, inputs, steps.returns, rng.at("sarsa"), rows))
+
+
+def _new_critics(environment: Environment, steps: Recorded, rng: Draws) -> tuple[Network, Network]:
+    """Networks with random weights, of the value of observations and of that of actions."""
+    d, scale, actions = steps.x.shape[1], typical(steps.x), environment.actions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.at("critics").seed)
         value = Network(d, 1)
-        if isinstance(environment.actions, Discrete):
-            action_value = Network(d, environment.actions.n)
-        else:
-            action_value = Network(d + environment.actions.size, 1)
+        shape = (d, actions.n) if isinstance(actions, Discrete) else (d + actions.size, 1)
+        action_value = Network(*shape)
     value.scale.copy_(1 / scale)
     action_value.scale[:d].copy_(1 / scale)
-    inputs = steps.x if discrete else torch.cat((steps.x, steps.action), 1)
-    _fitted(value, steps.x, steps.returns, rng.at("value"))
-    _fitted(action_value, inputs, steps.returns, rng.at("sarsa"), steps.action if discrete else None)
-    return Critic(value), RobustSarsa(action_value)
+    return value, action_value
 
 
 _MOST_VALUES = 16

@@ -19,6 +19,7 @@ from holdfast.control.environments import BUNDLED, LQR, CartPole, Discrete, Envi
 from holdfast.control.policies import Network, Policy, policy_of
 from holdfast.core.errors import TRUST_CODE, Remedy, TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.io.data.npz import Npz
 from holdfast.io.files import content_of_file, refusing
 from holdfast.io.models.adapting import digest_of_object
 from holdfast.io.models.factories import build_function, names_code
@@ -244,14 +245,13 @@ def _archived(
 
 
 def _normalise(network: _Baseline, path: Path) -> None:
-    with (
-        refusing(f"{str(path)!r} is no .npz file with mean and var", (KeyError, OSError, ValueError)),
-        np.load(io.BytesIO(content_of_file(path, "statistics")), allow_pickle=False) as arrays,
-    ):
+    archive = Npz(path, "statistics")
+    with refusing(f"{str(path)!r} is no .npz file with mean and var", (ValueError, TypeError)):
         mean, var = (
-            torch.from_numpy(np.array(arrays[name], np.float32)).flatten() for name in ("mean", "var")
+            torch.from_numpy(archive.array(name).astype(np.float32)).flatten() for name in ("mean", "var")
         )
-        network.clip = float(arrays["clip"]) if "clip" in arrays else 10.0  # the default of VecNormalize
+        # the default is that of VecNormalize
+        network.clip = float(archive.array("clip")) if "clip" in archive.names else 10.0
     if mean.shape != network.mean.shape:
         raise TargetError(
             f"{str(path)!r} has the statistics of {len(mean)} values, and the policy reads {len(network.mean)}"

@@ -21,12 +21,11 @@ from holdfast.reports.write import rendered
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.hardened import CardForm, Hardened
-from holdfast.runs.store.folder import refuse_used
 from holdfast.settings.grammar import seconds
 from holdfast.threats.policies import Actions, Observations, Parameters
 from holdfast.verbs.opening.arguments import gradients
 from holdfast.verbs.opening.recipes import built
-from holdfast.verbs.opening.resolve import folder_of
+from holdfast.verbs.opening.resolve import free_folder_of
 from holdfast.verbs.settings import Assess, Certify, Harden
 
 _EPISODES = 100
@@ -126,9 +125,7 @@ def measured(
 ) -> AuditResult:
     """Measure the return of a policy under each attacker, or certify its actions, and judge the gates."""
     refuse_other_settings(settings)
-    place = folder_of(folder, resume=resume)
-    if place is not None:
-        refuse_used(place, resume=resume)
+    place = free_folder_of(folder, resume=resume)
     how, policy, environment = opened(settings)
     if isinstance(settings, Certify):
         kind, measure = "certified-actions", certified_actions.measure
@@ -158,9 +155,7 @@ def hardened_policy(
 ) -> HardenedPolicy:
     """Train a new policy with the recipe `robust-policy`, and assess it beside the given one."""
     refuse_other_settings(settings, "recipe", "budget")
-    place = folder_of(folder, resume=resume)
-    if place is not None:
-        refuse_used(place, resume=resume)
+    place = free_folder_of(folder, resume=resume)
     how, policy, environment = opened(settings)
     given = {name: value for name, value in settings.recipe.items() if name != "use"}
     recipe = built(Hardening, given, "recipe robust-policy", "recipe")

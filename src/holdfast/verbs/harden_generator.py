@@ -22,7 +22,6 @@ from holdfast.reports.write import rendered
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.hardened import CardForm, Hardened
-from holdfast.runs.store.folder import refuse_used
 from holdfast.settings.grammar import seconds
 from holdfast.verbs.audit.generator import AuditGenerator
 from holdfast.verbs.audit.opening_generators import opened_audit
@@ -59,9 +58,7 @@ def hardened_generator(
     """Train the generator of the settings with one of `GENERATOR_RECIPES`, and audit it before and after. Raises
     `UsageError` if it is no GAN of torch modules with a discriminator.
     """
-    place = resolve.folder_of(folder, resume=resume)
-    if place is not None:
-        refuse_used(place, resume=resume)
+    place = resolve.free_folder_of(folder, resume=resume)
     if not isinstance(settings.data, str):
         raise UsageError(
             "a generator is trained on the train split of the data, and compared with the test split; give a file or "

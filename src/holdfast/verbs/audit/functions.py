@@ -14,10 +14,9 @@ from typing import Any
 from holdfast.audits.audit import AuditResult, AuditStart, audited
 from holdfast.core.errors import refuse_unmet
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.runs.store.folder import refuse_used
 from holdfast.verbs.configuration import given
 from holdfast.verbs.opening.arguments import DataLike, ModelLike, gradients, verb_with
-from holdfast.verbs.opening.resolve import folder_of
+from holdfast.verbs.opening.resolve import free_folder_of
 from holdfast.verbs.settings import AuditVerb, audits
 
 
@@ -98,9 +97,7 @@ def run_audit(
     command: str = "",
 ) -> AuditResult:
     """Open the model and the data of an audit, and take its steps."""
-    place = folder_of(folder, resume=resume)
-    if place is not None:
-        refuse_used(place, resume=resume)
+    place = free_folder_of(folder, resume=resume)
     with settings.prepared(AuditStart(place, resume, notify)) as audit:
         refuse_unmet(audit.needs)
         return audited(

@@ -37,6 +37,7 @@ from holdfast.reports.words import amount, strict
 from holdfast.runs.assess.request import DescribedModel, Opened
 from holdfast.runs.harness.kinds.passes import MATRIX_ROWS
 from holdfast.runs.harness.plan import Plan
+from holdfast.runs.store.folder import refuse_used
 from holdfast.settings import groups
 from holdfast.settings.grammar import (
     ENSEMBLE,
@@ -671,3 +672,13 @@ def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
     if resume and run is None:
         raise UsageError("resume=True continues a run; give its folder, as in run='runs/h1'")
     return None if run is None else Path(run)
+
+
+def free_folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
+    """Return the path of a run folder as `folder_of` does. Raises `UsageError`, before anything is opened, if a run
+    cannot begin or be resumed there.
+    """
+    place = folder_of(run, resume=resume)
+    if place is not None:
+        refuse_used(place, resume=resume)
+    return place
