@@ -425,3 +425,13 @@ def test_the_interval_of_the_worst_return_ends_at_the_lowest_end_of_all_attacker
 def test_a_condition_that_the_attackers_of_a_policy_do_not_keep_is_refused(condition):
     with pytest.raises(UsageError, match="leave access and queries out"):
         holdfast.assess(lambda x: x[:, :1], "cartpole", f"observations:linf:0.1,{condition}", n=2)
+
+
+class Sine(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).sin()
+
+
+def test_a_network_with_a_forward_of_its_own_is_not_taken_for_linear():
+    assert policy_of(nn.Sequential(nn.Linear(4, 2)), CartPole(), "linear").affine() is not None
+    assert policy_of(Sine(nn.Linear(4, 2)), CartPole(), "sine").affine() is None

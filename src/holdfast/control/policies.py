@@ -79,9 +79,8 @@ class Policy:
     def affine(self) -> tuple[Tensor, Tensor] | None:
         """Return the matrix (k, d) and the offset (k) of a network of linear layers alone, and None for another."""
         module = self.function
-        if not isinstance(module, nn.Module) or not all(
-            isinstance(part, _AFFINE) for part in module.modules()
-        ):
+        # a subclass may have a forward of its own
+        if not isinstance(module, nn.Module) or not all(type(part) in _AFFINE for part in module.modules()):
             return None
         width = next((p.shape[1] for p in module.parameters() if p.dim() == 2), 0)
         with torch.no_grad():
