@@ -40,8 +40,11 @@ def loop_and_parser() -> str:
 
 
 def model(name: str) -> Classifier:
-    """A network for the server."""
-    return Classifier(network(name).module)
+    """A network for the server. The bundled ones are classifiers already, and their layers keep their names: a monitor
+    finds the layer of the embeddings by its name.
+    """
+    module = network(name).module
+    return module if isinstance(module, Classifier) else Classifier(module)
 
 
 def _opened(name: str) -> LoadedModel:
