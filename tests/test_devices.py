@@ -178,6 +178,8 @@ def test_a_recipe_follows_the_device_of_its_data(name):
             square = torch.zeros(data.x.shape[1:])
             square[..., :2, :2] = 1
             threat = ThreatModel(Stamped("square", trigger_text(Trigger(square, square, 1))))
+        if isinstance(recipe, recipes.MaskedPatches):
+            threat = ThreatModel(Patch(2, 2))
         # a generator that was hardly trained is not judged
         short, used = replace(SHORT, epochs=1, batch=N, trial=name == "generated"), recipe
         if isinstance(recipe, recipes.RSLAD):
@@ -223,11 +225,12 @@ def test_a_prover_follows_the_device_of_its_input(name):
     settings = {"smoothing": {"sigma": 0.5, "draws": 200}}.get(name, {})
     prover = brief(load("certifiers", name, type)(**settings))
     norm = L2 if name in ("lipschitz", "smoothing") else Linf
+    threat = ThreatModel(Patch(1, 2) if name == "patch-masks" else norm(0.02))
     model = convolutional()
     batch = labelled(model, examples(n=N))
 
     def proved(model, batch):
-        proofs = prover.ready(model, batch, ThreatModel(norm(0.02)))(batch)
+        proofs = prover.ready(model, batch, threat)(batch)
         return torch.stack([proofs.certified, proofs.bound, proofs.broken, proofs.stopped]).double()
 
     same(proved(model, batch), there(proved, model, batch))

@@ -277,6 +277,7 @@ RECORDS = (
     "partitions",
     "repair",
     "text-masking",
+    "patch-masks",
     "distil-robust",
     "compression",
     "hybrid",

@@ -33,6 +33,7 @@ from holdfast.audits.backdoor_controls import refuse_short
 from holdfast.certifiers import register
 from holdfast.certifiers.boundary_geometry import boundary_geometry
 from holdfast.certifiers.bounds.graph import region_of
+from holdfast.certifiers.patch_masks import PatchMasks
 from holdfast.certifiers.smoothing import Smoothing
 from holdfast.certifiers.vnnlib.deciding import _fitting
 from holdfast.certifiers.vnnlib.reading import read_query
@@ -40,6 +41,7 @@ from holdfast.cli.app import _COMMANDS, verbs
 from holdfast.cli.measure import refuse_code_of_config, refuse_hosts_of_config, refuse_logs_of_config
 from holdfast.cli.vnn import _needed, vnn
 from holdfast.core.batch import Batch, off_range
+from holdfast.core.catalogue import PATCH_MASKS
 from holdfast.core.draws import Draws
 from holdfast.core.errors import (
     HoldfastError,
@@ -68,7 +70,7 @@ from holdfast.io.remote.probing import ProbedClassifier
 from holdfast.io.remote.served_model import InspectionCounter
 from holdfast.io.sandbox.calling import HERE
 from holdfast.metrics.catalogue import estimate
-from holdfast.recipes import DPSGD, PolicyTraining
+from holdfast.recipes import DPSGD, MaskedPatches, PolicyTraining
 from holdfast.recipes.lipschitz import order_of
 from holdfast.recipes.training.fit import Training
 from holdfast.reports.transfer import across_rows
@@ -359,6 +361,19 @@ def certified(model=LINEAR, threat="linf:0.01", method="ibp", verb="certify", *,
             smoothing.ready(target.original, sample, at)
         else:
             refuse_unprovable(Plan((), at, proofs=(prover(method),)), target, sample, verb)
+
+
+def certified_patches(threat="patch:2x2", method="auto", masks=None):
+    """Prepare the masks of a certification for images."""
+    settings = check_settings({"threat": threat, "method": method, "masks": masks}, "", kind=Certify)
+    masks = PatchMasks() if settings.masks is None else PatchMasks(settings.masks)
+    if settings.chosen_method == PATCH_MASKS:
+        masks_of_images(settings.threat.opened(), masks)
+
+
+def masks_of_images(threat, masks):
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)))
+    return masks.ready(model, Batch(IMAGES, torch.arange(8) % 3, torch.arange(8)), threat)
 
 
 def certified_texts(**arguments):
@@ -965,6 +980,25 @@ def of_policies(**arguments):
     open_episodes(settings)
 
 
+def of_environment(**arguments):
+    """The settings of an assessment in a bundled environment, without a run."""
+    check_settings({"model": LINEAR, "data": "cartpole", **arguments}, "", kind=Assess)
+
+
+@cache
+def run_of_policy():
+    """The folder of a finished run with a policy."""
+    episode = {"model": lambda x: x[:, :1], "data": "cartpole", "threat": "parameters:mass=0.1", "n": 2}
+    folder = Path(mkdtemp()) / "run"
+    Assess(**episode).run(folder)
+    return folder
+
+
+def episode_explained(**arguments):
+    """The explanation of a stored run with a policy."""
+    holdfast.explain(run_of_policy(), **arguments)
+
+
 def policy_hardened(**arguments):
     """The settings of a hardening of a policy or a classifier, without a run."""
     check_settings({"model": LINEAR, "data": PAIR, "budget": "1min", **arguments}, "", kind=Harden)
@@ -998,6 +1032,8 @@ VALUES: dict[str, Any] = {
 
 situation("a setting that policies do not have", of_policies, suite="quick")
 situation("a policy on a GPU", of_policies, device="cuda")
+situation("an environment under a norm", of_environment, threat="linf:0.1")
+situation("an example of a policy", episode_explained, index=3)
 situation("an architecture without weights of a policy", of_policies, arch="net.py:make")
 situation(
     "a recipe for policies under a norm", policy_hardened, threat="linf:0.1", recipe={"use": "robust-policy"}
@@ -1460,6 +1496,15 @@ situation(
 )
 situation("sigma of another method", certified, method="ibp", sigma=0.1)
 situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
+situation("one mask for all places", certified_patches, masks=1)
+situation("bounds for patches", certified_patches, method="crown")
+situation("masks of patches under linf", certified_patches, method="patch-masks", threat="linf:0.1")
+situation(
+    "masks of patches under l2",
+    lambda threat: masks_of_images(parse_threat(threat).opened(), PatchMasks(2)),
+    threat="l2:0.1",
+)
+situation("proofs against patches beside attacks", planned, threat="patch:2x2", certify=True)
 situation("bounds under edits of texts", certified_texts)
 situation("bounds of a network for texts", certified_texts, method="crown")
 situation("masks that keep too many words", certified_texts, method="masking", keep=0.6)
@@ -1652,7 +1697,14 @@ situation("another output", answered, shaped=True, answer=TENSOR, open_model={"h
 
 # gates and recipes in settings
 situation("no reason", planned, {"accept_doubts": {"noise": "a reason"}}, accept_doubts={"noise": " "})
-situation("a threat of no recipe", settled, threat="patch:3x3", recipe="auto")
+situation("a threat of no recipe", settled, threat="l0:3", recipe="auto")
+situation("a threat of few recipes", settled, threat="patch:3x3", recipe="pgd")
+situation("masked patches of numbers", settled, threat="linf:0.1", recipe="masked-patches")
+situation(
+    "masked patches under a norm",
+    lambda threat: MaskedPatches().check(parse_threat(threat).opened()),
+    threat="linf:0.1",
+)
 situation("a recipe of no trigger", settled, threat=f"trigger:{trigger_file()}", recipe="pgd")
 situation("masked words of numbers", settled, threat="linf:0.1", recipe="masked-words")
 situation("a recipe of no text", settled, threat="text:edits=1,words=2", recipe="pgd")

@@ -121,7 +121,7 @@ def test_the_python_function_has_the_same_result():
         (["http://localhost:9/x", "mnist-mini"], "is a server, and bounds are computed from the operations"),
         (
             ["mnist-cnn", "mnist-mini", "--threat", "l0:3"],
-            "proved under linf, l2, l1, table, text, training-set and observations only",
+            "proved under linf, l2, l1, patch, table, text, training-set and observations only",
         ),
         (
             ["mnist-cnn", "mnist-mini", "--threat", "l2"],

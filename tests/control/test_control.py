@@ -26,15 +26,17 @@ from holdfast.control.attackers import (
     episodes,
 )
 from holdfast.control.certification import certified_actions
-from holdfast.control.environments import LQR, Box, CartPole, Gymnasium, ignores_seed
+from holdfast.control.environments import LQR, Box, CartPole, Discrete, Gymnasium, ignores_seed
+from holdfast.control.hardening import Hardening, hardened
 from holdfast.control.learning import PPO, learned_adversary
 from holdfast.control.opening import open_environment, open_policy
 from holdfast.control.policies import Network, Policy, policy_of
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
+from holdfast.runs.documents.stored_runs import run_entry
 from holdfast.threats.policies import Observations
-from holdfast.verbs.settings import Assess, Harden
+from holdfast.verbs.settings import Assess, Certify, Harden
 from onnx_networks import write_mlp
 
 WEIGHTS = torch.tensor([0.0, 0.5, 2.0, 1.0])
@@ -196,7 +198,57 @@ def test_an_environment_of_gymnasiums_interface_is_adapted():
     policy = policy_of(lambda x: (x[:, 1] >= 2).long(), environment, "policy")
     assert not policy.differentiable
     measured = episodes(environment, policy, Unattacked(), box(0.0, 2), torch.arange(4), Draws(0))
+    assert environment.shape == () and not measured.cut.any()
     assert measured.returns.tolist() == [3.0] * 4 and measured.lengths.tolist() == [5] * 4
+
+
+def test_an_episode_that_the_environment_truncates_is_cut():
+    def truncated(action: int):
+        return np.zeros(2), 1.0, False, True, {}
+
+    environment = Gymnasium(partial(changed_counter, "step", truncated), "counter")
+    policy = policy_of(lambda x: (x[:, 1] >= 2).long(), environment, "policy")
+    measured = episodes(environment, policy, Unattacked(), box(0.0, 2), torch.arange(3), Draws(0))
+    assert measured.cut.all() and measured.lengths.tolist() == [1] * 3
+
+
+def test_an_exception_of_a_policy_in_an_episode_is_one_error_with_its_message():
+    environment = Gymnasium(Counter, "counter")
+    later = policy_of(lambda x: {0.0: torch.zeros(len(x), 2)}[float(x.detach()[0, 1])], environment, "policy")
+    with pytest.raises(TargetError, match=r"policy was called .* \(2, 2\), and raised KeyError: 1\.0"):
+        episodes(environment, later, Unattacked(), box(0.0, 2), torch.arange(2), Draws(0))
+
+
+class OneAction(CartPole):
+    """A cart that is only pushed to the left, so that no action is worse than another."""
+
+    actions = Discrete(1)
+
+
+@pytest.mark.parametrize("environment", [CartPole(), LQR(), OneAction()])
+def test_worst_case_training_takes_scores_and_vectors(environment):
+    d, ppo = environment.observations.size, PPO(rows=32, horizon=16, epochs=1)
+    how = Hardening(method="worst-case", updates=3, ppo=ppo)
+    *_, (progress, policy) = hardened(environment, box(0.1, d), how, Draws(0), scale=torch.ones(d))
+    assert progress.update == 3
+    assert policy.outputs(environment.reset(torch.arange(4))).isfinite().all()
+
+
+def test_settings_of_a_hardening_out_of_range_and_gates_of_other_commands_are_refused():
+    settings = {"model": linear(), "data": "cartpole", "threat": "observations:linf:0.1"}
+    for recipe, message in (
+        ({"population": 2}, "population is 2; expected at least 6"),
+        ({"ppo": {"horizon": 0}}, "horizon is 0; expected at least 2"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Harden(**settings, recipe={"use": "robust-policy", **recipe}).run()
+    with pytest.raises(UsageError, match="no metric 'certified_actions'"):
+        Assess(**settings, gates=["certified_actions >= 0.5"])
+    assert Certify(**settings, gates=["certified_actions >= 0.5"]).gates
+    with pytest.raises(UsageError, match="cost is not estimated"):
+        Assess(**settings).estimate()
+    with pytest.raises(UsageError, match="give threat='observations:linf:0.1'"):
+        Certify(**{**settings, "threat": "parameters:mass=0.1"})
 
 
 def test_unusable_environments_and_policies_are_refused_with_what_was_expected():
@@ -342,6 +394,7 @@ def found(returns: dict[str, float], *, limited: bool = True, ignored: bool = Fa
     settings = {
         "threat": "observations:linf:0.1",
         "n": 5,
+        "range": [None, 20.0],
         "limit": 9,
         "limited": limited,
         "scaled": "in units",
@@ -352,6 +405,7 @@ def found(returns: dict[str, float], *, limited: bool = True, ignored: bool = Fa
 def test_doubts_are_raised_where_returns_may_mislead():
     learned = {"none": 9.0, "greedy flipping": 5.0, "learned adversary": 3.0}
     assert not found(learned).facts["doubts"] and found(learned).verdict == "flagged"
+    assert "declares no lowest return" in found(learned).limits[1]
     assert [*found(learned | {"learned adversary": 5.0}).facts["doubts"]] == ["adversary-did-not-learn"]
     pushed = {"none": 9.0, "greedy flipping": 9.0, "directed push": 5.0, "learned adversary": 9.0}
     assert [*found(pushed).facts["doubts"]] == ["adversary-did-not-learn"]
@@ -380,6 +434,11 @@ def test_an_assessment_is_resumed_verified_and_gated(tmp_path, monkeypatch):
     assert first.metrics["worst_return"].value < first.metrics["clean_return"].value
     again = Assess(**arguments).run(tmp_path / "run", resume=True)
     assert again.facts == first.facts == open_audit(tmp_path / "run").facts
+    assert run_entry(tmp_path / "run").verb == "assess" and str(first).startswith("No significant loss: ")
+    with pytest.raises(TargetError, match="is the assessment of a policy"):
+        holdfast.compare(tmp_path / "run", tmp_path / "run")
+    with pytest.raises(UsageError, match="index is 3, and"):
+        holdfast.explain(tmp_path / "run", index=3)
     explained = holdfast.explain(tmp_path / "run")
     assert explained.names == ("film", "attackers", "states", "perturbations")
     film = base64.b64decode(explained["film"].pictures[0].url.partition(",")[2])
@@ -406,7 +465,14 @@ def test_a_hardened_policy_is_written_opened_and_verified(tmp_path, monkeypatch)
 
 
 def test_the_interval_of_the_worst_return_ends_at_the_lowest_end_of_all_attackers():
-    settings = {"threat": "observations:linf:0.1", "n": 5, "limit": 9, "limited": True, "scaled": ""}
+    settings = {
+        "threat": "observations:linf:0.1",
+        "n": 5,
+        "range": [0.0, 9.0],
+        "limit": 9,
+        "limited": True,
+        "scaled": "",
+    }
     rows = [
         Row(
             name,

@@ -18,6 +18,7 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.io.data.data import open_data
 from holdfast.io.doctor import misfit
+from holdfast.threats.domains import SIGNAL
 
 
 def saved(path: Path, factor: float = 1.0, shift: int = 0, n: int = 60) -> str:
@@ -135,6 +136,15 @@ def test_labels_from_1_that_lack_the_last_class_do_not_fit() -> None:
     for fits in (constant, honest):
         found, _ = misfit(model, fits, 60)
         assert found is None or found.check != "labels"
+
+
+def test_normalisations_of_images_are_not_tried_on_clips() -> None:
+    y = torch.arange(60) % 2
+    batch = Batch((0.6 * y - 0.3)[:, None].repeat(1, 8), y, torch.arange(60))
+    model = Classifier(lambda x: torch.stack((0 * x[:, 0], x.mean(1) - 0.5), 1), bounds=Bounds(-1, 1))
+    found = [misfit(model, batch, 60, domain=domain)[0] for domain in (None, SIGNAL)]
+    assert found[0] is not None and found[0].check == "normalisation"
+    assert found[1] is None
 
 
 def strict(x):

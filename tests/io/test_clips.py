@@ -74,6 +74,13 @@ def test_compressed_clips_that_have_no_random_access_are_decoded(folder: Path) -
     assert open_data(str(folder)).read(0, 3).x[2].any()
 
 
+def test_clips_that_were_written_to_a_pipe_state_no_size(folder: Path) -> None:
+    content = bytearray((folder / "a" / "1.wav").read_bytes())
+    content[40:44] = b"\xff" * 4
+    (folder / "b" / "2.wav").write_bytes(content)
+    assert open_data(str(folder)).x.shape == (3, 240)
+
+
 def test_resampling_keeps_a_tone_and_removes_what_the_lower_rate_cannot_represent(folder: Path) -> None:
     t = np.arange(1600) / 16_000
     low, high = (0.5 * np.sin(2 * np.pi * hz * t) for hz in (500, 7000))
@@ -91,10 +98,12 @@ def test_silent_and_clipped_clips_are_counted(folder: Path) -> None:
     soundfile.write(folder / "a" / "2.wav", loud, RATE)
     soundfile.write(folder / "b" / "2.wav", np.zeros(100, np.int16), RATE)
     notes = " | ".join(open_data(str(folder)).notes)
-    assert "1 of 4 clips have no sound, first '" in notes and "b/2.wav'; their signal-to-noise ratio" in notes
-    assert "1 of 4 clips are clipped (3 or more successive samples at full scale), first '" in notes
+    assert (
+        "1 of 4 clips has no sound, first '" in notes and "b/2.wav'; silence has no signal-to-noise" in notes
+    )
+    assert "1 of 4 clips is clipped (3 or more successive samples at full scale), first '" in notes
     declared = open_data(str(array_of(folder)), sampling_rate=RATE, expected=DeclaredData(SIGNAL_BOUNDS))
-    assert "1 of 2 clips have no sound, first row 1; their" in " | ".join(declared.notes)
+    assert "1 of 2 clips has no sound, first row 1; silence" in " | ".join(declared.notes)
 
 
 def array_of(folder: Path) -> Path:
@@ -129,6 +138,8 @@ def written(folder: Path, fault: str) -> None:
     elif fault == "format":
         soundfile.write(path.with_suffix(".ogg"), noise(240), RATE)
         path.with_suffix(".ogg").rename(path)
+    elif fault == "shortened":
+        path.write_bytes(good[:-100])
     elif fault == "truncated":
         soundfile.write(path.with_suffix(".flac"), noise(40_000), RATE)
         content = path.with_suffix(".flac").read_bytes()
@@ -150,6 +161,10 @@ def written(folder: Path, fault: str) -> None:
         ("text", r"b/2.wav' cannot be read as WAV or FLAC: Format not recognised"),
         ("codec", r"b/2.wav' cannot be read as WAV or FLAC: "),
         ("format", r"b/2.wav' has the format OGG; WAV or FLAC was expected"),
+        (
+            "shortened",
+            r"b/2.wav' is truncated: it has 380 bytes of samples, and its header states 480; write",
+        ),
         ("truncated", r"b/2.flac' cannot be read as WAV or FLAC: "),
     ],
 )

@@ -43,6 +43,7 @@ from holdfast.recipes import (
     LeagueTraining,
     LipschitzConstraint,
     MarginTraining,
+    MaskedPatches,
     MultiNormTraining,
     Partitions,
     PGDTraining,
@@ -124,8 +125,8 @@ PARTITIONS = [Partitions(3), Partitions(2)]
 """These train one member after another, with one checkpoint: tests/certifiers/test_partitions.py has their laws."""
 DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigma=0.1, stability=0.0)]
 """These train another part of a model, and no labels: `learns` is a test of their own."""
-REPAIRS = [Repair(), Repair(stamped=0.2), FTSAM(rho=0.1)]
-"""These are for the threat of a trigger."""
+REPAIRS = [Repair(), Repair(stamped=0.2), FTSAM(rho=0.1), MaskedPatches()]
+"""These are for the threat of a trigger or of a patch."""
 CHOOSING = [
     GeneratedData(steps=2, generator=1.0),
     AugmentPolicy(period=2, steps=2),

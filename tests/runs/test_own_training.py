@@ -225,7 +225,8 @@ def test_every_recipe_weights_the_losses_of_examples_by_their_classes_or_refuses
     """The gradient of a weighted loss is linear in the weights, so that opposite changes of weights cancel."""
     # for other threats or networks or for several of them, with weights that are rounded or pruned, or without labels
     other = {
-        "DPSGD", "FTSAM", "Int8", "LeagueTraining", "MaskedWords", "Partitions", "Prune", "RSLAD", "Repair"
+        "DPSGD", "FTSAM", "Int8", "LeagueTraining", "MaskedPatches", "MaskedWords", "Partitions", "Prune",
+        "RSLAD", "Repair"
     }  # fmt: skip
     # and those that choose images or settings by what they have learned
     other |= {"AugmentPolicy", "GeneratedData", "Tuning"}

@@ -241,6 +241,11 @@ def test_clips_are_read_from_wav_files_in_base64_and_padded():
     assert x[0].tolist() == [0.5, -1, 0, 0.25, 0, 0] and x[1].tolist() == [2**-15, 0, 0, 0, 0, 0]
 
 
+SHORTENED = base64.b64encode(
+    base64.b64decode(json.loads(clips([1, 2]))["inputs"][0]["data"][0])[:-2]
+).decode()
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -248,6 +253,7 @@ def test_clips_are_read_from_wav_files_in_base64_and_padded():
         (clips([]), "no samples; 1 to 6"),
         (clips([1], rate=16_000), "16 bits, 1 channels and 16000 Hz; 16 bits, 1 channels and 8000 Hz"),
         (clips([1], width=4), "32 bits, 1 channels"),
+        (clips([1], data=[SHORTENED]), "has 1 samples, and its header states 2"),
         (clips([1], data=["no base64"]), "no .wav file of 16 bits in base64"),
         (clips([1], data=[base64.b64encode(b"RIFF....WAVE").decode()]), "no .wav file"),
         (clips([1], data=[3]), "a list of 1 texts"),

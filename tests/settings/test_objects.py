@@ -127,7 +127,7 @@ def test_references_and_clusters_are_settings_of_the_object():
         ("Assess", {"n": 0}, r"assess\(\): n is 0; expected at least 1"),
         ("Assess", {"thret": "l2:1"}, r"assess\(\): unknown key 'thret'; did you mean 'threat'"),
         ("Assess", {"model": 3}, r"assess\(\): model is 3; expected an address"),
-        ("Certify", {"threat": "patch:5x5"}, "proved under linf, l2, l1, table, text"),
+        ("Certify", {"threat": "spatial:rotate=5"}, "proved under linf, l2, l1, patch, table, text"),
         ("Certify", {"method": "smoothing"}, "sigma is missing"),
         ("Harden", {"recipe": "tradez"}, "did you mean 'trades'"),
         ("Harden", {"recipe": 5}, r"recipe is 5; expected a name, or settings with it, as in .use: NAME."),

@@ -437,7 +437,7 @@ def test_one_file_serves_several_verbs(tmp_path):
     assert validate(file) == ("assess", "harden", "rotate")
     file.write_text(FILE + "threat: l0:3\ncertify: {timeout: 5s}\n")
     with pytest.raises(
-        UsageError, match="proved under linf, l2, l1, table, text, training-set and observations only"
+        UsageError, match="proved under linf, l2, l1, patch, table, text, training-set and observations only"
     ):
         validate(file)
     file.write_text("model: a.pt\ncertify: true\n")

@@ -123,6 +123,16 @@ def test_transformations_are_equal_after_text(text):
     assert transform_text(limits) == text
 
 
+def test_directions_are_stated_of_those_transformations_alone_that_have_two():
+    from holdfast.settings.grammar import parse_transform, transform_meaning
+
+    assert transform_meaning(parse_transform("room=1,shift=0.1s,band=300-3400")) == (
+        "in both directions by up to shift 0.1s; by a synthetic room whose reflections are multiplied by 1; by a "
+        "band-pass with a lower edge of up to 300 Hz and an upper edge of at least 3400 Hz"
+    )
+    assert "both" not in transform_meaning(parse_transform("noise=0.1,blur=2"))
+
+
 def test_clips_behind_random_rooms_keep_their_shape_and_gradient_and_differ():
     from holdfast.attacks.parts.sounds import heard_through
     from holdfast.settings.grammar import parse_transform
@@ -144,11 +154,21 @@ def test_silent_clips_are_excluded_and_counted_and_gates_are_in_decibels():
     settings = {"threat": "snr:20dB", "suite": [PGD(steps=2)], "doubts": False}
     result = holdfast.assess(linear(), (x, batch.y), gates=["robust_accuracy >= 0.1"], **settings)
     assert len(result.evidence) == 5
-    assert any("1 of 6 clips are silent" in note for note in result.evidence.notes)
+    assert any("1 of 6 clips is silent" in note for note in result.evidence.notes)
     with pytest.raises(UsageError, match="@40dB"):
         holdfast.assess(linear(), (x, batch.y), gates=["robust_accuracy@0.1 >= 0.1"], **settings)
-    with pytest.raises(UsageError, match="silent"):
+    with pytest.raises(UsageError, match="no clip has a sound"):
         holdfast.assess(linear(), (0 * x, batch.y), **settings)
+
+
+@pytest.mark.parametrize("constraint", [Linf(0.3), L2(0.3)])
+def test_bounds_of_networks_leave_the_padding_of_clips_unchanged(constraint):
+    from holdfast.certifiers.bounds.graph import region_of
+
+    x = torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0]])
+    region = region_of(x, on_clips(constraint), Bounds(-1, 1))
+    assert torch.equal(region.low[:, 3:], x[:, 3:]) and torch.equal(region.high[:, 3:], x[:, 3:])
+    assert (region.low[:, :3] < x[:, :3] - 0.3).all() and (region.high[:, :3] > x[:, :3] + 0.3).all()
 
 
 @pytest.mark.slow

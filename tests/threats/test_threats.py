@@ -34,6 +34,7 @@ TEXTS = (
     "patch:5x5",
     "patch:5x6,at=centre,jitter=2",
     "patch:2x2,within=4:4-9:9",
+    "patch:4x4,printable=default,shape=circle",
     "spatial:rotate=30.1234567,shift=2",
     "spatial:flow=1.5",
     "colour:hue=18,contrast=0.1",

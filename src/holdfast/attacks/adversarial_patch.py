@@ -3,7 +3,9 @@
 Brown et al., "Adversarial Patch", NeurIPS 2017 workshop, arXiv:1712.09665. Differs from the paper: the patch is a
 rectangle at the positions of the threat model; gradient ascent uses the sign of the gradient with step sizes along a
 cosine; and the patch is rotated, scaled and lit by the transformations of the model (`transform`), if any, and not by
-random ones of its own.
+random ones of its own. The patch is evaluated as an image of 8 bits stores it. Under a threat with printable colours,
+each step evaluates the patch in the nearest printable colours, and applies the gradient to the values before that (a
+straight-through estimator); Sharif et al. (CCS 2016) penalise the distance from printable colours instead.
 """
 
 from dataclasses import dataclass
@@ -13,13 +15,16 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.parts.ascent import cosine
-from holdfast.attacks.parts.images import Pasted, draw_minibatch, expect_patch, pasted, truncated, unfitted
+from holdfast.attacks.parts.images import Pasted, draw_minibatch, expect_patch, truncated, unfitted
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.gradients import input_gradient
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
+
+_LEVELS = 255
+"""steps from the lowest to the highest value of an image of 8 bits"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class AdversarialPatch:
             side.expand(batch.x[:1].shape).mean((2, 3), keepdim=True) for side in model.bounds.like(batch.x)
         )
         patch_values = ((low + high) / 2).repeat(1, 1, constraint.height, constraint.width)
+        every = torch.ones_like(patch_values[:, :1], dtype=torch.bool)
         for step in range(self.steps):
             minibatch, patch_values = (
                 draw_minibatch(batch, self.batch, rng, step),
@@ -56,11 +62,15 @@ class AdversarialPatch:
             )
             corners = constraint.drawn(minibatch.ids, minibatch.x.shape[1:], rng.at("place", step))
             with torch.enable_grad():
-                logits = model(pasted(minibatch.x, patch_values, corners), minibatch.ids)
+                printed = (
+                    patch_values + (constraint.printed(patch_values.detach(), every) - patch_values).detach()
+                )
+                logits = model(constraint.pasted(minibatch.x, printed, corners), minibatch.ids)
                 grad = input_gradient(truncated(logits, minibatch).sum()[None], patch_values)
             size = self.step_size * cosine(step, self.steps)
             patch_values = torch.clamp(patch_values + size * (high - low) * grad.sign(), low, high)
-        return patch_values.detach()
+        levels = ((patch_values - low) / (high - low) * _LEVELS).round() / _LEVELS
+        return constraint.printed((low + levels * (high - low)).detach(), every)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
         """Return the patch of fit number `k`; each fit has its own random numbers, so that the best of several patches

@@ -55,19 +55,26 @@ class PatchAttack:
                 break
             exhausted = rows[weights[rows].flatten(1).amax(1) < 0]
             weights[exhausted] = unused[exhausted]
-            remaining, corners = batch.take(rows), _heaviest(patch, weights, rows, batch.x.shape[1:])
-            self._fill(model, remaining, patch.mask(remaining.x, corners), best, rng.at("place", start))
+            remaining, corners = batch.take(rows), heaviest(patch, weights, rows, batch.x.shape[1:])
+            self._fill(
+                model, remaining, patch, patch.mask(remaining.x, corners), best, rng.at("place", start)
+            )
         return best.x
 
-    def _fill(self, model: Model, remaining: Batch, mask: Tensor, best: Best, rng: Draws) -> None:
-        """Gradient ascent from noise inside the rectangle; an example is dropped once it is broken."""
+    def _fill(
+        self, model: Model, remaining: Batch, patch: Patch, mask: Tensor, best: Best, rng: Draws
+    ) -> None:
+        """Gradient ascent from noise inside the rectangle; an example is dropped once it is broken. Gradients are those
+        at the nearest printable colours.
+        """
         low, high = model.bounds.like(remaining.x)
         noise = rng.uniform(remaining.ids, *remaining.x.shape[1:], dtype=remaining.x.dtype)
         x = torch.where(mask, low + noise * (high - low), remaining.x)
         for step in range(self.steps):
-            grad, logits = gradient(model, remaining.at(x), self.loss)
+            printed = patch.printed(x, mask)
+            grad, logits = gradient(model, remaining.at(printed), self.loss)
             margins = margin(logits, remaining)
-            best.offer(remaining, x, margins)
+            best.offer(remaining, printed, margins)
             surviving = margins > 0
             remaining, x, grad, mask = (
                 remaining.take(surviving),
@@ -80,11 +87,14 @@ class PatchAttack:
             size = self.reach / self.steps * cosine(step, self.steps)
             x = torch.where(mask, model.bounds.clamp(x + size * (high - low) * grad.sign()), remaining.x)
         with torch.no_grad():
-            best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
+            printed = patch.printed(x, mask)
+            best.offer(remaining, printed, margin(model(printed, remaining.ids), remaining))
 
 
-def _heaviest(patch: Patch, weights: Tensor, rows: Rows, shape: torch.Size) -> Corners:
-    """Positions of the largest weight; they and positions within half a patch are then excluded in `weights`."""
+def heaviest(patch: Patch, weights: Tensor, rows: Rows, shape: torch.Size) -> Corners:
+    """Return for each example in `rows` the position of the largest weight (n, rows, columns) of all examples. It and
+    positions within half a patch are then excluded in `weights`.
+    """
     down, right = patch.places(shape)
     top = weights[rows].flatten(1).argmax(1)
     row, column = top // len(right), top % len(right)

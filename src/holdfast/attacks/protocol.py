@@ -40,16 +40,16 @@ class AtCoordinates:
     """Wrapper of a model that attacks query with points of the coordinates of a constraint."""
 
     def __init__(self, model: Model, coordinates: Coordinates) -> None:
-        self._model, self._coordinates = model, coordinates
+        self._model, self.coordinates = model, coordinates
 
     @property
     def bounds(self) -> Bounds:
         """Range of the coordinates."""
-        return self._coordinates.bounds
+        return self.coordinates.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits of the inputs at the points `x`."""
-        return self._model(self._coordinates.inputs(x, ids), ids)
+        return self._model(self.coordinates.inputs(x, ids), ids)
 
 
 def searched(

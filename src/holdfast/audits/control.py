@@ -1,6 +1,6 @@
 """The assessment of a policy in an environment: episodes under each attacker, and the returns that follow from them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from holdfast.control.attackers import (
     Unattacked,
     episodes,
 )
-from holdfast.control.environments import NO_LIMIT, Box, Discrete, Environment, episode_seeds, ignores_seed
+from holdfast.control.environments import Box, Discrete, Environment, episode_seeds, ignores_seed
 from holdfast.control.learning import (
     PPO,
     directed_push,
@@ -171,7 +171,7 @@ def measure(run: Run, how: ControlRun, prefix: str = "") -> Images:
     run.document(prefix + ENVIRONMENT, lambda: {"ignores_seed": ignores_seed(how.environment)})
     ball, judged = how.ball(), how.seeds("judged", how.n)
     for stage in how.stages:
-        run.stage(prefix + stage, partial(_columns, how, stage, ball, judged))
+        run.stage(prefix + stage, partial(columns_of, how, stage, ball, judged))
     return dict
 
 
@@ -230,7 +230,8 @@ def attacker_of(how: ControlRun, stage: str, ball: Ball) -> Attacker:
     return simple[stage]()
 
 
-def _columns(how: ControlRun, stage: str, ball: Ball, judged: Ids) -> Columns:
+def columns_of(how: ControlRun, stage: str, ball: Ball, judged: Ids) -> Columns:
+    """Return the episodes under an attacker, which is trained first: returns, lengths, and the steps of the first."""
     measured = _episodes(how, stage, ball, judged)
     return {
         "id": torch.arange(len(measured.returns)),
@@ -294,7 +295,7 @@ def settings_of(how: ControlRun) -> dict[str, Any]:
         "n": how.n,
         "range": [low, high],
         "limit": how.environment.limit,
-        "limited": how.environment.limit != NO_LIMIT,
+        "limited": how.environment.limited,
         "scaled": unit,
         "training": vars(how.ppo),
     }
@@ -328,6 +329,14 @@ def rows_of(steps: StoredSteps, settings: Settings) -> list[Row]:
     for stage, columns in zip(settings["stages"], measured, strict=True):
         if len(columns["return"]) != settings["n"]:
             raise steps.refuse(stage, f"{len(columns['return'])} episodes", f"{settings['n']} episodes")
+    return rows_among(settings, measured)
+
+
+def rows_among(settings: Settings, measured: Sequence[Mapping[str, Tensor]]) -> list[Row]:
+    """Return the episodes under each attacker from the columns of the stages.
+
+    Where the environment declares no range of returns, the intervals assume that of all measured returns.
+    """
     every = torch.cat([columns["return"] for columns in measured])
     low, high = settings["range"]
     support = Support(
@@ -379,17 +388,36 @@ def finding_of(settings: Settings, rows: list[Row], *, ignored: bool) -> Finding
                 "Return under each attacker, lowest first",
                 ("attacker", "mean return", "interval", "lowest", "median", "mean length", "cut"),
                 [_shown(row) for row in (*sorted(attacked, key=lambda row: row.estimate.value), clean)],
-                f"{settings['n']} episodes with the same seeds for each attacker. The intervals of all attackers hold "
-                f"together at 95 % (Bonferroni). {int(clean.cut.sum())} unattacked episodes reached the limit of "
+                f"{settings['n']} episodes with the same seeds for each attacker. The intervals are bootstrap "
+                "intervals (BCa) at 95 % for all attackers together (Bonferroni). "
+                f"{int(clean.cut.sum())} unattacked episodes were cut: by their environment, or by the limit of "
                 f"{settings['limit']} steps.",
             ),
         ),
         limits=(
             f"The size of the threat is {settings['scaled']}.",
+            *_assumed(settings, rows),
             "The lowest mean return over these attackers is an upper bound of that under the strongest one.",
             _WHITE_BOX,
         ),
     )
+
+
+def _assumed(settings: Settings, rows: list[Row]) -> Iterator[str]:
+    """A sentence on the range of returns that the intervals assume, if the environment does not declare it."""
+    if None in settings["range"]:
+        every = torch.cat([row.returns for row in rows])
+        low, high = (
+            measured if declared is None else declared
+            for declared, measured in zip(settings["range"], every.aminmax(), strict=True)
+        )
+        missing = [
+            name for name, end in zip(("lowest", "highest"), settings["range"], strict=True) if end is None
+        ]
+        yield (
+            f"The environment declares no {' and no '.join(missing)} return, so that the intervals assume those of all "
+            f"measured returns. They hold only if no return is outside of {plain(float(low))} to {plain(float(high))}."
+        )
 
 
 def _shown(row: Row) -> tuple[str | float | int, ...]:
@@ -422,9 +450,9 @@ def _doubts(settings: Settings, rows: list[Row], *, ignored: bool) -> tuple[dict
     if ignored:
         doubts[IGNORED_SEED] = ["worst_return", "clean_return"]
         reasons.append("The environment ignores its seed: attackers were not compared on the same episodes.")
-    if not settings["limited"] and any(bool(row.cut.any()) for row in rows):
+    cut = sum(int((row.cut & (row.lengths >= settings["limit"])).sum()) for row in rows)
+    if cut and not settings["limited"]:
         doubts[CUT] = ["worst_return", "clean_return"]
-        cut = sum(int(row.cut.sum()) for row in rows)
         reasons.append(
             f"The environment has no limit, and {cut} episodes were cut after {settings['limit']} steps: their returns "
             "are those of the first steps."

@@ -5,11 +5,11 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.model import Classifier
+from holdfast.core.model import EVERY, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Mask
 
@@ -124,3 +124,11 @@ class StatisticalProver(Prover, Protocol):
 
     def network(self, base: Classifier, draws: int) -> Classifier:
         """Return the model that attacks on the smoothed classifier query, with a number of fixed draws."""
+
+
+def on_top_of(base: Classifier, net: nn.Module) -> Classifier:
+    """Return a network that evaluates a base classifier, as a model with its bounds and its names."""
+    model = Classifier(net, bounds=base.bounds, access=base.access, batches=EVERY)
+    model.class_labels, model.class_names = base.class_labels, base.class_names
+    model.feature_names, model.hides = base.feature_names, base.hides
+    return model

@@ -661,11 +661,3 @@ class SmoothedVotes(nn.Module):
 def smoothed_votes(model: Classifier) -> SmoothedVotes | None:
     """Return the smoothed classifier that is the network of a model, or None for another model."""
     return model.net if isinstance(model.net, SmoothedVotes) else None
-
-
-def smoothed_model(base: Classifier, smoothing: StatisticalProver) -> Classifier:
-    """Return the smoothed classifier of a base classifier, as the model of a run."""
-    model = Classifier(SmoothedVotes(base, smoothing), bounds=base.bounds, access=base.access, batches=EVERY)
-    model.class_labels, model.class_names = base.class_labels, base.class_names
-    model.feature_names, model.hides = base.feature_names, base.hides
-    return model

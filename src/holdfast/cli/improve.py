@@ -41,6 +41,9 @@ MODEL  a network, trained or untrained: a bundled name, file.py:factory (a
        function that returns the network), or a .safetensors or .pt file
 DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
        or a folder or table with a train split
+
+For a policy, DATA is an environment, as in holdfast assess, --recipe is robust-policy, and --threat is
+observations:linf:EPS.
 """  # the escape is click's: the paragraph below it keeps its lines
 
 

@@ -29,13 +29,30 @@ from holdfast.runs.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
     "evidence in all given folders of runs, audits, pools, audit chains and adaptations, reports of monitor (.json) "
     "and files of API keys for each requirement, and what is missing.",
 )
+@click.option(
+    "--print-size",
+    metavar="SIZE",
+    help="Write the learned patch of the run to a sheet in its true size, with -o sheet.pdf. The size is the width of "
+    "what the images show, as in 60cm.",
+)
 @with_voice
-def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], annex: str | None) -> int:
+def report(
+    voice: Voice,
+    folders: tuple[Path, ...],
+    output: tuple[str, ...],
+    annex: str | None,
+    print_size: str | None,
+) -> int:
     """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run.
 
-    With --annex, the evidence of several folders is listed for each requirement of a standard.
+    With --annex, the evidence of several folders is listed for each requirement of a standard. With --print-size, the
+    learned patch of the run is written to a sheet that you can print.
     """
     if annex is not None:
+        if print_size is not None:
+            raise UsageError(
+                "--print-size is for the patch of a run, and --annex lists evidence; give one of them"
+            )
         return _annex(voice, folders, output, annex)
     if len(folders) > 1:
         raise UsageError(
@@ -44,6 +61,9 @@ def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], ann
         )
     run = folders[0]
     refuse_no_run(run)
+    sheets = [path for path in output if Path(path).suffix.lower() == ".pdf"]
+    if print_size is not None or sheets:
+        return _sheet(voice, run, output, print_size)
     from holdfast.audits.audit import is_audit
 
     if is_audit(run):
@@ -68,6 +88,19 @@ def report(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], ann
     with consistent(run):
         tell(result, output, voice)
     return result.exit_code
+
+
+def _sheet(voice: Voice, run: Path, output: tuple[str, ...], print_size: str | None) -> int:
+    """Write the sheet of a patch, and return the exit code of a finished command."""
+    if print_size is None or len(output) != 1 or Path(output[0]).suffix.lower() != ".pdf":
+        raise UsageError(
+            f"report was given {print_size or 'no print size'} and {' '.join(output) or 'no file'}; a sheet needs both "
+            "a size and one PDF, as in -o sheet.pdf --print-size 60cm"
+        )
+    from holdfast.verbs.reports import print_sheet
+
+    voice.say(f"wrote {line(str(print_sheet(run, output[0], print_size)))}")
+    return 0
 
 
 def _annex(voice: Voice, folders: tuple[Path, ...], output: tuple[str, ...], standard: str) -> int:

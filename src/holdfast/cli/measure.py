@@ -28,7 +28,7 @@ from holdfast.cli.setting_options import (
     refuse_resume_without_run,
     run_options,
 )
-from holdfast.core.catalogue import MASKING, SMOOTHING
+from holdfast.core.catalogue import MASKING, PATCH_MASKS, SMOOTHING
 from holdfast.core.errors import TRUST_CODE, Remedy, UsageError
 from holdfast.core.names import line
 from holdfast.runs.store.files import refuse_no_run
@@ -138,7 +138,7 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
         refuse_unknown_model(address, generators=generators)
     if isinstance(settings, Harden | AuditVerb) and not isinstance(settings, InferenceSource):
         refuse_server_to_train(str(model))
-    if isinstance(settings, Certify) and settings.method not in (SMOOTHING, MASKING):
+    if isinstance(settings, Certify) and settings.chosen_method not in (SMOOTHING, MASKING, PATCH_MASKS):
         refuse_server_to_certify(str(model), settings.threat)
     refuse_foreign_server(str(model), group_of(settings, InferenceSource).allow_hosts)
     across = settings.across if isinstance(settings, Assess) else ()
@@ -290,6 +290,11 @@ MODEL  a bundled model (mnist-cnn, mnist-cnn-hardened), file.py:factory (a
 DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
        .npz, .csv or .parquet file, or a folder with one folder of images for
        each class
+
+For a policy, MODEL is file.py:make, an .onnx file, an archive of stable-baselines3 or a folder of harden, DATA an
+environment (cartpole, lqr, an id of gymnasium, or file.py:make), and T is observations:linf:EPS, actions:linf:EPS or
+parameters:mass=SHARE. Other options than --gate, -n, --seed, --arch, --model-args, --trust-code, --run, --resume and -o
+are then refused.
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
@@ -335,6 +340,9 @@ MODEL  a network of torch or ONNX: a bundled name, file.py:factory (a function
 DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
        .npz, .csv or .parquet file, or a folder with one folder of images for
        each class
+
+For a policy, MODEL is a network as in holdfast assess, DATA an environment, and T is observations:linf:EPS. The visited
+states whose action cannot change are then certified.
 """  # the escape is click's: the paragraph below it keeps its lines
 
 

@@ -7,7 +7,8 @@ NeurIPS 2020, arXiv:2003.08938 (critic, maximal action difference, robust Sarsa)
 Enemy?", ICLR 2022, arXiv:2106.05087 (a learned direction of the action).
 
 Differs from the papers: robust Sarsa and the critic are fitted to discounted returns of episodes with random actions,
-without the regulariser of robust Sarsa, and the adversary asks for an action whose perturbation is then computed.
+without the regulariser of robust Sarsa, and the adversary chooses a target action, for which the perturbation is then
+computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +34,11 @@ _TRIES = 32
 
 @dataclass(frozen=True)
 class Ball:
-    """The perturbations d of an observation with |d / scale| ≤ eps."""
+    """The perturbations d of an observation with |d / scale| ≤ eps.
+
+    Differs from the norms of `core/constraints.py`: each value has its own unit, and perturbed observations have no
+    bounds.
+    """
 
     norm: Norm
     eps: float
@@ -121,15 +126,16 @@ def maximised(x: Tensor, view: View, objective: Objective, *, linear: bool = Fal
         return best
     exact = linear and view.policy.affine() is not None
     d = torch.zeros_like(x) if exact else 0.1 * ball.sample(rng, view.seeds)
+    at = (x + d).requires_grad_()
+    found = value(at)
     for k in range(1 if exact else view.steps):
-        at = (x + d).requires_grad_()
-        (gradient,) = torch.autograd.grad(value(at).sum(), at)
+        (gradient,) = torch.autograd.grad(found.sum(), at)
         step = ball.steepest(gradient)
         d = step if k == 0 else ball.project(d + step * (2 * (1 - k / view.steps)))
-        with torch.no_grad():
-            found = value(x + d)
-        best = torch.where((found > best_value)[:, None], x + d, best)
-        best_value = torch.maximum(found, best_value)
+        at = (x + d).requires_grad_()
+        found = value(at)
+        best = torch.where((found > best_value)[:, None], at.detach(), best)
+        best_value = torch.maximum(found.detach(), best_value)
     return best
 
 
@@ -178,23 +184,23 @@ class RandomNoise:
         return x + view.ball.sample(view.rng.at("random", view.time), view.seeds)
 
 
-class Wishing(Protocol):
-    """Protocol of an attacker that asks for an action in each step, or for a direction of actions that are vectors."""
+class ChoosesTarget(Protocol):
+    """Protocol of an attacker that chooses a target action in each step, or a direction of actions that are vectors."""
 
-    def wish(self, x: Tensor, view: View) -> Tensor:
+    def target(self, x: Tensor, view: View) -> Tensor:
         """Return the actions (n) or the directions (n, a)."""
 
 
 @dataclass(frozen=True)
-class Asking:
-    """Asks each block of rows for what one of several attackers wishes. The blocks are equally large."""
+class InBlocks:
+    """Applies each of several attackers to its own block of rows. The blocks are equally large."""
 
-    attackers: Sequence[Wishing]
+    attackers: Sequence[ChoosesTarget]
 
     def __call__(self, x: Tensor, view: View) -> Tensor:
         blocks = x.chunk(len(self.attackers))
-        wishes = [each.wish(block, view) for each, block in zip(self.attackers, blocks, strict=True)]
-        return asked(x, view, torch.cat(wishes))
+        targets = [each.target(block, view) for each, block in zip(self.attackers, blocks, strict=True)]
+        return towards_target(x, view, torch.cat(targets))
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ class GreedyFlip:
 
 @dataclass(frozen=True)
 class Directed:
-    """Pushes one way: asks for the same action in every step, or for one of two by the sign of one value of the
+    """Pushes one way: the target is the same action in every step, or one of two by the sign of one value of the
     observation.
 
     Actions that are vectors are pushed in the direction of one of their values.
@@ -222,16 +228,16 @@ class Directed:
     value: int = 0
     """position of the value in the observation"""
 
-    def wish(self, x: Tensor, view: View) -> Tensor:
+    def target(self, x: Tensor, view: View) -> Tensor:
         """Return the actions (n) or the directions (n, a)."""
-        wish = torch.where(x[:, self.value] < 0, self.below, self.above)
+        target = torch.where(x[:, self.value] < 0, self.below, self.above)
         if isinstance(view.policy.actions, Discrete):
-            return wish
-        direction = one_hot(wish // 2, view.policy.actions.size) * (1 - 2 * (wish[:, None] % 2))
+            return target
+        direction = one_hot(target // 2, view.policy.actions.size) * (1 - 2 * (target[:, None] % 2))
         return direction.float()
 
     def __call__(self, x: Tensor, view: View) -> Tensor:
-        return asked(x, view, self.wish(x, view))
+        return towards_target(x, view, self.target(x, view))
 
 
 @dataclass(frozen=True)
@@ -270,7 +276,7 @@ class Critic:
 
 @dataclass(frozen=True)
 class RobustSarsa:
-    """Asks for the actions with the smallest learned action value."""
+    """Targets the actions with the smallest learned action value."""
 
     action_value: nn.Module
     """network from observations to the values of the actions (n, k), or of observations and actions (n, d + a)"""
@@ -285,28 +291,28 @@ class RobustSarsa:
 
 @dataclass(frozen=True)
 class Learned:
-    """Asks for the action, or the direction, that a trained network chooses for each observation."""
+    """Targets the action, or the direction, that a trained network chooses for each observation."""
 
     network: nn.Module
     """network from observations to the scores of actions (n, k), or to directions (n, a)"""
 
-    def wish(self, x: Tensor, view: View) -> Tensor:
+    def target(self, x: Tensor, view: View) -> Tensor:
         """Return the actions (n) or the directions (n, a)."""
         with torch.no_grad():
             chosen: Tensor = self.network(x)
         return chosen.argmax(1) if isinstance(view.policy.actions, Discrete) else chosen
 
     def __call__(self, x: Tensor, view: View) -> Tensor:
-        return asked(x, view, self.wish(x, view))
+        return towards_target(x, view, self.target(x, view))
 
 
-def asked(x: Tensor, view: View, wish: Tensor) -> Tensor:
-    """Return the observations with which a policy does most of what an adversary wishes: an action (n), or a direction
-    (n, a).
+def towards_target(x: Tensor, view: View, target: Tensor) -> Tensor:
+    """Return the observations with which a policy takes the target actions (n), or the actions farthest in the target
+    directions (n, a).
     """
     if isinstance(view.policy.actions, Discrete):
-        return towards_action(x, view, wish)
-    return towards_direction(x, view, wish)
+        return towards_action(x, view, target)
+    return towards_direction(x, view, target)
 
 
 @dataclass(frozen=True)
@@ -347,6 +353,7 @@ def episodes(
     """
     x, memory = environment.reset(seeds), policy.begin(len(seeds))
     running = torch.ones(len(seeds), dtype=torch.bool)
+    cut = torch.zeros_like(running)
     returns, lengths = (
         torch.zeros(len(seeds), dtype=torch.float64),
         torch.zeros(len(seeds), dtype=torch.int64),
@@ -363,12 +370,15 @@ def episodes(
         actions = disturb(policy.act(outputs), x, time)
         if running[0]:
             first.append((x[0], x_adv[0], actions[0].float().reshape(-1)))
-        x, rewards, ended = environment.step(actions)
+        x, rewards, ended, truncated = environment.step(actions)
         returns += torch.where(running, rewards.double(), 0.0)
         lengths += running
+        cut |= running & truncated
         running &= ~ended
         if not running.any():
             break
     of_all = [torch.cat(each) for each in zip(*kept, strict=True)] if keep else [torch.empty(0)] * 3
     x_of, shown_of, actions_of = (torch.stack(each) for each in zip(*first, strict=True))
-    return Episodes(returns, lengths, running, of_all[0], of_all[1], of_all[2], (x_of, shown_of, actions_of))
+    return Episodes(
+        returns, lengths, cut | running, of_all[0], of_all[1], of_all[2], (x_of, shown_of, actions_of)
+    )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.core.catalogue import ENVIRONMENTS
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Install, TargetError, UsageError
 from holdfast.core.types import Ids, Mask, PerExample
@@ -52,6 +53,8 @@ class Step(NamedTuple):
     rewards: PerExample
     ended: Mask
     """whether an episode has ended; the later steps of its row have no meaning until it is started again"""
+    cut: Mask
+    """whether an episode has ended because the environment truncated it"""
 
 
 class Environment(Protocol):
@@ -61,6 +64,14 @@ class Environment(Protocol):
 
     limit: int
     """number of steps after which an episode is cut"""
+
+    @property
+    def limited(self) -> bool:
+        """Whether the environment declares the limit itself."""
+
+    @property
+    def together(self) -> int:
+        """Number of episodes that take hardly longer at once than one."""
 
     @property
     def name(self) -> str:
@@ -132,6 +143,7 @@ class CartPole:
     limit: int = 500
 
     name = "cartpole"
+    limited, together = True, 1024
     actions = Discrete(2)
     parameters = ("mass", "length")
     returns = (0.0, 500.0)
@@ -170,7 +182,7 @@ class CartPole:
         # one sum of all four values: their derivatives times 0.02 s
         self._state = self._state.add(torch.stack((velocity, pushing, angular, turning)), alpha=0.02)
         ended = (self._state[0].abs() > 2.4) | (self._state[2].abs() > 12 * 2 * math.pi / 360)
-        return Step(self._state.float().T, torch.ones(len(ended)), ended)
+        return Step(self._state.float().T, torch.ones(len(ended)), ended, torch.zeros_like(ended))
 
     def changed(self, factors: Mapping[str, Tensor]) -> "CartPole":
         """Return the environment with another mass or length of the pole in each row."""
@@ -194,6 +206,7 @@ class LQR:
     limit: int = 100
 
     name = "lqr"
+    limited, together = True, 1024
     parameters = ("mass",)
     returns = (None, 0.0)
     shape = ()
@@ -231,7 +244,8 @@ class LQR:
         self._state = torch.stack(
             (position + 0.1 * velocity, velocity + 0.1 * force / self.mass + noise), dim=1
         )
-        return Step(self._state, rewards, torch.zeros(len(force), dtype=torch.bool))
+        never = torch.zeros(len(force), dtype=torch.bool)
+        return Step(self._state, rewards, never, never)
 
     def changed(self, factors: Mapping[str, Tensor]) -> "LQR":
         """Return the environment with another mass in each row."""
@@ -247,7 +261,7 @@ class LQR:
         return torch.from_numpy(np.linalg.solve(self.weight * np.eye(1) + b.T @ p @ b, b.T @ p @ a))
 
 
-BUNDLED: Mapping[str, Callable[[], Environment]] = {"cartpole": CartPole, "lqr": LQR}
+BUNDLED: Mapping[str, Callable[[], Environment]] = dict(zip(ENVIRONMENTS, (CartPole, LQR), strict=True))
 """Environments by name."""
 
 NO_LIMIT = 1000
@@ -263,6 +277,7 @@ class Gymnasium:
 
     parameters: tuple[str, ...] = ()
     returns = (None, None)
+    together = 1
 
     def __init__(self, make: Callable[[], Any], name: str) -> None:
         self.name, self._make = name, make
@@ -279,7 +294,7 @@ class Gymnasium:
             raise TargetError(
                 f"the observations of {name} are {space}; a Box of numbers was expected (wrap it by FlattenObservation)"
             )
-        self.shape = tuple(space.shape)
+        self.shape = tuple(space.shape) if len(space.shape) > 1 else ()
         self.observations = Box(
             *(torch.from_numpy(np.array(end, np.float32)).flatten() for end in (space.low, space.high))
         )
@@ -296,7 +311,8 @@ class Gymnasium:
         else:
             raise TargetError(f"the actions of {name} are {actions}; Discrete or Box was expected")
         spec = getattr(first, "spec", None)
-        self.limit = int(getattr(spec, "max_episode_steps", None) or NO_LIMIT)
+        declared = getattr(spec, "max_episode_steps", None)
+        self.limit, self.limited = int(declared or NO_LIMIT), bool(declared)
 
     def reset(self, seeds: Ids) -> Tensor:
         """Start one episode for each seed."""
@@ -344,7 +360,7 @@ class Gymnasium:
 
     def step(self, actions: Tensor) -> Step:
         """Take a step in the rows whose episode has not ended."""
-        rewards = torch.zeros(len(actions))
+        rewards, cut = torch.zeros(len(actions)), torch.zeros(len(actions), dtype=torch.bool)
         for row in (~self._ended).nonzero().flatten().tolist():
             if isinstance(self.actions, Discrete):
                 action: Any = int(actions[row]) + self._offset
@@ -364,8 +380,8 @@ class Gymnasium:
             if not math.isfinite(reward):
                 raise TargetError(f"{self.name} returned the reward {reward}; finite rewards were expected")
             self._seen[row], rewards[row] = self._read(observation), float(reward)
-            self._ended[row] = bool(ended or truncated)
-        return Step(self._seen.clone(), rewards, self._ended.clone())
+            self._ended[row], cut[row] = bool(ended or truncated), bool(truncated and not ended)
+        return Step(self._seen.clone(), rewards, self._ended.clone(), cut)
 
     def changed(self, factors: Mapping[str, Tensor]) -> "Gymnasium":
         """Raise `UsageError`, because parameters are attributes of a single environment."""

@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Annotated, Self
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -19,44 +20,47 @@ from holdfast.control.attackers import (
     Ball,
     Critic,
     Directed,
+    InBlocks,
     Learned,
     RobustSarsa,
     View,
-    asked,
     episodes,
+    towards_target,
 )
 from holdfast.control.environments import Actions, Box, Discrete, Environment, Step, episode_seeds
 from holdfast.control.policies import Network, Policy
 from holdfast.core.draws import Draws
-from holdfast.core.types import Ids, Mask
+from holdfast.core.types import Fraction, Ids, Mask, NonNegative, Positive, Steps
 
 Regulariser = Callable[[nn.Module, Tensor], Tensor]
 """additional loss of a network for observations (n, d)"""
+Fit = Callable[["Learner", Mapping[str, Tensor]], None]
+"""training of a critic on the steps of an update, before the policy is updated: tensors (t, n, …) by name"""
 
 
 @dataclass(frozen=True)
 class PPO:
     """Settings of PPO."""
 
-    updates: int = 60
+    updates: Steps = 60
     """number of updates, each after `rows` times `horizon` steps"""
-    rows: int = 128
+    rows: Steps = 128
     """number of episodes at once"""
-    horizon: int = 64
+    horizon: Annotated[int, Ge(2)] = 64
     """steps of each row between two updates"""
-    epochs: int = 4
+    epochs: Steps = 4
     """passes over the steps of an update"""
-    batches: int = 8
+    batches: Steps = 8
     """batches of a pass"""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """step size of Adam at the beginning"""
-    decay: float = 0.1
+    decay: Fraction = 0.1
     """share of the step size to which it decreases linearly"""
-    discount: float = 0.99
-    smoothing: float = 0.95
+    discount: Fraction = 0.99
+    smoothing: Fraction = 0.95
     """lambda of the generalised advantage estimate"""
-    clip: float = 0.2
-    entropy: float = 0.005
+    clip: Positive = 0.2
+    entropy: NonNegative = 0.005
     """weight of the entropy"""
 
 
@@ -121,9 +125,9 @@ def trained(
     rng: Draws,
     *,
     regulariser: Regulariser | None = None,
+    critic: Fit | None = None,
     observe: Callable[[Tensor, Learner, int], Tensor] = lambda x, learner, step: x,
     deadline: float = float("inf"),
-    reward_scale: float = 1.0,
 ) -> Iterator[Progress]:
     """Train a policy in place, and yield after each update.
 
@@ -158,8 +162,8 @@ def trained(
             x, ages, returns = step.observations, ages + 1, returns + step.rewards
             ended = step.ended | (ages >= environment.limit)
             with torch.no_grad():  # an episode that is only cut goes on in the estimate
-                cut = torch.where(ended & ~step.ended, learner.value(x)[:, 0], 0.0)
-            kept["reward"].append(reward_scale * step.rewards + how.discount * cut)
+                cut = torch.where(ended & (~step.ended | step.cut), learner.value(x)[:, 0], 0.0)
+            kept["reward"].append(step.rewards + how.discount * cut)
             kept["ended"].append(ended)
             if ended.any():
                 finished.append(returns[ended])
@@ -170,9 +174,10 @@ def trained(
         seen = observe(x, learner, place)
         with torch.no_grad():
             last = learner.value(seen)[:, 0]
-        _update(
-            learner, {key: torch.stack(each) for key, each in kept.items()}, last, how, generator, regulariser
-        )
+        steps = {key: torch.stack(each) for key, each in kept.items()}
+        if critic is not None:
+            critic(learner, steps)
+        _update(learner, steps, last, how, generator, regulariser)
         yield Progress(
             update + 1, how.updates, float(torch.cat(finished).mean()) if finished else float("nan")
         )
@@ -221,7 +226,7 @@ def _update(
             loss = -gains.mean() - how.entropy * law.entropy().mean()
             loss = loss + 0.5 * mse_loss(learner.value(x[rows])[:, 0], targets[rows]) / spread
             if regulariser is not None:
-                loss = loss + regulariser(learner.network, x[rows[: len(rows) // 4]])
+                loss = loss + regulariser(learner.network, x[rows[: max(len(rows) // 4, 1)]])
             learner.optimiser.zero_grad()
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(
@@ -244,6 +249,7 @@ class AgainstPolicy(ABC):
         self.name, self.limit = self.environment.name, self.environment.limit
         self.observations, self.parameters = self.environment.observations, self.environment.parameters
         self.returns, self.shape = (None, None), self.environment.shape
+        self.limited, self.together = self.environment.limited, self.environment.together
         self.actions = self._choices()
 
     @abstractmethod
@@ -275,9 +281,9 @@ class AgainstPolicy(ABC):
 
     def step(self, actions: Tensor) -> Step:
         """Take the step of the policy and the adversary."""
-        self._x, rewards, ended = self.environment.step(self._acted(actions))
-        self._time += 1
-        return Step(self._x, -rewards, ended)
+        step = self.environment.step(self._acted(actions))
+        self._x, self._time = step.observations, self._time + 1
+        return step._replace(rewards=-step.rewards)
 
     def changed(self, factors: Mapping[str, Tensor]) -> Self:
         """Return the environment with other parameters."""
@@ -286,7 +292,7 @@ class AgainstPolicy(ABC):
 
 @dataclass
 class Attacked(AgainstPolicy):
-    """The environment of an adversary whose actions are wishes for the action of a policy."""
+    """The environment of an adversary whose actions are target actions for a policy."""
 
     rng: Draws
     gradient_steps: int = 10
@@ -300,7 +306,7 @@ class Attacked(AgainstPolicy):
         view = View(
             self.policy, self._memory, self.ball, self._seeds, self._time, self.rng, self.gradient_steps
         )
-        seen = asked(self._x, view, actions)
+        seen = towards_target(self._x, view, actions)
         with torch.no_grad():
             outputs, self._memory = self.policy(seen, self._memory)
         return self.policy.act(outputs)
@@ -323,15 +329,15 @@ def learned_adversary(
 ) -> Learned:
     """Return an adversary that PPO trained against a policy.
 
-    It begins with the wishes of the best directed push, because rewards that are equal in every step show nothing
-    before an episode ends early.
+    It begins with the target actions of the best directed push, because rewards that are equal in every step show
+    nothing before an episode ends early.
     """
     attacked = Attacked(environment, policy, ball, rng.at("ascent"))
     learner = new_learner(attacked, rng, scale=scale)
     seeds = episode_seeds(rng.at("imitated"), torch.arange(_IMITATED))
     push = directed_push(environment, policy, ball, seeds, rng)
     x = episodes(environment, policy, push, ball, seeds, rng, keep=True).visited
-    _imitate(learner, x, push.wish(x, View(policy, None, ball, torch.arange(len(x)), 0, rng)), rng)
+    _imitate(learner, x, push.target(x, View(policy, None, ball, torch.arange(len(x)), 0, rng)), rng)
     for _ in trained(attacked, learner, how, rng, deadline=deadline):
         pass
     return Learned(deepcopy(learner.network).requires_grad_(False))
@@ -340,20 +346,20 @@ def learned_adversary(
 _IMITATED = 32
 """number of episodes of the directed push with which a learned adversary begins"""
 _SOFT = 0.1
-"""share of each wish that is spread over all actions, so that the adversary still tries others"""
+"""share of each target that is spread over all actions, so that the adversary still tries others"""
 
 
-def _imitate(learner: Learner, x: Tensor, wish: Tensor, rng: Draws) -> None:
-    """Fit the network of a learner to the wishes (m), or (m, a), of an attacker for observations (m, d)."""
+def _imitate(learner: Learner, x: Tensor, target: Tensor, rng: Draws) -> None:
+    """Fit the network of a learner to the targets (m), or (m, a), of an attacker for observations (m, d)."""
     generator = torch.Generator().manual_seed(rng.at("imitation").seed)
     optimiser = torch.optim.Adam(learner.network.parameters(), lr=3e-3)
     for _ in range(_FITTED):
         some = torch.randint(len(x), (min(512, len(x)),), generator=generator)
         outputs = learner.network(x[some])
         if isinstance(learner.actions, Discrete):
-            loss = cross_entropy(outputs, wish[some], label_smoothing=_SOFT)
+            loss = cross_entropy(outputs, target[some], label_smoothing=_SOFT)
         else:
-            loss = mse_loss(outputs, wish[some])
+            loss = mse_loss(outputs, target[some])
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
@@ -429,23 +435,25 @@ _FITTED = 500
 def learned_critic(environment: Environment, policy: Policy, seeds: Ids, rng: Draws) -> Critic:
     """Return the attacker that follows a learned value of observations."""
     steps = recorded(environment, policy, seeds, rng)
-    value, _ = _new_critics(environment, steps, rng)
+    value, _ = new_critics(environment, typical(steps.x), rng)
     return Critic(_fitted(value, steps.x, steps.returns, rng.at("value")))
 
 
 def learned_sarsa(environment: Environment, policy: Policy, seeds: Ids, rng: Draws) -> RobustSarsa:
     """Return the attacker that follows a learned value of actions."""
     steps = recorded(environment, policy, seeds, rng)
-    _, action_value = _new_critics(environment, steps, rng)
+    _, action_value = new_critics(environment, typical(steps.x), rng)
     discrete = isinstance(environment.actions, Discrete)
     inputs = steps.x if discrete else torch.cat((steps.x, steps.action), 1)
     rows = steps.action if discrete else None
     return RobustSarsa(_fitted(action_value, inputs, steps.returns, rng.at("sarsa"), rows))
 
 
-def _new_critics(environment: Environment, steps: Recorded, rng: Draws) -> tuple[Network, Network]:
-    """Networks with random weights, of the value of observations and of that of actions."""
-    d, scale, actions = steps.x.shape[1], typical(steps.x), environment.actions
+def new_critics(environment: Environment, scale: Tensor, rng: Draws) -> tuple[Network, Network]:
+    """Return networks with random weights: of the value of observations, and of that of actions. `scale` (d) is the
+    typical size of each value of an observation.
+    """
+    d, actions = len(scale), environment.actions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.at("critics").seed)
         value = Network(d, 1)
@@ -477,6 +485,11 @@ def pushes(environment: Environment) -> list[Directed]:
 
 def directed_push(environment: Environment, policy: Policy, ball: Ball, seeds: Ids, rng: Draws) -> Directed:
     """Return the directed push with the lowest mean return on training episodes."""
-    tried = pushes(environment)
-    means = [float(episodes(environment, policy, each, ball, seeds, rng).returns.mean()) for each in tried]
+    tried, n = pushes(environment), len(seeds)
+    at_once = max(environment.together // n, 1)
+    means: list[float] = []
+    for start in range(0, len(tried), at_once):
+        some = tried[start : start + at_once]
+        returns = episodes(environment, policy, InBlocks(some), ball, seeds.repeat(len(some)), rng).returns
+        means += returns.view(-1, n).mean(1).tolist()
     return tried[min(range(len(tried)), key=means.__getitem__)]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.control.environments import Actions, Box, Discrete, Environment
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.io.models.factories import error_text
 
 Memory = Tensor | None
 """state of a policy with memory (n, h); None for a policy without"""
@@ -30,6 +31,8 @@ class Policy:
     """whether outputs are differentiable with respect to observations"""
     shape: tuple[int, ...] = ()
     """shape of an observation as the function reads it; empty for a vector"""
+    name: str = "the policy"
+    """name in messages"""
 
     def begin(self, n: int) -> Memory:
         """Return the memory at the beginning of n episodes."""
@@ -38,10 +41,18 @@ class Policy:
     def __call__(self, x: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         """Return the scores of the actions (n, k), or the actions (n, d) of a `Box`, and the memory after them."""
         x = x.reshape(len(x), *self.shape) if self.shape else x
-        if self.memory is None:
-            return self._read(self.function(x)), None
-        outputs, memory = self.function(x, memory)
-        return self._read(outputs), memory
+        try:
+            if self.memory is None:
+                return self._read(self.function(x)), None
+            outputs, memory = self.function(x, memory)
+            return self._read(outputs), memory
+        except (HoldfastError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's code may raise anything; its message is shown
+            raise TargetError(
+                f"{self.name} was called with observations of shape {tuple(x.shape)}, and raised "
+                f"{error_text(error, [self.name.rpartition(':')[0]])}"
+            ) from error
 
     def outputs(self, x: Tensor, memory: Memory = None) -> Tensor:
         """Return the outputs without the memory after them."""
@@ -79,8 +90,11 @@ class Policy:
     def affine(self) -> tuple[Tensor, Tensor] | None:
         """Return the matrix (k, d) and the offset (k) of a network of linear layers alone, and None for another."""
         module = self.function
+        if not isinstance(module, nn.Module):
+            return None
         # a subclass may have a forward of its own
-        if not isinstance(module, nn.Module) or not all(type(part) in _AFFINE for part in module.modules()):
+        linear = all(type(part) in _AFFINE for part in module.modules())
+        if not linear and not (type(module) is Network and module.is_linear()):
             return None
         width = next((p.shape[1] for p in module.parameters() if p.dim() == 2), 0)
         with torch.no_grad():
@@ -104,7 +118,7 @@ def policy_of(made: object, environment: Environment, name: str) -> Policy:
         function = deepcopy(function).eval().requires_grad_(False)
     if memory is not None:
         memory = torch.as_tensor(memory).float().flatten()
-    policy = Policy(function, environment.actions, memory, shape=environment.shape)
+    policy = Policy(function, environment.actions, memory, shape=environment.shape, name=name)
     x = environment.reset(torch.arange(2)).clone().requires_grad_()
     try:
         raw = function(
@@ -114,12 +128,13 @@ def policy_of(made: object, environment: Environment, name: str) -> Policy:
         raw = raw[0] if memory is not None else raw
         refuse_outputs(torch.as_tensor(raw), environment, name)
         outputs = policy.outputs(x, policy.begin(2))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        text = str(error).strip().splitlines()
+    except HoldfastError:
+        raise
+    except Exception as error:  # as in `Policy`
         raise TargetError(
-            f"{name} does not accept observations of {environment.name}, whose shape is {tuple(x.shape)}: "
-            f"{text[0] if text else type(error).__name__}; expected a policy for {x.shape[1]} values"
-        ) from None
+            f"{name} does not accept observations of {environment.name}, whose shape is {tuple(x.shape)}: it raised "
+            f"{error_text(error, [name.rpartition(':')[0]]).splitlines()[0]}; expected a policy for {x.shape[1]} values"
+        ) from error
     return replace(policy, differentiable=outputs.requires_grad)
 
 
@@ -165,6 +180,10 @@ class Network(nn.Module):
         )
         self.linear = nn.Linear(d, outputs, bias=False)
         nn.init.zeros_(self.linear.weight)
+
+    def is_linear(self) -> bool:
+        """Return whether the hidden layers have no effect."""
+        return not any(bool(parameter.any()) for parameter in self.body[-1].parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return scores or actions (n, outputs)."""

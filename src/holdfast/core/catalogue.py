@@ -60,6 +60,8 @@ GENERATOR_RECIPES: Final[Mapping[str, Mapping[str, float]]] = {
 
 POLICY_RECIPES: Final = ("robust-policy",)
 """Recipes for policies in environments."""
+ENVIRONMENTS: Final = ("cartpole", "lqr")
+"""Names of the bundled environments."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class AuditEntry:
     """class of the settings in `holdfast.verbs.audit`; empty for `hardened-generator`"""
     metrics: tuple[str, ...] = ()
     """names of the metrics on which gates can be set"""
+    verb: str = ""
+    """verb of the command whose run contains the audit; empty for `audit`"""
+    noun: str = ""
+    """name of such a run in reports; empty for that of an audit"""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """words of reports for the verdicts, if they are others than the verdicts themselves"""
+    judges: bool = True
+    """whether the verdict judges what was measured; if not, gates alone do"""
 
 
 _NOT_FLAGGED = "not-flagged"
@@ -96,6 +106,8 @@ GENERATOR_METRICS: Final = (
 )
 """Metrics of an audit of a generator."""
 
+_RETURNS = ("worst_return", "clean_return")
+_OF_RETURNS: Final = {"flagged": "vulnerable", "not flagged": "no significant loss"}
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
     for entry in (
@@ -116,10 +128,42 @@ AUDITS: Final[Mapping[str, AuditEntry]] = {
             "AuditGenerator",
             (*GENERATOR_METRICS, *TABLE_METRICS),
         ),
-        AuditEntry("hardened-generator", "", "generator.hardening", metrics=GENERATOR_METRICS),
-        AuditEntry("control", "", "control", metrics=("worst_return", "clean_return")),
-        AuditEntry("certified-actions", "", "certified_actions", metrics=("certified_actions",)),
-        AuditEntry("hardened-policy", "", "hardened_policy", metrics=("worst_return", "clean_return")),
+        AuditEntry(
+            "hardened-generator",
+            "",
+            "generator.hardening",
+            metrics=GENERATOR_METRICS,
+            verb="harden",
+            noun="hardening",
+        ),
+        AuditEntry(
+            "control",
+            "",
+            "control",
+            metrics=_RETURNS,
+            verb="assess",
+            noun="assessment",
+            words=_OF_RETURNS,
+        ),
+        AuditEntry(
+            "certified-actions",
+            "",
+            "certified_actions",
+            metrics=("certified_actions",),
+            verb="certify",
+            noun="certification",
+            words={"not flagged": "certificates"},
+            judges=False,
+        ),
+        AuditEntry(
+            "hardened-policy",
+            "",
+            "hardened_policy",
+            metrics=_RETURNS,
+            verb="harden",
+            noun="hardening",
+            words=_OF_RETURNS,
+        ),
     )
 }
 """The audits by name."""
@@ -206,6 +250,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("llr", "LLR", "llr"),
         RecipeEntry("margin", "MarginTraining", "margin"),
         RecipeEntry("mart", "MART", "mart"),
+        RecipeEntry("masked-patches", "MaskedPatches", "masked_patches"),
         RecipeEntry("masked-words", "MaskedWords", "masked_words"),
         RecipeEntry("multi-norm", "MultiNormTraining", "multi_norm"),
         RecipeEntry("n-fgsm", "SingleStep", "single_step"),
@@ -229,6 +274,8 @@ SUBSTITUTIONS: Final = "substitutions"
 """method for models of texts under synonyms, which `auto` chooses for texts"""
 MASKING: Final = "masking"
 """method that certifies another model of texts than the given one: the most frequent class under random masks"""
+PATCH_MASKS: Final = "patch-masks"
+"""method that certifies another model than the given one: the vote over masks, which `auto` chooses for patches"""
 TREES: Final = "trees"
 """method for ensembles of trees, which `auto` chooses for them"""
 PARTITIONS: Final = "partitions"
@@ -241,6 +288,7 @@ PROVERS: Final[Mapping[str, str]] = {
     SMOOTHING: "smoothing:Smoothing",
     SUBSTITUTIONS: "substitutions:Substitutions",
     MASKING: "masking:Masking",
+    PATCH_MASKS: "patch_masks:PatchMasks",
     TREES: "tree_ensembles:Trees",
     PARTITIONS: "partitions:PartitionVotes",
     "alpha-crown": "branching:AlphaCrown",

@@ -42,6 +42,10 @@ class Coordinates(Protocol):
     """Protocol of coordinates of a batch in which attacks search for points, each of which stands for an input."""
 
     @property
+    def clean(self) -> Batch:
+        """The clean examples."""
+
+    @property
     def batch(self) -> Batch:
         """The clean examples in the coordinates."""
 
@@ -56,6 +60,11 @@ class Coordinates(Protocol):
     def inputs(self, points: Inputs, ids: Ids | None = None) -> Inputs:
         """Return the inputs of points (n, *features) of the examples with these ids, by default of all in order. They
         are differentiable, valid, and inside the constraint on inputs if the points are inside the one on points.
+        """
+
+    def points(self, x: Inputs) -> Inputs:
+        """Return the points of one input `x` (n, *features) for each example. Inputs outside the constraint are
+        projected first.
         """
 
 
@@ -143,6 +152,10 @@ class Constraint(ABC):
     def as_stored(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return inputs around `x` as a file stores them, on which the verdict is made; by default unchanged."""
         return x_adv
+
+    def changeable(self, x: Inputs) -> Tensor:
+        """Return the mask of the values that may change; it broadcasts to the inputs `x`. By default all may."""
+        return torch.ones(1, dtype=torch.bool, device=x.device)
 
     def refuse_unfit(self, x: Inputs) -> None:
         """Raise `UsageError` if inputs in the shape of `x` cannot be changed like this. Inputs of numbers can."""

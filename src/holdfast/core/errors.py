@@ -306,6 +306,10 @@ class NoSplit(UsageError):
     """Error for a data set that does not have the requested split."""
 
 
+class FreeSizes(UsageError):
+    """Error for a model file whose inputs have any shape, which is not declared. That of the data may be taken."""
+
+
 class InUse(UsageError):
     """Error for a file or folder that another process uses. It becomes available when that process ends."""
 

@@ -26,7 +26,12 @@ _TONES: Mapping[str, tree.Tone] = {"flagged": "fail", "not flagged": "pass", "un
 
 def headline(content: Json) -> str:
     """Return the result in one sentence, after the verdict."""
-    return line(f"{capitalized(content['verdict'])}: {content['headline']}")
+    return line(f"{_word(content)}: {content['headline']}")
+
+
+def _word(content: Json) -> str:
+    verdict: str = content["verdict"]
+    return capitalized(AUDITS[content["kind"]].words.get(verdict, verdict))
 
 
 def failing_gate(content: Json) -> str:
@@ -37,19 +42,20 @@ def failing_gate(content: Json) -> str:
 
 def audit_report(content: Json) -> tree.Report:
     """Return the report of an audit with the given content."""
-    tone = _TONES[content["verdict"]]
+    entry = AUDITS[content["kind"]]
+    tone = _TONES[content["verdict"]] if entry.judges else content["gate_verdict"] or "no gate"
     model, data = content["model"], content["data"]
     return tree.Report(
         verb="audit",
-        about=f"audit {content['kind']} of {model['name']} on {data['name']}",
+        about=f"{entry.noun or f'audit {entry.name}'} of {model['name']} on {data['name']}",
         headline=headline(content),
         title=content["headline"],
         content=content,
         tone=tone,
-        badge=(VERDICTS[tone][0], capitalized(content["verdict"])),
+        badge=(VERDICTS[tone][0], _word(content)),
         lead=[*_lead(content)],
         sections=[*_sections(content)],
-        case=("audit", content["kind"]),
+        case=(entry.noun or "audit", content["kind"]),
         checks=[
             tree.Check("gates", gate["gate"], gate["verdict"], gate["because"]) for gate in content["gates"]
         ],
@@ -90,7 +96,11 @@ def _sections(content: Json) -> Iterator[tree.Section]:
         "seed": str(content["seed"]),
         "versions": ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
     }
-    yield tree.Section("Audited", (tree.Facts([*identity.items()]),), depth="page")
+    yield tree.Section(
+        "Measured" if AUDITS[content["kind"]].verb else "Audited",
+        (tree.Facts([*identity.items()]),),
+        depth="page",
+    )
 
 
 def _chart(curve: Json) -> tree.Chart:

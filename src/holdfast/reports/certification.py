@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from holdfast.core.catalogue import TREES
+from holdfast.core.catalogue import PATCH_MASKS, TREES
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
 from holdfast.metrics.shares import certified_accuracy
 from holdfast.reports.curves import estimate_to_json, settings_group
@@ -224,6 +224,19 @@ def _time(seconds: float | None) -> str:
     return "< 1 ms" if 0 < seconds < 1e-3 else seconds_text(seconds)
 
 
+_BY_BOUNDS = (
+    "certificates hold for the network in exact arithmetic with its stored weights, and include the rounding errors of "
+    "the bounds"
+)
+_WHAT_IS_PROVED = {
+    TREES: "certificates hold for all values that the model can compare with its thresholds, and include the rounding "
+    "errors of its sums",
+    PATCH_MASKS: "certificates are about the vote over masks: no patch of the threat changes it; for the model alone "
+    "they prove nothing",
+}
+"""Sentences about certificates by the name of the only method, where bounds of operations are not used."""
+
+
 def _lines(summary: Mapping[str, Any]) -> list[str]:
     """Sentences that compare certified and robust accuracy, and state how the certificates were tested."""
     results, metrics = summary["certification"], summary["metrics"]
@@ -247,14 +260,9 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
         )
     lines += _statistical_lines(results["statistical"], noun)
     if results["certified"] and not results["statistical"]:
-        by_trees = {row["name"] for row in results["rows"] if row["certified"] and row["stage"]} == {TREES}
-        lines.append(
-            "certificates hold for all values that the model can compare with its thresholds, and include the rounding "
-            "errors of its sums"
-            if by_trees
-            else "certificates hold for the network in exact arithmetic with its stored weights, and include the "
-            "rounding errors of the bounds"
-        )
+        names = {row["name"] for row in results["rows"] if row["certified"] and row["stage"]}
+        known = next(iter(names)) if len(names) == 1 else ""
+        lines.append(_WHAT_IS_PROVED.get(known, _BY_BOUNDS))
     lines += [
         f"memory ran out in {row['name']}, which continued with {amount(row['batch'], noun)} at a time"
         for row in results["rows"]

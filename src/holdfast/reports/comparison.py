@@ -104,8 +104,9 @@ def _other_content(first: Evidence, second: Evidence) -> str:
     limits = [getattr(evidence.threat.constraint, "limits", {}) for evidence in (first, second)]
     if limits[0].get("content") == limits[1].get("content"):
         return ""
+    file = next(limits[1][name] for name in ("file", "printable", "shape") if name in limits[1])
     return (
-        f"The content of {limits[1]['file']!r} differs between the runs; the difference may come from the attacker "
+        f"The content of {file!r} differs between the runs; the difference may come from the attacker "
         "and not from the model."
     )
 

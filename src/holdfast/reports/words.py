@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.core.catalogue import PATCH_MASKS
 from holdfast.core.names import in_255ths, threat_text
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on
@@ -401,6 +402,8 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
         )
         results = summary.get("certification")
         model = ", for the smoothed classifier" if results and results.get("statistical") else ""
+        if results and any(row["name"] == PATCH_MASKS for row in results["rows"]):
+            model = ", for the vote over masks"
         return f"{rate} {of} are certified under {constraint}{model}{interval_part}{rest}"
     if metric == "trigger_success_rate":
         goal = summary["threat"]["goal"]
@@ -587,7 +590,13 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         around = f", within {limits['jitter']} pixels of that" if limits["jitter"] else ""
         if "within" in limits:
             around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
-        return f"may replace {limits['height']}x{limits['width']} pixels of an image with any values, {at}{around}"
+        pixels = f"{limits['height']}x{limits['width']} pixels of an image"
+        if "shape" in limits:
+            pixels = f"the pixels of the shape {limits['shape'].removeprefix('@')} in {pixels}"
+        colours = {"": "any values", "default": "colours that printers can print"}.get(
+            limits.get("printable", ""), f"the colours in {limits.get('printable', '').removeprefix('@')}"
+        )
+        return f"may replace {pixels} with {colours}, {at}{around}"
     if kind == "Table":
         return (
             f"may change a row of the table as the rules in {limits['file']} allow, with a budget of "

@@ -27,6 +27,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from holdfast.core.model import Bounds
+from holdfast.io.sandbox.clips import NO_SIZE
 from holdfast.server.requests import Refused
 
 INPUT, OUTPUT = "input", "scores"
@@ -274,6 +275,7 @@ def _clips(data: object, count: int, signature: Signature) -> Tensor:
         try:
             with wave.open(io.BytesIO(base64.b64decode(text, validate=True)), "rb") as file:
                 found = (file.getsampwidth(), file.getnchannels(), file.getframerate())
+                stated = file.getnframes()
                 # one more than is allowed, so that no more are read of a longer clip
                 samples = np.frombuffer(file.readframes(n + 1), np.uint8)
         except (wave.Error, struct.error, EOFError, ValueError) as error:
@@ -288,6 +290,9 @@ def _clips(data: object, count: int, signature: Signature) -> Tensor:
         if not 1 <= clip.shape[1] <= n:
             length = f"more than {n}" if clip.shape[1] else "no"
             raise _wrong(f"row {place} of data has {length} samples; 1 to {n} were expected")
+        # a file that was written to a pipe states no number of samples
+        if clip.shape[1] < min(stated, n) and stated < NO_SIZE // (2 * channels):
+            raise _wrong(f"row {place} of data has {clip.shape[1]} samples, and its header states {stated}")
         rows[place, :, : clip.shape[1]] = clip / np.float32(32768)
     return torch.from_numpy(rows.reshape(len(data), *signature.shape))
 

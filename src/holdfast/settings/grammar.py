@@ -22,6 +22,7 @@ from holdfast.core.catalogue import ATTACKS, names
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.names import did_you_mean, exact, parse_number, slug, suggestion
 from holdfast.core.threat import ThreatModel
+from holdfast.threats.domains import CONTROL
 from holdfast.threats.parsing import FORMS, MOVED, RECOLOURED, Sees, limit_of
 
 LogKind = Literal["csv", "tensorboard", "mlflow", "wandb"]
@@ -188,6 +189,30 @@ def _limit_of_clips(key: str, value: str) -> dict[str, float]:
     if not name or value[len(number) :].lower() != unit.lower():
         return {}
     return {name: limit_of(key, number, most, _ON_CLIPS)}
+
+
+def transform_meaning(limits: Mapping[str, float]) -> str:
+    """Return for readers what random transformations with these limits do, as one clause for each kind of limit."""
+    one_sided = {
+        "room": "by a synthetic room whose reflections are multiplied by {}",
+        "noise": "by noise with a standard deviation of {} of the range of the inputs",
+        "blur": "by a blur with a standard deviation of up to {} pixels",
+    }
+    both = {
+        name: limit for name, limit in limits.items() if name not in one_sided and not name.endswith("_hz")
+    }
+    parts = (
+        [f"in both directions by up to {transform_text(both).replace('=', ' ').replace(',', ', ')}"]
+        if both
+        else []
+    )
+    parts += [one_sided[name].format(exact(limit)) for name, limit in limits.items() if name in one_sided]
+    if "low_hz" in limits:
+        low, high = limits["low_hz"], limits["high_hz"]
+        parts.append(
+            f"by a band-pass with a lower edge of up to {low:.0f} Hz and an upper edge of at least {high:.0f} Hz"
+        )
+    return "; ".join(parts)
 
 
 def transform_text(limits: Mapping[str, float]) -> str:
@@ -520,9 +545,10 @@ def refuse_uncertifiable(threat: ThreatModel) -> None:
         )
     if not FORMS[name].provable:
         *provable, last = (name for name, form in FORMS.items() if form.provable)
+        other = "observations:linf:0.1" if threat.change.domain is CONTROL else "linf:0.1"
         raise UsageError(
             f"the threat is {threat}, and robustness is proved under {', '.join(provable)} and {last} only",
-            Remedy("threat", threat.with_change("linf:0.1")),
+            Remedy("threat", threat.with_change(other)),
         )
     if threat.eps == float("inf"):
         raise UsageError(

@@ -6,7 +6,7 @@ command line and the JSON Schema are generated from the fields of the groups.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -14,13 +14,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from holdfast.attacks.suites import SUITES
-from holdfast.core.catalogue import DRIFT_TESTS, GENERATOR_RECIPES, POLICY_RECIPES, RECIPES, REPORT_FILE
+from holdfast.core.catalogue import (
+    DRIFT_TESTS,
+    ENVIRONMENTS,
+    GENERATOR_RECIPES,
+    POLICY_RECIPES,
+    RECIPES,
+    REPORT_FILE,
+)
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.settings import values
 from holdfast.settings.grammar import CARD, COMBINATIONS, DEFAULT_SUITE, ENSEMBLE, MIXED, SOURCES
-from holdfast.threats.domains import TEXT
+from holdfast.threats.domains import CONTROL, TEXT
 from holdfast.threats.parsing import threat_of
 
 Section = Literal["command", "threat", "model", "data", "report", "run"]
@@ -552,10 +559,18 @@ class GateSettings(SettingGroup):
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a gate on a verdict that the verb does not reach, or on a metric that it does not
-        measure.
+        measure, and for a bundled environment with a threat on examples.
         """
         domain = self.threat.change.domain
-        gated = GATED if domain is None or not domain.metrics else domain.metrics
+        if isinstance(self.data, str) and self.data in ENVIRONMENTS and domain is not CONTROL:
+            raise UsageError(
+                f"{prefix}data is {self.data!r}, an environment of policies, and the threat {self.threat} changes "
+                "examples of data",
+                Remedy("threat", "observations:linf:0.1"),
+            )
+        gated: Collection[str] = GATED
+        if domain is not None and domain.metrics:
+            gated = domain.certified if self.verb == "certify" else domain.metrics
         for gate in self.gates:
             if gate.strip() in VERDICTS and (gate.strip() not in self.verdicts or self.trains_generator):
                 raise refused_verdict(gate.strip(), prefix)

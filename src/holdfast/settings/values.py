@@ -484,7 +484,14 @@ GENERATOR_METRICS = AUDITS["hardened-generator"].metrics
 """Metrics of the audits of a generator before and after its training."""
 Gates = Annotated[
     list[
-        Annotated[str, _read_by(partial(parse_gate, metrics=GATED | {*GENERATOR_METRICS, *CONTROL.metrics}))]
+        Annotated[
+            str,
+            _read_by(
+                partial(
+                    parse_gate, metrics=GATED | {*GENERATOR_METRICS, *CONTROL.metrics, *CONTROL.certified}
+                )
+            ),
+        ]
     ],
     BeforeValidator(_gates),
 ]

@@ -19,10 +19,11 @@ from holdfast.core.training import WEIGHTS, Checkpoint
 from holdfast.io.data.loaders import Source
 from holdfast.io.data.streamed import Streamed
 from holdfast.io.models.composed import with_denoiser
-from holdfast.recipes import Denoising
+from holdfast.recipes import Denoising, MaskedPatches
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.recipe import Recipe, facts_of, trained_as
 from holdfast.testing.fakes import SHAPE, examples, labelled, network
+from holdfast.threats.transformations import Patch
 from holdfast.threats.triggers import Stamped, Trigger, trigger_text
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
@@ -61,7 +62,9 @@ _TRIGGER = Trigger((torch.arange(math.prod(SHAPE)).view(SHAPE) < 4).double(), to
 
 
 def threat_for(recipe: Recipe, eps: float) -> ThreatModel:
-    """Return the threat model of the laws for a recipe: a ball, or a trigger if the recipe removes one."""
+    """Return the threat model of the laws for a recipe: a ball, or a trigger or a patch if the recipe is for those."""
+    if isinstance(recipe, MaskedPatches):
+        return ThreatModel(Patch(2, 2))
     if facts_of(recipe).goal.metric == "trigger_success_rate":
         return ThreatModel(Stamped("trigger.npz", trigger_text(_TRIGGER)), goal=0)
     return ThreatModel(Linf(eps), surrogates=(_SURROGATE,))

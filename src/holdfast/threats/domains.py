@@ -22,6 +22,8 @@ class Domain:
     """what examples are called in reports"""
     metrics: tuple[str, ...] = ()
     """names of the metrics on which gates can be set; empty for those of classifiers"""
+    certified: tuple[str, ...] = ()
+    """the same for a certification"""
 
 
 IMAGE = Domain("image", "images")
@@ -31,7 +33,7 @@ SIGNAL = Domain("signal", "clips")
 """clips of sound (samples), or (channels, samples)"""
 TABLE = Domain("table")
 TEXT = Domain("text", "texts")
-CONTROL = Domain("control", "episodes", ("worst_return", "clean_return", "certified_actions"))
+CONTROL = Domain("control", "episodes", ("worst_return", "clean_return"), ("certified_actions",))
 """episodes of a policy in an environment, which stands in the place of data"""
 
 

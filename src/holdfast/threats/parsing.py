@@ -250,6 +250,20 @@ def _matching(
     return read
 
 
+def _named_or_file(name: str, known: tuple[str, ...], expected: str) -> Callable[[str], Argument]:
+    """Return the function that reads an argument that is a known name, or `@` and the path of a file. A path with
+    commas or spaces is quoted.
+    """
+
+    def read(text: str) -> Argument:
+        value = text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[:1] else text
+        if value not in known and not (value.startswith("@") and value[1:]):
+            raise UsageError(f"{name} is {text!r}; expected {expected}")
+        return value
+
+    return read
+
+
 def _limits(largest: Mapping[str, float], example: str) -> Mapping[str, Callable[[str], Argument]]:
     return {key: partial(limit_of, key, most=most, example=example) for key, most in largest.items()}
 
@@ -327,7 +341,7 @@ FORMS: Final[dict[str, Form]] = {
         aimed=False,
     ),
     "patch": Form(
-        "holdfast.threats.transformations:Patch",
+        "holdfast.io.printed_patches:patch_threat",
         _patch,
         {
             "at": _matching(
@@ -341,7 +355,16 @@ FORMS: Final[dict[str, Form]] = {
                 "[0-9]{1,5}:[0-9]{1,5}-[0-9]{1,5}:[0-9]{1,5}",
                 "ROW:COLUMN-ROW:COLUMN, the first and the last pixel that the patch may cover, as in within=4:4-23:23",
             ),
+            "printable": _named_or_file(
+                "printable",
+                ("default",),
+                "default, or @ and a table of colours, as in printable=@colours.csv",
+            ),
+            "shape": _named_or_file(
+                "shape", ("circle", "bars"), "circle, bars, or @ and an image, as in shape=@sticker.png"
+            ),
         },
+        provable=True,
     ),
     "spatial": Form(
         "holdfast.threats.transformations:Spatial",

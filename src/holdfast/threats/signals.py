@@ -71,6 +71,10 @@ class _Clips(Norm):
         """Return the direction of length one of steepest increase that is zero in the padding."""
         return super().steepest(gradient * sound_of(x), x, bounds)  # type: ignore[safe-super]
 
+    def changeable(self, x: Inputs) -> Tensor:
+        """Return the mask of the samples that belong to the sound of each clip."""
+        return sound_of(x)
+
     def as_stored(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return clips with their samples rounded to 16 bits; see `stored`."""
         return stored(x_adv, x, self, bounds)
@@ -230,6 +234,11 @@ class Scaled:
         moved = self.bounds_of_clips.clamp(points * spread(self._divisor[rows], points))
         moved = torch.where(self._free[rows], moved, clean)
         return instead(stored(moved.detach(), clean, self.limit, self.bounds_of_clips), moved)
+
+    def points(self, x: Inputs) -> Inputs:
+        """Return the points of one clip `x` for each clip of the batch. Clips outside the constraint are projected."""
+        near = self.limit.project(x, self.clean.x, self.bounds_of_clips)
+        return near / spread(self._divisor, near)
 
 
 def stored(x_adv: Inputs, x: Inputs, constraint: Norm, bounds: Bounds) -> Inputs:

@@ -2,10 +2,12 @@
 rectangle changes.
 """
 
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -233,13 +235,16 @@ class Corruptions(Whole):
         )
 
 
+_PIXELS_AT_ONCE = 65_536
+"""Number of pixels that are compared with all printable colours together, which limits memory."""
 Corners = tuple[Tensor, Tensor]
 """row and column of the upper left corner of a rectangle, for each example, each int64 (n)"""
 
 
 @dataclass(frozen=True)
 class Patch(Constraint):
-    """Constraint that only one rectangle of an image changes, and that its pixels may have any valid value.
+    """Constraint that only one rectangle of an image changes, or a shape in it, and that its pixels may have any valid
+    value, or any colour of a printer.
 
     `at` is the row and column of its upper left corner, `centre`, or `anywhere`, where the attacker chooses the
     position. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle
@@ -247,6 +252,7 @@ class Patch(Constraint):
     """
 
     name: ClassVar[str] = "patch"
+    provers: ClassVar[tuple[str, ...]] = ("patch-masks",)
 
     height: Steps = 5
     width: Steps = 5
@@ -256,6 +262,13 @@ class Patch(Constraint):
     """largest deviation from the position in pixels, along each axis"""
     within: str = ""
     """`ROW:COLUMN-ROW:COLUMN`, the first and the last pixel that the patch may cover; empty for the whole image"""
+    printable: str = ""
+    """table of the colours that can be printed: `default`, or `@` and the path of a file; empty for any colours"""
+    shape: str = ""
+    """pixels of the rectangle that may change: `circle`, `bars`, or `@` and the path of an image; empty for all"""
+    content: str = ""
+    """JSON with the colours (`colours`, rows of red, green and blue between the lists `low` and `high`) and the shape
+    (`shape`, rows of 0 and 1)"""
 
     @property
     def counts_pixels(self) -> bool:
@@ -265,12 +278,76 @@ class Patch(Constraint):
     def refuse_unfit(self, x: Inputs) -> None:
         """Raise `UsageError` if the patch does not fit into images in the shape of `x`."""
         self.places(x.shape[1:])
+        if self.colours is not None and x.shape[1] not in (1, 3):
+            raise UsageError(
+                f"the threat {self} has printable colours, and the images have {x.shape[1]} channels; 1 or 3 were "
+                "expected: leave printable out"
+            )
+        if (self.height, self.width) == tuple(x.shape[2:]) and self.pixels.all():
+            raise UsageError(
+                f"the patch {self.height}x{self.width} covers the whole image, so that nothing of the object is left; "
+                "give a smaller one, or a shape that leaves a part of the image, such as shape=bars"
+            )
 
     @property
     def limits(self) -> Mapping[str, float | str]:
         """Settings of the patch by name, such as its height and width."""
-        confined = {"within": self.within} if self.within else {}
-        return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **confined}
+        given = {name: getattr(self, name) for name in ("within", "printable", "shape", "content")}
+        present = {name: text for name, text in given.items() if text}
+        return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **present}
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """Which pixels of the rectangle may change: bool (height, width)."""
+        rows = json.loads(self.content or "{}").get("shape")
+        return torch.ones(self.height, self.width).bool() if rows is None else torch.tensor(rows).bool()
+
+    @cached_property
+    def colours(self) -> Tensor | None:
+        """The printable colours (k, 3) in the units of the inputs; None if any can be printed."""
+        colours = json.loads(self.content or "{}").get("colours")
+        return None if colours is None else torch.tensor(colours, dtype=torch.float32)
+
+    def in_bounds(self, bounds: Bounds) -> "Patch":
+        """Return the constraint with its colours in the units of a model whose inputs are within `bounds`."""
+        if self.colours is None:
+            return self
+        content = json.loads(self.content)
+        low, high = (
+            side.reshape(len(side) if side.dim() else 1, -1).double().mean(1)
+            for side in map(torch.as_tensor, (bounds.low, bounds.high))
+        )
+        before, after, colours = (
+            torch.tensor(content[name], dtype=torch.float64) for name in ("low", "high", "colours")
+        )
+        if before.equal(low) and after.equal(high):
+            return self
+        colours = low + (colours - before) / (after - before) * (high - low)
+        content |= {"colours": colours.tolist(), "low": low.tolist(), "high": high.tolist()}
+        return replace(self, content=json.dumps(content))
+
+    def printed(self, x: Inputs, changed: Tensor) -> Inputs:
+        """Return images (n, channels, height, width) in which the pixels `changed`, bool (n, 1, height, width), have
+        the nearest printable colours. Without a table of colours nothing changes.
+        """
+        if self.colours is None:
+            return x
+        table = self._table(x)
+        place = changed[:, 0].nonzero(as_tuple=True)
+        x = x.movedim(1, -1).clone()
+        parts = [table[torch.cdist(part, table).argmin(1)] for part in torch.split(x[place], _PIXELS_AT_ONCE)]
+        x[place] = torch.cat(parts) if parts else x[place]
+        return x.movedim(-1, 1)
+
+    def _table(self, x: Inputs) -> Tensor:
+        """The printable colours (k, channels); of images with one channel, their brightness."""
+        assert self.colours is not None, "there are printable colours"
+        table = self.colours.to(x)
+        return table if x.shape[1] == 3 else table @ torch.tensor([[0.299], [0.587], [0.114]]).to(x)
+
+    def as_stored(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
+        """Return the images with each changed pixel in the nearest printable colour."""
+        return self.printed(x_adv, (x_adv != x).any(1, keepdim=True))
 
     def places(self, shape: torch.Size) -> tuple[range, range]:
         """Return the rows and the columns at which the upper left corner of the patch may be, in images of `shape`
@@ -318,26 +395,49 @@ class Patch(Constraint):
         inside = ((down >= 0) & (down < self.height))[:, :, None] & ((right >= 0) & (right < self.width))[
             :, None, :
         ]
+        if not self.pixels.all():
+            rows, columns = down.clamp(0, self.height - 1), right.clamp(0, self.width - 1)
+            inside &= self.pixels.to(x.device)[rows[:, :, None], columns[:, None, :]]
         return inside[:, None]
 
+    def pasted(self, x: Inputs, filling: Tensor, corners: Corners) -> Inputs:
+        """Return the images with the patch values `filling` (1, channels, height, width) pasted at a position of each
+        image. The result is differentiable in `filling`.
+        """
+        down, right = self.pixels.to(x.device).nonzero(as_tuple=True)
+        rows, columns = corners[0][:, None] + down, corners[1][:, None] + right
+        images = torch.arange(len(x), device=x.device)[:, None]
+        values = filling[0, :, down, right].T.expand(len(x), -1, -1)
+        return x.movedim(1, -1).index_put((images, rows, columns), values).movedim(-1, 1)
+
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Return for each example 0 if nothing changed, 1 if one patch covers all changes, else infinity."""
-        changed = (x_adv != x).any(1).to(x)
+        """Return for each example 0 if nothing changed, 1 if one patch covers all changes, and they have printable
+        colours, else infinity.
+        """
+        differs = (x_adv != x).any(1)
+        changed = differs.to(x)
         missed = changed.flatten(1).sum(1) - self.sums(changed, x.shape[1:]).flatten(1).amax(1)
         anything = changed.flatten(1).any(1).to(x)
         # A number of pixels that was computed from averages is not exact.
-        return torch.where(missed > 0.5, torch.inf, anything)
+        outside = missed > 0.5
+        if self.colours is not None:
+            content = json.loads(self.content)
+            step = max(high - low for low, high in zip(content["low"], content["high"], strict=True)) / 255
+            away = (x_adv - self.printed(x_adv, differs[:, None])).abs().flatten(1).amax(1)
+            outside |= away > step / 2  # as an image of 8 bits stores them
+        return torch.where(outside, torch.inf, anything)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return the images with all changes undone outside one patch, placed where it contains most of the change, and
-        with its values clamped to their valid range.
+        with its values clamped to their valid range, or in printable colours.
         """
         clamped = bounds.clamp(x_adv)
         size = self.sums(((clamped - x) ** 2).sum(1), x.shape[1:])
         best = size.flatten(1).argmax(1)
         rows, columns = self.places(x.shape[1:])
         corners = (best // len(columns) + rows.start, best % len(columns) + columns.start)
-        return torch.where(self.mask(x, corners), clamped, x)
+        inside = self.mask(x, corners)
+        return torch.where(inside, self.printed(clamped, inside), x)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return the sign of the gradient, multiplied by the width of the range of valid values."""
@@ -349,7 +449,7 @@ class Patch(Constraint):
         low, high = bounds.like(batch.x)
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         inside = self.mask(batch.x, self.drawn(batch.ids, batch.x.shape[1:], rng))
-        return torch.where(inside, low + u * (high - low), batch.x)
+        return torch.where(inside, self.printed(low + u * (high - low), inside), batch.x)
 
     def resized(self, eps: float) -> "Patch":
         """Return the patch itself for any `eps`, because a patch has no radius."""
@@ -363,6 +463,8 @@ class Patch(Constraint):
         inside = values[
             :, None, rows.start : rows.stop + self.height - 1, columns.start : columns.stop + self.width - 1
         ]
+        if not self.pixels.all():
+            return F.conv2d(inside, self.pixels.to(inside)[None, None])[:, 0]
         size = (self.height, self.width)
         return F.avg_pool2d(inside, size, stride=1)[:, 0] * (self.height * self.width)
 

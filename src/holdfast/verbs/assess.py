@@ -8,16 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from holdfast.certifiers.patch_masks import PatchMasks
 from holdfast.certifiers.protocol import Prover, StatisticalProver
-from holdfast.core.batch import Batch, Data
-from holdfast.core.catalogue import CASCADE, LATE, MASKING, SMOOTHING, TREES, load
+from holdfast.core.batch import Batch
+from holdfast.core.catalogue import CASCADE, LATE, MASKING, PATCH_MASKS, SMOOTHING, TREES, load
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.gates.grammar import look_sizes, parse_until
 from holdfast.io.data.data import in_random_blocks, selected
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.io.remote.served_model import inspection_counter
 from holdfast.runs.assess.assess import assess
-from holdfast.runs.assess.certify import certify_request, reads_trees, smoothed_subject, without_attacks
+from holdfast.runs.assess.certify import (
+    certify_request,
+    masked_subject,
+    reads_trees,
+    smoothed_subject,
+    with_short_attacks,
+    without_attacks,
+)
 from holdfast.runs.assess.expected_time import ExpectedCost, Rehearsed, expected_seconds, rehearsed
 from holdfast.runs.assess.preparation import readied
 from holdfast.runs.assess.request import AssessRequest, DescribedModel, Keep, MeasureAttackers, Opened
@@ -99,22 +108,7 @@ def measured(
             notify=notify,
             detail=detail,
         )
-        rate = getattr(data, "sampling_rate", None)
-        if place is not None and settings.save_adversarial and rate is not None:
-            _write_clips(place / "clips", result, data, rate)
-            notify(f"clips: {place / 'clips'}")
     return replace(result, explaining=partial(_explained, settings))
-
-
-def _write_clips(folder: Path, result: Result, data: Data, rate: int) -> None:
-    """Write the stored adversarial clips of a run as files in folders of classes."""
-    from holdfast.io.data.clips import write_clips  # late: few inputs are clips
-
-    ids = result.adversarial.get("id", torch.empty(0)).tolist()
-    labels = dict(zip(result.evidence["id"].tolist(), result.evidence["y"].tolist(), strict=True))
-    y = [labels[example] for example in ids]
-    classes = data.classes or tuple(map(str, range(max(labels.values(), default=0) + 1)))
-    write_clips(folder, result.adversarial.get("x", torch.empty(0)), y, ids, classes, rate)
 
 
 def _explained(settings: Assess | Certify, result: Result, index: int | None) -> "Explained":
@@ -128,6 +122,10 @@ def estimated(settings: Assess | Certify) -> ExpectedCost | Rehearsed:
     """Return the expected cost of a run, from a few examples: for a model behind a server, the number of rows that the
     run would send to it, otherwise the numbers of passes and the time.
     """
+    if settings.threat.change.domain is CONTROL:
+        raise UsageError(
+            f"the threat {settings.threat} is for a policy, whose cost is not estimated", Remedy("dry_run")
+        )
     baseline = baseline_run(settings)
     if isinstance(settings.model, str) and settings.model.partition(":")[0] in SCHEMES:
         return _estimated_rows(settings, baseline)
@@ -166,13 +164,25 @@ def _estimated_rows(settings: Assess | Certify, baseline: Result | None) -> Rehe
 
 def opened(settings: Assess | Certify) -> Opened:
     """Open the model, the data and the surrogates of an assessment or a certification, whose model may be the smoothed
-    classifier of the opened one.
+    classifier of the opened one, or the vote over masks.
     """
     subject, data, surrogates = open_all(settings)
     if isinstance(settings, Assess) and settings.until is not None and len(data):
         data = in_random_blocks(data, look_sizes(len(data)), settings.seed)
-    smoothing = _statistical(settings)
-    return subject if smoothing is None else smoothed_subject(subject, smoothing), data, surrogates
+    smoothing, masks = _statistical(settings), _patch_masks(settings)
+    if smoothing is not None:
+        subject = smoothed_subject(subject, smoothing)
+    if masks is not None:
+        vote = masks.net(subject.model, data.read(0, 1).x, settings.threat.opened())
+        subject = masked_subject(subject, vote)
+    return subject, data, surrogates
+
+
+def _patch_masks(settings: Assess | Certify) -> PatchMasks | None:
+    """Return the method of a certification if it certifies the vote over masks of the model; otherwise None."""
+    if not isinstance(settings, Certify) or settings.chosen_method != PATCH_MASKS:
+        return None
+    return PatchMasks() if settings.masks is None else PatchMasks(settings.masks)
 
 
 def _statistical(settings: Assess | Certify) -> StatisticalProver | None:
@@ -196,12 +206,13 @@ def _request(
     of attackers of a rotation pool.
     """
     subject, data, surrogates = opened
-    settings = with_numbered_goal(settings, subject.model, data)
+    settings, masks = with_numbered_goal(settings, subject.model, data), _patch_masks(settings)
     request = assess_request(
         settings,
         baseline=None if baseline is None else baseline.evidence,
         device=device_of_model(settings, subject),
-        target=subject.model.access,
+        # no suite attacks patches without gradients; such a request is then without attacks
+        target="gradients" if masks is not None else subject.model.access,
         trees=reads_trees(subject.model),
     )
     if not settings.threat.constraint.changes_inputs:
@@ -212,6 +223,10 @@ def _request(
     if smoothing is not None:
         request = certify_request(request, [smoothing], [])
         request = request if subject.model.access == "gradients" else without_attacks(request)
+    elif masks is not None:
+        request = certify_request(request, [masks], [])
+        attacked = subject.model.access == "gradients"
+        request = with_short_attacks(request) if attacked else without_attacks(request)
     elif isinstance(settings, Certify):
         request = certify_request(request, *_provers(settings, subject), settings.geometry)
         request = request if request.plan.members else without_attacks(request)

@@ -1,7 +1,7 @@
 """Opens a policy and its environment, and assesses, certifies, hardens or explains the policy."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,7 @@ def hardened_policy(
     recipe = built(Hardening, given, "recipe robust-policy", "recipe")
     budget = None if settings.budget is None else seconds(settings.budget, "budget")
     work = hardened_policies.PolicyHardening(how, recipe, budget)
-    written = {
-        "method": recipe.method,
-        **{name: value for name, value in vars(recipe).items() if name != "ppo"},
-    }
-    own = {**settings_of(how), "recipe": written, "budget_s": budget}
+    own = {**settings_of(how), "recipe": asdict(recipe), "budget_s": budget}
     request = replace(
         request_of(
             settings, "hardened-policy", how, policy, environment, own=own, steps=work.steps, command=command

@@ -103,6 +103,12 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
     if result is None and isinstance(settings.model, str | Path) and _is_audit(Path(settings.model)):
         from holdfast.explanation.episode import explain_episode  # late, as few models are policies
 
+        for name in sorted(settings.model_fields_set - {"model", "output"}):
+            raise UsageError(
+                f"{name} is {getattr(settings, name)!r}, and {str(settings.model)!r} is a run with a policy, whose "
+                "stored episode is explained",
+                Remedy(name),
+            )
         return explain_episode(Path(settings.model))
     settings, run = _with_run(settings) if result is None else (settings, result)
     with _opened(settings, run) as (subject, data, target):

@@ -80,7 +80,8 @@ def certify(
     deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
     of at most `failure_probability` (0.001 by default) for each example. With `clip`, noisy inputs are first clamped to
     the legal range. `method="masking"` is the same for models of texts, with random masks that `keep` a share of the
-    words and replace the others by `mask`.
+    words and replace the others by `mask`. Under a threat such as `patch:4x4` the model of the result is the vote over
+    masks of `model` (`method="patch-masks"`), with `masks` masks along each axis of an image (6 by default).
     With `geometry`, the report shows the decision boundary around as many examples.
     The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
     other arguments are those of `assess`.

@@ -3,6 +3,7 @@ request.
 """
 
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from functools import cache, partial
@@ -37,6 +38,7 @@ from holdfast.runs.harden.checkpoints import EpochLog, OnEpoch, opened_trackers
 from holdfast.runs.harden.harden import harden, refuse_unfit, refuse_unmeasured
 from holdfast.runs.harden.hardened import Hardened
 from holdfast.runs.harden.held_out import without_held
+from holdfast.runs.harden.pace import Clock
 from holdfast.settings.grammar import AUTO, parse_log, seconds
 from holdfast.settings.groups import DataSource, ExampleSelection
 from holdfast.settings.values import address_of
@@ -117,9 +119,11 @@ def hardened(
     command: str = "",
     on_epoch: OnEpoch | None = None,
     held_out: Batch | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Hardened[Any, Any]:
     """Open the model and the data of a hardening, and take the steps of the run. Examples that are equal to one of
-    `held_out` are not trained on. A recipe for generators trains a GAN instead.
+    `held_out` are not trained on. `clock` returns the seconds in which the budget is counted. A recipe for generators
+    trains a GAN instead.
     """
     if settings.threat.change.domain is CONTROL:
         from holdfast.verbs.control import hardened_policy  # late, as few models are policies
@@ -155,6 +159,7 @@ def hardened(
                 progress=progress,
                 notify=notify,
                 detail=detail,
+                clock=clock,
             )
 
 

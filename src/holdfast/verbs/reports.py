@@ -3,6 +3,7 @@ evidence for each requirement of a standard, read from folders of runs, audits, 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from holdfast.monitoring.watching import Alarm
 from holdfast.monitoring.watching import Source as MonitoredSource
 from holdfast.reports import audit
 from holdfast.reports.audit import headline
+from holdfast.reports.print_sheet import PrintedPatch, write_sheet
 from holdfast.reports.terminal import as_lines, body
 from holdfast.reports.tree import Cell, Facts, Paragraph, Report, Section, Table
 from holdfast.reports.words import amount, capitalized, open_doubts, threat_syntax
@@ -34,7 +36,14 @@ from holdfast.reports.write import rendered, write
 from holdfast.rotation.ledger import verify_pool
 from holdfast.runs.assess.result import Result
 from holdfast.runs.documents.record import consistent
-from holdfast.runs.documents.stored_runs import Comparison, RunEntry, open_run, refuse_false, runs_in
+from holdfast.runs.documents.stored_runs import (
+    Comparison,
+    RunEntry,
+    learned_values,
+    open_run,
+    refuse_false,
+    runs_in,
+)
 from holdfast.runs.store.columns import refuse_form
 from holdfast.runs.store.files import AUDIT_MARK, MANIFEST, POOL_MANIFEST, content_of
 from holdfast.runs.store.folder import parsed, read_manifest
@@ -42,6 +51,7 @@ from holdfast.runs.store.verify import Verified
 from holdfast.runs.store.verify import verify as verify_folder
 from holdfast.server.audit_folder import server_records, verify_audit
 from holdfast.server.keys import read_keys
+from holdfast.threats.transformations import Patch
 
 if TYPE_CHECKING:
     from holdfast.explanation.case import Explained
@@ -59,6 +69,40 @@ def report(run: str | Path) -> Result | AuditResult:
     if is_audit(Path(run)):
         return open_audit(Path(run))
     return replace(open_run(Path(run)), explaining=_explained)
+
+
+def print_sheet(run: str | Path, path: str | Path, size: str) -> Path:
+    """Write a sheet with the learned patch of a finished run in its true size, and return its path.
+
+    `path` is the path of a PDF, and `size` the width of what the images show, such as `60cm`. Raises `UsageError` for
+    another size, and for a run without a learned patch in printable colours.
+    """
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?) ?(mm|cm|m|in)", size)
+    if matched is None or float(matched[1]) <= 0:
+        raise UsageError(
+            f"the print size is {size!r}; expected the width of what an image shows, as in --print-size 60cm (mm, cm, "
+            "m, in)"
+        )
+    opened = open_run(Path(run))
+    patch = opened.evidence.threat.constraint
+    learned = {} if opened.training is not None else learned_values(Path(run))
+    values = next(
+        (x for x in learned.values() if isinstance(patch, Patch) and x.shape[2:] == patch.pixels.shape), None
+    )
+    if not isinstance(patch, Patch) or patch.colours is None or values is None:
+        raise UsageError(
+            f"the run {str(run)!r} has no learned patch in printable colours, and its threat is {patch}; a sheet needs "
+            'a run such as assess MODEL DATA --threat patch:8x8,at=centre,printable=default --set "attacks=[{use: '
+            'AdversarialPatch}]"'
+        )
+    height, width = read_manifest(Path(run))["data"]["shape"][1:]
+    return write_sheet(
+        PrintedPatch(patch, values, (height, width)), Path(path), float(matched[1]) * _CM[matched[2]]
+    )
+
+
+_CM = {"mm": 0.1, "cm": 1.0, "m": 100.0, "in": 2.54}
+"""centimetres of each unit of a print size"""
 
 
 def _explained(result: Result, index: int | None) -> "Explained":

@@ -20,6 +20,7 @@ from holdfast.core.catalogue import (
     AUDITS,
     GENERATOR_RECIPES,
     MASKING,
+    PATCH_MASKS,
     POLICY_RECIPES,
     PROVERS,
     REPORT_FILE,
@@ -292,6 +293,7 @@ _OF_METHODS = {
     "clip": (SMOOTHING,),
     "keep": (MASKING,),
     "mask": (MASKING,),
+    "masks": (PATCH_MASKS,),
     "draws": _RANDOM,
     "failure_probability": _RANDOM,
 }
@@ -338,6 +340,11 @@ class CertifyOptions(SettingGroup):
         description="Word in the place of the others of --method masking (default: [MASK]); with an empty one they are "
         "deleted.",
     )
+    masks: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Number of masks of --method patch-masks along each axis of an image (default: 6). More masks hide "
+        "less of an image each, and take more time.",
+    )
     geometry: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
         description="Add the geometry of the decision boundary around the first N examples to the report: proved and "
@@ -349,6 +356,11 @@ class CertifyOptions(SettingGroup):
     save_adversarial: Annotated[bool, Flag()] = Field(
         default=False, description="Store all adversarial examples in the run folder."
     )
+
+    @property
+    def chosen_method(self: Any) -> str:
+        """The method; for `auto`, that of the threat if it has only one."""
+        return PATCH_MASKS if self.method == AUTO and self.threat.name == "patch" else str(self.method)
 
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for smoothing without a noise level, for a method that does not fit the threat, and for
@@ -366,23 +378,31 @@ class CertifyOptions(SettingGroup):
                 f"{prefix}method is {self.method}, which certifies changed words of texts, and the threat is "
                 f"{self.threat}; give a threat such as text:edits=2,words=3"
             )
+        of_patches, method = self.threat.name == "patch", self.chosen_method
+        if method in PROVERS and of_patches != (method == PATCH_MASKS):
+            what = "certifies patches in images" if method == PATCH_MASKS else "certifies no patches"
+            raise UsageError(
+                f"{prefix}method is {method}, which {what}, and the threat is {self.threat}",
+                Remedy("method", PATCH_MASKS) if of_patches else Remedy("threat", "patch:4x4"),
+            )
         if self.method == SMOOTHING and self.sigma is None:
             raise UsageError(
                 f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise",
                 Remedy("sigma", Placeholder("SIGMA"), reason="such as twice the eps of the threat"),
             )
-        if self.geometry is not None and (of_texts or self.method == SMOOTHING):
-            why = "the threat is on texts" if of_texts else "the method is smoothing, which has none"
+        if self.geometry is not None and (of_texts or method in (SMOOTHING, PATCH_MASKS)):
+            why = "the threat is on texts" if of_texts else f"the method is {method}, which has none"
             raise UsageError(
                 f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and {why}",
                 Remedy("geometry"),
             )
         random = MASKING if of_texts else SMOOTHING
         for key, methods in _OF_METHODS.items():
-            if getattr(self, key) not in (None, False) and self.method not in methods:
+            if getattr(self, key) not in (None, False) and method not in methods:
+                kind = "" if methods == (PATCH_MASKS,) else "randomised "
                 raise UsageError(
-                    f"{written.get(key, prefix + key)} concerns randomised {' and '.join(methods)}, and the method is "
-                    f"{self.method}",
+                    f"{written.get(key, prefix + key)} concerns {kind}{' and '.join(methods)}, and the method is "
+                    f"{method}",
                     *((Remedy("method", random),) if random in methods else ()),
                     Remedy(key),
                 )

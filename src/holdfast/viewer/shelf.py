@@ -174,10 +174,12 @@ def _item(path: Path, kind: Kind) -> Item:
             item, kind="adaptation" if item.kind == "adaptation" else "unreadable", fault=str(error)
         )
     verdict = "" if entry.exit_code is None else _VERDICTS.get(entry.exit_code, "")
-    verdict = "no gate" if verdict == "pass" and not entry.gates and entry.verb != "harden" else verdict
-    return replace(
-        item, kind="audit" if entry.verb.startswith("audit ") else "run", entry=entry, verdict=verdict
+    verdict = (
+        "no gate"
+        if verdict == "pass" and not entry.gates and (entry.is_audit or entry.verb != "harden")
+        else verdict
     )
+    return replace(item, kind="audit" if entry.is_audit else "run", entry=entry, verdict=verdict)
 
 
 def _is_finished(item: Item) -> bool:

@@ -36,18 +36,6 @@ def expect_patch(constraint: Constraint, attack: object) -> Patch:
     )
 
 
-def pasted(x: Inputs, filling: Tensor, corners: Corners) -> Inputs:
-    """Return the images with the patch values `filling` (1, channels, height, width) pasted at a position of each
-    image. The result is differentiable in `filling`.
-    """
-    height, width = filling.shape[2:]
-    rows = corners[0][:, None, None] + torch.arange(height, device=x.device)[:, None]
-    columns = corners[1][:, None, None] + torch.arange(width, device=x.device)
-    images = torch.arange(len(x), device=x.device)[:, None, None]
-    values = filling.permute(0, 2, 3, 1).expand(len(x), -1, -1, -1)
-    return x.permute(0, 2, 3, 1).index_put((images, rows, columns), values).permute(0, 3, 1, 2)
-
-
 Amounts = Mapping[str, PerExample]
 """amount along each axis for each example, by name of the axis"""
 
@@ -319,7 +307,7 @@ class Pasted:
             if not len(remaining):
                 break
             corners = (corner[0].expand(len(remaining)), corner[1].expand(len(remaining)))
-            x = self._pasted(model, remaining, corners)
+            x = self._pasted(model, remaining, threat, corners)
             with torch.no_grad():
                 best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
         return best.x
@@ -334,7 +322,7 @@ class Pasted:
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         """Return the images with the patch at one random position of each image, without queries of the model."""
         patch = expect_patch(threat.constraint, self)
-        return self._pasted(model, batch, patch.drawn(batch.ids, batch.x.shape[1:], rng.at("place")))
+        return self._pasted(model, batch, threat, patch.drawn(batch.ids, batch.x.shape[1:], rng.at("place")))
 
     def _corners(self, threat: ThreatModel, shape: torch.Size, rng: Draws) -> Tensor:
         """The upper left corners that are tried, in order: int64 (places, 2)."""
@@ -343,8 +331,10 @@ class Pasted:
         chosen = positions[rng.bits(positions).argsort()[: self.places]]
         return torch.stack((chosen // len(columns) + rows.start, chosen % len(columns) + columns.start), 1)
 
-    def _pasted(self, model: Model, batch: Batch, corners: Corners) -> Inputs:
-        return model.bounds.clamp(pasted(batch.x, self.learned.to(batch.x), corners))
+    def _pasted(self, model: Model, batch: Batch, threat: ThreatModel, corners: Corners) -> Inputs:
+        return model.bounds.clamp(
+            expect_patch(threat.constraint, self).pasted(batch.x, self.learned.to(batch.x), corners)
+        )
 
 
 def expect_table(constraint: Constraint, attack: object) -> Table:

@@ -254,6 +254,8 @@ def region_of(x: Inputs, constraint: Constraint, bounds: Bounds) -> Region:
     # rounding to the data type may move the ends inwards
     below = below.nextafter(torch.full_like(below, -torch.inf))
     above = above.nextafter(torch.full_like(above, torch.inf))
+    free = constraint.changeable(x)
+    below, above = torch.where(free, below, x), torch.where(free, above, x)
     least, most = torch.maximum(below, low), torch.minimum(above, high)
     if bool((least > most).any()):
         raise UsageError(

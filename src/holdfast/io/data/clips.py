@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError, UsageError, data_argument
 from holdfast.core.model import Bounds
 from holdfast.io.data import pictures
@@ -92,7 +93,9 @@ def open_clips(
     y, classes, objection, notes = files.numbered(expected, choice.n)
     changed = sum(old != rate for old in rates)
     if changed:
-        notes += (f"{changed:,} of {len(clips):,} clips were resampled to {rate:,} Hz",)
+        notes += (
+            f"{changed:,} of {len(clips):,} clips {'was' if changed == 1 else 'were'} resampled to {rate:,} Hz",
+        )
     seconds = [clip.shape[1] / rate for clip in clips]
     ends = (
         f"{min(seconds):.3g} to {max(seconds):.3g} s"
@@ -262,14 +265,16 @@ def _notes_on_values(x: Array, name_of: Callable[[int], str]) -> tuple[str, ...]
     counted = (
         (
             silent,
-            "have no sound",
-            "; their signal-to-noise ratio is undefined, and threats relative to the clip exclude them",
+            ("has", "have"),
+            "no sound",
+            "; silence has no signal-to-noise ratio, and threats relative to the clip exclude it",
         ),
-        (clipped, f"are clipped ({_CLIPPED} or more successive samples at full scale)", ""),
+        (clipped, ("is", "are"), f"clipped ({_CLIPPED} or more successive samples at full scale)", ""),
     )
     return tuple(
-        f"{rows.sum():,} of {len(x):,} clips {what}, first {name_of(int(rows.argmax()))}{consequence}"
-        for rows, what, consequence in counted
+        f"{rows.sum():,} of {len(x):,} clips {verbs[int(rows.sum() > 1)]} {what}, first "
+        f"{name_of(int(rows.argmax()))}{consequence}"
+        for rows, verbs, what, consequence in counted
         if rows.any()
     )
 
@@ -299,19 +304,24 @@ def wav_content(x: torch.Tensor, sampling_rate: int) -> bytes:
 
 def write_clips(
     folder: Path, x: torch.Tensor, y: Sequence[int], ids: Sequence[int], classes: Sequence[str], rate: int
-) -> None:
+) -> dict[str, str]:
     """Write clips with the labels `y` as `.wav` files of 16 bits into one folder for each class, which `open_clips`
-    reads. They keep their padding, on which the outputs of a model may depend.
+    reads. They keep their padding, on which the outputs of a model may depend. Return the SHA-256 of each file by its
+    path in the folder.
 
     A class whose name is no name of a folder gets its number. Raises `TargetError` if a file cannot be written.
     """
     named = all(re.fullmatch(r"\w[\w .-]{0,99}", name) for name in classes)
     folders = [folder / (name if named else str(place)) for place, name in enumerate(classes)]
+    digests = {}
     try:
         for each in folders:
             each.mkdir(parents=True, exist_ok=True)
         for clip, label, example in zip(x, y, ids, strict=True):
-            with replacing(folders[label] / f"{example}.wav") as file:
-                file.write(wav_content(clip, rate))
+            path, content = folders[label] / f"{example}.wav", wav_content(clip, rate)
+            with replacing(path) as file:
+                file.write(content)
+            digests[path.relative_to(folder).as_posix()] = digest(content)
     except OSError as error:
         raise TargetError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+    return digests

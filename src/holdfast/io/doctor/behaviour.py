@@ -38,6 +38,7 @@ from holdfast.io.models.estimators import Estimator
 from holdfast.io.remote import probing
 from holdfast.io.remote.served_model import InspectionCounter, inspection_counter, rows_of_calls
 from holdfast.statistics.intervals import against_majority
+from holdfast.threats.domains import Domain
 
 SAMPLE = 256
 """Number of examples in the sample that the checks use."""
@@ -411,22 +412,24 @@ _ASKED = 20
 """Number of examples that are sent if the server accepts any number of rows."""
 
 
-def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
+def examine_served(model: Classifier, data: Data, domain: Domain | None) -> tuple[Finding, ...]:
     """Run the checks of `holdfast doctor` on a model behind a server, and return their findings. The last one states
-    how many inputs were sent.
+    how many inputs were sent. `domain` is that of the inputs if it is known.
 
     Raises `TargetError` if the model can be run on the data neither in this layout nor with the channels last.
     """
     server = inspection_counter(model)
     assert server is not None
-    findings = without_estimates(_findings(model, data, server))
+    findings = without_estimates(_findings(model, data, server, domain))
     if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
         findings = tuple(finding for finding in findings if finding.check != "labels")
     text = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
     return (*findings, Finding("rows sent", "good", text))
 
 
-def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Iterator[Finding]:
+def _findings(
+    model: Classifier, data: Data, server: InspectionCounter, domain: Domain | None
+) -> Iterator[Finding]:
     yield from strange_classes(data)
     sample = spread_examples(data, SAMPLE, model)
     yield from range_of_values(model, sample.x, data)
@@ -453,7 +456,7 @@ def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Itera
         yield Finding("layout", "problem", text, way_out)
     else:
         ends, names = range_of_labels(data, sample), names_of_labels(data)
-        yield from _response_findings(model, batch, logits, ends, n_again, server, names)
+        yield from _response_findings(model, batch, logits, ends, n_again, server, names, domain)
 
 
 def _response_findings(
@@ -464,6 +467,7 @@ def _response_findings(
     again: int,
     server: InspectionCounter,
     names: tuple[str, ...] | None,
+    domain: Domain | None,
 ) -> Iterator[Finding]:
     """Yield the findings about the first responses. The first `again` examples are sent once more. `names` are the
     class names if the labels of the data are names.
@@ -482,6 +486,7 @@ def _response_findings(
         left=lambda: server.remaining,
         moved_by=moved,
         names=names,
+        domain=domain,
     )
     off = tuple(label_findings(examined))
     yield from (*outputs(examined), *off, *accuracy_of(examined))

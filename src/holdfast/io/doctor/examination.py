@@ -21,11 +21,13 @@ from holdfast.io.doctor.readings import (
     units,
 )
 from holdfast.io.remote.probing import settle_output, settle_predictions
+from holdfast.threats.domains import TEXT, Domain
 
 
-def examine(model: Classifier, data: Data, *, texts: bool = False) -> tuple[Finding, ...]:
+def examine(model: Classifier, data: Data, *, domain: Domain | None = None) -> tuple[Finding, ...]:
     """Run all checks of `holdfast doctor` on a model and a data set, and return their findings. The train or eval mode
-    of the model is restored. The values of `texts` are code points, whose range is not checked.
+    of the model is restored. `domain` is that of the inputs if it is known. The values of texts are code points, whose
+    range is not checked, and clips have no normalisation of images.
 
     At most 64 rows are sent to a served model; this number includes the rows that were sent when the data were opened,
     if those were counted. Raises `TargetError` if the model can be run on the data neither in this layout nor with the
@@ -34,7 +36,7 @@ def examine(model: Classifier, data: Data, *, texts: bool = False) -> tuple[Find
     if not len(data):
         raise TargetError(f"{data.name} contains no examples; expected at least one")
     if model.remote:
-        return behaviour.examine_served(model, data)
+        return behaviour.examine_served(model, data, domain)
     batch = behaviour.spread_examples(data, behaviour.SAMPLE, model)
     left_in_training = in_training(model)
     room = Room(batch_size_for(batch.x[0].numel(), "cpu"))
@@ -45,7 +47,7 @@ def examine(model: Classifier, data: Data, *, texts: bool = False) -> tuple[Find
 
         def found(batch_size: int) -> tuple[Finding, ...]:
             return behaviour.without_estimates(
-                _findings(model, batch, left_in_training, data, batch_size, texts=texts)
+                _findings(model, batch, left_in_training, data, batch_size, domain)
             )
 
         findings = () if unclear else in_room(found, room, 0, len(batch))
@@ -59,20 +61,20 @@ def misfit(
     batch: Batch,
     batch_size: int,
     names: tuple[str, ...] | None = None,
-    *,
-    texts: bool = False,
+    domain: Domain | None = None,
 ) -> tuple[Finding | None, int]:
     """Return a finding if the data do not fit the model, otherwise None, together with the number of forward passes
     that were made.
 
-    The function checks labels, layout, normalisation, scale and value range, of `texts` only labels. `names` are the
-    class names in the order of their numbers, if the labels of the data are names. The model must be in eval mode, and
+    The function checks labels, layout, normalisation, scale and value range, of texts only labels. `names` are the
+    class names in the order of their numbers, if the labels of the data are names, and `domain` is that of the inputs
+    if it is known. The model must be in eval mode, and
     the inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
     them, otherwise about fifteen.
     """
     logits = outputs_in_batches(model, batch.x, batch_size)
-    examined = Examined(model, batch, (), logits, batch_size, names=names)
-    checks = (class_orders, labels_from_one, *(() if texts else (layouts, units)))
+    examined = Examined(model, batch, (), logits, batch_size, names=names, domain=domain)
+    checks = (class_orders, labels_from_one, *(() if domain is TEXT else (layouts, units)))
     problem = next(
         (problem for check in checks for problem in check(examined) if problem.level == "problem"), None
     )
@@ -101,8 +103,7 @@ def _findings(
     left_in_training: tuple[str, ...],
     data: Data,
     batch_size: int,
-    *,
-    texts: bool,
+    domain: Domain | None,
 ) -> Iterator[Finding]:
     wrong_layout = _layout(model, batch)
     if wrong_layout is not None:
@@ -113,15 +114,15 @@ def _findings(
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in its code instead of x -= mean")
     classes = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
     ends = behaviour.range_of_labels(data, batch)
-    if not texts:
+    if domain is not TEXT:
         yield from behaviour.range_of_values(model, batch.x, data)
     yield from behaviour.labels_outside(*ends, classes, remote=model.remote, class_labels=model.class_labels)
     y, rows = behaviour.known_labels(batch.y, classes, ends)
     batch = Batch(behaviour.moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
     logits, names = outputs_in_batches(model, batch.x, batch_size), behaviour.names_of_labels(data)
-    examined = Examined(model, batch, left_in_training, logits, batch_size, names=names)
+    examined = Examined(model, batch, left_in_training, logits, batch_size, names=names, domain=domain)
     for check in _CHECKS:
-        if check is not units or not texts:
+        if check is not units or domain is not TEXT:
             yield from check(examined)
 
 

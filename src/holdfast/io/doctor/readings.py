@@ -24,6 +24,7 @@ from holdfast.core.types import Inputs, Logits
 from holdfast.io.data.labels import listed
 from holdfast.io.remote.probing import BYTES, NORMALISATIONS, extremes, outside, range_of_training
 from holdfast.statistics.intervals import against_majority
+from holdfast.threats.domains import SIGNAL, Domain
 
 Level = Literal["problem", "warning", "note", "good"]
 
@@ -105,6 +106,8 @@ class Examined:
     """value of `moved` if it was already measured, else None"""
     names: tuple[str, ...] | None = None
     """class names in the order of their numbers, if the labels of the data are names; else None"""
+    domain: Domain | None = None
+    """domain of the inputs if it is known"""
 
     def ask(self, model: Classifier, x: Tensor) -> Tensor:
         """Return the outputs of `model` on the inputs `x`, and count them as queries of the check.
@@ -307,7 +310,9 @@ def units(examined: Examined) -> Iterator[Finding]:
     """Yield findings for inputs in wrong units: values in a small range, a wrong normalisation, or another scale."""
     findings = tuple(_filled(examined))
     if not findings and examined.may_be_beaten:
-        findings = tuple(_normalisation(examined)) or tuple(_scale(examined))
+        findings = tuple(_normalisation(examined))
+        if not findings and examined.domain is not SIGNAL:
+            findings = tuple(_scale(examined))
     yield from findings
 
 
@@ -390,7 +395,7 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             yield Finding("normalisation", "problem", text, way_out, without - examined.accuracy)
         return
     best, findings = examined.accuracy, tuple[Finding, ...]()
-    for name, (mean, std) in NORMALISATIONS.items():
+    for name, (mean, std) in {} if examined.domain is SIGNAL else NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
         undone = (

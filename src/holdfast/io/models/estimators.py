@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from holdfast.core.batch import CLASSIFIERS_ONLY
 from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.model import Bounds
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Access, Layout
 
@@ -42,6 +43,7 @@ class Adapted:
     """names of the columns that the model was fitted on, in their order"""
     output: OutputKind | None = None
     layout: Layout | None = None
+    bounds: Bounds | None = None
 
 
 def contents(estimator: Any) -> str:

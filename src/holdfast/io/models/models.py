@@ -171,6 +171,7 @@ class Declared:
         properties.
         """
         properties = Declared(
+            bounds=adapted_model.bounds,
             classes=adapted_model.classes,
             output=adapted_model.output,
             layout=adapted_model.layout,

@@ -23,11 +23,13 @@ from holdfast.attacks.parts.images import edited
 from holdfast.core.batch import Data, decoded, encoded
 from holdfast.core.errors import TargetError, UsageError, importing
 from holdfast.core.model import Classifier
+from holdfast.io.data.clips import SIGNAL_BOUNDS
 from holdfast.io.files import names_of
 from holdfast.io.models.adapting import TextFunction
 from holdfast.io.models.estimators import Adapted, Estimator
 from holdfast.io.models.weights import Weights, empty_network, read_once, read_state_dict, refuse_not_finite
 from holdfast.io.remote.probing import ProbedClassifier
+from holdfast.threats.signals import sound_of
 from holdfast.threats.text_edits import TextEdits
 
 _LARGEST_SIDE = 4096
@@ -82,6 +84,34 @@ class ProcessedImages(nn.Module):
             smooth = {} if self.mode == "nearest-exact" else {"antialias": True, "align_corners": False}
             x = F.interpolate(x, self.size, mode=self.mode, **smooth).clamp(0, 1)
         return F.conv2d(x, self.colours[:, :, None, None], self.offset)
+
+
+class ProcessedClips(nn.Module):
+    """A network of transformers that is called with clips (n, samples) with values from -1 to 1."""
+
+    def __init__(self, model: nn.Module, extractor: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.sampling_rate = int(extractor.sampling_rate)
+        """sampling rate in Hz of the clips on which the network was trained"""
+        self.normalises, self.masks = bool(extractor.do_normalize), bool(extractor.return_attention_mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the clips."""
+        mask = {"attention_mask": sound_of(x).long()} if self.masks else {}
+        logits: Tensor = self.model(input_values=self.processed(x), **mask).logits
+        return logits
+
+    def processed(self, x: Tensor) -> Tensor:
+        """Return the clips as the network expects them: the sound of each has mean 0 and variance 1 if the extractor
+        normalises, and padding is zero.
+        """
+        if not self.normalises:
+            return x
+        sound = sound_of(x)
+        n = sound.sum(-1, keepdim=True)
+        centred = (x - x.sum(-1, keepdim=True) / n) * sound
+        return centred / (centred.square().sum(-1, keepdim=True) / n + 1e-7).sqrt()
 
 
 def refuse_large_sizes(settings: Mapping[str, Any], path: str) -> None:
@@ -185,6 +215,7 @@ def _applied(processor: Any, images: NDArray[np.uint8], **steps: bool) -> Tensor
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 _TEXT_HEAD, _IMAGE_HEAD = "ForSequenceClassification", "ForImageClassification"
+_CLIP_HEAD, _EXTRACTOR = "ForAudioClassification", "Wav2Vec2FeatureExtractor"
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = (
     *_TOKENIZERS,
@@ -248,7 +279,7 @@ class TokenisedTexts(TextFunction):
 
 
 def open_folder(folder: Path, *, texts: bool) -> OpenedFolder:
-    """Return the model of a folder, of texts or of images by its configuration. `texts` is whether the threat is on
+    """Return the model of a folder, of texts, images or clips by its files. `texts` is whether the threat is on
     texts.
 
     Raises `UsageError` without transformers and for a threat on other inputs than those of the model, and `TargetError`
@@ -264,24 +295,29 @@ def open_folder(folder: Path, *, texts: bool) -> OpenedFolder:
     content = {CONFIG: read(folder / CONFIG)}
     heads = [str(head) for head in _object(folder, CONFIG, content).get("architectures") or []]
     of_images = any(_IMAGE_HEAD in head for head in heads)
-    _refuse_incomplete(folder, present, of_images=of_images)
-    if of_images == texts:
+    of_clips = not of_images and (PROCESSOR in present or any(_CLIP_HEAD in head for head in heads))
+    _refuse_incomplete(folder, present, processed=of_images or of_clips)
+    if (of_images or of_clips) == texts:
+        inputs, example = ("images", "linf:8/255") if of_images else ("clips", "snr:40dB")
         raise UsageError(
-            f"{str(folder)!r} is a model of images, and the threat is on texts; give one on images, such as "
-            "linf:8/255"
-            if of_images
+            f"{str(folder)!r} is a model of {inputs}, and the threat is on texts; give one on {inputs}, such as "
+            f"{example}"
+            if texts
             else f"{str(folder)!r} is a folder, whose model is called with texts, and there is no threat on texts such "
             "as text:edits=2,words=3; assess it with one, or give the file of another model"
         )
     missing = f"{str(folder)!r} is a model of transformers, which is not installed"
     transformers = importing("transformers", missing, "text")
-    names = (PROCESSOR,) if of_images else _TOKENIZER_FILES
+    names = (PROCESSOR,) if of_images or of_clips else _TOKENIZER_FILES
     content |= {name: read(folder / name) for name in names if name in present}
     settings = _settings(folder, content, heads)
     path = folder / WEIGHTS
     weights, _ = read_state_dict(path, read_once(path, "weights file"))
     if of_images:
         kinds = (transformers.AutoImageProcessor, transformers.AutoModelForImageClassification)
+    elif of_clips:
+        _refuse_other_extractor(folder, content)
+        kinds = (transformers.Wav2Vec2FeatureExtractor, transformers.AutoModelForAudioClassification)
     else:
         kinds = (transformers.AutoTokenizer, transformers.AutoModelForSequenceClassification)
     with _quiet(transformers):
@@ -294,6 +330,9 @@ def open_folder(folder: Path, *, texts: bool) -> OpenedFolder:
         images, more = processed_images(net, preparing, repr(str(folder)))
         notes += more
         adapted = Adapted(images, classes=classes, class_names=labels, output="logit")
+    elif of_clips:
+        clips = ProcessedClips(net, preparing)
+        adapted = Adapted(clips, classes=classes, class_names=labels, output="logit", bounds=SIGNAL_BOUNDS)
     else:
         hidden = f"{type(net).__name__} is called with texts, which have no gradients"
         tokenised = _tokenised(net, preparing, folder, weights.digest)
@@ -322,9 +361,20 @@ def _tokenised(net: Any, tokenizer: Any, folder: Path, digest: str) -> Tokenised
     return TokenisedTexts(net, tokenizer, min(tokenizer.model_max_length, _positions(net)), digest)
 
 
-def _refuse_incomplete(folder: Path, present: Sequence[str], *, of_images: bool) -> None:
+def _refuse_other_extractor(folder: Path, content: Mapping[str, bytes]) -> None:
+    """Raise `TargetError` for a feature extractor that does more than normalise clips."""
+    kind = _object(folder, PROCESSOR, content).get("feature_extractor_type")
+    if kind != _EXTRACTOR:
+        raise TargetError(
+            f"{PROCESSOR} in {str(folder)!r} has the feature extractor {kind!r}, and {_EXTRACTOR} was expected: others "
+            "compute spectrograms outside of the model, through which no gradient passes; build the model with this "
+            "step in torch in a file of yours, and give file.py:factory"
+        )
+
+
+def _refuse_incomplete(folder: Path, present: Sequence[str], *, processed: bool) -> None:
     """Raise `TargetError` if the folder lacks a file, or if its weights are pickled or in several files."""
-    expected = f"{CONFIG}, {WEIGHTS} and {PROCESSOR if of_images else 'a tokenizer'}"
+    expected = f"{CONFIG}, {WEIGHTS} and {PROCESSOR if processed else 'a tokenizer'}"
     if WEIGHTS not in present:
         split = f"{WEIGHTS}.index.json" in present
         pickled = "pytorch_model.bin" in present
@@ -336,15 +386,16 @@ def _refuse_incomplete(folder: Path, present: Sequence[str], *, of_images: bool)
             f"the folder {str(folder)!r} has {problem}; {expected} were expected{advice}"
             f"{', which writes safetensors' if pickled else ''}"
         )
-    if of_images and PROCESSOR not in present:
+    if processed and PROCESSOR not in present:
         raise TargetError(
-            f"the folder {str(folder)!r} has no {PROCESSOR}, which states the size and the normalisation of the "
-            "images; add it with processor.save_pretrained(FOLDER)"
+            f"the folder {str(folder)!r} has no {PROCESSOR}, which states the normalisation of the inputs, and the "
+            "size of images or the sampling rate of clips; add it with processor.save_pretrained(FOLDER)"
         )
-    if not of_images and not any(name in present for name in _TOKENIZERS):
+    if not processed and not any(name in present for name in _TOKENIZERS):
         raise TargetError(
             f"the folder {str(folder)!r} has no tokenizer, which is one of {', '.join(_TOKENIZERS)}; add it with "
-            "tokenizer.save_pretrained(FOLDER)"
+            f"tokenizer.save_pretrained(FOLDER), or {PROCESSOR} of a model of clips with "
+            "feature_extractor.save_pretrained(FOLDER)"
         )
 
 
@@ -369,7 +420,7 @@ def _settings(folder: Path, content: Mapping[str, bytes], heads: Sequence[str]) 
                 f"{name} in {str(folder)!r} has auto_map, which requires code from a hub, and such code is not run; "
                 "build the model in a file of yours, and give file.py:factory"
             )
-    if PROCESSOR in content:
+    if PROCESSOR in content and any(_IMAGE_HEAD in head for head in heads):
         refuse_large_sizes(_object(folder, PROCESSOR, content), str(folder / PROCESSOR))
     settings = _object(folder, CONFIG, content)
     kind = settings.get("model_type")
@@ -378,10 +429,10 @@ def _settings(folder: Path, content: Mapping[str, bytes], heads: Sequence[str]) 
             f"the model_type in {str(folder / CONFIG)!r} is {kind!r}, which the installed transformers does not have; "
             "build the model in a file of yours, and give file.py:factory"
         )
-    if not any(_IMAGE_HEAD in head or head.endswith(_TEXT_HEAD) for head in heads):
+    if not any(_IMAGE_HEAD in head or _CLIP_HEAD in head or head.endswith(_TEXT_HEAD) for head in heads):
         raise TargetError(
             f"the model in {str(folder)!r} is {names_of(list(heads))}, which has no classification head; "
-            f"one such as Bert{_TEXT_HEAD} or ViT{_IMAGE_HEAD} was expected: train and save one"
+            f"one such as Bert{_TEXT_HEAD}, ViT{_IMAGE_HEAD} or Wav2Vec2{_TEXT_HEAD} was expected: train and save one"
         )
     return settings
 

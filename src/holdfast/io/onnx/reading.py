@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.core.errors import Placeholder, TargetError, UsageError, importing, model_argument
+from holdfast.core.errors import FreeSizes, Placeholder, TargetError, UsageError, importing, model_argument
 from holdfast.core.names import did_you_mean
 from holdfast.io.files import OWN_FUNCTION, content_of_file, opened, refusing, sha256_of_file
 
@@ -470,7 +470,7 @@ def _input(
         ).with_code(*_own_function(proto, inputs, path))
     _refuse_no_scores(proto, inputs, path)
     sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
-    shape = _filled(sizes, input_shape, inputs[0], path)
+    shape = _filled(sizes, input_shape, inputs[0], path, has_states=bool(states))
     if prod(size or 1 for size in shape) > MAX_VALUES:
         raise TargetError(
             f"{str(path)!r} has inputs of shape {shape}; at most {MAX_VALUES:,} values are read: export it for "
@@ -529,19 +529,27 @@ def _refuse_no_scores(proto: Any, inputs: Sequence[Any], path: Path) -> None:
 
 
 def _filled(
-    sizes: tuple[int | None, ...], input_shape: Sequence[int] | None, value: Any, path: Path
+    sizes: tuple[int | None, ...],
+    input_shape: Sequence[int] | None,
+    value: Any,
+    path: Path,
+    *,
+    has_states: bool = False,
 ) -> tuple[int | None, ...]:
-    """Return the sizes in the file, with free sizes replaced by those of the declared shape of one example."""
+    """Return the sizes in the file, with free sizes replaced by those of the declared shape of one example, or of one
+    window of it if the model has states.
+    """
     if input_shape is None:
         if sizes and None not in sizes[1:]:
             return sizes
         example = ",".join(str(size or "N") for size in sizes[1:]) or "N,…"
-        raise UsageError(
+        unit = "window, of which a clip has many" if has_states else "example"
+        raise (UsageError if has_states else FreeSizes)(
             f"{str(path)!r} has the input {_described(value)}, in which more sizes than the batch are free",
             model_argument(
                 "input_shape",
                 Placeholder(example, f"({example},)"),
-                reason="for the shape of one example, with a number in place of each N",
+                reason=f"for the shape of one {unit}, with a number in place of each N",
             ),
         )
     fits = len(input_shape) == len(sizes) - 1 or not sizes

@@ -14,6 +14,7 @@ from typing import Any
 
 from holdfast.core.errors import (
     CarriesCode,
+    FreeSizes,
     HoldfastError,
     NoSplit,
     TargetError,
@@ -23,7 +24,7 @@ from holdfast.core.errors import (
 from holdfast.io.files import megabytes
 from holdfast.io.sandbox import sandbox_main
 
-_ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
+_ERRORS = {each.__name__: each for each in (TargetError, UsageError, FreeSizes, NoSplit, CarriesCode)}
 _PACKAGE = Path(__file__).resolve().parents[2]
 _START = f"""
 import sys

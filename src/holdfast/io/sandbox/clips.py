@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from io import SEEK_CUR, SEEK_END
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from holdfast.core.errors import TargetError, importing
 from holdfast.io.files import opened
@@ -12,6 +13,8 @@ SAMPLES = "samples"
 """Name of the file with the samples of all clips, one after the other, with the channels of a sample beside each
 other."""
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
+NO_SIZE = 0x7FFFF000
+"""Smallest size of samples that programs write into the header of a WAV file whose size is not known yet."""
 _IN_16_BITS = ("PCM_16", "PCM_S8", "PCM_U8")
 """Encodings whose samples have at most 16 bits."""
 
@@ -40,6 +43,7 @@ def read(
                         )
                         # of other formats nothing is decoded
                         samples = sound.read(n, kind, always_2d=True) if format_name in _FORMATS else None
+                    stated, present = _sample_bytes(file)
                 except soundfile.LibsndfileError as error:
                     raise TargetError(
                         f"clip {name!r} cannot be read as WAV or FLAC: {error.error_string} Write it again, as PCM of "
@@ -54,6 +58,11 @@ def read(
                     f"clip {name!r} has {len(samples):,} samples, and {n or 'at least 1'} was expected; it is empty or "
                     "truncated: write it again, or remove it"
                 )
+            if present < stated:
+                raise TargetError(
+                    f"clip {name!r} is truncated: it has {present:,} bytes of samples, and its header states "
+                    f"{stated:,}; write it again, or remove it"
+                )
             output.write(samples.tobytes())
             clips.append((rate, channels, n, kind))
     headers = []
@@ -63,6 +72,23 @@ def read(
             header = soundfile.info(file)
             headers.append((header.samplerate, header.frames))
     return {"clips": clips, "others": headers}
+
+
+def _sample_bytes(file: IO[bytes]) -> tuple[int, int]:
+    """Return the number of bytes of samples that the header of a WAV file states, and the number that the file has.
+    Both are 0 for other formats, and for files that were written to a pipe, whose headers state no size.
+    """
+    file.seek(0)
+    orders: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"RIFX": "big"}
+    order = orders.get(file.read(4))
+    file.seek(12)
+    while order is not None and len(head := file.read(8)) == 8:
+        size = int.from_bytes(head[4:], order)
+        if head[:4] == b"data":
+            start = file.tell()
+            return (size, file.seek(0, SEEK_END) - start) if size < NO_SIZE else (0, 0)
+        file.seek(size + size % 2, SEEK_CUR)
+    return 0, 0
 
 
 def prepare() -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from holdfast.core.batch import Data
+from holdfast.core.batch import Data, Lookup
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.meter import purpose
 from holdfast.doubts.answering import arms, required_attacks
 from holdfast.gates.judging import Doubts, Judgement, judge
+from holdfast.io.data.clips import write_clips
 from holdfast.io.remote.served_model import Served
 from holdfast.runs.assess import measuring
 from holdfast.runs.assess.certify import refuse_unsound
@@ -72,6 +73,7 @@ from holdfast.runs.harness.kinds.checks import GEOMETRY, STATEFUL
 from holdfast.runs.harness.plan import Plan
 from holdfast.runs.harness.target import PreparedModel
 from holdfast.runs.store import columns as column_files
+from holdfast.runs.store.files import CLIPS
 from holdfast.runs.store.folder import RunFolder, open_run_folder, stored_manifest
 
 JUDGED_BY_ATTACKERS = 1_000
@@ -143,7 +145,7 @@ def assess(
         evidence = job.evidence(record)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
-        adversarial_examples = job.adversarial(folder, evidence, record)
+        adversarial_examples = job.adversarial(folder, evidence, record, notify)
         gates, accepted = job.judged(work, evidence, folder)
         head = None if folder is None else folder.chain.head
         shown = about_of(manifest, {**about, **job.command(gates)}, run, head)
@@ -299,15 +301,29 @@ class _Job:
         refuse_unsound(evidence)
         return evidence
 
-    def adversarial(self, folder: RunFolder | None, evidence: Evidence, record: Record) -> Columns:
+    def adversarial(
+        self, folder: RunFolder | None, evidence: Evidence, record: Record, notify: Notify
+    ) -> Columns:
         """Return the adversarial examples that the run stores. In a folder, they are written to one file with the
-        columns from which the verdict is computed.
+        columns from which the verdict is computed, and those of clips as files as well.
         """
         inputs = adversarial(record)
         if folder is not None:
             columns = column_files.encode(worst_case(evidence, inputs), {})
             folder.keep(ATTACKED, f"{ATTACKED}{column_files.SUFFIX}", columns)
+            self._write_clips(folder, evidence, inputs, notify)
         return inputs
+
+    def _write_clips(self, folder: RunFolder, evidence: Evidence, inputs: Columns, notify: Notify) -> None:
+        """Write adversarial inputs as files if they are clips, in folders of classes, and record their digests."""
+        rate = evidence.data.get("sampling_rate")
+        if rate is None or not self.plan.keep_adversarial or not inputs:
+            return
+        y = evidence["y"][Lookup(evidence["id"]).rows(inputs["id"])].tolist()
+        classes = self.data.classes or tuple(map(str, range(max(y, default=0) + 1)))
+        files = write_clips(folder.path / CLIPS, inputs["x"], y, inputs["id"].tolist(), classes, rate)
+        folder.record(CLIPS, {"files": files})
+        notify(f"clips: {folder.path / CLIPS}")
 
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
         """Measure the success rates of all attackers of a model with rotation. The result for each attacker is stored

@@ -4,14 +4,18 @@ A certification takes the steps of an assessment (`holdfast.runs.assess.assess`)
 to them: the request, the refusal of models that cannot be certified, and the test of the certificates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from holdfast.certifiers.protocol import Prover, StatisticalProver
-from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, by_smoothing, smoothed_model
+from torch import nn
+
+from holdfast.attacks.suites import suite
+from holdfast.certifiers.patch_masks import MaskedVote
+from holdfast.certifiers.protocol import Prover, StatisticalProver, on_top_of
+from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, by_smoothing
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import PARTITIONS, SUBSTITUTIONS, TREES
+from holdfast.core.catalogue import PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, Remedy, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
@@ -20,6 +24,7 @@ from holdfast.io.models.composed import Ensemble
 from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.harness.kinds.proof import prepared_prover
 from holdfast.runs.harness.plan import Plan
+from holdfast.runs.harness.stage import Member
 from holdfast.runs.harness.target import PreparedModel
 from holdfast.statistics.intervals import upper_tail
 from holdfast.threats.domains import TABLE
@@ -56,10 +61,21 @@ def certify_request(
 
 
 def without_attacks(request: AssessRequest) -> AssessRequest:
-    """Return the request without attacks: for a threat that changes no input, and for a smoothed classifier whose base
-    classifier gives no gradients, where each query of a black-box attack would be many queries of it.
+    """Return the request without attacks: for a threat that changes no input, and for the votes of a classifier that
+    gives no gradients, where each query of a black-box attack would be many queries of it.
     """
     return replace(request, plan=replace(request.plan, members=(), adaptive=(), suite="", doubts="none"))
+
+
+def with_short_attacks(request: AssessRequest) -> AssessRequest:
+    """Return the request with the attacks of the suite `quick`, unless all certified examples are attacked: each query
+    of a vote over masks is many forward passes.
+    """
+    plan = request.plan
+    if plan.full:
+        return request
+    short = suite("quick", plan.threat.constraint)
+    return replace(request, plan=replace(plan, members=tuple(map(Member.of, short.specs)), suite=str(short)))
 
 
 def smoothed_subject(subject: DescribedModel, smoothing: StatisticalProver) -> DescribedModel:
@@ -67,34 +83,67 @@ def smoothed_subject(subject: DescribedModel, smoothing: StatisticalProver) -> D
 
     Raises `UsageError` for a model with a detector.
     """
-    base = subject.model
+    name = subject.card.get("name", "the model")
+    return _voting(
+        subject,
+        SmoothedVotes(subject.model, smoothing),
+        f"smoothed classifier, {smoothing.short}, on top of {name}",
+        {"smoothed": {"base": name, **smoothing.parameters}},
+        ["smoothed", *smoothing.parameters.values(), smoothing.seed, ATTACKED_DRAWS, JUDGING_DRAWS],
+        f"all numbers are about the smoothed classifier, which predicts the most frequent class of {name} under "
+        f"{smoothing.change}; predictions are those of {JUDGING_DRAWS} draws",
+    )
+
+
+def masked_subject(subject: DescribedModel, vote: MaskedVote) -> DescribedModel:
+    """Return the vote over masks of a model, as the model of a run. All numbers of the run are about it.
+
+    Raises `UsageError` for a model with a detector, and for a model behind a server.
+    """
+    name, masks = subject.card.get("name", "the model"), vote.mask_set
+    n, (height, width) = len(masks.masks), masks.size
+    if subject.model.remote:
+        raise UsageError(
+            f"the model is behind a server, and a certificate classifies up to {n * (n + 1) // 2:,} masked copies of "
+            "an image; give the network itself, as in file.py:factory, or a function that queries the server"
+        )
+    return _voting(
+        subject,
+        vote,
+        f"vote over {n} masks on top of {name}",
+        {"masked": {"base": name, "patch": str(masks.patch), "masks": masks.per_axis}},
+        ["masked", str(masks.patch), masks.per_axis],
+        f"all numbers are about the vote over masks, and not about {name} alone: {n} masks of at most {height}x{width} "
+        "pixels hide every place of the patch, hidden pixels get the middle of the valid range, and the vote is the "
+        f"class on which the predictions of {name} for masked images agree",
+    )
+
+
+def _voting(
+    subject: DescribedModel,
+    net: nn.Module,
+    name: str,
+    card: Mapping[str, Any],
+    identity: list[Any],
+    what: str,
+) -> DescribedModel:
+    """The votes of a model as the model of a run, whose name, card, identity and note are given."""
+    base, given = subject.model, subject.card.get("name", "the model")
     if base.rejects:
         raise UsageError(
             "the model has a detector that rejects inputs, and votes are counted for classes; give the network without "
             "its detector"
         )
-    name = subject.card.get("name", "the model")
-    identity = [*smoothing.parameters.values(), smoothing.seed, ATTACKED_DRAWS, JUDGING_DRAWS]
-    card = {
-        **subject.card,
-        "name": f"smoothed classifier, {smoothing.short}, on top of {name}",
-        "smoothed": {"base": name, **smoothing.parameters},
-    }
-    what = (
-        f"all numbers are about the smoothed classifier, which predicts the most frequent class of {name} under "
-        f"{smoothing.change}; predictions are those of {JUDGING_DRAWS} draws"
-    )
-    attacked = base.access == "gradients"
     unattacked = (
-        f"{name} gives {base.access} only, so that no attack is run and no doubt is examined: robust accuracy is that "
+        f"{given} gives {base.access} only, so that no attack is run and no doubt is examined: robust accuracy is that "
         "on clean inputs"
     )
     return replace(
         subject,
-        model=smoothed_model(base, smoothing),
-        digest=digest(canonical([subject.digest, "smoothed", *identity])),
-        card=card,
-        notes=(*subject.notes, what, *(() if attacked else (unattacked,))),
+        model=on_top_of(base, net),
+        digest=digest(canonical([subject.digest, *identity])),
+        card={**subject.card, "name": name, **card},
+        notes=(*subject.notes, what, *(() if base.access == "gradients" else (unattacked,))),
     )
 
 
@@ -129,7 +178,7 @@ def refuse_unprovable(
             *((Remedy("certify"),) if verb == "assess" else (Remedy("threat", "linf:0.1"),)),
         )
     by_operations = any(
-        stage.prover is not None and stage.prover.name not in (PARTITIONS, SUBSTITUTIONS, TREES)
+        stage.prover is not None and stage.prover.name not in (PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES)
         for stage in stages
     )
     if (

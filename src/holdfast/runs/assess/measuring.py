@@ -72,7 +72,6 @@ from holdfast.runs.harness.stage import (
     suite_columns,
 )
 from holdfast.runs.harness.target import PreparedModel, judge_inputs
-from holdfast.threats.domains import TEXT
 
 
 @dataclass(frozen=True)
@@ -506,8 +505,8 @@ def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int
     """Test whether the data do not fit the model, in smaller batches if memory runs out."""
     room = measurement.run.room(DOUBTS, _FITTING)
     names = names_of_labels(measurement.data)
-    model, texts = measurement.target.original, measurement.plan.threat.constraint.domain is TEXT
-    return in_room(lambda size: misfit(model, batch, size, names, texts=texts), room, 0, len(batch))
+    model, domain = measurement.target.original, measurement.plan.threat.constraint.domain
+    return in_room(lambda size: misfit(model, batch, size, names, domain), room, 0, len(batch))
 
 
 def _probes(plan: Plan, columns: Columns, again: Iterable[int]) -> tuple[Probe, ...]:

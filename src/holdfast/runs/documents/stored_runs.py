@@ -8,6 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from holdfast.core.catalogue import AUDITS
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import RESUME, HoldfastError, Remedy, TargetError, UnsoundProof, UsageError
 from holdfast.core.estimate import Estimate, Goal
@@ -317,6 +320,8 @@ class RunEntry:
     """what is in front of the model: random transformations and a guard"""
     robust: float | None = None
     """robust accuracy; for a hardening, that of the new model; None until the run is finished"""
+    is_audit: bool = False
+    """whether the folder contains an audit, or a run with a policy or a generator, whose result is that of an audit"""
     gates: int = 0
     """number of gates of the verdict; 0 for a hardening, whose verdict is that of its inner run"""
 
@@ -339,6 +344,12 @@ def open_run(path: Path) -> Result:
     manifest, chain = read_manifest(path), read_chain(path, repair=False)
     if manifest.get("verb") in ("audit", "adapt"):
         what = "an audit" if manifest["verb"] == "audit" else "an adaptation"
+        kind = manifest.get("config", {}).get("kind") if manifest["verb"] == "audit" else ""
+        if kind in AUDITS and AUDITS[kind].verb:
+            raise TargetError(
+                f"{str(path)!r} is the {AUDITS[kind].noun} of a policy or a generator, which has no examples of a "
+                f"classifier; show it by holdfast report {path}"
+            )
         raise TargetError(f"{str(path)!r} is {what}, and a run of assess, certify or harden was expected")
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT)
@@ -386,6 +397,22 @@ def attacked_stages(path: Path) -> dict[str, Columns]:
         by_stage = joined_waves(steps, _stages(path, steps, chain))
         return {
             step.name: by_stage[step.name] for step in steps if step.kind.in_suite and step.name in by_stage
+        }
+
+
+def learned_values(path: Path) -> dict[str, Tensor]:
+    """Return what each learned attack of a finished run learned, such as a patch (1, channels, height, width) in the
+    units of the model, by the name of the stage that learned it. Raises `TargetError` as `attacked_stages` does.
+    """
+    manifest, chain = read_manifest(path), read_chain(path, repair=False)
+    refuse_altered(path, chain)
+    with record_forms.consistent(path):
+        steps = manifest_from_json(path, manifest).outline.steps
+        stages = {step.name: read_stage(path, chain, step.name) for step in steps}
+        return {
+            name: stage.columns["learned.x"]
+            for name, stage in stages.items()
+            if stage is not None and "learned.x" in stage.columns
         }
 
 
@@ -540,7 +567,9 @@ def _entry(path: Path, *, checked: bool) -> RunEntry:
     )
     if is_audit:  # which has neither a threat model nor a suite
         code = None if decided is None else exit_code(gate["verdict"] for gate in decided["gates"])
-        return replace(entry, verb=f"audit {config['kind']}", exit_code=code)
+        kind = config["kind"]
+        verb = AUDITS[kind].verb if kind in AUDITS else ""
+        return replace(entry, verb=verb or f"audit {kind}", exit_code=code, is_audit=True)
     outcome: tuple[int | None, float | None] = (None, None)
     if decided is not None:
         outcome = _outcome(path) if checked else (decided["exit_code"], None)

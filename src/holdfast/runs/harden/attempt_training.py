@@ -20,7 +20,7 @@ from holdfast.core.training import STATE, Checkpoint, without_prefix
 from holdfast.core.types import Inputs
 from holdfast.io.models.adapting import KerasNet, LinearTexts, TextEstimator, TextFunction
 from holdfast.io.models.architectures import int8_layers
-from holdfast.io.models.transformers_folders import ProcessedImages
+from holdfast.io.models.transformers_folders import ProcessedClips, ProcessedImages
 from holdfast.io.models.weights import digest_of_weights, written
 from holdfast.recipes.training.fit import Training, drawing
 from holdfast.recipes.training.follow_up import RAISED
@@ -49,11 +49,17 @@ def refuse_untrainable(model: Classifier) -> None:
         raise TargetError(
             f"the model gives only {model.access} and no gradients, so it cannot be trained: {model.hides}"
         )
-    if isinstance(model.net, ProcessedImages):
+    if isinstance(model.net, ProcessedImages | ProcessedClips):
+        of_images = isinstance(model.net, ProcessedImages)
+        inputs, more = (
+            ("Image", ", and the mean and std of its processor")
+            if of_images
+            else ("Audio", " behind the normalisation of its feature extractor")
+        )
         raise TargetError(
             "the model is a folder of transformers, whose new weights harden cannot write to a folder; give "
-            "FILE.py:FACTORY, whose factory returns the network, as in transformers.AutoModelForImageClassification."
-            "from_pretrained(FOLDER), and the mean and std of its processor"
+            "FILE.py:FACTORY, whose factory returns the network, as in "
+            f"transformers.AutoModelFor{inputs}Classification.from_pretrained(FOLDER){more}"
         )
     if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
         raise TargetError("the model has no parameters to train; give a network, as in net.py:make")

@@ -13,6 +13,7 @@ from torch import Tensor
 from holdfast.attacks.parts.fast_networks import in_training, quickened
 from holdfast.attacks.parts.feature_search import Masking, masking
 from holdfast.attacks.protocol import Attack, Itemised, ThresholdAttack, searched
+from holdfast.certifiers.patch_masks import MaskedVote
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, smoothed_votes
 from holdfast.core.batch import Batch, Lookup, WithMissing, with_missing, without_missing
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
@@ -215,13 +216,12 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
 
 
 def base_of(model: Classifier) -> Classifier:
-    """Return the base classifier of a smoothed one; another model is returned unchanged."""
-    smoothed = smoothed_votes(model)
-    return model if smoothed is None else smoothed.base
+    """Return the base classifier of a smoothed one, or of a vote over masks; another model is returned unchanged."""
+    return model.net.base if isinstance(model.net, SmoothedVotes | MaskedVote) else model
 
 
 def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> PreparedModel:
-    base = base_of(model)  # a smoothed classifier is as random as its base, which is many times cheaper
+    base = base_of(model)  # the votes on a base are as random as the base, which is many times cheaper
     state = _generators(sample.x.device)
     logits = _first_logits(base, sample)
     # a model may use its random numbers rarely, for example in every tenth call
@@ -254,6 +254,8 @@ def _attacked(model: Classifier, sample: Batch, *, randomised: bool) -> tuple[Mo
             f"base classifier, and a judgement {JUDGING_DRAWS}"
         )
         return smoothed.network(), (how,) if model.access == "gradients" else ()
+    if base_of(model) is not model and model.access != "gradients":
+        return model, ()  # no attack queries it, and a test of a copy is many forward passes
     # a faster copy is tested by its outputs, which a randomised model does not repeat
     return (model, ()) if randomised else quickened(model, sample.x)
 

@@ -27,6 +27,8 @@ BY_UMASK = 0o666
 """Mode of a file that a user names for a result, such as a report or a model, before the umask."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
+CLIPS = "clips"
+"""Folder of the saved adversarial clips of a run, and kind of the document with their digests."""
 SERVED = "served.journal"
 """File in a run folder with the number of rows and requests sent to a server. Like times, it is not
 part of the chain."""

@@ -62,8 +62,12 @@ def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
 def _of(name: str, stored: Any, requested: Any) -> Iterator[str]:
     try:
         if name == "threat":
-            if _file_content(stored) != _file_content(requested):
-                yield f"another content of the file {requested['limits'].get('file')}"
+            contents = _file_content(stored), _file_content(requested)
+            if None not in contents and contents[0] != contents[1]:
+                limits = requested["limits"]
+                files = [limits[key] for key in ("file", "printable", "shape") if limits.get(key)]
+                named = [file.removeprefix("@") for file in files if file.startswith("@")] or files[:1]
+                yield f"another content of the file {' or '.join(named)}"
             stored, requested = threat_from_json(stored).text, threat_from_json(requested).text
         elif name == "settings":  # settings by recipe; a different recipe is shown under `recipe`
             common = stored.keys() & requested.keys()
@@ -103,7 +107,7 @@ def _functions(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> Itera
 
 
 def _file_content(threat: Mapping[str, Any]) -> Any:
-    """The content of the file of a threat model on texts, or None."""
+    """The content of the files of a threat model, or None."""
     return (threat.get("limits") or {}).get("content")
 
 

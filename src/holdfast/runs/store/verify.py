@@ -5,14 +5,18 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import TypedDict
 
 from holdfast.core.catalogue import names
 from holdfast.core.chain import digest, refuse_malformed_head
 from holdfast.core.errors import RESUME, TargetError
 from holdfast.runs.store import columns as column_files
+from holdfast.runs.store.columns import required, validated
 from holdfast.runs.store.files import (
     CHECKPOINTS,
+    CLIPS,
     MANIFEST,
     PART,
     SERVED,
@@ -38,6 +42,16 @@ _EVIDENCE = re.compile(
     re.IGNORECASE,
 )
 """Names of files that readers interpret as evidence."""
+_CLIP = re.compile(r"\w[\w .-]*/\d+\.wav")
+"""Paths of clips in their folder, which lead to no other folder; runs may be untrusted."""
+
+
+class _Clips(TypedDict):
+    """Content of the document with the digests of the saved clips."""
+
+    files: dict[Annotated[str, required(_CLIP.fullmatch, "FOLDER/ID.wav")], str]
+
+
 _MOST_NOTES = 20
 _DEEPEST = 2
 """number of runs around an inner one: the measurements of a hardening within an adaptation have two"""
@@ -96,8 +110,9 @@ def _verified(path: Path) -> Verified:
         _check_file(path / name, recorded)
     _check_splits(path, chain)
     _check_inner_runs(path, newest)
+    clips = _checked_clips(path, newest)
     complete = chain.last("verdict") is not None
-    notes = tuple(f"{str(file)!r} is in no record of the chain" for file in _strays(path, newest))
+    notes = tuple(f"{str(file)!r} is in no record of the chain" for file in _strays(path, newest, clips))
     return Verified(chain.head, len(chain.links), len(newest), complete, notes)
 
 
@@ -137,11 +152,30 @@ def _check_inner_runs(path: Path, recorded: Mapping[str, Any]) -> None:
             )
 
 
-def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield files that are neither in the chain nor known. Raises `TargetError` for those named like evidence."""
+def _checked_clips(path: Path, recorded: Mapping[str, Any]) -> set[Path] | None:
+    """Verify the saved clips of a run, whose digests are in a document of the run, and return their paths, or None
+    without such a document.
+    """
+    name = f"{CLIPS}.json"
+    if name not in recorded:
+        return None
+    digests = validated(path / name, read_document(path / name), _Clips)["files"]
+    for clip, expected in digests.items():
+        _check_file(path / CLIPS / clip, {"kind": CLIPS, "digest": expected})
+    return {path / CLIPS / clip for clip in digests}
+
+
+def _strays(path: Path, recorded: Mapping[str, Any], clips: set[Path] | None) -> Iterator[Path]:
+    """Yield files that are neither in the chain, nor among the verified `clips`, nor known otherwise. Raises
+    `TargetError` for those named like evidence.
+    """
     for file in sorted(path.iterdir()):
         expected = file.name in recorded or file.name in _BESIDE or _is_rest(file)
-        if file.is_dir() and not file.is_symlink():
+        if file.name == CLIPS and clips is not None:
+            for each in sorted(file.rglob("*")):
+                if (each.is_symlink() or not each.is_dir()) and each not in clips:
+                    yield each
+        elif file.is_dir() and not file.is_symlink():
             yield from _strays_of_folder(file)
         elif _EVIDENCE.fullmatch(file.name) and file.name not in recorded:
             raise TargetError(

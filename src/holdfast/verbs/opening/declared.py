@@ -13,7 +13,7 @@ import torch
 from holdfast.attacks.parts.images import inner
 from holdfast.attacks.parts.sounds import OverTheAir
 from holdfast.core.batch import Data
-from holdfast.core.errors import Remedy, UsageError
+from holdfast.core.errors import Remedy, UsageError, data_argument
 from holdfast.core.meter import PIECE
 from holdfast.core.model import Bounds, Classifier, Normalisation
 from holdfast.core.names import did_you_mean
@@ -24,6 +24,7 @@ from holdfast.io.data.data import Names, Selection, selected
 from holdfast.io.data.layouts import DeclaredData, FirstTable, Ranges
 from holdfast.io.doctor.behaviour import unlike_a_logit
 from holdfast.io.models.models import Declared
+from holdfast.io.models.transformers_folders import ProcessedClips
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import DescribedModel
 from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
@@ -104,10 +105,29 @@ def without_silence(data: Data, settings: Opening) -> Data:
     rows = [start + row for start, x in pieces for row in (x != 0).flatten(1).any(1).nonzero()[:, 0].tolist()]
     if len(rows) == len(data):
         return data
-    silent = f"{len(data) - len(rows):,} of {len(data):,} clips are silent, so that {constraint} is undefined for them"
+    n, undefined = len(data) - len(rows), f"so that {constraint} is undefined"
     if not rows:
-        raise UsageError(f"{data.name}: {silent}; give clips with sound")
-    return Selection(data, tuple(rows), own_notes=(f"{silent}, and they are excluded",))
+        raise UsageError(f"{data.name}: no clip has a sound, {undefined}; give clips with sound")
+    silent = f"{n:,} of {len(data):,} clips {'is' if n == 1 else 'are'} silent, {undefined}"
+    return Selection(
+        data, tuple(rows), own_notes=(f"{silent}, and {'it is' if n == 1 else 'they are'} excluded",)
+    )
+
+
+def refuse_other_rate(model: Classifier, data: Data) -> None:
+    """Raise `UsageError` for data with another sampling rate than the one that a folder of transformers states."""
+    net, rate = inner(model).net, getattr(data, "sampling_rate", None)
+    if isinstance(net, ProcessedClips) and rate != net.sampling_rate:
+        found = "is unknown" if rate is None else f"is {rate:,} Hz"
+        raise UsageError(
+            f"the sampling rate of {data.name} {found}, and the feature extractor of the model takes "
+            f"{net.sampling_rate:,} Hz",
+            data_argument(
+                "sampling_rate",
+                net.sampling_rate,
+                reason="to resample files, or to declare the rate of arrays",
+            ),
+        )
 
 
 def edits_of(settings: Opening) -> "TextEdits | None":
@@ -382,6 +402,7 @@ def with_found_properties(
         if examined is not model:
             ProbedClassifier(examined).suit(data.read(0, min(2, len(data))).x)
         settle_output(examined, data)
+        refuse_other_rate(examined, data)
     notes = (
         *settle_predictions(model, data),
         *(() if declared else unlike_a_logit(model, data)),

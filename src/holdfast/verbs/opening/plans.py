@@ -12,7 +12,7 @@ from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, variant
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.batch import Data
-from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, PATCH_MASKS, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.evidence import Evidence
@@ -362,6 +362,12 @@ def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover
             Remedy("suite", DEFAULT_SUITE),
         )
     names = settings.threat.constraint.provers or ((TREES,) if trees else CASCADE)
+    if PATCH_MASKS in names:
+        raise UsageError(
+            f"the threat is {settings.threat}, against which holdfast certify certifies another model than the given "
+            "one, the vote over masks",
+            Remedy("certify"),
+        )
     return tuple(prover(name) for name in names if name not in LATE)
 
 

@@ -257,6 +257,7 @@ _SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updat
 _ON_CLIPS = ("pgd", "trades", "n-fgsm", "fgsm-rs", "mart", "standard")
 _RECIPES_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("snr", "peak"), _ON_CLIPS),
+    "patch": ("masked-patches", "standard"),
     "table": ("pgd", "trades", "standard"),
     "text": ("masked-words", "standard"),
     "training-set": (PARTITIONS,),
@@ -265,6 +266,7 @@ _RECIPES_OF: Mapping[str, tuple[str, ...]] = {
 """Recipes for each threat that other recipes cannot train against."""
 _TRIGGER = Placeholder("trigger:FILE", "'trigger:FILE'")
 _THREAT_OF: Mapping[str, str | Placeholder] = {
+    "masked-patches": "patch:4x4",
     "masked-words": "text:edits=1,words=2",
     PARTITIONS: "training-set:20",
     "repair": _TRIGGER,

@@ -18,7 +18,15 @@ from holdfast.attacks.parts.sounds import heard_through
 from holdfast.core.batch import Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
-from holdfast.core.errors import OTHER_EXAMPLES, NoSplit, Remedy, TargetError, UsageError, model_argument
+from holdfast.core.errors import (
+    OTHER_EXAMPLES,
+    FreeSizes,
+    NoSplit,
+    Remedy,
+    TargetError,
+    UsageError,
+    model_argument,
+)
 from holdfast.core.gradients import DECAY, skipped
 from holdfast.core.model import Bounds, Classifier, Units
 from holdfast.core.types import Inputs
@@ -30,7 +38,7 @@ from holdfast.io.data.loaders import as_array, as_data
 from holdfast.io.data.tables import is_frame, open_frame, text_of
 from holdfast.io.models.adapting import object_identity, refuse_no_model
 from holdfast.io.models.estimators import Estimator
-from holdfast.io.models.models import Declared, open_model
+from holdfast.io.models.models import Declared, OpenedModel, open_model
 from holdfast.io.remote.remote import SCHEMES, Remote
 from holdfast.recipes.training.fit import drawing
 from holdfast.reports.words import amount, strict
@@ -47,7 +55,7 @@ from holdfast.settings.grammar import (
     parse_transform,
     per_second,
     seconds,
-    transform_text,
+    transform_meaning,
 )
 from holdfast.settings.values import SurrogateSettings, address_of
 from holdfast.threats.domains import SIGNAL
@@ -61,10 +69,13 @@ from holdfast.verbs.opening.declared import (
     edits_of,
     ends,
     expected,
+    expected_without_model,
     group_column,
+    is_of_clips,
     names,
     normalisation,
     notes_of,
+    refuse_other_rate,
     sizes_by_feature,
     units_of_eps,
     unlabelled,
@@ -130,7 +141,7 @@ def open_subject(
 
             opened = open_members(settings.model, settings, properties, open_other)
         else:
-            opened = open_model_at(settings.model, settings, properties, remote(settings), adaptive=adaptive)
+            opened = _opened(settings, properties, adaptive=adaptive)
         card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
         card |= opened.architecture
         model, notes = opened.model, opened.notes
@@ -147,6 +158,28 @@ def open_subject(
     from holdfast.verbs.opening.guard import guarded_subject
 
     return guarded_subject(subject, guard)
+
+
+def _opened(settings: Opening, properties: Declared, *, adaptive: bool) -> OpenedModel:
+    """Open the model at the address of the settings. A file whose inputs have any shape gets that of the clips, or the
+    same with an axis for one channel.
+    """
+    address = settings.model
+    assert isinstance(address, str)
+    at = partial(open_model_at, address, settings, remote=remote(settings), adaptive=adaptive)
+    try:
+        return at(properties)
+    except FreeSizes:
+        if settings.data is None or not is_of_clips(settings):
+            raise
+        clips = open_expected(
+            settings, expected_without_model(settings, settings), groups.ExampleSelection(n=1)
+        )
+        shape = tuple(clips.read(0, 1).x.shape[1:])
+        for each in (shape, (1, *shape)):
+            with suppress(UsageError):  # another number of axes
+                return at(replace(properties, input_shape=each))
+        raise
 
 
 def _scaled(model: Classifier, settings: Opening) -> tuple[str, ...]:
@@ -269,8 +302,7 @@ def _transformed(
     if transform is None:
         return model, {}, ()
     limits = parse_transform(transform)
-    listed = transform_text(limits).replace("=", " ").replace(",", ", ")
-    note = f"every input is transformed at random before the model, in both directions by up to {listed}"
+    note = f"every input is transformed at random before the model: {transform_meaning(limits)}"
     through = heard_through if HEARD.issuperset(limits) else seen_through
     return through(model, limits), {"seen_through": limits}, (note,)
 
@@ -428,6 +460,7 @@ def open_examples(
     that do not fit the model are accepted as well. The columns of a table are matched with those of the data `first`.
     """
     data = open_expected(settings, expected(settings, model, lenient=lenient, first=first), selection)
+    refuse_other_rate(model, data)
     data = without_silence(data, settings)
     chosen = selection or group_of(settings, groups.ExampleSelection)
     return with_groups(data, settings, whole=not chosen.selects)

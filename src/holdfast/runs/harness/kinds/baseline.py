@@ -16,6 +16,7 @@ from torch import Tensor
 
 from holdfast.attacks.parts.ascent import descend
 from holdfast.attacks.parts.losses import Best, margin
+from holdfast.attacks.protocol import AtCoordinates
 from holdfast.attacks.relay import Relay
 from holdfast.core.batch import Batch, Data, Lookup, spread
 from holdfast.core.draws import Draws
@@ -76,19 +77,30 @@ class Baseline:
         return any(bool((self.rows(digests(piece)) >= 0).any()) for piece in pieces)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        rows, constraint, best = self.rows(digests(batch)), threat.constraint, Best(batch)
+        coordinates = model.coordinates if isinstance(model, AtCoordinates) else None
+        clean, constraint, best = (
+            batch if coordinates is None else coordinates.clean,
+            threat.constraint,
+            Best(batch),
+        )
+        rows = self.rows(digests(clean))
         stored = self.x[rows].reshape(batch.x.shape).to(batch.x)
         # values that are missing in an input are filled in here, so that its digest may be another one
         found = spread((rows >= 0).to(batch.x.device), batch.x)
-        start = constraint.project(torch.where(found, stored, batch.x), batch.x, model.bounds)
+        start = torch.where(found, stored, clean.x)
+        inside = (
+            coordinates.points(start) if coordinates else constraint.project(start, batch.x, model.bounds)
+        )
         if not threat.gives("gradients"):
-            return start
+            return inside
         with torch.no_grad():
-            best.offer(batch, start, margin(model(start, batch.ids), batch))
+            best.offer(batch, inside, margin(model(inside, batch.ids), batch))
         surviving = best.surviving
         if len(surviving):
             remaining = batch.take(surviving)
-            path = descend(model, remaining, start[surviving], constraint, steps=self.steps, reach=self.reach)
+            path = descend(
+                model, remaining, inside[surviving], constraint, steps=self.steps, reach=self.reach
+            )
             best.offer(remaining, *path)
             if constraint.in_input_units:
                 relay = Relay(
