@@ -89,6 +89,7 @@ from holdfast.threats.domains import refuse_no_images
 from holdfast.threats.parsing import parse_threat
 from holdfast.threats.triggers import Trigger
 from holdfast.verbs.adapt_served import refuse_uncalibratable
+from holdfast.verbs.assess import estimated as cost_estimated
 from holdfast.verbs.audit.backdoor import AuditBackdoor
 from holdfast.verbs.audit.opening_models import prepared_backdoor
 from holdfast.verbs.checked_settings import check_settings
@@ -980,6 +981,14 @@ def of_policies(**arguments):
     open_episodes(settings)
 
 
+def policy_estimated(dry_run=False, **arguments):
+    """The cost of an assessment of a policy if it is a dry run, and its settings otherwise."""
+    given = {"model": lambda x: x[:, :1], "data": "cartpole", "threat": "observations:linf:0.1"}
+    settings = check_settings({**given, **arguments}, "", kind=Assess)
+    if dry_run:
+        cost_estimated(settings)
+
+
 def of_environment(**arguments):
     """The settings of an assessment in a bundled environment, without a run."""
     check_settings({"model": LINEAR, "data": "cartpole", **arguments}, "", kind=Assess)
@@ -1032,6 +1041,7 @@ VALUES: dict[str, Any] = {
 
 situation("a setting that policies do not have", of_policies, suite="quick")
 situation("a policy on a GPU", of_policies, device="cuda")
+situation("the cost of a policy", policy_estimated, dry_run=True)
 situation("an environment under a norm", of_environment, threat="linf:0.1")
 situation("an example of a policy", episode_explained, index=3)
 situation("an architecture without weights of a policy", of_policies, arch="net.py:make")

@@ -14,7 +14,7 @@ def measured() -> Outcome:
     card: Cells = made(
         ROW, "pgd", trained(0), test, THREAT, "pgd", BUDGET,
         suite="fast", n=N, by_cpu=True, fit=training, doubts=False, assess_budget="1h", sampling_rate=8000,
-    )  # fmt: skip
+    )["measured"]  # fmt: skip
     before = {
         name: 100 * float(card["before"]["metrics"][name]["value"])
         for name in ("clean_accuracy", "suite_robust_accuracy")
