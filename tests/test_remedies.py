@@ -981,7 +981,7 @@ def of_policies(**arguments):
     open_episodes(settings)
 
 
-def policy_estimated(dry_run=False, **arguments):
+def policy_estimated(*, dry_run=False, **arguments):
     """The cost of an assessment of a policy if it is a dry run, and its settings otherwise."""
     given = {"model": lambda x: x[:, :1], "data": "cartpole", "threat": "observations:linf:0.1"}
     settings = check_settings({**given, **arguments}, "", kind=Assess)
