@@ -18,7 +18,7 @@ from holdfast.attacks.parts.images import expect_patch
 from holdfast.attacks.parts.losses import Best, Loss, margin, margin_loss
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.model import Model
+from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Rows, Steps
 from holdfast.threats.transformations import Corners, Patch
@@ -67,9 +67,7 @@ class PatchAttack:
         """Gradient ascent from noise inside the rectangle; an example is dropped once it is broken. Gradients are those
         at the nearest printable colours.
         """
-        low, high = model.bounds.like(remaining.x)
-        noise = rng.uniform(remaining.ids, *remaining.x.shape[1:], dtype=remaining.x.dtype)
-        x = torch.where(mask, low + noise * (high - low), remaining.x)
+        x = noisy(remaining, mask, model.bounds, rng)
         for step in range(self.steps):
             printed = patch.printed(x, mask)
             grad, logits = gradient(model, remaining.at(printed), self.loss)
@@ -85,10 +83,25 @@ class PatchAttack:
             if not len(remaining):
                 return
             size = self.reach / self.steps * cosine(step, self.steps)
-            x = torch.where(mask, model.bounds.clamp(x + size * (high - low) * grad.sign()), remaining.x)
+            x = ascended(x, grad, size, remaining, mask, model.bounds)
         with torch.no_grad():
             printed = patch.printed(x, mask)
             best.offer(remaining, printed, margin(model(printed, remaining.ids), remaining))
+
+
+def noisy(batch: Batch, mask: Tensor, bounds: Bounds, rng: Draws) -> Inputs:
+    """Return the images with uniform noise at the pixels of a mask (n, 1, height, width)."""
+    low, high = bounds.like(batch.x)
+    noise = rng.uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
+    return torch.where(mask, low + noise * (high - low), batch.x)
+
+
+def ascended(x: Inputs, grad: Inputs, size: float, batch: Batch, mask: Tensor, bounds: Bounds) -> Inputs:
+    """Return the images `x` after a step along the sign of the gradient at the pixels of a mask. `size` is a fraction
+    of the width of the box; the other pixels are those of the clean images in the batch.
+    """
+    low, high = bounds.like(batch.x)
+    return torch.where(mask, bounds.clamp(x + size * (high - low) * grad.sign()), batch.x)
 
 
 def heaviest(patch: Patch, weights: Tensor, rows: Rows, shape: torch.Size) -> Corners:

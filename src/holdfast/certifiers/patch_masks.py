@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from holdfast.attacks.parts.ascent import cosine, gradient
 from holdfast.attacks.parts.losses import margin, margin_loss
-from holdfast.attacks.patch_attack import heaviest
+from holdfast.attacks.patch_attack import ascended, heaviest, noisy
 from holdfast.certifiers.protocol import Proofs, on_top_of
 from holdfast.certifiers.smoothing import NO_CLASS, votes_of
 from holdfast.core.batch import Batch
@@ -381,11 +381,8 @@ def _filled(model: Classifier, batch: Batch, patch: Patch, inside: Mask, rng: Dr
     """Return the images with a patch at the pixels `inside`, found by gradient ascent from noise, in the nearest
     printable colours.
     """
-    low, high = model.bounds.like(batch.x)
-    noise = rng.uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
-    x = torch.where(inside, low + noise * (high - low), batch.x)
+    x = noisy(batch, inside, model.bounds, rng)
     for step in range(_STEPS):
         slope, _ = gradient(model, batch.at(patch.printed(x, inside)), margin_loss)
-        size = _REACH / _STEPS * cosine(step, _STEPS)
-        x = torch.where(inside, model.bounds.clamp(x + size * (high - low) * slope.sign()), batch.x)
+        x = ascended(x, slope, _REACH / _STEPS * cosine(step, _STEPS), batch, inside, model.bounds)
     return patch.printed(x, inside)

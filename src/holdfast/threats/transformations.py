@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -297,33 +297,38 @@ class Patch(Constraint):
         return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **present}
 
     @cached_property
+    def _files(self) -> Mapping[str, Any]:
+        """The content as a mapping, which is parsed once."""
+        files: Mapping[str, Any] = json.loads(self.content or "{}")
+        return files
+
+    @cached_property
     def pixels(self) -> Tensor:
         """Which pixels of the rectangle may change: bool (height, width)."""
-        rows = json.loads(self.content or "{}").get("shape")
+        rows = self._files.get("shape")
         return torch.ones(self.height, self.width).bool() if rows is None else torch.tensor(rows).bool()
 
     @cached_property
     def colours(self) -> Tensor | None:
         """The printable colours (k, 3) in the units of the inputs; None if any can be printed."""
-        colours = json.loads(self.content or "{}").get("colours")
+        colours = self._files.get("colours")
         return None if colours is None else torch.tensor(colours, dtype=torch.float32)
 
     def in_bounds(self, bounds: Bounds) -> "Patch":
         """Return the constraint with its colours in the units of a model whose inputs are within `bounds`."""
         if self.colours is None:
             return self
-        content = json.loads(self.content)
         low, high = (
             side.reshape(len(side) if side.dim() else 1, -1).double().mean(1)
             for side in map(torch.as_tensor, (bounds.low, bounds.high))
         )
         before, after, colours = (
-            torch.tensor(content[name], dtype=torch.float64) for name in ("low", "high", "colours")
+            torch.tensor(self._files[name], dtype=torch.float64) for name in ("low", "high", "colours")
         )
         if before.equal(low) and after.equal(high):
             return self
         colours = low + (colours - before) / (after - before) * (high - low)
-        content |= {"colours": colours.tolist(), "low": low.tolist(), "high": high.tolist()}
+        content = {**self._files, "colours": colours.tolist(), "low": low.tolist(), "high": high.tolist()}
         return replace(self, content=json.dumps(content))
 
     def printed(self, x: Inputs, changed: Tensor) -> Inputs:
@@ -421,8 +426,8 @@ class Patch(Constraint):
         # A number of pixels that was computed from averages is not exact.
         outside = missed > 0.5
         if self.colours is not None:
-            content = json.loads(self.content)
-            step = max(high - low for low, high in zip(content["low"], content["high"], strict=True)) / 255
+            low, high = self._files["low"], self._files["high"]
+            step = max(top - bottom for bottom, top in zip(low, high, strict=True)) / 255
             away = (x_adv - self.printed(x_adv, differs[:, None])).abs().flatten(1).amax(1)
             outside |= away > step / 2  # as an image of 8 bits stores them
         return torch.where(outside, torch.inf, anything)
