@@ -118,6 +118,7 @@ ROWS = {
     "standard-cost": "standard_cost",
     "universal-seeds": "universal_seeds",
     "patches": "patches",
+    "pneumonia": "pneumonia",
     "transformations": "transformations",
     "bends": "bends",
     "image-patches": "image_patches",

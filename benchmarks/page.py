@@ -191,6 +191,8 @@ SUBJECTS = {
     "passes.",
     "universal-seeds": "`Universal` at its defaults: accuracy that the default seed and five other seeds leave.",
     "patches": "A patch of 8 × 8 pixels learned on traffic signs, beside ART with as many steps.",
+    "pneumonia": "A network on chest X-rays: robust accuracy of each class, and the class in the headline of a run "
+    "with `--groups label`.",
     "transformations": "Rotations and shifts, and universal perturbations: accuracy left, beside Foolbox and ART.",
     "bends": "`Flow` and advertorch's stAdv within the same length of flow: share of images broken.",
     "image-patches": "A separate patch for each image, beside Rao et al. and Sparse-RS: share of images broken.",

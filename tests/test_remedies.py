@@ -1858,6 +1858,13 @@ situation(
     model=Later(lambda: f"{file('net.py')}:make"),
     open_model={"input_shape": (4,)},
 )
+IN_12_BITS = ((4095 * IMAGES[:, 0]).numpy().astype(np.uint16), np.zeros(8, np.int64))
+OF_IMAGES = of(lambda f, x: x.flatten(1)[:, :3])
+situation("pixels without their bits", opened, model=OF_IMAGES, data=IN_12_BITS)
+situation("pixels of more bits", opened, model=OF_IMAGES, data=IN_12_BITS, open_data={"bits": 10})
+situation(
+    "bits of floats", opened, model=OF_IMAGES, data=(IMAGES.numpy(), Y[:8].numpy()), open_data={"bits": 12}
+)
 situation("layout of a table", opened, data=(X.numpy(), Y.numpy()), open_data={"layout": "chw"})
 situation(
     "no layout",

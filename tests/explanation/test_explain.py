@@ -285,3 +285,15 @@ def test_an_example_that_the_run_broke_breaks_inside_its_threat(tmp_path, monkey
     assert margins.title.startswith("Half of the correctly classified examples break within 0.3;"), (
         margins.title
     )
+
+
+def test_a_run_about_votes_states_the_command_that_explains_the_model_itself(tmp_path):
+    folder = tmp_path / "run"
+    holdfast.certify("mnist-cnn", "mnist-mini", "patch:4x4", n=1, masks=2, run=folder)
+    said = "votes are not explained; .*: holdfast explain mnist-cnn mnist-mini -t patch:4x4$"
+    for opened in (
+        {"model": str(folder)},
+        {"model": "mnist-cnn", "data": "mnist-mini", "from_run": str(folder)},
+    ):
+        with pytest.raises(UsageError, match=said):
+            holdfast.Explain(**opened).run()

@@ -45,6 +45,13 @@ def test_a_gate_on_the_worst_class_or_group_is_unclear_while_one_has_no_examples
     )
 
 
+def test_groups_by_label_count_a_class_of_the_model_without_examples() -> None:
+    gates = ["worst_group >= 0.5"]
+    part = holdfast.assess(net(), (X, Y), "linf:0.001", "quick", n=200, gates=gates, groups="label")
+    assert part.gates[0].verdict == "unclear"
+    assert part.gates[0].too_few is not None and dict(part.gates[0].too_few.counts) == {"2": 0}
+
+
 def test_a_class_that_fails_still_fails_the_gate() -> None:
     last = holdfast.assess(net(), (X[100:], Y[100:]), "linf:0.001", "quick", gates=["worst_class >= 0.5"])
     assert last.gates[0].verdict == "fail"

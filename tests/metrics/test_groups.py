@@ -102,3 +102,42 @@ def test_a_run_without_groups_or_with_a_target_has_no_worst_group():
     threat = ThreatModel(Linf(0.25), goal=1)
     with pytest.raises(Absent, match="does not exist under goal=targeted:1"):
         worst_group(dataclasses.replace(grouped([(30, 30), (30, 30)]), threat=threat))
+
+
+def labelled(counts):
+    """Evidence with classes of (robust, all) examples."""
+    run = grouped(counts)
+    return dataclasses.replace(
+        run, columns={**run.columns, "y": run["group"]}, data={"classes": ["normal", "pneumonia"]}
+    )
+
+
+@pytest.mark.parametrize("metric", ["worst_class", "worst_group"])
+@pytest.mark.parametrize(
+    ("bound", "needed"),
+    [
+        (0.5, FEWEST_IN_GROUP),
+        # 0.0125 ** (1 / n) is the lower end of 2 simultaneous intervals for n robust examples of n
+        (0.95, 86),
+        (1.0, None),
+    ],
+)
+def test_a_gate_on_the_worst_states_each_class_of_five_examples_and_how_many_would_do(metric, bound, needed):
+    run = labelled([(5, 5), (100, 100)])
+    run = dataclasses.replace(run, data={**run.data, "groups": {"names": ["normal", "pneumonia"]}})
+    judged = judge(parse(f"{metric} >= {bound}"), run, Doubts())
+    assert (judged.verdict, bool(judged)) == ("unclear", False)
+    assert dict(judged.too_few.counts) == {"normal": 5} and judged.too_few.needed == needed
+    assert "normal (5)" in judged.because
+    if needed is not None:
+        enough = [bonferroni(0.95, 2)] * 2
+        lows = [clopper_pearson(n, n, c)[0] for n, c in zip((needed - 1, needed), enough, strict=True)]
+        assert needed == FEWEST_IN_GROUP or lows[0] < bound <= lows[1]
+
+
+def test_few_examples_of_a_class_neither_help_a_gate_nor_hide_a_class_that_fails():
+    few = labelled([(0, 5), (100, 100)])
+    assert judge(parse("worst_class >= 0.6"), few, Doubts()).verdict == "fail"
+    assert judge(parse("worst_class <= 0.7"), few, Doubts()).verdict == "pass"
+    assert judge(parse("worst_class <= 0.7"), few, Doubts()).too_few is None
+    assert judge(parse("worst_class >= 0.5"), labelled([(30, 30), (99, 100)]), Doubts()).verdict == "pass"

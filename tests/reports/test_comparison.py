@@ -127,6 +127,15 @@ def test_another_threat_is_stated_before_any_number(first):
     assert _compared(first, first)["caution"] == ""
 
 
+def test_other_bounds_are_stated_under_the_same_threat(first):
+    one, other = (
+        dataclasses.replace(first, model={**first.model, "bounds": ends}) for ends in ([0, 1], [0, 255])
+    )
+    said = "The bounds of the inputs differ: 0 to 1 in the first run, 0 to 255 in the second"
+    assert _compared(one, other)["caution"].startswith(said)
+    assert _compared(one, one)["caution"] == ""
+
+
 @pytest.mark.parametrize(
     ("lost", "gained", "said"),
     [

@@ -310,3 +310,33 @@ def test_groups_are_measured_before_and_after_a_hardening():
         assert sum(groups_of(measured).values()) == 150
         assert (measured.evidence["group"] == 0).any()
     assert result.after.exit_code == 0
+
+
+@pytest.mark.parametrize("source", ["t.npz", "t.csv", "folder"])
+def test_label_groups_the_examples_by_class_and_the_worst_class_is_the_headline(source, folder, capsys):
+    options = ["--label", "y", "--drop", "old", "--drop", "sex"] if source == "t.csv" else []
+    if source == "folder":
+        for name in ("left", "right"):
+            (folder / source / name).mkdir(parents=True)
+            for k in range(4):
+                image = Image.fromarray(np.full((2, 2), 250 * (name == "right") + k, np.uint8))
+                image.save(folder / source / name / f"{k}.png")
+        options = ["--class-names", "left,right"]
+        Path("net.py").write_text(Path("net.py").read_text().replace("    return net", FLAT))
+    command = ["assess", "net.py:make", source, "--trust-code", *QUICK, *options]
+    code = command_line([*command, "--groups", "label", "-o", "r.json"])
+    summary = json.loads(Path("r.json").read_text())
+    rows = summary["groups"]["rows"]
+    counts = (
+        {"left": 4, "right": 4}
+        if source == "folder"
+        else dict(zip("01", np.bincount(Y).tolist(), strict=True))
+    )
+    assert (code, {row["name"]: row["n"] for row in rows}) == (0, counts)
+    worst = min(rows, key=lambda row: row["robust_accuracy"]["value"])
+    assert f"of class {worst['name']}, the worst of 2 classes, survive" in summary["headline"]
+    assert "for all 2 classes together" in summary["headline"]
+    assert capsys.readouterr().out.count("classes: clean and robust accuracy by label") == 1
+
+
+FLAT = "    return torch.nn.Sequential(torch.nn.Flatten(), net)"

@@ -83,6 +83,8 @@ def remedies(lowest: int, highest: int, classes: int, *, remote: bool) -> tuple[
     return (model_argument("http_labels", True, also=(number,), reason="if the server returns classes"),)
 
 
+BY_LABEL = "label"
+"""Setting of the groups with which the groups are the classes."""
 UNLABELLED = -1
 """label of a training example that has no label"""
 IN_MEMORY_BYTES = 2 * 2**30

@@ -13,6 +13,7 @@ from holdfast.gates.grammar import SEQUENTIAL, Claim, refused_verdict
 from holdfast.metrics.catalogue import estimate as estimate_of
 from holdfast.metrics.comparisons import LOSSES, basis, change, improvement
 from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
+from holdfast.metrics.shares import TooFew, too_few
 from holdfast.statistics.intervals import confidence_sequence
 
 TrainingVerdict = Literal["improved", "no difference shown", "worse"]
@@ -51,6 +52,7 @@ def refuse_goal(recipe: str, goal: Goal) -> None:
 
 
 Verdict = Literal["pass", "fail", "unclear"]
+_NAMED = 10  # classes or groups in a message
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Judgement:
     open_doubts: tuple[str, ...] = ()
     scope: Scope | None = None
     """which adversarial examples are counted in a comparison of robust accuracies; None for other gates"""
+    too_few: TooFew | None = None
+    """classes or groups for which the gate has too few examples to pass; None if there are none"""
     looks: Looks | None = None
     """how many examples it took to decide the condition of `until`, for a gate whose interval is valid at every look;
     None for other gates"""
@@ -139,6 +143,8 @@ class Judgement:
         )
         if self.looks is not None:
             numbers += f" of {self.looks.of}, valid at every look"
+        if self.too_few is not None and self.verdict == "unclear":
+            return f"{numbers}: {shortage(self.too_few.counts, self.too_few.needed)}"
         if self.verdict == "unclear" and self._inside():
             return (
                 f"{numbers}: the interval meets {bound}, but doubts are open: {', '.join(self.open_doubts)}"
@@ -187,12 +193,29 @@ def judge(
         measured = estimate_of(claim.metric, evidence, eps=claim.eps, baseline=baseline)
     except UsageError as error:
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error.message}", *error.remedies) from error
+    if claim.relation == ">=" and (few := too_few(evidence, claim.metric, claim.bound)) is not None:
+        judged = judged_estimate(claim, measured, doubts)
+        return replace(judged, verdict="fail" if judged.verdict == "fail" else "unclear", too_few=few)
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
     looks = evidence.looks if claim.metric in SEQUENTIAL else None
     if looks is None:
         return replace(judged_estimate(claim, measured, doubts), scope=scope)
     # the number of examples depends on what was measured, which an ordinary interval does not allow for
     return replace(judged_estimate(claim, sequential(measured), doubts), looks=looks)
+
+
+def shortage(counts: Mapping[str, int], needed: int | None) -> str:
+    """Return the reason why a gate on the worst class or group cannot pass: the number of examples of each with too
+    few, and the number that each needs.
+    """
+    named = [f"{name} ({n})" for name, n in counts.items()]
+    more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    enough = (
+        f"each needs {needed} or more, with which the gate passes if all are robust"
+        if needed is not None
+        else "no number of examples is enough for this threshold"
+    )
+    return f"too few examples of {', '.join(named[:_NAMED])}{more}; {enough}"
 
 
 def sequential(estimate: Estimate) -> Estimate:

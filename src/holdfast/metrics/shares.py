@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.core.batch import BY_LABEL
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import TRIGGERED, Evidence
@@ -100,8 +101,8 @@ def suite_robust(evidence: Evidence, metric: str) -> Mask:
 
 
 FEWEST_IN_GROUP = 30
-"""Number of examples below which a group is unclear. With 30, the interval of an accuracy of 50 % ends at 31 and 69 %,
-before the correction."""
+"""Number of examples below which a class or a group is unclear. With 30, the interval of an accuracy of 50 % ends at 31
+and 69 %, before the correction."""
 
 
 def clean_accuracy(evidence: Evidence, confidence: float = CONFIDENCE) -> Estimate:
@@ -278,22 +279,23 @@ class ClassRow:
 def per_class(evidence: Evidence) -> tuple[ClassRow, ...]:
     """Return the clean accuracy and the robust accuracy of each class that occurs in the data.
 
-    The intervals are not corrected for the number of classes.
+    All intervals of the robust accuracies hold together (Bonferroni), and so do those of the clean accuracies.
     """
     try:
         robust(evidence, "robust_accuracy")
         measured = True
     except Absent:
         measured = False
-    rows = []
-    for label in torch.unique(evidence["y"]).tolist():
+    labels = torch.unique(evidence["y"]).tolist()
+    confidence, rows = bonferroni(CONFIDENCE, len(labels)), []
+    for label in labels:
         members = evidence["y"] == label
         rows.append(
             ClassRow(
                 label,
                 int(members.sum()),
-                proportion(evidence["correct"][members]),
-                _accuracy_of(evidence, members, "robust_accuracy") if measured else None,
+                proportion(evidence["correct"][members], confidence),
+                _accuracy_of(evidence, members, "robust_accuracy", confidence) if measured else None,
             )
         )
     return tuple(rows)
@@ -303,17 +305,63 @@ def worst_class(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     """Return the robust accuracy of the class with the lowest one, among the classes that occur in the data.
 
     The intervals of all classes are simultaneous (Bonferroni), so the smallest of their ends bound the smallest
-    accuracy. A class of the model without examples could have any accuracy: with one, the interval begins at 0.
+    accuracy. A class of fewer than 30 examples, or without examples, could have any accuracy: with one, the interval
+    begins at 0.
     """
-    y, absent = evidence["y"], absent_classes(evidence["y"], classes_of(evidence.model))
+    y, few = evidence["y"], few_examples(evidence, "worst_class")
     labels = torch.unique(y).tolist()
     single_confidence = bonferroni(CONFIDENCE, len(labels))
     accuracies = [
         _accuracy_of(evidence, y == label, "worst_class", single_confidence, eps) for label in labels
     ]
     worst = min(accuracies, key=lambda estimate: estimate.value)
-    low = 0.0 if absent else min(e.low for e in accuracies)
+    low = 0.0 if few else min(e.low for e in accuracies)
     return Estimate(worst.value, low, min(e.high for e in accuracies), worst.n)
+
+
+@dataclass(frozen=True)
+class TooFew:
+    """Classes or groups with so few examples that no gate on the worst one can pass."""
+
+    counts: Mapping[str, int]
+    """number of examples of each of them, by name"""
+    needed: int | None
+    """smallest number of examples of each with which the gate passes if all are robust; None if no number is enough"""
+
+
+def too_few(evidence: Evidence, metric: str, bound: float) -> TooFew | None:
+    """Return the classes or groups for which a gate that `metric`, `worst_class` or `worst_group`, is at least `bound`
+    has too few examples; None if it has enough, or for other metrics.
+    """
+    if metric not in ("worst_class", "worst_group") or not (counts := few_examples(evidence, metric)):
+        return None
+    rows = evidence["y" if metric == "worst_class" else "group"]
+    n_absent = sum(n == 0 for n in counts.values())
+    tail = (1 - bonferroni(CONFIDENCE, len(torch.unique(rows)) + n_absent)) / 2
+    if bound >= 1:
+        return TooFew(counts, None)
+    # the interval of Clopper and Pearson begins at tail ** (1 / n) if all n are robust
+    enough = math.ceil(math.log(tail) / math.log(bound)) if bound > 0 else 1
+    return TooFew(counts, max(FEWEST_IN_GROUP, enough))
+
+
+def few_examples(evidence: Evidence, metric: str) -> dict[str, int]:
+    """Return the number of examples of each class (`worst_class`) or group (`worst_group`) with fewer than 30, by
+    name.
+    """
+    about = evidence.data.get("groups", {})
+    if metric == "worst_class" or about.get("column") == BY_LABEL:
+        y, names = evidence["y"], tuple(map(str, evidence.data.get("classes") or ()))
+        absent = absent_classes(y, classes_of(evidence.model))
+        labels, counts = (each.tolist() for each in torch.unique(y, return_counts=True))
+        numbers = {**dict(zip(labels, counts, strict=True)), **dict.fromkeys(absent, 0)}
+        found = {names[k] if 0 <= k < len(names) else str(k): n for k, n in sorted(numbers.items())}
+    else:
+        places, counts = (each.tolist() for each in torch.unique(evidence["group"], return_counts=True))
+        named = about.get("names") or range(max(places, default=-1) + 1)
+        found = {str(named[place]): n for place, n in zip(places, counts, strict=True)}
+        found |= dict.fromkeys(about.get("absent", ()), 0)
+    return {name: n for name, n in found.items() if n < FEWEST_IN_GROUP}
 
 
 _LISTED = 10  # classes in a message
@@ -398,8 +446,8 @@ def worst_group(evidence: Evidence, *, eps: float | None = None) -> Estimate:
     rows = per_group(evidence, eps=eps)
     clear = [row.robust_accuracy for row in rows if not row.unclear]
     worst = min(clear or [row.robust_accuracy for row in rows], key=lambda estimate: estimate.value)
-    is_complete = len(clear) == len(rows) and not evidence.data.get("groups", {}).get("absent")
-    low = min(estimate.low for estimate in clear) if is_complete else 0.0
+    few = few_examples(evidence, "worst_group")
+    low = 0.0 if few else min(estimate.low for estimate in clear)
     return Estimate(worst.value, low, min((estimate.high for estimate in clear), default=1.0), worst.n)
 
 

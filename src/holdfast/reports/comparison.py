@@ -47,7 +47,9 @@ def comparison(
     content = {
         "schema_version": COMPARISON_VERSION,
         "verb": "compare",
-        "caution": caution(summaries[0]["threat"], summaries[1]["threat"]) or _other_content(first, second),
+        "caution": caution(summaries[0]["threat"], summaries[1]["threat"])
+        or _other_bounds(first, second)
+        or _other_content(first, second),
         "headline": "",
         "n": len(shared),
         "noun": summaries[0]["noun"],
@@ -96,6 +98,19 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     return (
         f"The threat models differ: {before} in the first run, {after} in the second; the difference may come from "
         "the attacker and not from the model."
+    )
+
+
+def _other_bounds(first: Evidence, second: Evidence) -> str:
+    """Return a warning if the inputs have other bounds in the second run, or an empty string."""
+    before, after = (evidence.model.get("bounds") for evidence in (first, second))
+    if before == after or before is None or after is None:
+        return ""
+    ends = [f"{float(low):g} to {float(high):g}" for low, high in (before, after)]
+    return (
+        f"The bounds of the inputs differ: {ends[0]} in the first run, {ends[1]} in the second; "
+        "the same threat model then allows other changes, and the difference may come from the attacker and not from "
+        "the model."
     )
 
 

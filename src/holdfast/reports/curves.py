@@ -17,6 +17,7 @@ from holdfast.reports.words import (
     capitalized,
     count_text,
     interval,
+    kind_of_groups,
     number,
     percent,
     plain,
@@ -352,11 +353,20 @@ def groups(evidence: Evidence) -> Json | None:
 
 def groups_section(results: Mapping[str, Any], noun: str) -> Section:
     """Return the section of the groups: clean and robust accuracy of each, and whether it is clear."""
+    singular, kind = kind_of_groups(results)
     by = f" by {results['column']}" if results["column"] else ""
     small = any(row["unclear"] for row in results["rows"])
-    rule = f"; a group of fewer than {FEWEST_IN_GROUP} {noun} is unclear, and no gate on worst_group passes with it"
-    lead = f"clean and robust accuracy{by}; the intervals of all groups hold together{rule if small else ''}"
-    return Section("Groups", (accuracy_table("group", noun, results["rows"]),), lead, "groups", "Groups")
+    rule = (
+        f"; one of fewer than {FEWEST_IN_GROUP} {noun} is unclear, and no gate on worst_group passes with it"
+    )
+    lead = f"clean and robust accuracy{by}; the intervals of all {kind} hold together{rule if small else ''}"
+    return Section(
+        capitalized(kind),
+        (accuracy_table(singular, noun, results["rows"]),),
+        lead,
+        "groups",
+        capitalized(kind),
+    )
 
 
 def accuracy_table(name: str, noun: str, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -60,12 +60,24 @@ class LooksJson(TypedDict):
     ended: Ending
 
 
+class TooFewJson(TypedDict):
+    """Classes or groups with so few examples that no gate on the worst one can pass.
+
+    - `counts`: number of examples of each, by name; at most 1,000
+    - `needed`: number of examples of each with which the gate passes if all are robust; null if none is enough
+    """
+
+    counts: dict[str, Natural]
+    needed: Positive | None
+
+
 class Gate(TypedDict):
     """A gate and its verdict.
 
     - `condition`: the gate as the user wrote it
     - `scope`: adversarial examples that count in a comparison of robust accuracies; null for other gates
     - `looks`: for the condition of `until`, whose interval is valid at every look; null for other gates
+    - `too_few`: classes or groups with too few examples for the gate to pass; null if there are none
     - `decibels`: whether texts state `eps`, a ratio of amplitudes, in decibels
     """
 
@@ -81,6 +93,7 @@ class Gate(TypedDict):
     message: str
     scope: NotRequired[Scope | None]
     looks: NotRequired[LooksJson | None]
+    too_few: NotRequired[TooFewJson | None]
 
 
 class NotTried(TypedDict):

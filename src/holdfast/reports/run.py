@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from holdfast.core.batch import BY_LABEL
 from holdfast.reports import certification, charts, curves, defences, transfer, tree, words
 from holdfast.reports.charts import staircases
 from holdfast.reports.curves import attack_sections, hardest
@@ -95,10 +96,15 @@ def _highlights(summary: Json) -> Iterator[tree.Highlight]:
     metrics, main, gates = summary["metrics"], words.main_metric(summary), summary["gates"]
     if main:
         value, decibels = metrics[main], summary["threat"]["decibels"]
+        is_group = main == "worst_group"
         yield tree.Highlight(
-            words.label(main),
+            f"Worst {words.worst_of(summary['groups'])}" if is_group else words.label(main),
             words.shown(main, value["value"], decibels=decibels),
             (f"{_level(summary)} interval", words.interval(main, value, decibels=decibels)),
+        )
+    if main == "worst_group":
+        yield tree.Highlight(
+            "Robust accuracy", percent(metrics["robust_accuracy"]["value"]), (f"of all {summary['noun']}",)
         )
     if "clean_accuracy" in metrics and main != "clean_accuracy":
         yield tree.Highlight(
@@ -137,10 +143,11 @@ def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[tree.Secti
         yield tree.Section("Curves", blocks, lead, "curves", "Curves", "page")
     if summary.get("geometry"):
         yield charts.geometry_section(summary["geometry"])
-    if summary["per_class"]:
+    groups = summary.get("groups")
+    if summary["per_class"] and (groups is None or groups["column"] != BY_LABEL):
         yield _classes(summary)
     for results, section in (
-        (summary.get("groups"), curves.groups_section),
+        (groups, curves.groups_section),
         (summary.get("transfer"), transfer.section),
         (summary.get("data_transfer"), transfer.across_section),
     ):
@@ -232,7 +239,7 @@ def _classes(summary: Json) -> tree.Section:
     lead = (
         some
         if len(worst) < len(rows)
-        else "clean and robust accuracy of each class, with the interval of the robust accuracy"
+        else "clean and robust accuracy of each class; the intervals of all classes hold together"
     )
     table = curves.accuracy_table("class", summary["noun"], sorted(worst, key=lambda row: int(row["class"])))
     return tree.Section("Classes", (table,), lead, "classes", "Classes", "page")

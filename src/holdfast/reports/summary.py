@@ -7,6 +7,7 @@ strings "inf", "-inf" and "nan".
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from holdfast.core.estimate import Estimate
@@ -15,7 +16,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Mask
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import Judgement, exit_code, overall
-from holdfast.metrics.shares import within
+from holdfast.metrics.shares import TooFew, within
 from holdfast.reports import json_schemas as forms
 from holdfast.reports.certification import certification
 from holdfast.reports.charts import geometry_results
@@ -177,8 +178,15 @@ def _gate(gate: Judgement) -> forms.Gate:
         "estimate": estimate_to_json(gate.estimate),
         "scope": gate.scope,
         "looks": _looks(gate.looks),
+        "too_few": _too_few(gate.too_few),
         "message": "",
     }
+
+
+def _too_few(found: TooFew | None) -> forms.TooFewJson | None:
+    if found is None:
+        return None
+    return {"counts": dict(islice(found.counts.items(), MOST_NAMES)), "needed": found.needed}
 
 
 def _looks(looks: Looks | None) -> forms.LooksJson | None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.core.batch import BY_LABEL
 from holdfast.core.catalogue import PATCH_MASKS
 from holdfast.core.names import in_255ths, threat_text
 from holdfast.doubts.probing import doubt_test
-from holdfast.gates.judging import depends_on
+from holdfast.gates.judging import depends_on, shortage
 from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, OF_EPS, PERTURBATIONS, UPPER_BOUNDS
 from holdfast.reports.tree import Block, Cell, Group, Row, Table
 
@@ -327,6 +328,7 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
     """
     candidates = [
         "trigger_success_rate",
+        "worst_group",  # which only runs with groups have
         "robust_accuracy",
         "targeted_success_rate",
         "robust_margin",
@@ -388,7 +390,19 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
     rate = shown(metric, estimate["value"], decibels=decibels)
     interval_text = interval(metric, estimate, decibels=decibels)
     of = f"of {amount(estimate['n'], summary['noun'])}"
-    interval_part = f" ({100 * summary['confidence']:.0f} % interval {interval_text})" if intervals else ""
+    groups = summary["groups"] if metric == "worst_group" else None
+    all_groups = f"{len(groups['rows'])} {kind_of_groups(groups)[1]}" if groups else ""
+    together = f" for all {all_groups} together" if groups else ""
+    interval_part = (
+        f" ({100 * summary['confidence']:.0f} % interval {interval_text}{together})" if intervals else ""
+    )
+    if groups:
+        every = summary["metrics"]["robust_accuracy"]
+        return (
+            f"{rate} {of} of {worst_of(groups)}, the worst of {all_groups}, survive "
+            f"{all_attacks_text(summary['threat'])}{interval_part}; "
+            f"{percent(every['value'])} of all {count_text(every['n'])} survive"
+        )
     if metric == "robust_accuracy":
         verb = "survives" if estimate["n"] == 1 else "survive"
         return (
@@ -416,6 +430,20 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
         outcome = "break" if goal is None else f"reach class {goal}"
         return f"Half {of} {outcome} within an {summary['threat']['norm']} change of {rate}{interval_part}"
     return f"{rate} {of} are correct without any attack{interval_part}"
+
+
+def worst_of(groups: Mapping[str, Any]) -> str:
+    """Return the name of the worst group of a run, such as `class normal`. Groups of fewer than 30 examples count only
+    if there are no others.
+    """
+    rows = [row for row in groups["rows"] if not row["unclear"]] or groups["rows"]
+    worst = min(rows, key=lambda row: number(row["robust_accuracy"]["value"]))
+    return f"{kind_of_groups(groups)[0]} {worst['name']}"
+
+
+def kind_of_groups(groups: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what the groups of a run are called, as singular and plural."""
+    return ("class", "classes") if groups["column"] == BY_LABEL else ("group", "groups")
 
 
 def _suite_alone(summary: Mapping[str, Any]) -> str:
@@ -507,6 +535,8 @@ def _because(gate: Mapping[str, Any], interval_text: str, doubts: Sequence[str])
     if gate["versus"] == "before":
         place = {"pass": "is above", "unclear": "contains", "fail": "is below"}[gate["verdict"]]
         return f"the interval of the difference from the given model ({interval_text}) {place} 0"
+    if gate["verdict"] == "unclear" and (few := gate.get("too_few")) is not None:
+        return shortage(few["counts"], few["needed"])
     if gate["verdict"] == "unclear":
         return f"the interval ({interval_text}) contains the threshold; more examples are needed to decide"
     return f"the whole interval ({interval_text}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"

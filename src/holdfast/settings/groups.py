@@ -319,7 +319,7 @@ class DataSource(SettingGroup):
     data: values.Given | None = Field(
         default=None,
         description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
-        "images or clips (.wav, .flac) for each class.",
+        "images (.png, .jpg, …), DICOM files (.dcm) or clips (.wav, .flac) for each class.",
     )
     split: Annotated[str | None, Flag("NAME")] = Field(
         default=None,
@@ -365,6 +365,11 @@ class DataSource(SettingGroup):
         default=None,
         description="Sampling rate of clips. Files with another rate are resampled to it, and arrays have it. Inputs "
         "are then clips, from -1 to 1 unless bounds are given.",
+    )
+    bits: Annotated[Literal[10, 12, 14, 16] | None, Flag("N")] = Field(
+        default=None,
+        description="Bits of the pixels of stored arrays of whole numbers: values from 0 to 2^N - 1 are read as 0 to "
+        "1, as bytes are from 0 to 255. DICOM files state their own.",
     )
     layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
         default=None,
@@ -414,7 +419,7 @@ class ExampleGroups(SettingGroup):
     groups: Annotated[values.ExampleGroups | None, Flag("NAME")] = Field(
         default=None,
         description="Groups of the examples, for the robust accuracy of each and worst_group: a column of a table, "
-        "or an array of an .npz file. In Python also an array.",
+        "an array of an .npz file, or label for the classes. In Python also an array.",
     )
 
 

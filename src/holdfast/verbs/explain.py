@@ -1,6 +1,7 @@
 """The function `holdfast.explain`, which explains why an input breaks a model, and where a model is fragile."""
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,7 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
             settings = settings.model_copy(update={"sample": _EXAMPLES})
         return settings, None
     run, manifest = open_run(Path(folder)), read_manifest(Path(folder))
+    _refuse_votes(manifest, str(folder), run.evidence.threat.text)
     update: dict[str, Any] = {"from_run": str(folder)}
     with consistent(Path(folder)):
         if "threat" not in settings.model_fields_set:
@@ -210,6 +212,17 @@ def _with_run(settings: Explain) -> tuple[Explain, Result | None]:
         raise TargetError(
             f"the run {str(folder)!r} states a model or data that cannot be opened: {error.message}"
         ) from error
+
+
+def _refuse_votes(manifest: Mapping[str, Any], folder: str, threat: str) -> None:
+    """Raise `UsageError` for a run about the votes of a model, which a certification by smoothing or masks makes."""
+    model = manifest["model"]
+    if (votes := model.get("masked") or model.get("smoothed")) is not None:
+        command = shlex.join(["holdfast", "explain", votes["base"], manifest["data"]["name"], "-t", threat])
+        raise UsageError(
+            f"the run {folder!r} is about a {model['name']}, and votes are not explained; explain the model on which "
+            f"they are based: {command}"
+        )
 
 
 def _address(named: Sequence[tuple[str, object]], verb: str, folder: str) -> dict[str, Any]:

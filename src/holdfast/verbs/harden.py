@@ -505,10 +505,11 @@ def _open_options(settings: Harden, subject: DescribedModel) -> str:
     for flag, text in (
         ("--split", settings.split),
         ("--label", settings.label),
-        ("--groups", declared.group_column(settings)),
+        ("--groups", settings.groups if isinstance(settings.groups, str) else None),
         ("--x", settings.x),
         ("--y", settings.y),
         ("--data-normalised", None if normalised is None else str(normalised)),
+        ("--bits", settings.bits and str(settings.bits)),
         ("--layout", settings.layout),
         ("--class-order", settings.class_order),
     ):

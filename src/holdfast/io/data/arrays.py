@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import HoldfastError, Placeholder, Remedy, TargetError, UsageError
+from holdfast.core.errors import HoldfastError, Placeholder, Remedy, TargetError, UsageError, data_argument
 from holdfast.core.model import Bounds, Normalisation, Units
 from holdfast.core.types import Inputs, Layout
 from holdfast.io.data.columns import EXACT, in_order_of_first, inexact, notes_of_rules
@@ -57,6 +57,8 @@ SUPPORTED = (
 """Sentence about the kinds of inputs for messages about others."""
 
 
+BITS = data_argument("bits")
+_BITS = (12, 16)  # bits of a pixel that are advised
 _NORMALISED_INSIDE = "mean and std are for a model that needs normalised inputs"
 
 
@@ -302,7 +304,7 @@ def from_numpy(
     _refuse_ids(x, probe)
     n_classes = expected.classes or (None if names is None else len(names))
     y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
-    stored, scale, scale_notes = _stored(x, expected.bounds_of_values, name, preserve=preserve)
+    stored, scale, scale_notes = _stored(x, expected, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
     unmoved = Arrays(
         name, stored, y, ids, names, scale, pixels=pixels, units=expected.units, features=features
@@ -570,8 +572,13 @@ def _is_unit(bounds: Bounds) -> bool:
     return isinstance(bounds.low, (int, float)) and (bounds.low, bounds.high) == (0, 1)
 
 
-def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Array, float, tuple[str, ...]]:
+def _stored(
+    x: Array, expected: DeclaredData, name: str, *, preserve: bool
+) -> tuple[Array, float, tuple[str, ...]]:
     """Return the values to store, the number by which they are divided when they are read, and notes for the report."""
+    bounds = expected.bounds_of_values
+    if expected.bits is not None:
+        return *_of_bits(x, expected.bits, bounds, name), ()
     if x.dtype == np.bool_:
         return x.astype(np.uint8), 1.0, ()
     if x.dtype == np.uint8:
@@ -600,6 +607,27 @@ def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Arr
             f"represents all whole numbers only up to {EXACT}: scale the features as in training"
         )
     return x.astype(np.float32), 1.0, ()
+
+
+def _of_bits(x: Array, bits: int, bounds: Bounds, name: str) -> tuple[Array, float]:
+    """Return the pixels of a declared number of bits, and the number by which they are divided when they are read."""
+    highest = 2**bits - 1
+    if x.dtype.kind not in "iu":
+        raise UsageError(
+            f"bits is {bits}, and the inputs of {name} are {x.dtype}; whole numbers were expected", BITS
+        )
+    if not _is_unit(bounds):
+        raise UsageError(
+            f"bits is {bits}, with which the inputs of {name} are from 0 to 1, and the bounds are {_side(bounds.low)} "
+            f"to {_side(bounds.high)}; for a model that takes the stored values, measure eps with unit=range",
+            BITS,
+        )
+    if x.min() < 0 or x.max() > highest:
+        raise TargetError(
+            f"the inputs of {name} range from {x.min()} to {x.max()}; 0 to {highest}, for {bits} bits, was expected",
+            *(data_argument("bits", n) for n in _BITS if bits < n and x.min() >= 0 and x.max() < 2**n),
+        )
+    return x.astype(np.uint16), float(highest)
 
 
 def _refuse_inexact(x: NDArray[np.float64], name: str) -> None:
@@ -635,8 +663,14 @@ def _of_integers(x: Array, name: str) -> TargetError:
         )
     if probing.pixel_divisor(lowest, highest, x.ndim) == 255:
         return TargetError(f"{message}: give x.astype('float32') / 255 if they are pixels. {SUPPORTED}")
+    by_bits = (
+        data_argument("bits", n, reason=f"for pixels of {n} bits, with a model that takes values from 0 to 1")
+        for n in _BITS
+        if lowest >= 0 and highest < 2**n
+    )
     return TargetError(
-        f"{message}: if they are signals or pixels, scale them as in the training of the model. {SUPPORTED}"
+        f"{message}: if they are signals or pixels, scale them as in the training of the model. {SUPPORTED}",
+        *by_bits,
     )
 
 

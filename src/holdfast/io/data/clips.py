@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError, UsageError, data_argument
 from holdfast.core.model import Bounds
-from holdfast.io.data import pictures
+from holdfast.io.data import dicom, pictures
 from holdfast.io.data.arrays import FULL_SCALE, Array, Arrays, Choice, from_numpy
 from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.files import existing, megabytes, replacing
@@ -38,10 +38,12 @@ _CLIPPED = 3
 """Number of successive samples at full scale from which a clip counts as clipped; a single peak may be there."""
 
 
-def holds_clips(folder: Path) -> bool:
-    """Return whether the class folders of a folder, or those of its splits, contain clips."""
-    first = next(_clips_in(folder, (*SUFFIXES, *pictures.SUFFIXES)), None)
-    return first is not None and first.suffix.lower() in SUFFIXES
+def suffix_of_files(folder: Path) -> str:
+    """Return the suffix of a clip or an image in the class folders of a folder, or in those of its splits, in lower
+    case; empty if there is none.
+    """
+    first = next(_clips_in(folder, (*SUFFIXES, *pictures.SUFFIXES, *dicom.SUFFIXES)), None)
+    return "" if first is None else first.suffix.lower()
 
 
 def _clips_in(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[Path]:

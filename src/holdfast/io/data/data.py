@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.batch import BY_LABEL, UNLABELLED, Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Remedy, TargetError, UsageError, data_argument
 from holdfast.core.types import Layout
-from holdfast.io.data import tables
+from holdfast.io.data import dicom, tables
 from holdfast.io.data.arrays import Array, Arrays, Choice, first_rows_note, from_numpy, selected_rows
-from holdfast.io.data.clips import holds_clips, open_clips, refuse_rate, with_rate
+from holdfast.io.data.clips import SUFFIXES, open_clips, refuse_rate, suffix_of_files, with_rate
+from holdfast.io.data.dicom import open_dicom
 from holdfast.io.data.labels import (
     MOST_NAMES,
     Groups,
@@ -142,7 +143,25 @@ def grouped(
             "array with one value for each example",
             Remedy("groups"),
         )
-    usable = own.refuse_unusable()
+    return _with_groups(data, own)
+
+
+def grouped_by_label(data: Data) -> Data:
+    """Return a data set whose groups are its classes. Raises `UsageError` for a single class, or more than 50."""
+    if isinstance(data, Arrays | Pictures):
+        y = data.y
+    else:
+        y = torch.cat([data.read(row, row + _PIECE).y for row in range(0, len(data), _PIECE)]).numpy()
+    names = data.classes or ()
+    names += tuple(map(str, range(len(names), int(y.max()) + 1)))
+    return _with_groups(data, Groups(names, y, BY_LABEL))
+
+
+_PIECE = 1024  # examples that are read at a time
+
+
+def _with_groups(data: Data, groups: Groups) -> Data:
+    usable = groups.refuse_unusable()
     if isinstance(data, Arrays | Pictures):
         return replace(data, groups=usable)
     return Selection(data, tuple(range(len(data))), usable)
@@ -167,7 +186,8 @@ def concatenated(batches: list[Batch]) -> Batch:
 D = TypeVar("D", bound=Data)
 
 _FORMS = (
-    "a bundled or catalogue name, .npz, a folder of classes (images or clips), or a table in .csv or .parquet"
+    "a bundled or catalogue name, .npz, a folder of classes (images, DICOM files or clips), or a table in .csv or "
+    ".parquet"
 )
 
 
@@ -273,14 +293,16 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
         raise UsageError(f"{address!r} is not a table and has no columns", data_argument("drop"))
     if path.exists():
         _refuse_foreign(path, address, options)
-    if path.is_dir() and holds_clips(path):
+    suffix = suffix_of_files(path) if path.is_dir() else ""
+    if suffix in SUFFIXES:
         rate = options.sampling_rate
         return open_clips(
             path, options.choice, options.expected, sampling_rate=rate, follow_links=options.follow_links
         )
     if path.is_dir():
         refuse_rate(address, options.sampling_rate)
-        return open_folder(path, options.choice, options.expected, follow_links=options.follow_links)
+        opening = open_dicom if suffix in dicom.SUFFIXES else open_folder
+        return opening(path, options.choice, options.expected, follow_links=options.follow_links)
     if path.name.endswith(tables.SUFFIXES):
         return tables.open_table(
             path,

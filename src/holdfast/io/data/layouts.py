@@ -339,6 +339,8 @@ class DeclaredData:
     """columns of a table that are read as strings, and are no numeric features; None for all columns"""
     rules: "Rules | None" = None
     """rules of the table whose rows are the inputs; None for other inputs"""
+    bits: int | None = None
+    """bits of a pixel of stored whole numbers, the largest of which is read as 1; None for bytes and other numbers"""
     first: FirstTable | None = None
     """data set whose columns those of a table are matched with; None for the first of a run"""
     has_threat: bool = True

@@ -23,7 +23,7 @@ from PIL import Image
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError, data_argument
 from holdfast.core.names import by_stripped, note_on_spaces
-from holdfast.io.data.arrays import Arrays, Choice, first_rows_note
+from holdfast.io.data.arrays import BITS, Arrays, Choice, first_rows_note
 from holdfast.io.data.labels import lenient_numbers
 from holdfast.io.data.layouts import GREY_NOTE, DeclaredData
 from holdfast.io.files import NORMALISED_DATA, existing, megabytes, opened, sha256_of_file, similar_name
@@ -247,6 +247,10 @@ def _refuse_declared(expected: DeclaredData, name: str) -> None:
             f"{name!r} contains images, which are not normalised; mean and std are for a model that needs normalised "
             "inputs",
             NORMALISED_DATA,
+        )
+    if expected.bits is not None:
+        raise UsageError(
+            f"{name!r} contains images, which state their own bits, and bits is {expected.bits}", BITS
         )
     if expected.layout not in (None, "chw"):
         raise UsageError(

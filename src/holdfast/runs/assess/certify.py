@@ -200,7 +200,7 @@ def refuse_unprovable(
         )
     if target.randomised:
         raise UsageError(
-            "the outputs of the model are random, and bounds are computed for a fixed function; remove the source of "
+            "the outputs of the model are random, and a certificate is about a fixed function; remove the source of "
             "randomness, such as dropout in eval mode"
         )
     for stage in stages:

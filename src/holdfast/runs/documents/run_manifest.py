@@ -59,6 +59,7 @@ _OPENED_WITH = (
     "x",
     "y",
     "separator",
+    "bits",
     "layout",
     "bounds",
     "mean",

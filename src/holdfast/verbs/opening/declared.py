@@ -12,14 +12,14 @@ import torch
 
 from holdfast.attacks.parts.images import inner
 from holdfast.attacks.parts.sounds import OverTheAir
-from holdfast.core.batch import Data
+from holdfast.core.batch import BY_LABEL, Data
 from holdfast.core.errors import Remedy, UsageError, data_argument
 from holdfast.core.meter import PIECE
 from holdfast.core.model import Bounds, Classifier, Normalisation
 from holdfast.core.names import did_you_mean
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.arrays import Arrays
-from holdfast.io.data.clips import SIGNAL_BOUNDS, holds_clips
+from holdfast.io.data.clips import SIGNAL_BOUNDS, SUFFIXES, suffix_of_files
 from holdfast.io.data.data import Names, Selection, selected
 from holdfast.io.data.layouts import DeclaredData, FirstTable, Ranges
 from holdfast.io.doctor.behaviour import unlike_a_logit
@@ -77,9 +77,8 @@ def is_of_clips(settings: Opening) -> bool:
     )  # the latter of opened data
     if rate is not None or _constraint_on(SIGNAL, settings) is not None:
         return True
-    return (
-        isinstance(settings.data, str) and Path(settings.data).is_dir() and holds_clips(Path(settings.data))
-    )
+    folder = Path(settings.data) if isinstance(settings.data, str) else None
+    return folder is not None and folder.is_dir() and suffix_of_files(folder) in SUFFIXES
 
 
 def opened_threat(settings: Any) -> ThreatModel:
@@ -310,6 +309,7 @@ def expected(
         model.units,
         ProbedClassifier(model),
         lenient,
+        bits=source.bits,
         first=None if first is None else first_table(first),
         groups=group_column(settings),
         needs_groups=data is None,
@@ -325,6 +325,7 @@ def expected_without_model(settings: Opening, source: DataSource, first: Data | 
         class_names=settings.class_names,
         class_order=settings.class_order,
         layout=source.layout,
+        bits=source.bits,
         normalised=normalisation(settings),
         lenient=True,
         needs_labels=False,
@@ -364,9 +365,11 @@ def notes_of(*data: Data | None) -> tuple[str, ...]:
 
 
 def group_column(settings: Opening) -> str | None:
-    """Return the name of the column or array that states the groups of the examples, or None if there is none."""
+    """Return the name of the column or array that states the groups of the examples, or None if there is none,
+    as for groups by label.
+    """
     given = group_of(settings, ExampleGroups).groups
-    return given if isinstance(given, str) else None
+    return given if isinstance(given, str) and given != BY_LABEL else None
 
 
 def unlabelled(

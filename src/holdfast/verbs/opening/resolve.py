@@ -15,7 +15,7 @@ from torch import nn
 
 from holdfast.attacks.parts.images import seen_through
 from holdfast.attacks.parts.sounds import heard_through
-from holdfast.core.batch import Data
+from holdfast.core.batch import BY_LABEL, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.draws import Draws
 from holdfast.core.errors import (
@@ -32,7 +32,7 @@ from holdfast.core.model import Bounds, Classifier, Units
 from holdfast.core.types import Inputs
 from holdfast.io.data.arrays import Arrays, Choice
 from holdfast.io.data.clips import with_rate
-from holdfast.io.data.data import Selection, grouped, noting_fewer, open_data, selected
+from holdfast.io.data.data import Selection, grouped, grouped_by_label, noting_fewer, open_data, selected
 from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.loaders import as_array, as_data
 from holdfast.io.data.tables import is_frame, open_frame, text_of
@@ -480,7 +480,7 @@ def with_groups(
     from holdfast.io.data.labels import Groups  # only for data with groups
 
     if isinstance(given, str):
-        return grouped(data, None, whole=whole)
+        return grouped_by_label(data) if given == BY_LABEL else grouped(data, None, whole=whole)
     is_series = hasattr(given, "isna") and given.ndim == 1
     values = np.array(text_of(given)) if is_series else as_array(given, "groups")
     return grouped(data, Groups.of_values(values), whole=whole, positions=positions)
