@@ -108,6 +108,7 @@ from holdfast.verbs.serve_opening import (
     _refuse_settings_of_models,
     _shape,
     refuse_forwarded_keys,
+    refuse_other_votes,
     server_setup,
 )
 from holdfast.verbs.settings import Assess, Calibrate, Certify, Harden, Monitor, RotateSettings, Serve
@@ -1982,6 +1983,14 @@ situation(
     lambda model=None, proxy=None: server_setup(served(**({"proxy": proxy} if proxy else {}), model=model)),
     replaced=["model"],
     model="http://127.0.0.1:9/v2/models/m",
+)
+situation("a vote over masks under a norm", served, masked_vote="linf:0.1")
+situation("masks without a vote", served, masks=4)
+situation(
+    "a vote over masks beside a monitor",
+    lambda **more: refuse_other_votes(served(**more), of_pool=False),
+    masked_vote="patch:4x4",
+    monitor="mnist-mini",
 )
 situation(
     "no input shape",

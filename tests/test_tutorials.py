@@ -101,6 +101,20 @@ def test_the_tutorial_on_clips_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.long
 @pytest.mark.slow
+def test_the_tutorial_on_stickers_attacks_and_certifies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python title=\"signs.py\"\n(.*?)```", page("patches"), re.DOTALL)
+    (tmp_path / "signs.py").write_text(block)
+    subprocess.run([sys.executable, "signs.py"], check=True)
+    lines = re.findall(r"^\$ holdfast (.*signs.py:trained .* -n \d+.*)$", page("patches"), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["assess", "certify", "harden"]
+    for line in lines[:2]:
+        assert run(shlex.split(re.sub(r"-n \d+", "-n 6", line))) == 0, (line, capsys.readouterr().out)
+    assert "certified" in (tmp_path / "before.csv").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.slow
 def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^\$ holdfast (.*)$", page("rotation"), re.MULTILINE)

@@ -143,3 +143,17 @@ def test_impossible_settings_are_one_clear_error(flags, said, capsys):
     np.savez("other.npz", x=np.zeros((4, 1, 8, 8), np.float32), y=np.arange(4))
     assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "4", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sheet_shows_the_learned_patch_of_a_run_with_one(capsys):
+    learned = "{use: AdversarialPatch, steps: 1, fits: 1}"
+    for n, name in ((1, "one"), (2, "two")):
+        attacks = f"attacks=[{', '.join([learned] * n)}]"
+        threat = "patch:5x5,at=centre,printable=default"
+        assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "2", "--threat", threat, "--set", attacks, "-q",
+                    "--fit", "mnist-mini", "--run", name]) == 0  # fmt: skip
+        capsys.readouterr()
+        code = run(["report", name, "-o", f"{name}.pdf", "--print-size", "60cm"])
+        assert (code, Path(f"{name}.pdf").exists()) == ((0, True) if n == 1 else (2, False))
+    assert "has 2 learned patches" in capsys.readouterr().err

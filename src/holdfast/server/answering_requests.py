@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from holdfast.certifiers.patch_masks import MaskedVote
 from holdfast.core.chain import canonical
 from holdfast.core.model import Classifier
 from holdfast.guard.rules import (
@@ -88,6 +89,8 @@ class Output:
 
     logits: Tensor
     features: Features | None = None
+    certified: Tensor | None = None
+    """(rows,) whether no patch can change the vote over masks; None for another model"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,8 @@ class Answer:
 
     scores: Tensor
     delay_s: float = 0.0
+    certified: Tensor | None = None
+    """as of `Output`"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,8 +304,10 @@ class Answerer:
         """
         failure = Refused(500, _MODEL, (), "model")
         try:
+            x = inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
             with torch.inference_mode():
-                logits = self._logits(served, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)))
+                logits = self._logits(served, x)
+                certified = self._certified(served, x, logits)
         except Exception as error:  # noqa: BLE001 - of the model, which may be any code
             refusal = error if isinstance(error, Refused) else failure
             if refusal.status >= _SERVER_ERROR:
@@ -313,7 +320,12 @@ class Answerer:
             return [self._outputs([x], served)[0] for x in inputs]
         sizes, features = [x.shape[0] for x in inputs], self.features()
         parts = torch.split(logits, sizes)
-        if features is None or len(features) != len(logits):  # of a network that calls itself several times
+        if certified is not None:
+            outputs = [
+                Output(part, certified=rows)
+                for part, rows in zip(parts, torch.split(certified, sizes), strict=True)
+            ]
+        elif features is None or len(features) != len(logits):  # of a network that calls itself several times
             outputs = [Output(part) for part in parts]
         else:
             outputs = [
@@ -332,6 +344,21 @@ class Answerer:
         finally:  # an error ends the call as well
             self.progress()
         return logits
+
+    def _certified(self, served: ServedSet, x: Tensor, logits: Tensor) -> Tensor | None:
+        """Return for each input whether all pairs of masks agree on the vote; None for a model that is no vote."""
+        vote = served.model.net
+        if not isinstance(vote, MaskedVote):
+            return None
+        rows = []
+        # one by one: each is as many forward passes as a large batch, and a sign of life of the worker
+        for row, label in zip(
+            x.to(self.device)[:, None], logits.argmax(1).to(self.device)[:, None], strict=True
+        ):
+            with self.timing("model"):
+                rows.append(~vote.disagreeing(row, label)[0].any(1).cpu())
+            self.progress()
+        return torch.cat(rows)
 
     def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         """Count the outcomes of a batch for the metrics and for the pool."""
@@ -397,7 +424,7 @@ def _decided(job: Job, decision: RequestDecision, output: Output | None) -> Outc
     return Outcome(
         job,
         decision,
-        Answer(logits, decision.delay_s),
+        Answer(logits, decision.delay_s, output.certified),
         action=action,
         features=output.features,
         reached=True,

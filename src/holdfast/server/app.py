@@ -26,6 +26,7 @@ from holdfast.server.connections import Readiness
 from holdfast.server.keys import ApiKey, KeyFile
 from holdfast.server.protocol_v2 import (
     BINARY,
+    CERTIFIED,
     EXTENSIONS,
     JSON,
     LENGTH_HEADER,
@@ -147,10 +148,12 @@ _MODEL_READY = _object({"name": _TEXT, "ready": _FLAG})
 
 
 def _metadata(signature: Signature) -> dict[str, Any]:
-    def tensors(datatype: str) -> dict[str, Any]:
+    def tensors(*datatypes: str) -> dict[str, Any]:
         shape = {"type": "array", "items": {"type": "integer"}}
-        tensor = _object({"name": _TEXT, "datatype": {"const": datatype}, "shape": shape})
-        return _list(tensor, 1, 1)
+        tensor = _object({"name": _TEXT, "datatype": {"enum": [*datatypes]}, "shape": shape})
+        return _list(tensor, len(datatypes), len(datatypes))
+
+    certified = () if signature.certified_patch is None else ("BOOL",)
 
     return _object(
         {
@@ -158,7 +161,7 @@ def _metadata(signature: Signature) -> dict[str, Any]:
             "versions": _TEXTS,
             "platform": _TEXT,
             "inputs": tensors(signature.input_type),
-            "outputs": tensors(signature.output_type),
+            "outputs": tensors(signature.output_type, *certified),
         }
     )
 
@@ -178,7 +181,7 @@ def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[s
             "model_name": {"const": signature.name},
             "model_version": {"const": signature.version},
             "id": _TEXT,
-            "outputs": _list(_scores(signature), 1, 1),
+            "outputs": _outputs(signature),
         },
         ("model_name", "model_version", "outputs"),
     )
@@ -217,9 +220,10 @@ def _request(signature: Signature, value: Mapping[str, Any], rows: int) -> dict[
     return _object({"id": _TEXT, "inputs": _list(tensor, 1, 1), "outputs": _list(output, 0, 1)}, ("inputs",))
 
 
-def _scores(signature: Signature) -> dict[str, Any]:
+def _outputs(signature: Signature) -> dict[str, Any]:
+    """Return the description of the outputs: the scores and, of a vote over masks, whether inputs are certified."""
     axes = 1 if signature.flat else 2
-    return _object(
+    scores = _object(
         {
             "name": {"const": signature.output_name},
             "datatype": {"const": signature.output_type},
@@ -227,6 +231,18 @@ def _scores(signature: Signature) -> dict[str, Any]:
             "data": {"type": "array", "items": {"type": "number"}},
         }
     )
+    if signature.certified_patch is None:
+        return _list(scores, 1, 1)
+    certified = _object(
+        {
+            "name": {"const": CERTIFIED},
+            "datatype": {"const": "BOOL"},
+            "shape": _list({"type": "integer"}, 1, 1),
+            "parameters": _object({"patch": {"const": signature.certified_patch}}),
+            "data": {"type": "array", "items": _FLAG},
+        }
+    )
+    return _list({"anyOf": [scores, certified]}, 2, 2)
 
 
 Jobs = Batcher[Job, Answer]
@@ -349,7 +365,7 @@ class ServedModel:
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)
         with self.timing("response"):
-            response = encoded(answer.scores, content, self.signature)
+            response = encoded(answer.scores, content, self.signature, answer.certified)
             response = replace(response, headers=(*response.headers, (REQUEST_HEADER, incoming.request)))
         self.telemetry.observe("holdfast_request_seconds", time.perf_counter() - begin)
         return response

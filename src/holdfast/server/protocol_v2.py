@@ -30,8 +30,8 @@ from holdfast.core.model import Bounds
 from holdfast.io.sandbox.clips import NO_SIZE
 from holdfast.server.requests import Refused
 
-INPUT, OUTPUT = "input", "scores"
-"""names of the only input and the only output of a served model"""
+INPUT, OUTPUT, CERTIFIED = "input", "scores", "certified"
+"""names of the only input and of the outputs of a served model; only a vote over masks has the second output"""
 JSON, BINARY = "application/json", "application/octet-stream"
 LENGTH_HEADER = "inference-header-content-length"
 EXTENSIONS = ("binary_tensor_data",)
@@ -74,6 +74,8 @@ class Signature:
     """whether the model is that of another server"""
     sampling_rate: int | None = None
     """sampling rate of a model of clips, which may also be sent as `.wav` files in base64"""
+    certified_patch: str | None = None
+    """patch for which a vote over masks states whether it can have changed the class; None for another model"""
 
     @property
     def values(self) -> int:
@@ -87,6 +89,7 @@ class Signature:
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the model in the form that the protocol defines."""
+        certified = [{"name": CERTIFIED, "datatype": "BOOL", "shape": [-1]}]
         return {
             "name": self.name,
             "versions": [self.version],
@@ -97,7 +100,8 @@ class Signature:
                     "name": self.output_name,
                     "datatype": self.output_type,
                     "shape": [-1] if self.flat else [-1, self.classes],
-                }
+                },
+                *(certified if self.certified_patch is not None else []),
             ],
         }
 
@@ -206,9 +210,7 @@ def _answerable(
     name = content.get("id", "")
     if not isinstance(name, str):
         raise _wrong("the id of a request must be text")
-    return InferRequest(
-        x, name if "id" in content else None, _binary_output(content, signature.output_name), sent
-    )
+    return InferRequest(x, name if "id" in content else None, _binary_output(content, signature), sent)
 
 
 def _object(text: bytes) -> dict[str, Any]:
@@ -373,16 +375,27 @@ def _refuse_range(x: Tensor, least: float, most: float, bounds: Bounds) -> None:
         raise _wrong(f"data contains a value outside of {span}, or one that is not a number")
 
 
-def _binary_output(content: Mapping[str, Any], name: str) -> bool:
-    """Return whether the scores are requested as bytes. Raises `Refused` for an unknown output."""
+def _binary_output(content: Mapping[str, Any], signature: Signature) -> bool:
+    """Return whether the outputs are requested as bytes. Raises `Refused` for an unknown output."""
+    names = [signature.output_name, *([] if signature.certified_patch is None else [CERTIFIED])]
     binary = _parameters(content).get("binary_data_output", False)
     if "outputs" in content:
         outputs = content["outputs"]
-        if not isinstance(outputs, list) or len(outputs) > 1 or any(not isinstance(o, dict) for o in outputs):
-            raise _wrong("outputs must be a list with at most one object")
+        most = len(names)
+        if (
+            not isinstance(outputs, list)
+            or len(outputs) > most
+            or any(not isinstance(o, dict) for o in outputs)
+        ):
+            raise _wrong(
+                f"outputs must be a list with at most {'one object' if most == 1 else 'two objects'}"
+            )
         for output in outputs:
-            if output.get("name") != name:
-                raise _wrong(f"the output {_shown(output.get('name'))} does not exist; {name!r} was expected")
+            if output.get("name") not in names:
+                expected = " or ".join(map(repr, names))
+                raise _wrong(
+                    f"the output {_shown(output.get('name'))} does not exist; {expected} was expected"
+                )
             parameters = _parameters(output)
             if parameters.get("classification") is not None:
                 raise _wrong("the classification extension is not supported")
@@ -416,8 +429,12 @@ class Encoded:
         return [(name.encode(), value.encode()) for name, value in values]
 
 
-def encoded(scores: Tensor, request: InferRequest, signature: Signature) -> Encoded:
-    """Return the response with the scores (n, classes), in JSON or with the scores as bytes after the JSON."""
+def encoded(
+    scores: Tensor, request: InferRequest, signature: Signature, certified: Tensor | None = None
+) -> Encoded:
+    """Return the response with the scores (n, classes) and, of a vote over masks, whether each input is certified (n,),
+    in JSON or as bytes after the JSON.
+    """
     values = scores.numpy().astype(TYPES[signature.output_type], copy=False)
     if signature.flat:
         values = values.reshape(len(values))
@@ -429,12 +446,22 @@ def encoded(scores: Tensor, request: InferRequest, signature: Signature) -> Enco
     content: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
     if request.id is not None:
         content["id"] = request.id
-    content["outputs"] = [output]
+    content["outputs"] = outputs = [output]
+    flags = np.zeros(0, bool) if certified is None else certified.numpy()
+    if certified is not None:
+        parameters = {"patch": signature.certified_patch}
+        outputs.append(
+            {"name": CERTIFIED, "datatype": "BOOL", "shape": [len(flags)], "parameters": parameters}
+        )
     if not request.binary:
         output["data"] = numbers = values.ravel().tolist()
+        for each in outputs[1:]:
+            each["data"] = flags.tolist()
         return Encoded(_compact(content, numbers))
-    tail = values.tobytes()
-    output["parameters"] = {"binary_data_size": len(tail)}
+    tail = b""
+    for each, data in zip(outputs, (values.tobytes(), flags.tobytes()), strict=False):
+        each["parameters"] = {**each.get("parameters", {}), "binary_data_size": len(data)}
+        tail += data
     head = _compact(content)
     return Encoded(head + tail, BINARY, ((LENGTH_HEADER, str(len(head))),))
 

@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from holdfast.certifiers.patch_masks import MaskedVote
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.guard.detectors.outputs import LastFeatures
@@ -236,7 +237,7 @@ class Worker:
         if not setup.rotating:
             refuse_damaged(self._pristine, setup.shape, self.device)
         begin = time.perf_counter()
-        classes = self._n_classes(self._pristine)
+        classes, vote = self._n_classes(self._pristine), self._pristine.net
         self._row_s = time.perf_counter() - begin
         settings, bounds = setup.settings, self._pristine.bounds
         return Signature(
@@ -247,6 +248,7 @@ class Worker:
             settings.model_version,
             settings.max_rows,
             sampling_rate=settings.sampling_rate,
+            certified_patch=str(vote.mask_set.patch) if isinstance(vote, MaskedVote) else None,
         )
 
     def _n_classes(self, model: Classifier) -> int:

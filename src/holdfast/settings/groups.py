@@ -423,6 +423,16 @@ class ExampleGroups(SettingGroup):
     )
 
 
+class MaskCount(SettingGroup):
+    """Setting of the vote over masks."""
+
+    masks: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Number of masks of the vote over masks along each axis of an image (default: 6). More masks hide "
+        "less of an image each, and take more time.",
+    )
+
+
 class ThreatSource(SettingGroup):
     """Setting with the threat model, which states what the attacker may change and use."""
 

@@ -15,7 +15,7 @@ from holdfast.core.errors import UPSTREAM_KEY, Placeholder, Remedy, UsageError
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.settings import values
 from holdfast.settings.grammar import seconds
-from holdfast.settings.groups import Flag, ReportFiles, SettingGroup
+from holdfast.settings.groups import Flag, MaskCount, ReportFiles, SettingGroup
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -55,13 +55,18 @@ class ServedInference(SettingGroup):
     )
 
 
-class ServeOptions(SettingGroup):
+class ServeOptions(MaskCount):
     """Settings of the command `holdfast serve`: addresses, workers, keys, swaps, and the audit chain."""
 
     sampling_rate: Annotated[values.Positive | None, Flag("HZ")] = Field(
         default=None,
         description="Sampling rate of a model of clips, which also answers requests with .wav files in base64. Inputs "
         "are then from -1 to 1 unless bounds are given.",
+    )
+    masked_vote: Annotated[values.Threat | None, Flag("PATCH")] = Field(
+        default=None,
+        description="Answer by the vote over masks of the model, and state for each image whether a patch of this size "
+        "can have changed the class, as in patch:4x4 (default: the model itself).",
     )
     name: Annotated[str | None, Flag("NAME")] = Field(
         default=None, description="Name of the model in the URL (default: from its address)."
@@ -144,7 +149,18 @@ class ServeOptions(SettingGroup):
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for a public address without keys, and for names that do not fit into a URL."""
+        """Raise `UsageError` for a public address without keys, for names that do not fit into a URL, and for a vote
+        over masks that is not one for patches.
+        """
+        vote, patch = self.masked_vote, Remedy("masked_vote", "patch:4x4")
+        if vote is not None and vote.name != "patch":
+            raise UsageError(
+                f"{written.get('masked_vote', prefix + 'masked_vote')} is {vote}; a patch in images was expected",
+                patch,
+            )
+        if self.masks is not None and vote is None:
+            where = written.get("masks", f"{prefix}masks")
+            raise UsageError(f"{where} concerns the vote over masks", patch, Remedy("masks"))
         for key in ("host", "admin_host"):
             host = getattr(self, key)
             if is_public(host) and self.keys is None:

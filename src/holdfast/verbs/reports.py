@@ -75,7 +75,7 @@ def print_sheet(run: str | Path, path: str | Path, size: str) -> Path:
     """Write a sheet with the learned patch of a finished run in its true size, and return its path.
 
     `path` is the path of a PDF, and `size` the width of what the images show, such as `60cm`. Raises `UsageError` for
-    another size, and for a run without a learned patch in printable colours.
+    another size, and for a run without a learned patch in printable colours or with several.
     """
     matched = re.fullmatch(r"(\d+(?:\.\d+)?) ?(mm|cm|m|in)", size)
     if matched is None or float(matched[1]) <= 0:
@@ -86,15 +86,23 @@ def print_sheet(run: str | Path, path: str | Path, size: str) -> Path:
     opened = open_run(Path(run))
     patch = opened.evidence.threat.constraint
     learned = {} if opened.training is not None else learned_values(Path(run))
-    values = next(
-        (x for x in learned.values() if isinstance(patch, Patch) and x.shape[2:] == patch.pixels.shape), None
-    )
-    if not isinstance(patch, Patch) or patch.colours is None or values is None:
+    patches = {
+        name: x
+        for name, x in learned.items()
+        if isinstance(patch, Patch) and x.shape[2:] == patch.pixels.shape
+    }
+    if not isinstance(patch, Patch) or patch.colours is None or not patches:
         raise UsageError(
             f"the run {str(run)!r} has no learned patch in printable colours, and its threat is {patch}; a sheet needs "
             'a run such as assess MODEL DATA --threat patch:8x8,at=centre,printable=default --set "attacks=[{use: '
             'AdversarialPatch}]"'
         )
+    if len(patches) > 1:
+        raise UsageError(
+            f"the run {str(run)!r} has {len(patches)} learned patches, {' and '.join(patches)}, and a sheet shows one; "
+            "assess with one of these attacks"
+        )
+    (values,) = patches.values()
     height, width = read_manifest(Path(run))["data"]["shape"][1:]
     return write_sheet(
         PrintedPatch(patch, values, (height, width)), Path(path), float(matched[1]) * _CM[matched[2]]

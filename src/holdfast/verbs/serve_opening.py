@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from holdfast.certifiers.patch_masks import PatchMasks
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UPSTREAM_KEY, Placeholder, Remedy, UsageError, model_argument
 from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import Action, RequestGuard
 from holdfast.io.models.models import ROTATING, bundled_models
@@ -24,6 +26,8 @@ from holdfast.monitoring.signals import Reference
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.pool import Pool
 from holdfast.rotation.rotating_model import Trigger
+from holdfast.runs.assess.certify import masked_subject
+from holdfast.runs.assess.request import DescribedModel
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.keys import read_keys
 from holdfast.server.messages import NAME_DIGITS, LoadedModel, no_rules
@@ -153,7 +157,9 @@ def _refuse_settings_of_models(settings: Serve) -> None:
         raise UsageError(
             f"proxy is {settings.proxy}, and the model {settings.model} was given, too; leave one out"
         )
-    of_models = ("mean", "std", "data_normalised", "arch", "model_output", "classes", "sampling_rate")
+    of_models = (
+        "mean", "std", "data_normalised", "arch", "model_output", "classes", "sampling_rate", "masked_vote", "masks",
+    )  # fmt: skip
     names = ["every"] if settings.every else []
     names += [key for key in of_models if getattr(settings, key) is not None]
     if names:
@@ -181,7 +187,7 @@ def server_setup(settings: Serve) -> ServerSetup:
     if settings.proxy is not None:
         refuse_forwarded_keys(settings)
     served = _served(settings, address)
-    guard, notes = _guard(settings.guard, served)
+    guard, notes = _guard(settings, served)
     signature = None if served.upstream is None else served.upstream.signature
     if settings.keys is not None:
         read_keys(Path(settings.keys))  # to refuse an invalid file
@@ -268,6 +274,7 @@ def _served(settings: Serve, address: str | None) -> _Served:
     if settings.proxy is not None:
         return _served_upstream(open_upstream(settings))
     pool, triggers = pool_of(address), _triggers(settings.every)
+    refuse_other_votes(settings, of_pool=pool is not None)
     if pool is not None:
         return _served_pool(pool, triggers, settings.swaps_per_hour, trust_code=settings.trust_code)
     if triggers:
@@ -281,10 +288,11 @@ def _served(settings: Serve, address: str | None) -> _Served:
     # model
     unused = {"guard": None, **({} if Path(address or "").suffix == ".onnx" else {"input_shape": None})}
     model = composed(Doctor, settings).model_copy(update=unused)
-    subject = open_subject(model)  # here, so that a mistake is reported before workers start
+    masks = _masks(settings, shape)
+    subject = _subject(model, masks)  # here, so that a mistake is reported before workers start
     known = None if address is not None else (subject.digest, served_digest(subject))
     return _Served(
-        partial(_opened, model, known),
+        partial(_opened, model, known, masks),
         shape,
         subject.digest[:NAME_DIGITS],
         {"model": subject.digest},
@@ -292,8 +300,18 @@ def _served(settings: Serve, address: str | None) -> _Served:
         guard_digest=served_digest(subject),
         reloadable=address is not None,
         opened=model,
-        model=model if address is not None and Path(address).is_file() else None,
+        # the vote is not in the file, so that no other file can be compared with it or adapted
+        model=model if address is not None and Path(address).is_file() and masks is None else None,
     )
+
+
+def refuse_other_votes(settings: Serve, *, of_pool: bool) -> None:
+    """Raise `UsageError` for a vote over masks of the sets of a pool, and for one whose requests are monitored."""
+    if settings.masked_vote is None or not (of_pool or settings.monitor is not None):
+        return
+    other = "the model is a pool" if of_pool else "a monitor compares the outputs of the model itself"
+    monitor = () if of_pool else (Remedy("monitor"),)
+    raise UsageError(f"masked_vote is {settings.masked_vote}, and {other}", Remedy("masked_vote"), *monitor)
 
 
 def _served_upstream(upstream: UpstreamModel) -> _Served:
@@ -325,14 +343,25 @@ def _served_pool(
     )
 
 
-def _guard(file: str | None, served: _Served) -> tuple[Callable[[str | None], RequestGuard], tuple[str, ...]]:
+def _guard(settings: Serve, served: _Served) -> tuple[Callable[[str | None], RequestGuard], tuple[str, ...]]:
     """Return the function that opens the guard in each worker, after a check that it suits the model, and notes about
     its rules.
     """
+    file = settings.guard
     if file is None:
         return no_rules, ()
     opening = partial(_opened_guard, file, served.shape, served.upstream)
-    opening(served.guard_digest)
+    pipeline = opening(served.guard_digest)
+    if (
+        settings.masked_vote is not None
+        and isinstance(pipeline, GuardPipeline)
+        and (pipeline.detectors or pipeline.defence)
+    ):
+        changed = (*pipeline.detectors, *(() if pipeline.defence is None else ("defence",)))
+        raise UsageError(
+            f"{file}: {', '.join(changed)} would judge or change what the vote over masks receives or returns, "
+            "for which they were not calibrated; remove them"
+        )
     return opening, notes_of_file(Path(file))
 
 
@@ -420,13 +449,40 @@ def _candidate(worker: WorkerSetup, model: Doctor, file: str) -> WorkerSetup:
     """Return the setup of a worker that serves the model in another file, whose code is not run: the path is that of a
     request.
     """
-    opening = partial(_opened, model.model_copy(update={"model": file, "trust_code": False}), None)
+    opening = partial(_opened, model.model_copy(update={"model": file, "trust_code": False}), None, None)
     return replace(worker, opening=opening, digest="")
 
 
-def _opened(settings: Doctor, known: tuple[str, str] | None) -> LoadedModel:
-    """Return the model with its digests, or with the known ones of a Python object, which cannot change."""
+@dataclass(frozen=True)
+class _Masks:
+    """The vote over masks that answers in place of the model."""
+
+    method: PatchMasks
+    threat: ThreatModel
+    shape: tuple[int, ...]
+    """shape of one input"""
+
+
+def _masks(settings: Serve, shape: tuple[int, ...]) -> _Masks | None:
+    if settings.masked_vote is None:
+        return None
+    method = PatchMasks() if settings.masks is None else PatchMasks(settings.masks)
+    return _Masks(method, settings.masked_vote.opened(), shape)
+
+
+def _subject(settings: Doctor, masks: _Masks | None) -> DescribedModel:
+    """Return the opened model, or the vote over its masks. Raises `UsageError` if the patch does not fit."""
     subject = open_subject(settings)
+    if masks is None:
+        return subject
+    return masked_subject(
+        subject, masks.method.net(subject.model, torch.zeros(1, *masks.shape), masks.threat)
+    )
+
+
+def _opened(settings: Doctor, known: tuple[str, str] | None, masks: _Masks | None) -> LoadedModel:
+    """Return the model with its digests, or with the known ones of a Python object, which cannot change."""
+    subject = _subject(settings, masks)
     return LoadedModel(subject.model, *(known or (subject.digest, served_digest(subject))))
 
 

@@ -300,7 +300,7 @@ _OF_METHODS = {
 """methods that each setting is for"""
 
 
-class CertifyOptions(SettingGroup):
+class CertifyOptions(groups.MaskCount):
     """Settings of the command `holdfast certify` that no other command has."""
 
     method: Annotated[values.Method, Flag("M", completion="METHOD", common=True)] = Field(
@@ -339,11 +339,6 @@ class CertifyOptions(SettingGroup):
         default=None,
         description="Word in the place of the others of --method masking (default: [MASK]); with an empty one they are "
         "deleted.",
-    )
-    masks: Annotated[values.Positive | None, Flag("N")] = Field(
-        default=None,
-        description="Number of masks of --method patch-masks along each axis of an image (default: 6). More masks hide "
-        "less of an image each, and take more time.",
     )
     geometry: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
