@@ -18,6 +18,8 @@ from holdfast.core.errors import TargetError
 from holdfast.io.data.clips import wav_content
 from holdfast.io.data.data import open_data
 from holdfast.runs.store.verify import verify
+from holdfast.threats.parsing import parse_threat
+from holdfast.verbs.opening.recipes import refuse_unheld
 
 pytest.importorskip("soundfile")
 RATE, RNG = 8000, np.random.default_rng(0)
@@ -82,6 +84,20 @@ def test_saved_clips_are_broken_and_allowed_when_they_are_read_again(folder: Pat
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(TargetError, match=r"wav' was changed"):
         verify(place)
+
+
+@pytest.mark.parametrize(("method", "covers"), [("lipschitz", True), ("ibp", False)])
+def test_a_certification_states_whether_its_method_covers_the_padding(
+    folder: Path, method: str, covers: bool
+) -> None:
+    result = holdfast.certify(nn.Linear(512, 2), str(folder), threat="l2:0.01", method=method, n=6)
+    noted = [note for note in result.summary()["notes"] if "4 of 6 clips are padded with zeros" in note]
+    assert bool(noted) == covers
+
+
+@pytest.mark.parametrize("recipe", ["auto", "pgd"])
+def test_recipes_train_against_threats_on_clips(recipe: str) -> None:
+    refuse_unheld(parse_threat("snr:40dB"), recipe)
 
 
 def test_a_run_that_saves_no_clips_has_no_strange_files(folder: Path) -> None:

@@ -2241,6 +2241,7 @@ NOT_BUILT = {
     "rotation/steps/": "a pool, whose trainings take minutes; tests/runs/test_rotate.py has them",
     "runs/documents/stored_runs.py": "a run that was stopped; tests/runs/test_assess.py continues one",
     "io/sandbox/tables.py": "labels of ten million characters",
+    "verbs/serve_opening.py:_refuse_other_rate": "a folder of transformers, which is an extra",
     "verbs/serve_opening.py:refuse_other_guard": "an upstream server",
     "server/": "a server with workers; tests/server has them",
 }

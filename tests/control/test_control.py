@@ -158,6 +158,15 @@ def test_the_learned_adversary_is_stronger_than_rules():
     )
 
 
+@pytest.mark.slow
+def test_updates_that_weaken_an_adversary_are_not_used():
+    policy, ball, seeds = policy_of(linear(), CartPole(), "policy"), box(0.1), torch.arange(20)
+    harmful = PPO(updates=3, rows=16, horizon=64, learning_rate=5.0)
+    scale = torch.tensor([1.0, 0.7, 0.05, 0.2])
+    adversary = learned_adversary(CartPole(), policy, ball, harmful, Draws(0), scale=scale)
+    assert float(episodes(CartPole(), policy, adversary, ball, seeds, Draws(0)).returns.mean()) < 100
+
+
 class Counter:
     """An environment of gymnasium's interface, whose episodes have five steps."""
 
@@ -334,6 +343,8 @@ def test_an_id_of_gymnasium_is_opened_and_an_unknown_one_refused():
     assert environment.limit == 500 and not ignores_seed(environment)
     with pytest.raises(UsageError, match="there is no environment 'Acrobot-v9'"):
         open_environment("Acrobot-v9")
+    with pytest.raises(UsageError, match="'Acrobot-v1' is an environment of gymnasium"):
+        holdfast.assess(nn.Linear(6, 3), "Acrobot-v1", "linf:0.1")
 
 
 def test_a_policy_with_memory_carries_its_state():
@@ -416,6 +427,30 @@ def test_doubts_are_raised_where_returns_may_mislead():
     assert found(learned, ignored=True).verdict == "unclear"
 
 
+def test_equal_returns_of_few_episodes_do_not_prove_a_return():
+    settings = Assess(model=linear(), data="cartpole", threat="parameters:mass=0.1", n=3)
+    how = ControlRun(CartPole(), policy_of(linear(), CartPole(), ""), settings.threat.constraint, "", 3, 0)
+    same = {"return": torch.full((3,), 500.0), "length": torch.full((3,), 500), "cut": torch.zeros(3)}
+    undeclared = {**control.settings_of(how), "range": [None, None], "rows": ["none", "random"]}
+    for row in control.rows_among(undeclared, [same, same]):
+        assert row.estimate.low < 200 and row.estimate.high > 800
+    without_rewards = {**same, "return": torch.zeros(3)}
+    assert control.rows_among(undeclared, [without_rewards] * 2)[0].estimate.low < 0
+
+
+def test_an_environment_of_gymnasiums_interface_declares_its_returns():
+    def declared(returns: object) -> Counter:
+        counter = Counter()
+        counter.returns = returns
+        return counter
+
+    assert Gymnasium(Counter, "counter").returns == (None, None)
+    assert Gymnasium(partial(declared, (0, None)), "counter").returns == (0.0, None)
+    for wrong in (5, (1, 0), ("a", "b"), (float("nan"), 1)):
+        with pytest.raises(TargetError, match="a pair of the lowest and the highest return"):
+            Gymnasium(partial(declared, wrong), "counter")
+
+
 def test_parameters_of_the_environment_are_changed_to_their_extremes():
     settings = Assess(model=linear(), data="cartpole", threat="parameters:mass=0.5,length=0.5", n=10)
     result = settings.run()
@@ -435,8 +470,21 @@ def test_an_assessment_is_resumed_verified_and_gated(tmp_path, monkeypatch):
     again = Assess(**arguments).run(tmp_path / "run", resume=True)
     assert again.facts == first.facts == open_audit(tmp_path / "run").facts
     assert run_entry(tmp_path / "run").verb == "assess" and str(first).startswith("No significant loss: ")
-    with pytest.raises(TargetError, match="is the assessment of a policy"):
-        holdfast.compare(tmp_path / "run", tmp_path / "run")
+    other = Assess(**{**arguments, "model": linear(torch.tensor([-0.5, -0.5]))}).run(tmp_path / "other")
+    compared = holdfast.compare(tmp_path / "run", tmp_path / "other")
+    change = compared.summary()["paired"]["none"]
+    assert change["second"] == pytest.approx(other.metrics["clean_return"].value)
+    assert change["difference"] == pytest.approx(change["second"] - change["first"])
+    assert change["low"] < change["difference"] < change["high"] < 0
+    assert "lowest of both" in compared.text()
+    Assess(**{**arguments, "seed": 1}).run(tmp_path / "seeded")
+    with pytest.raises(UsageError, match="the same environment and the same seed"):
+        holdfast.compare(tmp_path / "run", tmp_path / "seeded")
+    Certify(model=policy, data="lqr", threat="observations:linf:0.1", n=5).run(tmp_path / "certified")
+    with pytest.raises(TargetError, match="has no returns of a policy"):
+        holdfast.compare(tmp_path / "run", tmp_path / "certified")
+    with pytest.raises(UsageError, match="the certification of a policy .* which stores no episodes"):
+        holdfast.explain(tmp_path / "certified")
     with pytest.raises(UsageError, match="index is 3, and"):
         holdfast.explain(tmp_path / "run", index=3)
     explained = holdfast.explain(tmp_path / "run")

@@ -190,6 +190,17 @@ def test_clips_that_do_not_suit_the_model_are_named(folder: Path) -> None:
         open_data(str(folder), expected=for_spectra())
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_arrays_of_clips_that_do_not_suit_the_model_are_named(folder: Path, axis: int) -> None:
+    path = folder.parent / "clips.npz"
+    np.savez(path, x=np.stack([noise(240, 2).T if axis == 1 else noise(240, 2)] * 2), y=np.arange(2))
+    with pytest.raises(TargetError, match=rf"clips.npz' have 2 channels, .* x.mean\(axis={axis}\), or"):
+        open_data(str(path), sampling_rate=RATE, expected=for_spectra())
+    np.savez(path, x=np.stack([noise(16)] * 2), y=np.arange(2))
+    with pytest.raises(TargetError, match=r"16 samples \(0.002 s at 8,000 Hz\), as in '.*clips.npz'"):
+        open_data(str(path), sampling_rate=RATE, expected=for_spectra())
+
+
 def test_a_sampling_rate_is_refused_for_images(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(UsageError, match="has no clips, .* leave out sampling_rate"):

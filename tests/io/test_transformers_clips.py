@@ -12,6 +12,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.data.clips import wav_content
 from holdfast.io.models.models import Declared, open_model
 from holdfast.runs.harden.attempt_training import refuse_untrainable
+from holdfast.verbs.serve_opening import server_setup
+from holdfast.verbs.settings import Serve
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 RATE = 8000
@@ -73,6 +75,8 @@ def test_folders_are_assessed_on_clips_of_the_rate_that_they_state(folders: Path
     np.savez(arrays, x=X.numpy()[:2], y=np.arange(2))
     with pytest.raises(UsageError, match=r"of .*clips.npz is unknown, .*; give .*sampling_rate=8000"):
         holdfast.assess(str(folders / "layer"), str(arrays), threat="linf:0.001")
+    with pytest.raises(UsageError, match="is 4000, and the feature extractor of the model takes 8000"):
+        server_setup(Serve(model=str(folders / "layer"), sampling_rate=4000, input_shape=(700,)))
     with pytest.raises(TargetError, match="harden cannot write to a folder"):
         refuse_untrainable(open_model(str(folders / "layer"), declared=Declared()).model)
 

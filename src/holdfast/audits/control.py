@@ -171,6 +171,7 @@ def measure(run: Run, how: ControlRun, prefix: str = "") -> Images:
     run.document(prefix + ENVIRONMENT, lambda: {"ignores_seed": ignores_seed(how.environment)})
     ball, judged = how.ball(), how.seeds("judged", how.n)
     for stage in how.stages:
+        run.report(prefix + stage, 0, how.n, 0, 0)
         run.stage(prefix + stage, partial(columns_of, how, stage, ball, judged))
     return dict
 
@@ -333,15 +334,8 @@ def rows_of(steps: StoredSteps, settings: Settings) -> list[Row]:
 
 
 def rows_among(settings: Settings, measured: Sequence[Mapping[str, Tensor]]) -> list[Row]:
-    """Return the episodes under each attacker from the columns of the stages.
-
-    Where the environment declares no range of returns, the intervals assume that of all measured returns.
-    """
-    every = torch.cat([columns["return"] for columns in measured])
-    low, high = settings["range"]
-    support = Support(
-        float(every.min()) if low is None else low, float(every.max()) if high is None else high
-    )
+    """Return the episodes under each attacker from the columns of the stages."""
+    support = support_of(settings["range"], torch.cat([columns["return"] for columns in measured]))
     attacked = max(len(measured) - 1, 1)
     rows: list[Row] = []
     for name, columns in zip(settings["rows"], measured, strict=True):
@@ -349,6 +343,17 @@ def rows_among(settings: Settings, measured: Sequence[Mapping[str, Tensor]]) -> 
         estimate = mean(columns["return"], confidence, support=support)
         rows.append(Row(name, columns["return"], columns["length"], columns["cut"] == 1, estimate))
     return rows
+
+
+def support_of(declared: Sequence[float | None], every: Tensor) -> Support:
+    """Return the range of returns that the intervals assume: the declared one, and beyond the measured returns by their
+    spread or their largest size (1 if all are 0) where none is declared. Equal returns of few episodes would otherwise
+    have no uncertainty.
+    """
+    low, high = every.min().item(), every.max().item()
+    reach = max(high - low, abs(low), abs(high)) or 1.0
+    lowest, highest = declared
+    return Support(low - reach if lowest is None else lowest, high + reach if highest is None else highest)
 
 
 def finding_of(settings: Settings, rows: list[Row], *, ignored: bool) -> Finding:
@@ -406,17 +411,14 @@ def finding_of(settings: Settings, rows: list[Row], *, ignored: bool) -> Finding
 def _assumed(settings: Settings, rows: list[Row]) -> Iterator[str]:
     """A sentence on the range of returns that the intervals assume, if the environment does not declare it."""
     if None in settings["range"]:
-        every = torch.cat([row.returns for row in rows])
-        low, high = (
-            measured if declared is None else declared
-            for declared, measured in zip(settings["range"], every.aminmax(), strict=True)
-        )
+        support = support_of(settings["range"], torch.cat([row.returns for row in rows]))
         missing = [
             name for name, end in zip(("lowest", "highest"), settings["range"], strict=True) if end is None
         ]
         yield (
-            f"The environment declares no {' and no '.join(missing)} return, so that the intervals assume those of all "
-            f"measured returns. They hold only if no return is outside of {plain(float(low))} to {plain(float(high))}."
+            f"The environment declares no {' and no '.join(missing)} return. The intervals hold only if no return is "
+            f"outside of {plain(support.low)} to {plain(support.high)}, which are the measured returns and as much "
+            "again. The attribute returns = (lowest, highest) of the environment declares the range."
         )
 
 

@@ -68,10 +68,11 @@ def refuse_unknown_model(address: str, *, generators: bool = False) -> None:
 
 def refuse_unknown_data(address: str) -> None:
     """Raise `UsageError` if the address of a data set is a plain word that is neither a known data set nor a file."""
-    from holdfast.io.data_catalogue import CATALOGUE
+    from holdfast.io.data_catalogue import CATALOGUE, refuse_environment
 
     names = [*bundled("*.npz"), *CATALOGUE]
     if _is_word(address) and address not in names:
+        refuse_environment(address)
         raise UsageError(
             f"there is no data set {address!r}{_offered(address, names)} "
             "give an .npz, .csv or .parquet file, or a folder with one folder of images for each class"

@@ -232,16 +232,9 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
     refuse_no_run(first, second)
     refuse_reports(output)
     from holdfast.cli.running import tell_report
-    from holdfast.runs.documents.record import consistent
-    from holdfast.runs.documents.stored_runs import open_run
     from holdfast.verbs.reports import compare as compared
 
-    results = []
-    for run in (first, second):
-        with consistent(run):
-            results.append(open_run(run))
-            results[-1].summary()
-    tell_report(compared(*results).report, output, voice)
+    tell_report(compared(first, second).report, output, voice)
 
 
 _MOST_PORT = 65_535

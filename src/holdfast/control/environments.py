@@ -276,7 +276,6 @@ class Gymnasium:
     """
 
     parameters: tuple[str, ...] = ()
-    returns = (None, None)
     together = 1
 
     def __init__(self, make: Callable[[], Any], name: str) -> None:
@@ -310,6 +309,7 @@ class Gymnasium:
             self._action_shape = tuple(actions.shape)
         else:
             raise TargetError(f"the actions of {name} are {actions}; Discrete or Box was expected")
+        self.returns = _declared(getattr(first, "returns", (None, None)), name)
         spec = getattr(first, "spec", None)
         declared = getattr(spec, "max_episode_steps", None)
         self.limit, self.limited = int(declared or NO_LIMIT), bool(declared)
@@ -319,16 +319,18 @@ class Gymnasium:
         while len(self._rows) < len(seeds):
             self._rows.append(self._make())
         self._ended = torch.zeros(len(seeds), dtype=torch.bool)
-        self._seen = torch.stack([self._started(row, int(seed)) for row, seed in enumerate(seeds)])
+        self._seen = self._read([self._started(row, int(seed)) for row, seed in enumerate(seeds)])
         return self._seen.clone()
 
     def restart(self, rows: Mask, seeds: Ids) -> Tensor:
         """Start episodes again in some rows."""
-        for row in rows.nonzero().flatten().tolist():
-            self._seen[row], self._ended[row] = self._started(row, int(seeds[row])), False
+        chosen = rows.nonzero().flatten().tolist()
+        if chosen:
+            self._seen[chosen] = self._read([self._started(row, int(seeds[row])) for row in chosen])
+            self._ended[chosen] = False
         return self._seen.clone()
 
-    def _started(self, row: int, seed: int) -> Tensor:
+    def _started(self, row: int, seed: int) -> Any:
         try:
             started = self._rows[row].reset(seed=seed % 2**31)
         except TypeError as error:
@@ -342,51 +344,83 @@ class Gymnasium:
                 f"reset of {self.name} returned {type(started).__name__}; a pair of the observation and a dictionary "
                 "was expected, as in gymnasium"
             )
-        return self._read(started[0])
+        return started[0]
 
     def _raised(self, method: str, error: Exception) -> TargetError:
         return TargetError(
             f"{method} of {self.name} raised {error_text(error, [self.name.rpartition(':')[0]])}"
         )
 
-    def _read(self, observation: Any) -> Tensor:
-        x = torch.as_tensor(np.array(observation, dtype=np.float32)).flatten()
-        if x.shape != self.observations.low.shape or not x.isfinite().all():
-            raise TargetError(
-                f"{self.name} returned an observation of {len(x)} values with {int((~x.isfinite()).sum())} that are "
-                f"not finite; {len(self.observations.low)} finite values were expected"
-            )
-        return x
+    def _read(self, observations: list[Any]) -> Tensor:
+        """The observations of several rows (n, d). To check them together is several times as fast as one by one."""
+        size, values = self.observations.size, [np.array(x, np.float32).ravel() for x in observations]
+        wrong = next((x for x in values if len(x) != size), None)
+        if wrong is None:
+            together = np.stack(values)
+            finite = np.isfinite(together).all(1)
+            if finite.all():
+                return torch.from_numpy(together)
+            wrong = together[~finite][0]
+        raise TargetError(
+            f"{self.name} returned an observation of {len(wrong)} values with {int((~np.isfinite(wrong)).sum())} that "
+            f"are not finite; {size} finite values were expected"
+        )
 
     def step(self, actions: Tensor) -> Step:
         """Take a step in the rows whose episode has not ended."""
         rewards, cut = torch.zeros(len(actions)), torch.zeros(len(actions), dtype=torch.bool)
-        for row in (~self._ended).nonzero().flatten().tolist():
-            if isinstance(self.actions, Discrete):
-                action: Any = int(actions[row]) + self._offset
-            else:
-                action = actions[row].detach().numpy().reshape(self._action_shape).astype(np.float32)
-            try:
-                stepped = self._rows[row].step(action)
-            except Exception as error:  # as in reset
-                raise self._raised("step", error) from error
-            if not isinstance(stepped, tuple) or len(stepped) != 5:
-                raise TargetError(
-                    f"step of {self.name} returned {len(stepped) if isinstance(stepped, tuple) else 1} values; the "
-                    "observation, the reward, whether the episode ended or was truncated, and a dictionary were "
-                    "expected, as in gymnasium"
-                )
-            observation, reward, ended, truncated, _ = stepped
-            if not math.isfinite(reward):
-                raise TargetError(f"{self.name} returned the reward {reward}; finite rewards were expected")
-            self._seen[row], rewards[row] = self._read(observation), float(reward)
-            self._ended[row], cut[row] = bool(ended or truncated), bool(truncated and not ended)
+        running = (~self._ended).nonzero().flatten()
+        chosen = actions.detach()[running]
+        given: Any = (
+            (chosen + self._offset).tolist()
+            if isinstance(self.actions, Discrete)
+            else chosen.numpy().astype(np.float32).reshape(-1, *self._action_shape)
+        )
+        stepped = [self._stepped(row, action) for row, action in zip(running.tolist(), given, strict=True)]
+        if stepped:
+            self._seen[running] = self._read([each[0] for each in stepped])
+            rewards[running] = torch.tensor([each[1] for each in stepped])
+            over, truncated = torch.tensor([each[2:] for each in stepped]).T
+            self._ended[running], cut[running] = over | truncated, truncated & ~over
         return Step(self._seen.clone(), rewards, self._ended.clone(), cut)
+
+    def _stepped(self, row: int, action: Any) -> tuple[Any, float, bool, bool]:
+        """The observation, the reward, and whether the episode of a row ended or was truncated."""
+        try:
+            stepped = self._rows[row].step(action)
+        except Exception as error:  # as in reset
+            raise self._raised("step", error) from error
+        if not isinstance(stepped, tuple) or len(stepped) != 5:
+            raise TargetError(
+                f"step of {self.name} returned {len(stepped) if isinstance(stepped, tuple) else 1} values; the "
+                "observation, the reward, whether the episode ended or was truncated, and a dictionary were "
+                "expected, as in gymnasium"
+            )
+        observation, reward, ended, truncated, _ = stepped
+        if not math.isfinite(reward):
+            raise TargetError(f"{self.name} returned the reward {reward}; finite rewards were expected")
+        return observation, float(reward), bool(ended), bool(truncated)
 
     def changed(self, factors: Mapping[str, Tensor]) -> "Gymnasium":
         """Raise `UsageError`, because parameters are attributes of a single environment."""
         _without(factors, (), self.name)
         return self
+
+
+def _declared(returns: Any, name: str) -> tuple[float | None, float | None]:
+    """The attribute `returns` of an environment as its lowest and highest return."""
+    try:
+        low, high = (None if end is None else float(end) for end in returns)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if any(end is not None and not math.isfinite(end) for end in (low, high)) or (
+        low is not None and high is not None and low > high
+    ):
+        raise TargetError(
+            f"the attribute returns of {name} is {returns!r}; a pair of the lowest and the highest return of an "
+            "episode was expected, with None for an unknown one"
+        )
+    return low, high
 
 
 def registered(name: str) -> Gymnasium:

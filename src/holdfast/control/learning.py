@@ -6,10 +6,10 @@ function: it acts in an environment whose step contains the attacked policy, and
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Self
+from typing import Annotated, Self, TypeVar
 
 import torch
 from annotated_types import Ge
@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from holdfast.control.attackers import (
     Ball,
+    ChoosesTarget,
     Critic,
     Directed,
     InBlocks,
@@ -36,6 +37,7 @@ Regulariser = Callable[[nn.Module, Tensor], Tensor]
 """additional loss of a network for observations (n, d)"""
 Fit = Callable[["Learner", Mapping[str, Tensor]], None]
 """training of a critic on the steps of an update, before the policy is updated: tensors (t, n, …) by name"""
+_Chosen = TypeVar("_Chosen", bound=ChoosesTarget)
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,8 @@ def learned_adversary(
     """Return an adversary that PPO trained against a policy.
 
     It begins with the target actions of the best directed push, because rewards that are equal in every step show
-    nothing before an episode ends early.
+    nothing before an episode ends early. Of this beginning and the networks after every few updates, that with the
+    lowest mean return on other training episodes is returned, because updates can also make an adversary weaker.
     """
     attacked = Attacked(environment, policy, ball, rng.at("ascent"))
     learner = new_learner(attacked, rng, scale=scale)
@@ -338,11 +341,22 @@ def learned_adversary(
     push = directed_push(environment, policy, ball, seeds, rng)
     x = episodes(environment, policy, push, ball, seeds, rng, keep=True).visited
     _imitate(learner, x, push.target(x, View(policy, None, ball, torch.arange(len(x)), 0, rng)), rng)
-    for _ in trained(attacked, learner, how, rng, deadline=deadline):
-        pass
+    candidates = [_adversary(learner)]
+    candidates += [
+        _adversary(learner)
+        for progress in trained(attacked, learner, how, rng, deadline=deadline)
+        if progress.update % _KEPT == 0 or progress.update == how.updates
+    ]
+    seeds = episode_seeds(rng.at("chosen"), torch.arange(_IMITATED))
+    return _strongest(candidates, environment, policy, ball, seeds, rng.at("chosen"))
+
+
+def _adversary(learner: Learner) -> Learned:
     return Learned(deepcopy(learner.network).requires_grad_(False))
 
 
+_KEPT = 8
+"""number of updates of an adversary after which its network is a candidate"""
 _IMITATED = 32
 """number of episodes of the directed push with which a learned adversary begins"""
 _SOFT = 0.1
@@ -485,11 +499,35 @@ def pushes(environment: Environment) -> list[Directed]:
 
 def directed_push(environment: Environment, policy: Policy, ball: Ball, seeds: Ids, rng: Draws) -> Directed:
     """Return the directed push with the lowest mean return on training episodes."""
-    tried, n = pushes(environment), len(seeds)
+    return _strongest(pushes(environment), environment, policy, ball, seeds, rng)
+
+
+def _strongest(
+    attackers: Sequence[_Chosen], environment: Environment, policy: Policy, ball: Ball, seeds: Ids, rng: Draws
+) -> _Chosen:
+    """The attacker with the lowest mean return on the episodes of the seeds (n). If the environment does not run all of
+    them at once, only the better quarter after a few episodes is compared on all.
+    """
+    n = len(seeds)
+    if len(attackers) * n > environment.together and n > _FIRST < len(attackers):
+        means = _means(attackers, environment, policy, ball, seeds[:_FIRST], rng)
+        attackers = [attackers[k] for k in means.argsort()[: -(-len(attackers) // 4)]]
+    return attackers[int(_means(attackers, environment, policy, ball, seeds, rng).argmin())]
+
+
+_FIRST = 8
+"""number of episodes that decide which attackers are compared on all"""
+
+
+def _means(
+    attackers: Sequence[_Chosen], environment: Environment, policy: Policy, ball: Ball, seeds: Ids, rng: Draws
+) -> Tensor:
+    """The mean return (k) of each attacker on the episodes of the seeds."""
+    n = len(seeds)
     at_once = max(environment.together // n, 1)
-    means: list[float] = []
-    for start in range(0, len(tried), at_once):
-        some = tried[start : start + at_once]
+    means: list[Tensor] = []
+    for start in range(0, len(attackers), at_once):
+        some = attackers[start : start + at_once]
         returns = episodes(environment, policy, InBlocks(some), ball, seeds.repeat(len(some)), rng).returns
-        means += returns.view(-1, n).mean(1).tolist()
-    return tried[min(range(len(tried)), key=means.__getitem__)]
+        means.append(returns.view(-1, n).mean(1))
+    return torch.cat(means)

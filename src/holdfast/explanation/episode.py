@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from holdfast.audits.audit import AuditResult, open_audit
+from holdfast.core.catalogue import AUDITS
 from holdfast.core.errors import UsageError
 from holdfast.explanation.case import Explained, Figure, bars
 from holdfast.reports.charts import LOOKS, series
@@ -51,9 +52,11 @@ def explain_episode(folder: Path) -> Explained:
     result = open_audit(folder)
     kind = result.content["kind"]
     if kind != "control":
+        noun = AUDITS[kind].noun
         raise UsageError(
-            f"{str(folder)!r} contains an audit of the kind {kind}, and episodes are stored by holdfast assess with a "
-            "threat on observations, actions or parameters"
+            f"{str(folder)!r} is {f'the {noun} of a policy or a generator' if noun else f'an audit {kind}'}, "
+            "which stores no episodes to explain; explain a run of holdfast assess with a threat on observations, "
+            "actions or parameters"
         )
     settings = result.content["config"]["settings"]
     worst = settings["rows"].index(result.facts["worst_attacker"])

@@ -199,6 +199,19 @@ def entry_of(name: str) -> Entry:
     return CATALOGUE[name]
 
 
+def refuse_environment(name: str) -> None:
+    """Raise `UsageError` if gymnasium is installed and has registered an environment of this name."""
+    try:
+        from gymnasium.envs.registration import registry
+    except ModuleNotFoundError:
+        return
+    if name in registry:
+        raise UsageError(
+            f"{name!r} is an environment of gymnasium, and data were expected; assess, certify and harden accept an "
+            "environment with a threat for policies, such as observations:linf:0.1"
+        )
+
+
 def listed_data_sets() -> tuple[Listed, ...]:
     """Return all data sets of the catalogue, and for each whether its files are on this machine."""
     folder = data_folder()

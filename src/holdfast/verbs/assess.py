@@ -38,7 +38,7 @@ from holdfast.settings.values import address_of
 from holdfast.threats.domains import CONTROL
 from holdfast.verbs.checked_settings import check_settings
 from holdfast.verbs.opening.arguments import gradients
-from holdfast.verbs.opening.declared import with_found_properties, with_numbered_goal
+from holdfast.verbs.opening.declared import note_on_padding, with_found_properties, with_numbered_goal
 from holdfast.verbs.opening.models import pool_of
 from holdfast.verbs.opening.plans import (
     assess_request,
@@ -169,6 +169,8 @@ def opened(settings: Assess | Certify) -> Opened:
     subject, data, surrogates = open_all(settings)
     if isinstance(settings, Assess) and settings.until is not None and len(data):
         data = in_random_blocks(data, look_sizes(len(data)), settings.seed)
+    if isinstance(settings, Certify):
+        subject = replace(subject, notes=(*subject.notes, *note_on_padding(settings, data)))
     smoothing, masks = _statistical(settings), _patch_masks(settings)
     if smoothing is not None:
         subject = smoothed_subject(subject, smoothing)

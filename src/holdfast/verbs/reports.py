@@ -23,6 +23,7 @@ from holdfast.adaptation.journal import (
 )
 from holdfast.attacks.suites import VARIANTS
 from holdfast.audits.audit import AuditResult, is_audit, open_audit
+from holdfast.audits.compared_policies import PolicyComparison, compared_policies
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.monitoring.watching import Alarm
 from holdfast.monitoring.watching import Source as MonitoredSource
@@ -59,8 +60,15 @@ if TYPE_CHECKING:
 __all__ = ["compare", "report", "verify"]
 
 
-def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
-    """Compare two runs on the examples that both contain, and return the differences between them."""
+def compare(
+    first: Result | AuditResult | str | Path, second: Result | AuditResult | str | Path
+) -> Comparison | PolicyComparison:
+    """Compare two runs on the examples that both contain, or on the episodes of both if they are assessments of
+    policies, and return the differences between them.
+    """
+    before, after = _audit_folder(first), _audit_folder(second)
+    if before is not None and after is not None:
+        return compared_policies(before, after)
     return Comparison(_result(first), _result(second))
 
 
@@ -148,8 +156,24 @@ def stored_runs(parent: Path) -> list[RunEntry]:
     return sorted(entries, key=lambda entry: (entry.created, entry.path.name))
 
 
-def _result(run: Result | str | Path) -> Result:
-    return run if isinstance(run, Result) else open_run(Path(run))
+def _audit_folder(run: Result | AuditResult | str | Path) -> Path | None:
+    if isinstance(run, AuditResult):
+        if run.folder is None:
+            raise UsageError(
+                "an assessment of a policy is compared from its folder; give run to both assessments"
+            )
+        return run.folder
+    return Path(run) if isinstance(run, str | Path) and is_audit(Path(run)) else None
+
+
+def _result(run: Result | AuditResult | str | Path) -> Result:
+    if isinstance(run, Result):
+        return run
+    path = _audit_folder(run) or Path(str(run))
+    with consistent(path):
+        result = open_run(path)
+        result.summary()
+    return result
 
 
 Json = dict[str, Any]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from holdfast.attacks.parts.images import inner
 from holdfast.certifiers.patch_masks import PatchMasks
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UPSTREAM_KEY, Placeholder, Remedy, UsageError, model_argument
@@ -21,6 +22,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import Action, RequestGuard
 from holdfast.io.models.models import ROTATING, bundled_models
+from holdfast.io.models.transformers_folders import ProcessedClips
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.monitoring.signals import Reference
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
@@ -290,6 +292,7 @@ def _served(settings: Serve, address: str | None) -> _Served:
     model = composed(Doctor, settings).model_copy(update=unused)
     masks = _masks(settings, shape)
     subject = _subject(model, masks)  # here, so that a mistake is reported before workers start
+    _refuse_other_rate(subject.model, settings.sampling_rate)
     known = None if address is not None else (subject.digest, served_digest(subject))
     return _Served(
         partial(_opened, model, known, masks),
@@ -312,6 +315,16 @@ def refuse_other_votes(settings: Serve, *, of_pool: bool) -> None:
     other = "the model is a pool" if of_pool else "a monitor compares the outputs of the model itself"
     monitor = () if of_pool else (Remedy("monitor"),)
     raise UsageError(f"masked_vote is {settings.masked_vote}, and {other}", Remedy("masked_vote"), *monitor)
+
+
+def _refuse_other_rate(model: Classifier, sampling_rate: int | None) -> None:
+    """Raise `UsageError` if the sampling rate of requests is not the one that a folder of transformers states."""
+    net = inner(model).net
+    if isinstance(net, ProcessedClips) and sampling_rate not in (None, net.sampling_rate):
+        raise UsageError(
+            f"sampling_rate is {sampling_rate}, and the feature extractor of the model takes {net.sampling_rate}",
+            Remedy("sampling_rate", net.sampling_rate),
+        )
 
 
 def _served_upstream(upstream: UpstreamModel) -> _Served:

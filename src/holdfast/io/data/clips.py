@@ -91,7 +91,7 @@ def open_clips(
     if expected.probe is None:
         expected = replace(expected, bounds=SIGNAL_BOUNDS)
     longest = names[max(range(len(clips)), key=lambda place: clips[place].shape[1])]
-    _refuse_misfit(x, expected, longest, rate)
+    refuse_misfit(x, expected, longest, rate, of_files=True)
     y, classes, objection, notes = files.numbered(expected, choice.n)
     changed = sum(old != rate for old in rates)
     if changed:
@@ -230,29 +230,39 @@ def _refuse_values(name: str, clip: Array) -> None:
         )
 
 
-def _refuse_misfit(x: Array, expected: DeclaredData, longest: str, rate: int) -> None:
-    """Raise `TargetError` if the model accepts the clips neither as they are nor with an axis for one channel."""
+def refuse_misfit(x: Array, expected: DeclaredData, name: str, rate: int, *, of_files: bool) -> None:
+    """Raise `TargetError` if the model accepts clips neither as they are nor with an axis for one channel.
+
+    `name` is that of the longest clip (`of_files`), or of the file with the array of clips, whose channels may be last.
+    """
     probe = expected.probe
-    if probe is None or probe.model.remote:
+    if probe is None or probe.model.remote or x.ndim not in (2, 3):
         return
     few = torch.from_numpy(np.array(_floats(x[[0, min(1, len(x) - 1)]])))
-    forms = (few, few[:, None]) if x.ndim == 2 else (few,)
+    last = few.transpose(1, -1)
 
     def accepted(*inputs: torch.Tensor) -> bool:
         return any(probe.outputs(each, whole=whole) is not None for whole in (True, False) for each in inputs)
 
-    if accepted(*forms):
+    if accepted(few) or ((x.ndim == 2 or not of_files) and accepted(few[:, None], last)):
         return
     reason = "" if probe.refused is None else probe.refused.message
-    if x.ndim == 3 and accepted(few.mean(1), few.mean(1, keepdim=True)):
-        raise TargetError(
-            f"clip {longest!r} has {x.shape[1]} channels, and the model accepts one; convert the clips to mono, or "
-            "average the channels at the beginning of the model, as in x.mean(1)"
-        )
-    n = x.shape[-1]
+    for axis in (1, 2)[: 1 if of_files else 2]:
+        if x.ndim == 3 and accepted(few.mean(axis), few.mean(axis)[:, None]):
+            what, advice = (
+                (f"clip {name!r} has", "convert the clips to mono")
+                if of_files
+                else (f"the clips in {name!r} have", f"store the mean of the channels, x.mean(axis={axis})")
+            )
+            raise TargetError(
+                f"{what} {x.shape[axis]} channels, and the model accepts one; {advice}, or average the channels at the "
+                f"beginning of the model, as in x.mean({axis})"
+            )
+    n = x.shape[-1] if of_files or x.ndim == 2 else max(x.shape[1:])
+    place = f", the length of the longest, {name!r}" if of_files else f", as in {name!r}"
     raise TargetError(
-        f"the model does not accept clips of {n:,} samples ({n / rate:.3g} s at {rate:,} Hz), the length of the "
-        f"longest, {longest!r}: {reason}; clips of the length and the sampling rate of its training were expected"
+        f"the model does not accept clips of {n:,} samples ({n / rate:.3g} s at {rate:,} Hz){place}: {reason}; clips "
+        "of the length and the sampling rate of its training were expected"
     )
 
 

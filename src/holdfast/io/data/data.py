@@ -16,7 +16,14 @@ from holdfast.core.errors import Remedy, TargetError, UsageError, data_argument
 from holdfast.core.types import Layout
 from holdfast.io.data import dicom, tables
 from holdfast.io.data.arrays import Array, Arrays, Choice, first_rows_note, from_numpy, selected_rows
-from holdfast.io.data.clips import SUFFIXES, open_clips, refuse_rate, suffix_of_files, with_rate
+from holdfast.io.data.clips import (
+    SUFFIXES,
+    open_clips,
+    refuse_misfit,
+    refuse_rate,
+    suffix_of_files,
+    with_rate,
+)
 from holdfast.io.data.dicom import open_dicom
 from holdfast.io.data.labels import (
     MOST_NAMES,
@@ -32,7 +39,7 @@ from holdfast.io.data.labels import (
 from holdfast.io.data.layouts import DeclaredData, layout_of_images
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
 from holdfast.io.data.pictures import Pictures, open_folder
-from holdfast.io.data_catalogue import CATALOGUE, data_folder
+from holdfast.io.data_catalogue import CATALOGUE, data_folder, refuse_environment
 from holdfast.io.files import reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
 
@@ -383,6 +390,8 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         names, numbers = matched(names, options.expected)
         if numbers is not None and all_labels.dtype.kind in "iu" and all_labels.ndim == 1:
             all_labels = renumbered(all_labels, numbers, address)
+    if options.sampling_rate is not None:
+        refuse_misfit(x, options.expected, address, options.sampling_rate, of_files=False)
     data = from_numpy(
         address,
         x,
@@ -433,6 +442,7 @@ def _located(address: str) -> _Location:
     path = Path(address)
     if path.exists():
         return _Location(path)
+    refuse_environment(address)
     if os.sep in address or path.suffix:
         raise TargetError(f"data {address!r} does not exist{similar_file(path)}; give {_FORMS}")
     raise UsageError(

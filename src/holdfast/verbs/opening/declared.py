@@ -13,6 +13,7 @@ import torch
 from holdfast.attacks.parts.images import inner
 from holdfast.attacks.parts.sounds import OverTheAir
 from holdfast.core.batch import BY_LABEL, Data
+from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import Remedy, UsageError, data_argument
 from holdfast.core.meter import PIECE
 from holdfast.core.model import Bounds, Classifier, Normalisation
@@ -30,6 +31,7 @@ from holdfast.runs.assess.request import DescribedModel
 from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
 from holdfast.settings.values import numbers_by_feature
 from holdfast.threats.domains import SIGNAL, TABLE, TEXT, Domain
+from holdfast.threats.signals import sound_of
 from holdfast.verbs.checked_settings import group_of
 from holdfast.verbs.settings import Assess, Certify, Opening
 
@@ -111,6 +113,22 @@ def without_silence(data: Data, settings: Opening) -> Data:
     return Selection(
         data, tuple(rows), own_notes=(f"{silent}, and {'it is' if n == 1 else 'they are'} excluded",)
     )
+
+
+def note_on_padding(settings: Certify, data: Data) -> tuple[str, ...]:
+    """Return a note on a certification of clips of different lengths whose method does not keep to the padding."""
+    if settings.method not in (SMOOTHING, "lipschitz") or not is_of_clips(settings):
+        return ()
+    pieces = (data.read(start, min(start + PIECE, len(data))).x for start in range(0, len(data), PIECE))
+    padded = sum(int((~sound_of(x)).flatten(1).any(1).sum()) for x in pieces)
+    if not padded:
+        return ()
+    method = "smoothing" if settings.method == SMOOTHING else "Lipschitz constants"
+    note = (
+        f"{padded:,} of {len(data):,} clips are padded with zeros, and certificates by {method} also cover changes of "
+        "the padding, which the threat excludes, so that the radii may be smaller than those of the sound alone"
+    )
+    return (note,)
 
 
 def refuse_other_rate(model: Classifier, data: Data) -> None:

@@ -254,7 +254,7 @@ _OF_OPTIMIZER = ("lr", "momentum", "weight_decay")
 _SHORT_LR = 0.01  # learning rate of `auto` for adamw in a training of few updates
 
 
-_ON_CLIPS = ("pgd", "trades", "n-fgsm", "fgsm-rs", "mart", "standard")
+_ON_CLIPS = ("pgd", "trades", "n-fgsm", "fgsm-rs", "mart", "standard", AUTO)
 _RECIPES_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("snr", "peak"), _ON_CLIPS),
     "patch": ("masked-patches", "standard"),
