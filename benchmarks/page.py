@@ -177,7 +177,8 @@ SUBJECTS = {
     "certified-training": "Certified training of the bundled network, MNIST, Linf 0.1: share of the 10,000 test "
     "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
-    "fast-small": "Whole runs of `fast` and of `standard`, doubts included, on 60 and on 200 images of eight networks.",
+    "fast-small": "Whole runs of `fast` and of `standard`, doubts included, on 60, 200 and 1,000 images of "
+    "eight networks.",
     "until": "`assess --until` with `fast`: gates 10 and 20 points beside the robust accuracy of 1,000 images, in 200 "
     "random orders of the images.",
     "expected-time": "The expected time that `assess` prints before a run, beside the wall time of the run. It prints "
