@@ -451,6 +451,17 @@ def test_an_environment_of_gymnasiums_interface_declares_its_returns():
             Gymnasium(partial(declared, wrong), "counter")
 
 
+def test_a_return_outside_of_the_declared_range_is_refused():
+    class Declared(CartPole):
+        returns = (0.0, 100.0)
+
+    settings = Assess(model=linear(), data="cartpole", threat="parameters:mass=0.1", n=3)
+    policy = policy_of(linear(), CartPole(), "")
+    how = ControlRun(Declared(), policy, settings.threat.constraint, "", 3, 0)
+    with pytest.raises(TargetError, match=r"is \(0.0, 100.0\), and an episode returned 500"):
+        control.columns_of(how, control.NONE, how.ball(), how.seeds("judged", 3))
+
+
 def test_parameters_of_the_environment_are_changed_to_their_extremes():
     settings = Assess(model=linear(), data="cartpole", threat="parameters:mass=0.5,length=0.5", n=10)
     result = settings.run()

@@ -21,7 +21,9 @@ NET = (
 )
 
 
-def write(path: Path, levels=LEVELS, *, bits=12, signed=False, kind="MONOCHROME2", frames=1, colour=False):
+def write(
+    path, levels=LEVELS, *, bits=12, high_bit=None, signed=False, kind="MONOCHROME2", frames=1, colour=False
+):
     """Write an uncompressed DICOM file whose pixels are (rows, columns) levels from 0 to 2 ** bits - 1."""
     levels = np.asarray(levels)
     file = pydicom.Dataset()
@@ -30,7 +32,7 @@ def write(path: Path, levels=LEVELS, *, bits=12, signed=False, kind="MONOCHROME2
     file.SamplesPerPixel, file.PhotometricInterpretation = (3, "RGB") if colour else (1, kind)
     if colour:
         file.PlanarConfiguration = 0
-    file.BitsAllocated, file.BitsStored, file.HighBit = 16, bits, bits - 1
+    file.BitsAllocated, file.BitsStored, file.HighBit = 16, bits, high_bit or bits - 1
     file.PixelRepresentation = int(signed)
     file.WindowCenter, file.WindowWidth, file.RescaleSlope, file.RescaleIntercept = 40, 80, 2, -1024
     if frames > 1:
@@ -42,6 +44,12 @@ def write(path: Path, levels=LEVELS, *, bits=12, signed=False, kind="MONOCHROME2
     file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     path.parent.mkdir(parents=True, exist_ok=True)
     file.save_as(path, enforce_file_format=True)
+
+
+def replaced(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
 
 
 @pytest.fixture
@@ -83,7 +91,9 @@ def test_a_run_on_dicom_files_has_the_result_of_the_same_pixels_in_an_array(scan
     ("change", "message"),
     [
         (lambda p: p.write_bytes(b"no DICOM"), "is no DICOM file"),
-        (lambda p: write(p, colour=True), "is in colour, as RGB"),
+        (lambda p: write(p, colour=True), "is 'RGB'; one grey channel"),
+        (lambda p: write(p, high_bit=15), "12 bits up to bit 15; HighBit 11"),
+        (lambda p: (write(p, frames=2), replaced(p, b"IS\2\0002 ", b"IS\2\0x ")), "cannot be decoded"),
         (lambda p: write(p, frames=2), "has 2 frames"),
         (lambda p: write(p, LEVELS.T), "is 4 x 3, .* is 3 x 4"),
         (lambda p: write(p, LEVELS // 4, bits=10), "has 12 bits, .* 10"),

@@ -128,7 +128,8 @@ def test_a_gate_on_the_worst_states_each_class_of_five_examples_and_how_many_wou
     judged = judge(parse(f"{metric} >= {bound}"), run, Doubts())
     assert (judged.verdict, bool(judged)) == ("unclear", False)
     assert dict(judged.too_few.counts) == {"normal": 5} and judged.too_few.needed == needed
-    assert "normal (5)" in judged.because
+    kind = {"worst_class": "class", "worst_group": "group"}[metric]
+    assert f"too few examples of {kind} normal (5)" in judged.because
     if needed is not None:
         enough = [bonferroni(0.95, 2)] * 2
         lows = [clopper_pearson(n, n, c)[0] for n, c in zip((needed - 1, needed), enough, strict=True)]

@@ -339,4 +339,10 @@ def test_label_groups_the_examples_by_class_and_the_worst_class_is_the_headline(
     assert capsys.readouterr().out.count("classes: clean and robust accuracy by label") == 1
 
 
+def test_the_headline_states_how_many_groups_are_compared_if_some_have_few_examples():
+    result = assessed(groups=np.array(["few"] * 5 + ["a"] * 60 + ["b"] * 55))
+    assert "the worst of the 2 of 3 groups with 30 or more examples, survive" in result.summary()["headline"]
+    assert "for all 3 groups together" in result.summary()["headline"]
+
+
 FLAT = "    return torch.nn.Sequential(torch.nn.Flatten(), net)"

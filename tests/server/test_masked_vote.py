@@ -77,7 +77,7 @@ def test_clients_receive_the_vote_and_whether_a_patch_can_have_changed_it(setup)
             (attacked, votes_of_attacked, certified_of_attacked),
         ):
             named = {"outputs": [{"name": "certified"}, {"name": "scores"}]}
-            scores, output = client.post(url, content=request(inputs, **named), headers=JSON).json()[
+            output, scores = client.post(url, content=request(inputs, **named), headers=JSON).json()[
                 "outputs"
             ]
             assert torch.tensor(scores["data"]).reshape(-1, 3).argmax(1).tolist() == classes.tolist()
@@ -118,6 +118,16 @@ def test_clients_receive_the_vote_and_whether_a_patch_can_have_changed_it(setup)
 def test_votes_that_cannot_be_served_are_refused(setup, settings, message):
     with pytest.raises(UsageError, match=message):
         setup(**settings)
+
+
+def test_a_vote_of_a_model_with_random_outputs_is_refused():
+    class Noisy(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3] + torch.rand(len(x), 3)
+
+    vote = PatchMasks(MASKS).net(Classifier(Noisy()), torch.zeros(1, *SHAPE), ThreatModel(Patch(2, 2)))
+    with pytest.raises(UsageError, match="a certificate is about a fixed function"):
+        vote.refuse_random()
 
 
 def test_rules_that_judge_outputs_are_refused(setup, tmp_path):

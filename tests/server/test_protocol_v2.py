@@ -1,6 +1,7 @@
 """Requests and responses of the Open Inference Protocol: what is read is what was sent, and the rest is refused."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -63,7 +64,7 @@ def content_of(body, signature=UNBOUNDED):
         read = read_request(body, None, signature)
     except Refused as refused:
         return str(refused)
-    return read.x.tolist(), None if read.sent is None else read.sent.tolist(), read.id, read.binary
+    return read.x.tolist(), None if read.sent is None else read.sent.tolist(), read.id, read.outputs
 
 
 def sent(data, more="", shape="[1, 2, 2]"):
@@ -133,6 +134,24 @@ def test_scores_are_returned_exactly_in_json_and_as_bytes():
     tail = answer.body[header:]
     assert answer.media_type == BINARY and output["parameters"] == {"binary_data_size": len(tail)}
     assert np.array_equal(np.frombuffer(tail, "<f4").reshape(3, CLASSES), scores.numpy())
+
+
+def test_only_the_requested_outputs_are_returned_each_in_its_form():
+    vote = dataclasses.replace(SIGNATURE, certified_patch="patch:2x2")
+    scores, certified = torch.randn(3, CLASSES), torch.tensor([True, False, True])
+    read = read_request(request(X, outputs=[{"name": "certified"}]), None, vote)
+    (output,) = json.loads(encoded(scores, read, vote, certified).body)["outputs"]
+    assert (output["name"], output["data"]) == ("certified", [True, False, True])
+    outputs = [
+        {"name": "scores", "parameters": {"binary_data": True}},
+        {"name": "certified", "parameters": {"binary_data": False}},
+    ]
+    answer = encoded(scores, read_request(request(X, outputs=outputs), None, vote), vote, certified)
+    header = int(dict(answer.headers)[LENGTH_HEADER])
+    assert json.loads(answer.body[:header])["outputs"][1]["data"] == [True, False, True]
+    assert answer.body[header:] == scores.numpy().tobytes()
+    with pytest.raises(Refused, match="requested twice"):
+        read_request(request(X, outputs=[{"name": "scores"}] * 2), None, vote)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ class PolicyComparison:
         table = Table(("attacker", "first", "second", "difference", "from", "to"), rows)
         lead = (
             f"{content['n']} episodes with the same seeds. Intervals of the difference are bootstrap intervals (BCa) "
-            "at 95 % for all rows together (Bonferroni)"
+            f"at 95 % for all rows together (Bonferroni). The row {LOWEST!r} compares the attackers with the lowest "
+            "mean return in these episodes, and its interval is for these two attackers"
         )
         return Report(
             verb="compare",
@@ -69,7 +70,7 @@ class PolicyComparison:
         settings = [side["config"]["settings"] for side in sides]
         first, second = (_returns(side) for side in (self.first, self.second))
         n = min(side["n"] for side in settings)
-        worst = [side["facts"]["worst_attacker"] for side in sides]
+        worst = [_worst(returns, n) for returns in (first, second)]
         pairs = {LOWEST: (first[worst[0]], second[worst[1]])}
         pairs |= {name: (first[name], second[name]) for name in first if name in second}
         every = torch.cat([*first.values(), *second.values()])
@@ -123,13 +124,22 @@ class PolicyComparison:
         return " ".join(sentence for key in ("caution", "headline") if (sentence := self._summary[key]))
 
 
+def _worst(returns: Mapping[str, Tensor], n: int) -> str:
+    """Return the attacker with the lowest mean return in the first n episodes. The first row is without an attacker."""
+    return min(list(returns)[1:], key=lambda name: float(returns[name][:n].mean()))
+
+
 def _headline(lowest: Mapping[str, float], worst: list[str]) -> str:
     shown = lowest["low"] > 0 or lowest["high"] < 0
     return (
         f"The lowest mean return is {plain(round(lowest['second'], 1))} ({worst[1]}) in the second run and "
         f"{plain(round(lowest['first'], 1))} ({worst[0]}) in the first: {'' if shown else 'no difference shown, '}"
-        f"{lowest['difference']:+.1f} ({lowest['low']:+.1f} to {lowest['high']:+.1f})."
+        f"{_signed(lowest['difference'])} ({_signed(lowest['low'])} to {_signed(lowest['high'])})."
     )
+
+
+def _signed(difference: float) -> str:
+    return f"{difference:+.1f}".replace("-", "−")
 
 
 def compared_policies(first: Path, second: Path) -> PolicyComparison:

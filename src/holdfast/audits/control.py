@@ -33,7 +33,7 @@ from holdfast.control.learning import (
 from holdfast.control.perturbed_actions import DirectedActions, RandomActions, learned_actions
 from holdfast.control.policies import Policy
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns
 from holdfast.core.types import Ids
@@ -234,6 +234,7 @@ def attacker_of(how: ControlRun, stage: str, ball: Ball) -> Attacker:
 def columns_of(how: ControlRun, stage: str, ball: Ball, judged: Ids) -> Columns:
     """Return the episodes under an attacker, which is trained first: returns, lengths, and the steps of the first."""
     measured = _episodes(how, stage, ball, judged)
+    _refuse_other_range(how.environment, measured.returns)
     return {
         "id": torch.arange(len(measured.returns)),
         "return": measured.returns,
@@ -241,6 +242,22 @@ def columns_of(how: ControlRun, stage: str, ball: Ball, judged: Ids) -> Columns:
         "cut": measured.cut.long(),
         **dict(zip(("state", "shown", "action"), measured.first, strict=True)),
     }
+
+
+def _refuse_other_range(environment: Environment, returns: Tensor) -> None:
+    """Raise `TargetError` if a return is outside of the range that the environment declares."""
+    low, high = environment.returns
+    rounding = _ROUNDING * returns.abs().max().item()
+    for value in (returns.min().item(), returns.max().item()):
+        if (low is not None and value < low - rounding) or (high is not None and value > high + rounding):
+            raise TargetError(
+                f"the attribute returns of {environment.name} is {(low, high)}, and an episode returned "
+                f"{plain(value)}; a pair of the lowest and the highest return of an episode was expected, with None "
+                "for an unknown one"
+            )
+
+
+_ROUNDING = 1e-4  # relative error of a return in float32
 
 
 class Settings(TypedDict):
@@ -416,9 +433,9 @@ def _assumed(settings: Settings, rows: list[Row]) -> Iterator[str]:
             name for name, end in zip(("lowest", "highest"), settings["range"], strict=True) if end is None
         ]
         yield (
-            f"The environment declares no {' and no '.join(missing)} return. The intervals hold only if no return is "
-            f"outside of {plain(support.low)} to {plain(support.high)}, which are the measured returns and as much "
-            "again. The attribute returns = (lowest, highest) of the environment declares the range."
+            f"The environment declares no {' and no '.join(missing)} return, which is assumed from the measured "
+            f"returns and as much again. The intervals hold only if no return is outside of {plain(support.low)} to "
+            f"{plain(support.high)}. The attribute returns = (lowest, highest) of the environment declares the range."
         )
 
 

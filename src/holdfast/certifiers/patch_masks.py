@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from holdfast.attacks.parts.ascent import cosine, gradient
 from holdfast.attacks.parts.losses import margin, margin_loss
 from holdfast.attacks.patch_attack import ascended, heaviest, noisy
-from holdfast.certifiers.protocol import Proofs, on_top_of
+from holdfast.certifiers.protocol import RANDOM, Proofs, on_top_of
 from holdfast.certifiers.smoothing import NO_CLASS, votes_of
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import PATCH_MASKS
@@ -30,7 +30,7 @@ from holdfast.core.errors import Remedy, TargetError, UsageError
 from holdfast.core.gradients import instead
 from holdfast.core.meter import Room, in_room, lead_of
 from holdfast.core.model import EVERY, Bounds, Classifier
-from holdfast.core.outputs import scale
+from holdfast.core.outputs import SAME, change, scale
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask, Rows, Steps
 from holdfast.threats.transformations import Patch
@@ -196,6 +196,16 @@ class MaskedVote(nn.Module):
             work[rows] += pairs.shape[1]
             done += pairs.shape[1]
         return disagree, work
+
+    def refuse_random(self) -> None:
+        """Raise `UsageError` if the base classifier returns other logits for the same image. Costs two forward passes
+        of one image.
+        """
+        x = torch.rand(1, *self.mask_set.shape, generator=torch.Generator().manual_seed(0))
+        x = self.base.bounds.clamp(x.to(self.masks.device))
+        with torch.inference_mode():
+            if bool((change(self.base(x), self.base(x)) > SAME).any()):
+                raise UsageError(RANDOM)
 
     def _refuse_other_shape(self, x: Inputs) -> None:
         if x.shape[1:] != self.mask_set.shape:

@@ -13,6 +13,12 @@ from holdfast.core.model import EVERY, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Mask
 
+RANDOM = (
+    "the outputs of the model are random, and a certificate is about a fixed function; remove the source of "
+    "randomness, such as dropout in eval mode"
+)
+"""Message about a randomised model."""
+
 
 @dataclass(frozen=True)
 class Proofs:

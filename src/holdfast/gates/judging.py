@@ -144,7 +144,7 @@ class Judgement:
         if self.looks is not None:
             numbers += f" of {self.looks.of}, valid at every look"
         if self.too_few is not None and self.verdict == "unclear":
-            return f"{numbers}: {shortage(self.too_few.counts, self.too_few.needed)}"
+            return f"{numbers}: {shortage(self.claim.metric, self.too_few.counts, self.too_few.needed)}"
         if self.verdict == "unclear" and self._inside():
             return (
                 f"{numbers}: the interval meets {bound}, but doubts are open: {', '.join(self.open_doubts)}"
@@ -204,18 +204,19 @@ def judge(
     return replace(judged_estimate(claim, sequential(measured), doubts), looks=looks)
 
 
-def shortage(counts: Mapping[str, int], needed: int | None) -> str:
+def shortage(metric: str, counts: Mapping[str, int], needed: int | None) -> str:
     """Return the reason why a gate on the worst class or group cannot pass: the number of examples of each with too
     few, and the number that each needs.
     """
     named = [f"{name} ({n})" for name, n in counts.items()]
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     enough = (
-        f"each needs {needed} or more, with which the gate passes if all are robust"
+        f"each needs {needed} or more, and with fewer the gate cannot pass even if all are robust"
         if needed is not None
         else "no number of examples is enough for this threshold"
     )
-    return f"too few examples of {', '.join(named[:_NAMED])}{more}; {enough}"
+    kind = "class" if metric == "worst_class" else "group"
+    return f"too few examples of {kind} {', '.join(named[:_NAMED])}{more}; {enough}"
 
 
 def sequential(estimate: Estimate) -> Estimate:

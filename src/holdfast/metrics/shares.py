@@ -326,7 +326,7 @@ class TooFew:
     counts: Mapping[str, int]
     """number of examples of each of them, by name"""
     needed: int | None
-    """smallest number of examples of each with which the gate passes if all are robust; None if no number is enough"""
+    """smallest number of examples of each with which the gate can pass; None if no number is enough"""
 
 
 def too_few(evidence: Evidence, metric: str, bound: float) -> TooFew | None:

@@ -64,7 +64,7 @@ class TooFewJson(TypedDict):
     """Classes or groups with so few examples that no gate on the worst one can pass.
 
     - `counts`: number of examples of each, by name; at most 1,000
-    - `needed`: number of examples of each with which the gate passes if all are robust; null if none is enough
+    - `needed`: smallest number of examples of each with which the gate can pass; null if no number is enough
     """
 
     counts: dict[str, Natural]

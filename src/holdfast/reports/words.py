@@ -15,6 +15,7 @@ from holdfast.core.names import in_255ths, threat_text
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on, shortage
 from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, OF_EPS, PERTURBATIONS, UPPER_BOUNDS
+from holdfast.metrics.shares import FEWEST_IN_GROUP
 from holdfast.reports.tree import Block, Cell, Group, Row, Table
 
 _UNSAFE = re.compile(
@@ -392,6 +393,12 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
     of = f"of {amount(estimate['n'], summary['noun'])}"
     groups = summary["groups"] if metric == "worst_group" else None
     all_groups = f"{len(groups['rows'])} {kind_of_groups(groups)[1]}" if groups else ""
+    n_unclear = sum(row["unclear"] for row in groups["rows"]) if groups else 0
+    compared = (
+        f"the {len(groups['rows']) - n_unclear} of {all_groups} with {FEWEST_IN_GROUP} or more {summary['noun']}"
+        if groups and 0 < n_unclear < len(groups["rows"])
+        else all_groups
+    )
     together = f" for all {all_groups} together" if groups else ""
     interval_part = (
         f" ({100 * summary['confidence']:.0f} % interval {interval_text}{together})" if intervals else ""
@@ -399,7 +406,7 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
     if groups:
         every = summary["metrics"]["robust_accuracy"]
         return (
-            f"{rate} {of} of {worst_of(groups)}, the worst of {all_groups}, survive "
+            f"{rate} {of} of {worst_of(groups)}, the worst of {compared}, survive "
             f"{all_attacks_text(summary['threat'])}{interval_part}; "
             f"{percent(every['value'])} of all {count_text(every['n'])} survive"
         )
@@ -536,7 +543,7 @@ def _because(gate: Mapping[str, Any], interval_text: str, doubts: Sequence[str])
         place = {"pass": "is above", "unclear": "contains", "fail": "is below"}[gate["verdict"]]
         return f"the interval of the difference from the given model ({interval_text}) {place} 0"
     if gate["verdict"] == "unclear" and (few := gate.get("too_few")) is not None:
-        return shortage(few["counts"], few["needed"])
+        return shortage(gate["metric"], few["counts"], few["needed"])
     if gate["verdict"] == "unclear":
         return f"the interval ({interval_text}) contains the threshold; more examples are needed to decide"
     return f"the whole interval ({interval_text}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"

@@ -216,8 +216,9 @@ def _request(signature: Signature, value: Mapping[str, Any], rows: int) -> dict[
             "data": _list(value, n_values, n_values),
         }
     )
-    output = _object({"name": {"const": signature.output_name}})
-    return _object({"id": _TEXT, "inputs": _list(tensor, 1, 1), "outputs": _list(output, 0, 1)}, ("inputs",))
+    names = [signature.output_name, *([] if signature.certified_patch is None else [CERTIFIED])]
+    outputs = _list(_object({"name": {"enum": names}}), 0, len(names))
+    return _object({"id": _TEXT, "inputs": _list(tensor, 1, 1), "outputs": outputs}, ("inputs",))
 
 
 def _outputs(signature: Signature) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def _outputs(signature: Signature) -> dict[str, Any]:
             "data": {"type": "array", "items": _FLAG},
         }
     )
-    return _list({"anyOf": [scores, certified]}, 2, 2)
+    return _list({"anyOf": [scores, certified]}, 1, 2)
 
 
 Jobs = Batcher[Job, Answer]

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -113,8 +114,8 @@ class InferRequest:
     x: Tensor
     """inputs (n, *shape) in the data type of the signature"""
     id: str | None = None
-    binary: bool = False
-    """whether the scores are returned as bytes after the JSON"""
+    outputs: tuple[tuple[str, bool], ...] = ()
+    """names of the outputs to return, and whether each is returned as bytes after the JSON"""
     sent: Tensor | None = None
     """inputs in float64, if numbers in JSON may have been rounded to the data type of the signature"""
 
@@ -210,7 +211,7 @@ def _answerable(
     name = content.get("id", "")
     if not isinstance(name, str):
         raise _wrong("the id of a request must be text")
-    return InferRequest(x, name if "id" in content else None, _binary_output(content, signature), sent)
+    return InferRequest(x, name if "id" in content else None, _requested_outputs(content, signature), sent)
 
 
 def _object(text: bytes) -> dict[str, Any]:
@@ -375,34 +376,32 @@ def _refuse_range(x: Tensor, least: float, most: float, bounds: Bounds) -> None:
         raise _wrong(f"data contains a value outside of {span}, or one that is not a number")
 
 
-def _binary_output(content: Mapping[str, Any], signature: Signature) -> bool:
-    """Return whether the outputs are requested as bytes. Raises `Refused` for an unknown output."""
+def _requested_outputs(content: Mapping[str, Any], signature: Signature) -> tuple[tuple[str, bool], ...]:
+    """Return the names of the requested outputs, by default all, and whether each is requested as bytes. Raises
+    `Refused` for an unknown or a repeated output.
+    """
     names = [signature.output_name, *([] if signature.certified_patch is None else [CERTIFIED])]
-    binary = _parameters(content).get("binary_data_output", False)
-    if "outputs" in content:
-        outputs = content["outputs"]
-        most = len(names)
-        if (
-            not isinstance(outputs, list)
-            or len(outputs) > most
-            or any(not isinstance(o, dict) for o in outputs)
-        ):
-            raise _wrong(
-                f"outputs must be a list with at most {'one object' if most == 1 else 'two objects'}"
-            )
-        for output in outputs:
-            if output.get("name") not in names:
-                expected = " or ".join(map(repr, names))
-                raise _wrong(
-                    f"the output {_shown(output.get('name'))} does not exist; {expected} was expected"
-                )
-            parameters = _parameters(output)
-            if parameters.get("classification") is not None:
-                raise _wrong("the classification extension is not supported")
-            binary = parameters.get("binary_data", binary)
-    if not isinstance(binary, bool):
+    default = _parameters(content).get("binary_data_output", False)
+    requested = dict.fromkeys(names, default)
+    outputs, most = content.get("outputs", []), len(names)
+    if not isinstance(outputs, list) or len(outputs) > most or any(not isinstance(o, dict) for o in outputs):
+        raise _wrong(f"outputs must be a list with at most {'one object' if most == 1 else 'two objects'}")
+    if outputs:
+        requested = {}
+    for output in outputs:
+        name = output.get("name")
+        if name not in names:
+            expected = " or ".join(map(repr, names))
+            raise _wrong(f"the output {_shown(name)} does not exist; {expected} was expected")
+        if name in requested:
+            raise _wrong(f"the output {name!r} is requested twice")
+        parameters = _parameters(output)
+        if parameters.get("classification") is not None:
+            raise _wrong("the classification extension is not supported")
+        requested[name] = parameters.get("binary_data", default)
+    if any(not isinstance(binary, bool) for binary in (default, *requested.values())):
         raise _wrong("binary_data and binary_data_output must be true or false")
-    return binary
+    return tuple(requested.items())
 
 
 def _shown(value: object) -> str:
@@ -432,37 +431,39 @@ class Encoded:
 def encoded(
     scores: Tensor, request: InferRequest, signature: Signature, certified: Tensor | None = None
 ) -> Encoded:
-    """Return the response with the scores (n, classes) and, of a vote over masks, whether each input is certified (n,),
-    in JSON or as bytes after the JSON.
+    """Return the response with the requested outputs: the scores (n, classes) and, of a vote over masks, whether each
+    input is certified (n,). Each is in JSON, or in bytes after the JSON.
     """
     values = scores.numpy().astype(TYPES[signature.output_type], copy=False)
     if signature.flat:
         values = values.reshape(len(values))
-    output: dict[str, Any] = {
-        "name": signature.output_name,
-        "datatype": signature.output_type,
-        "shape": list(values.shape),
+    arrays: dict[str, tuple[str, NDArray[Any], dict[str, Any]]] = {
+        signature.output_name: (signature.output_type, values, {})
     }
+    if certified is not None:
+        arrays[CERTIFIED] = ("BOOL", certified.numpy(), {"patch": signature.certified_patch})
     content: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
     if request.id is not None:
         content["id"] = request.id
-    content["outputs"] = outputs = [output]
-    flags = np.zeros(0, bool) if certified is None else certified.numpy()
-    if certified is not None:
-        parameters = {"patch": signature.certified_patch}
-        outputs.append(
-            {"name": CERTIFIED, "datatype": "BOOL", "shape": [len(flags)], "parameters": parameters}
-        )
-    if not request.binary:
-        output["data"] = numbers = values.ravel().tolist()
-        for each in outputs[1:]:
-            each["data"] = flags.tolist()
-        return Encoded(_compact(content, numbers))
+    content["outputs"] = outputs = []
+    numbers: Sequence[float] = ()
     tail = b""
-    for each, data in zip(outputs, (values.tobytes(), flags.tobytes()), strict=False):
-        each["parameters"] = {**each.get("parameters", {}), "binary_data_size": len(data)}
-        tail += data
-    head = _compact(content)
+    for name, binary in request.outputs:
+        datatype, array, parameters = arrays[name]
+        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        if binary:
+            data = array.tobytes()
+            parameters = {**parameters, "binary_data_size": len(data)}
+            tail += data
+        if parameters:
+            output["parameters"] = parameters
+        if not binary:
+            output["data"] = listed = array.ravel().tolist()
+            numbers = numbers if name == CERTIFIED else listed
+        outputs.append(output)
+    head = _compact(content, numbers)
+    if not any(binary for _, binary in request.outputs):
+        return Encoded(head)
     return Encoded(head + tail, BINARY, ((LENGTH_HEADER, str(len(head))),))
 
 

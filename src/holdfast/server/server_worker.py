@@ -236,8 +236,10 @@ class Worker:
         setup = self.setup
         if not setup.rotating:
             refuse_damaged(self._pristine, setup.shape, self.device)
+        if isinstance(vote := self._pristine.net, MaskedVote):
+            vote.refuse_random()
         begin = time.perf_counter()
-        classes, vote = self._n_classes(self._pristine), self._pristine.net
+        classes = self._n_classes(self._pristine)
         self._row_s = time.perf_counter() - begin
         settings, bounds = setup.settings, self._pristine.bounds
         return Signature(

@@ -37,8 +37,8 @@ def read(path: Path, content: bytes | None, folder: Path, files: Sequence[str]) 
                     ) from error
                 except Exception as error:  # as parsers do
                     raise _undecodable(name, error) from error
-                _refuse_other_kinds(name, image)
                 try:
+                    _refuse_other_kinds(name, image)
                     bits, signed = int(image.BitsStored), bool(image.PixelRepresentation)
                     values, inverted = image.pixel_array, image.PhotometricInterpretation == GREY[0]
                 except HoldfastError:
@@ -62,8 +62,13 @@ def _refuse_other_kinds(name: str, image: Any) -> None:
     kind, frames = str(image.get("PhotometricInterpretation", "")), int(image.get("NumberOfFrames") or 1)
     if kind not in GREY or image.get("SamplesPerPixel", 1) != 1:
         raise TargetError(
-            f"{name!r} is in colour, as {kind[:20]}; one grey channel was expected ({' or '.join(GREY)}): convert "
-            "it to PNG"
+            f"the PhotometricInterpretation of {name!r} is {kind[:20]!r}; one grey channel was expected "
+            f"({' or '.join(GREY)}): convert colours to PNG"
+        )
+    if image.HighBit != image.BitsStored - 1:
+        raise TargetError(
+            f"{name!r} stores its pixels of {image.BitsStored} bits up to bit {image.HighBit}; HighBit "
+            f"{image.BitsStored - 1} was expected: write it again"
         )
     if frames != 1:
         raise TargetError(f"{name!r} has {frames} frames; one was expected: write each frame into a file")

@@ -12,7 +12,7 @@ from torch import nn
 
 from holdfast.attacks.suites import suite
 from holdfast.certifiers.patch_masks import MaskedVote
-from holdfast.certifiers.protocol import Prover, StatisticalProver, on_top_of
+from holdfast.certifiers.protocol import RANDOM, Prover, StatisticalProver, on_top_of
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, by_smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES
@@ -199,10 +199,7 @@ def refuse_unprovable(
             "its detector"
         )
     if target.randomised:
-        raise UsageError(
-            "the outputs of the model are random, and a certificate is about a fixed function; remove the source of "
-            "randomness, such as dropout in eval mode"
-        )
+        raise UsageError(RANDOM)
     for stage in stages:
         assert stage.prover is not None
         try:
