@@ -31,6 +31,8 @@ ROWS = {
     "trees": "trees",
     "audit-poison": "audit_poison",
     "planting": "planting",
+    "attributes": "attributes",
+    "reconstruct": "reconstruct",
     "membership": "membership",
     "privacy": "privacy",
     "generator-quality": "generator_quality",
@@ -137,6 +139,8 @@ ROWS = {
     "masked-unknown": "masked_unknown",
     "guided-denoiser": "guided_denoiser",
     "purifier": "purifier",
+    "extraction": "extraction",
+    "ownership": "ownership",
     "audit-controls": "audit_controls",
     "audit-backdoor": "audit_backdoor",
 }

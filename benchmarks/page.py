@@ -60,6 +60,10 @@ SUBJECTS = {
     "in copies with a planted backdoor.",
     "privacy": "`holdfast audit privacy`: bounds of epsilon beside closed forms, of randomised response, and of "
     "trainings of a small network without and with differential privacy.",
+    "attributes": "`holdfast audit attributes` on Adult: networks that were trained on 10,000 records without and with "
+    "`sex` as an input, and one that was trained to be surer of men.",
+    "reconstruct": "`holdfast audit reconstruct` of a network 784-512-10 on MNIST, untrained and trained, also "
+    "with the noise with which `dp-sgd` reaches epsilon 2 on 60,000 examples.",
     "repair": "Repair of backdoors in MNIST networks with 3,000 clean digits: success of the planted trigger, clean "
     "accuracy, and the success after 50 further updates with two poisoned digits in 128, in the repaired network and "
     "in one that was never poisoned (*control*).",
@@ -223,6 +227,12 @@ SUBJECTS = {
     "adaptive attacks, and the doubts raised.",
     "masked-unknown": "Masked models that the adaptive attacks were not developed on, beside their twins; honest "
     "networks; and models without any gradient beside Square and HopSkipJump at equal queries.",
+    "extraction": "`holdfast audit extraction` of MNIST networks: agreement of copies that are trained on answers to "
+    "queries of the attacker's own images and of Fashion-MNIST, means of three seeds on 10,000 test images; the error "
+    "of the weights of softmax models from 785 queries; and the number of queries until the default guard, calibrated "
+    "at 1 % false positives, recognises them, for one API key and for ten.",
+    "ownership": "`holdfast audit extraction --suspect`: p-values of copies of an MNIST network and of 20 independent "
+    "networks, among 20 control networks.",
     "audit-controls": "`holdfast audit backdoor --train-controls` on clean networks of three architectures and on "
     "planted backdoors, MNIST and Fashion-MNIST. *Limit* is the prediction limit of the ratio: a network is flagged "
     "below it, if its trigger succeeds on at most 10 % of the inputs of the controls.",

@@ -22,8 +22,10 @@ from typing import Any
 
 import click
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import holdfast
@@ -91,6 +93,8 @@ from holdfast.threats.triggers import Trigger
 from holdfast.verbs.adapt_served import refuse_uncalibratable
 from holdfast.verbs.assess import estimated as cost_estimated
 from holdfast.verbs.audit.backdoor import AuditBackdoor
+from holdfast.verbs.audit.extraction import AuditExtraction
+from holdfast.verbs.audit.opening_extraction import prepared_extraction
 from holdfast.verbs.audit.opening_models import prepared_backdoor
 from holdfast.verbs.checked_settings import check_settings
 from holdfast.verbs.control import opened as open_episodes
@@ -481,6 +485,27 @@ def privacy(model=LINEAR, **arguments):
     x = torch.rand(240, 4)
     settings = {"train": lambda x, y, seed: nn.Linear(4, 3), "epsilon": 2, "device": "cpu", **arguments}
     return holdfast.audit.privacy(model, (x, LINEAR(x).argmax(1)), **settings)
+
+
+def attributes(**arguments):
+    x = torch.rand(240, 4)
+    frame = pd.DataFrame(x.numpy(), columns=list("abcd")).assign(
+        y=LINEAR(x).argmax(1).numpy(), of=[0.0, 1.0] * 120
+    )
+    settings = {"sensitive": "of", "device": "cpu", **arguments}
+    holdfast.audit.attributes(nn.Linear(5, 3), holdfast.open_data(frame, label="y"), **settings)
+
+
+def reconstructed(net=LINEAR, **arguments):
+    settings = {"batch_size": (1,), "batches": 1, "steps": 1, "device": "cpu", **arguments}
+    holdfast.audit.reconstruct(net, (torch.rand(8, 4), torch.arange(8) % 3), **settings)
+
+
+def shared_gradient():
+    """The path of a gradient of the network, in a file."""
+    path = Path(mkdtemp()) / "gradient.safetensors"
+    save_file({name: torch.ones_like(weight) for name, weight in LINEAR.named_parameters()}, path)
+    return str(path)
 
 
 def generator_audited(**arguments):
@@ -962,6 +987,17 @@ def backdoor_audited(controls=None, train_controls=None, data=None, **settings):
     )
     with prepared_backdoor(settings, AuditStart(None, resume=False, notify=ignore)) as audit:
         refuse_unmet(audit.needs)
+        return audit
+
+
+def extraction_prepared(model=LINEAR, data="members", **settings):
+    """The audit of extraction, prepared and not run."""
+    data = member_examples(40, 0) if data == "members" else data
+    given = {"model": model, "data": data, "queries": "10", **settings}
+    settings = check_settings(
+        {name: value for name, value in given.items() if value is not None}, "", kind=AuditExtraction
+    )
+    with prepared_extraction(settings, AuditStart(None, resume=False, notify=ignore)) as audit:
         return audit
 
 
@@ -1579,6 +1615,20 @@ situation("gradients of a batch", trained, model=Later(centred), recipe="dp-sgd"
 situation("privacy within a time", paced, budget="1min")
 situation("privacy of no training", privacy, {"train": lambda x, y, seed: nn.Linear(4, 3)}, train=None)
 situation("privacy without a claim", privacy, {"epsilon": 2}, epsilon=None, canaries=100)
+situation("no sensitive column", attributes, {"sensitive": "of"}, sensitive=None)
+situation("few known records", attributes, known=60)
+situation("large batches", reconstructed, batch_size=(1, 16))
+situation("no batch is small enough", reconstructed, batch_size=(16,))
+situation("clipping without noise", reconstructed, {"noise": 1.0}, clip=1.0)
+situation("noise without clipping", reconstructed, {"clip": 1.0}, noise=1.0)
+situation(
+    "clipping with batch normalisation",
+    reconstructed,
+    net=nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)),
+    clip=1.0,
+    noise=1.0,
+)
+situation("clipping of a given gradient", reconstructed, gradient=Later(shared_gradient), clip=1.0, noise=1.0)
 situation("few canaries", privacy, canaries=10)
 situation("more canaries than half of the examples", privacy, epsilon=4, canaries=100)
 situation("a delta that hides all guesses", privacy, delta=0.05, canaries=100, canary="random")
@@ -1737,6 +1787,55 @@ situation(
     backdoor_audited,
     {"stream": None},
     stream=(torch.zeros(9, 3), torch.zeros(9, dtype=torch.int64)),
+)
+situation("fewer queries than classes", extraction_prepared, queries="1,5", n=20)
+situation("no inputs to send", extraction_prepared, {"pool": member_examples(40, 1)}, data=None)
+situation(
+    "a pool of test examples",
+    extraction_prepared,
+    {"pool": member_examples(40, 1)},
+    pool=Later(member_examples(40, 0)[0].numpy),
+)
+situation(
+    "a pool of another shape", extraction_prepared, n=20, pool=Later(lambda: np.zeros((9, 3), np.float32))
+)
+for name in ("controls", "train_controls"):
+    situation(f"{name} without a suspect", extraction_prepared, **{name: "1min"})
+situation(
+    "controls of a suspect given twice",
+    extraction_prepared,
+    suspect=Later(lambda: nn.Linear(4, 3)),
+    pool=Later(lambda: member_examples(40, 1)),
+    controls="1min",
+    train_controls="1min",
+)
+situation(
+    "a guard beside a suspect",
+    extraction_prepared,
+    suspect=Later(lambda: nn.Linear(4, 3)),
+    pool=Later(lambda: member_examples(40, 1)),
+    guard="guard.yaml",
+)
+situation(
+    "a suspect without training examples",
+    extraction_prepared,
+    {"data": member_examples(40, 0)},
+    suspect=Later(lambda: nn.Linear(4, 3)),
+    data=None,
+    pool=Later(lambda: member_examples(40, 1)),
+)
+situation(
+    "a suspect without other examples",
+    extraction_prepared,
+    {"pool": member_examples(40, 1)},
+    suspect=Later(lambda: nn.Linear(4, 3)),
+)
+situation(
+    "a suspect with equal examples",
+    extraction_prepared,
+    {"pool": member_examples(40, 1)},
+    suspect=Later(lambda: nn.Linear(4, 3)),
+    pool=Later(lambda: member_examples(40, 0)),
 )
 situation("too few inputs for a candidate", candidate_calibrated, n=15)
 situation("too small a sample for a candidate", candidate_calibrated, sample=15)

@@ -130,6 +130,12 @@ def poison(folder: Path, **own: Any) -> Outcome:
     return request.data["n"], request.data.get("clean", {}).get("n"), tuple(request.notes)
 
 
+def extraction(folder: Path, **own: Any) -> Outcome:
+    others = {"pool": str(folder / "others.npz"), "queries": "10,50"}
+    request = of_audit(settings(holdfast.AuditExtraction, folder, **others, **own))
+    return request.data["n"], request.data["pool"]["n"], tuple(request.notes)
+
+
 def membership(folder: Path, **own: Any) -> Outcome:
     request = of_audit(
         settings(holdfast.AuditMembership, folder, non_members=str(folder / "others.npz"), fpr=0.1, **own)
@@ -143,6 +149,11 @@ def privacy(folder: Path, **own: Any) -> Outcome:
     return request.data["n"], None, tuple(request.notes)
 
 
+def reconstruct(folder: Path, **own: Any) -> Outcome:
+    request = of_audit(settings(holdfast.AuditReconstruct, folder, batch_size=(1,), **own))
+    return request.data["n"], None, tuple(request.notes)
+
+
 def generator(folder: Path, **own: Any) -> Outcome:
     given = {"model": f"{folder / 'net.py'}:generator", "held_out": str(folder / "others.npz")}
     request = of_audit(settings(holdfast.AuditGenerator, folder, **given, samples=100, latent=0, **own))
@@ -150,7 +161,8 @@ def generator(folder: Path, **own: Any) -> Outcome:
 
 
 PLACES = [
-    assess, certify, harden, doctor, explain, calibrate, monitor, backdoor, poison, membership, privacy, generator,
+    assess, certify, harden, doctor, explain, calibrate, monitor, backdoor, extraction, poison, membership, privacy,
+    generator, reconstruct,
 ]  # fmt: skip
 
 

@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from holdfast.threats.transformations import Patch as Patch
     from holdfast.threats.transformations import Spatial as Spatial
     from holdfast.verbs.attack import attack as attack
+    from holdfast.verbs.audit.attributes import AuditAttributes as AuditAttributes
     from holdfast.verbs.audit.backdoor import AuditBackdoor as AuditBackdoor
+    from holdfast.verbs.audit.extraction import AuditExtraction as AuditExtraction
     from holdfast.verbs.audit.generator import AuditGenerator as AuditGenerator
     from holdfast.verbs.audit.membership import AuditMembership as AuditMembership
     from holdfast.verbs.audit.poison import AuditPoison as AuditPoison
     from holdfast.verbs.audit.privacy import AuditPrivacy as AuditPrivacy
+    from holdfast.verbs.audit.reconstruct import AuditReconstruct as AuditReconstruct
     from holdfast.verbs.calibrate import Guard as Guard
     from holdfast.verbs.configuration import init as init
     from holdfast.verbs.configuration import validate as validate

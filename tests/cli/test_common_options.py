@@ -22,6 +22,7 @@ COMMON = {
 """Groups of settings whose options every command has that reads a model or data."""
 
 TRAINED = "a network is trained, so that it is one network whose weights are in a file"
+GRADIENTS = "its gradient is computed, so that it is one network whose weights are in a file"
 SERVED = "the server was started with these options, and states them"
 NO_DATA = "it reads no data"
 POOL = "the manifest of the pool states how its model and data are opened"
@@ -45,6 +46,8 @@ EXCEPTIONS = {
         "init": TEMPLATE,
         "audit generator": "a generator has no members",
         "audit membership": "reference networks are trained like the model, which is one network",
+        "audit extraction": "copies are trained like the model, which is one network",
+        "audit reconstruct": GRADIENTS,
         **dict.fromkeys(TRAINING, TRAINED),
         **dict.fromkeys(STEPS_OF_POOL, POOL),
         **dict.fromkeys(OF_DATA, LISTS),
@@ -54,6 +57,7 @@ EXCEPTIONS = {
         "init": TEMPLATE,
         "serve": "--proxy is for a model behind a server, with options of its own",
         "audit generator": "a generator is a function in Python",
+        "audit reconstruct": GRADIENTS,
         **dict.fromkeys(TRAINING, TRAINED),
         **dict.fromkeys(STEPS_OF_POOL, POOL),
         **dict.fromkeys(OF_DATA, LISTS),
@@ -63,6 +67,7 @@ EXCEPTIONS = {
         "init": TEMPLATE,
         "serve": "the clients of the server have budgets of their own",
         "audit generator": "a generator is a function in Python",
+        "audit reconstruct": GRADIENTS,
         **dict.fromkeys(TRAINING, TRAINED),
         **dict.fromkeys(STEPS_OF_POOL, POOL),
         **dict.fromkeys(OF_DATA, LISTS),

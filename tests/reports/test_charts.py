@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.reports.charts import logarithmic_axis, round_step, staircases
+from holdfast.reports.charts import growth, logarithmic_axis, round_step, staircases
 
 
 def _points(xs, shares):
@@ -70,3 +70,10 @@ def test_a_logarithmic_axis_begins_at_zero_and_rises(top):
     assert places[0] == 0
     assert places == sorted(places)
     assert axis.place(top) == pytest.approx(1)
+
+
+def test_labels_of_counts_neither_overlap_nor_leave_the_chart():
+    counts = (500, 18_000, 20_000)
+    for _, drawing in growth([{"name": "line", "points": [(n, 0.5) for n in counts]}]):
+        assert [tick.text for tick in drawing.x_ticks] == ["500", "20,000"]
+        assert drawing.x_ticks[-1].at + 20 <= drawing.width  # half the width of the label in pixels

@@ -153,13 +153,13 @@ def test_a_number_that_a_fitted_model_does_not_know_is_no_feature(folder):
 BAD = [
     (
         {"examples": "t.npz", "groups": "sx"},
-        "no column or array 'sx' of groups; it has x, y, sex, old, few; give groups='sex'",
+        "no column or array 'sx'; it has x, y, sex, old, few; give groups='sex'",
     ),
     ({"examples": "t.npz", "groups": "few"}, "'few' of 't.npz' has 50 rows, and there are 120 examples"),
     ({"examples": "t.npz", "groups": "x"}, r"'x' has the shape \(120, 4\)"),
     (
         {"examples": ("t.csv", "y"), "groups": "sxe"},
-        "no column or array 'sxe' of groups; .* give groups='sex'",
+        "no column or array 'sxe'; .* give groups='sex'",
     ),
     (
         {"examples": ("t.csv", "y"), "groups": "a", "drop": ["sex"]},

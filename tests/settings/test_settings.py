@@ -434,7 +434,7 @@ def test_one_file_serves_several_verbs(tmp_path):
         *(f"audit-{name}" for name, entry in AUDITS.items() if entry.settings),
     )
     file.write_text(FILE + "threat: l0:3\n")
-    assert validate(file) == ("assess", "harden", "rotate")
+    assert validate(file) == ("assess", "harden", "rotate", "audit-extraction")
     file.write_text(FILE + "threat: l0:3\ncertify: {timeout: 5s}\n")
     with pytest.raises(
         UsageError, match="proved under linf, l2, l1, patch, table, text, training-set and observations only"

@@ -20,9 +20,9 @@ from holdfast.audits.backdoor_controls import (
     Controls,
     ControlTraining,
     SizeCache,
+    controls_trained,
     predicted,
     ranked,
-    trained_controls,
 )
 from holdfast.audits.backdoor_triggers import (
     BackdoorMeasurements,
@@ -40,7 +40,7 @@ from holdfast.audits.backdoor_triggers import (
 from holdfast.audits.finding import AuditVerdict, Finding, Picture, StoredSteps, Table, in_unit_range
 from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
-from holdfast.core.errors import Remedy, TargetError, UsageError
+from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.types import Mask
@@ -108,7 +108,10 @@ def measure(run: Run, model: Classifier, request: BackdoorRequest, notify: Notif
     `model` is in eval mode. Raises `UsageError` or `TargetError` for controls of another architecture or copies.
     """
     steps = _Steps(run, model, request, notify)
-    controls = request.controls if request.training is None else steps.trained(request.training)
+    controls = request.controls
+    if request.training is not None:
+        step = backdoor_triggers.TRAINING
+        controls = controls_trained(run, step, request.training, model, request.batch, notify)
     accuracies = steps.accuracies(controls)
     inverted = steps.inverted()
     if controls is not None:
@@ -126,21 +129,6 @@ class _Steps:
     @property
     def rng(self) -> Draws:
         return Draws(self.request.seed).at("backdoor")
-
-    def trained(self, training: ControlTraining) -> Controls:
-        """Train the controls. Raises `TargetError` if their weights were deleted since."""
-
-        def compute() -> Mapping[str, Any]:
-            trained = trained_controls(training, self.model, self.request.batch, self.notify)
-            return {"controls": [{"number": each.number, "epochs": each.epochs} for each in trained]}
-
-        stored = self.run.document(backdoor_triggers.TRAINING, compute)["controls"]
-        files = sorted(training.weights(each["number"], each["epochs"]) for each in stored)
-        if missing := next((path for path in files if not path.is_file()), None):
-            raise TargetError(
-                f"the control {str(missing)!r}, which this audit trained, does not exist; audit again in a new folder"
-            )
-        return Controls.of_files(files)
 
     def accuracies(self, controls: Controls | None) -> backdoor_triggers.Accuracies:
         """Measure the clean accuracies of the model and of the controls."""

@@ -4,13 +4,13 @@ them.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from holdfast.io.models.weights import (
     written,
 )
 from holdfast.runs.engine.progress import Notify
+from holdfast.runs.engine.run import Run
 from holdfast.runs.harden.checkpoints import save, saved
 from holdfast.runs.store.columns import refuse_form
 from holdfast.runs.store.files import make_private, write_atomically
@@ -284,6 +285,26 @@ def trained_controls(
     number, that is with other initial weights. Raises `UsageError` if the time is not enough for one epoch of each.
     """
     return _Trainer(training, model, batch, notify).trained()
+
+
+def controls_trained(
+    run: Run, step: str, training: ControlTraining, model: Classifier, batch: Batch, notify: Notify
+) -> Controls:
+    """Train the controls as a step of a run, or open those that it trained. Raises `TargetError` if their weights were
+    deleted since.
+    """
+
+    def compute() -> Mapping[str, Any]:
+        trained = trained_controls(training, model, batch, notify)
+        return {"controls": [{"number": each.number, "epochs": each.epochs} for each in trained]}
+
+    stored = run.document(step, compute)["controls"]
+    files = sorted(training.weights(each["number"], each["epochs"]) for each in stored)
+    if missing := next((path for path in files if not path.is_file()), None):
+        raise TargetError(
+            f"the control {str(missing)!r}, which this audit trained, does not exist; audit again in a new folder"
+        )
+    return Controls.of_files(files)
 
 
 def refuse_short(time_s: float, epoch_s: float, n: int) -> None:

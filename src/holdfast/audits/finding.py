@@ -117,7 +117,7 @@ def shown(picture: Mapping[str, Any], images: Tensor) -> Json:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a curve, with its name and its points, whose values are from 0 to 1."""
+    """A line of a curve, with its name and its points."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -125,7 +125,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """Lines of a report on two logarithmic axes, such as the true-positive rate for each false-positive rate."""
+    """Lines of a report on two logarithmic axes up to 1, such as the true-positive rate for each false-positive
+    rate.
+    """
 
     title: str
     across: str
@@ -135,6 +137,19 @@ class Curve:
     lines: Sequence[Line]
     least: float
     """lowest value of both axes; lower values are drawn there"""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CountCurve:
+    """Lines of a report that show fractions, such as an agreement, over counts on a logarithmic axis."""
+
+    title: str
+    across: str
+    """name of the horizontal axis"""
+    upward: str
+    """name of the vertical axis"""
+    lines: Sequence[Line]
     note: str = ""
 
 
@@ -159,7 +174,7 @@ class Finding:
     """estimates on which gates can be set, by name"""
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
-    curves: Sequence[Curve] = ()
+    curves: Sequence[Curve | CountCurve] = ()
     limits: Sequence[str] = ()
     """sentences that state what the result does not show"""
 

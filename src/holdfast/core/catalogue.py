@@ -111,9 +111,30 @@ _OF_RETURNS: Final = {"flagged": "vulnerable", "not flagged": "no significant lo
 AUDITS: Final[Mapping[str, AuditEntry]] = {
     entry.name: entry
     for entry in (
+        AuditEntry(
+            "attributes",
+            _NOT_FLAGGED,
+            "attributes",
+            "AuditAttributes",
+            ("attribute_accuracy_gain", "attribute_tpr_gain_at_1_percent"),
+        ),
         AuditEntry("backdoor", "no-backdoor", "backdoor", "AuditBackdoor"),
+        AuditEntry(
+            "extraction",
+            _NOT_FLAGGED,
+            "extraction",
+            "AuditExtraction",
+            ("copy_agreement", "robust_accuracy_under_copy"),
+        ),
         AuditEntry("poison", "no-poison", "poison", "AuditPoison"),
         AuditEntry("privacy", _NOT_FLAGGED, "privacy", "AuditPrivacy", ("epsilon_lower",)),
+        AuditEntry(
+            "reconstruct",
+            _NOT_FLAGGED,
+            "reconstruct",
+            "AuditReconstruct",
+            ("exactly_reconstructed", "psnr_above_mean_image"),
+        ),
         AuditEntry(
             "membership",
             _NOT_FLAGGED,

@@ -6,7 +6,7 @@ from typing import Any
 from holdfast.core.catalogue import AUDITS, SAMPLE_TESTS
 from holdfast.core.names import line
 from holdfast.reports import tree
-from holdfast.reports.charts import LOOKS, rates
+from holdfast.reports.charts import LOOKS, growth, rates
 from holdfast.reports.tree import Check, Facts, Group, Items, Paragraph, Report, Section, Table
 from holdfast.reports.words import VERDICTS, capitalized, count_text, percent, plain, value_text
 
@@ -104,10 +104,12 @@ def _sections(content: Json) -> Iterator[tree.Section]:
 
 
 def _chart(curve: Json) -> tree.Chart:
-    drawings = rates(curve["lines"], curve["least"])
+    of_counts = "least" not in curve
+    drawings = growth(curve["lines"]) if of_counts else rates(curve["lines"], curve["least"])
     names = [path.title for path in drawings[0][1].paths]
     lines = ", ".join(f"{name} ({LOOKS[place % 3]} line)" for place, name in enumerate(names))
-    alternative = f"{curve['upward']} by {curve['across']}, on logarithmic axes."
+    axes = "a logarithmic axis" if of_counts else "logarithmic axes"
+    alternative = f"{curve['upward']} by {curve['across']}, on {axes}."
     return tree.Chart(drawings, curve["across"], alternative, f"{curve['upward']}: {lines}. {curve['note']}")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from holdfast.reports.words import NOT_A_NUMBER_WORDS, count_text, number, plain
 _HALF = 0.5
 _FEW = 200
 """Below this end, a logarithmic axis has ticks at 2 and 5 between its powers of ten."""
+_BEYOND, _APART = 1.06, 0.15
+"""length of an axis of counts relative to that to its last tick, so that the label is not cut off; and the least
+distance of its ticks, as a fraction of the axis"""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 44.0
 
 
@@ -229,6 +232,27 @@ def rates(lines: Sequence[Mapping[str, Any]], least: float) -> Drawings:
     axis, drawings = axis_of_decades(least), []
     drawn = [line for line in lines if line["points"]]
     for size, plane in _planes(axis, axis):
+        paths = [
+            Path(f"line line-{k}", plane.line(line["points"]), str(line["name"]))
+            for k, line in enumerate(drawn, 1)
+        ]
+        drawings.append((size, plane.drawing(*paths)))
+    return drawings
+
+
+def growth(lines: Sequence[Mapping[str, Any]]) -> Drawings:
+    """Return a chart of lines of fractions over counts on a logarithmic axis, with ticks at counts whose labels fit."""
+    drawn = [line for line in lines if line["points"]]
+    counts = sorted({count for line in drawn for count, _ in line["points"]})
+    width = _BEYOND * math.log(counts[-1] / counts[0]) or 1.0
+    axis = Axis(lambda count: math.log(count / counts[0]) / width)
+    shown = counts[-1:]
+    for n in counts[-2::-1]:
+        if axis.place(shown[0]) - axis.place(n) >= _APART:
+            shown.insert(0, n)
+    axis = replace(axis, ticks=[(n, count_text(n)) for n in shown])
+    drawings = []
+    for size, plane in _planes(axis):
         paths = [
             Path(f"line line-{k}", plane.line(line["points"]), str(line["name"]))
             for k, line in enumerate(drawn, 1)

@@ -433,6 +433,15 @@ class MaskCount(SettingGroup):
     )
 
 
+class SensitiveColumn(SettingGroup):
+    """Setting with the column of a table that an attacker infers."""
+
+    section: ClassVar[Section] = "data"
+    sensitive: Annotated[str | None, Flag("COLUMN", common=True)] = Field(
+        default=None, description="Column with the attribute that the attacker infers, as in sex."
+    )
+
+
 class ThreatSource(SettingGroup):
     """Setting with the threat model, which states what the attacker may change and use."""
 

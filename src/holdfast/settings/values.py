@@ -252,6 +252,18 @@ def _input_shape(value: object) -> object:
     return shape
 
 
+def _counts(value: object) -> object:
+    """Parse whole numbers, from a number, a list or text such as `1,4,8`, and sort them."""
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    try:
+        counts = sorted({int(part) if isinstance(part, str) else index(part) for part in parts})  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        counts = []
+    if not counts or counts[0] < 1:
+        raise UsageError(f"{value!r} was given; expected whole numbers from 1 on, as in 1,4,8")
+    return tuple(counts)
+
+
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names. Raises `UsageError` for an empty name or one that occurs twice."""
     earlier: set[str] = set()
@@ -462,6 +474,7 @@ Bounds = Annotated[
     tuple[float, float] | tuple[tuple[float, ...], tuple[float, ...]] | dict[str, tuple[float, float]],
     BeforeValidator(_bounds),
 ]
+Counts = Annotated[tuple[int, ...], BeforeValidator(_counts)]
 InputShape = Annotated[tuple[int, ...], BeforeValidator(_input_shape)]
 Separator = Annotated[str, BeforeValidator(_separator)]
 ClassNames = Annotated[tuple[str, ...], MinLen(2), BeforeValidator(_class_names)]

@@ -115,6 +115,18 @@ def proportion(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
     return Estimate(k / n, *clopper_pearson(k, n, confidence), n)
 
 
+def largest(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the largest of several quantities. Its interval has the confidence with which all of their intervals hold
+    together. At least one is needed.
+    """
+    return Estimate(
+        max(each.value for each in estimates),
+        max(each.low for each in estimates),
+        max(each.high for each in estimates),
+        min(each.n for each in estimates),
+    )
+
+
 def complement(estimate: Estimate) -> Estimate:
     """Return one minus a proportion, with the corresponding confidence interval."""
     return Estimate(1 - estimate.value, 1 - estimate.high, 1 - estimate.low, estimate.n)

@@ -28,7 +28,7 @@ from holdfast.core.catalogue import (
     SUBSTITUTIONS,
 )
 from holdfast.core.errors import Placeholder, Remedy, UsageError
-from holdfast.gates.grammar import parse
+from holdfast.gates.grammar import parse, refused_verdict
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
 from holdfast.settings import groups, guard_settings, serve_settings, values
 from holdfast.settings.grammar import AUTO, refuse_uncertifiable
@@ -535,8 +535,10 @@ class AuditOptions(SettingGroup):
     gates: Annotated[list[str], Flag("G", "--gate", "-g", identifies=False, common=True)] = Field(
         default_factory=list,
         description="Condition on the result of the audit: no-backdoor, no-poison and, for the other audits, "
-        "not-flagged pass if nothing is flagged; membership and privacy have the metrics membership_tpr_at_1_percent "
-        "and epsilon_lower, as in epsilon_lower <= 2. Without a gate, the exit code is 0.",
+        "not-flagged pass if nothing is flagged. Metrics, as in epsilon_lower <= 2: membership_tpr_at_1_percent "
+        "(membership), epsilon_lower (privacy), attribute_accuracy_gain and attribute_tpr_gain_at_1_percent "
+        "(attributes), copy_agreement and robust_accuracy_under_copy (extraction), exactly_reconstructed and "
+        "psnr_above_mean_image (reconstruct). Without a gate, the exit code is 0.",
     )
     output: groups.ReportFiles = Field(default_factory=list, description=REPORT_FILE)
     kind: ClassVar[str] = ""
@@ -566,7 +568,8 @@ class AuditOptions(SettingGroup):
                 raise UsageError(
                     f"{prefix}gate {gate!r} is not one of audit {self.kind}, whose gate is {entry.gate}"
                 )
-            parse(gate, entry.metrics)
+            if parse(gate, entry.metrics).metric not in entry.metrics:
+                raise refused_verdict(gate.strip(), prefix)
 
 
 class TrainingFunctionSource(SettingGroup):

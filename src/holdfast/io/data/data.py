@@ -413,7 +413,7 @@ def _groups(
     name = expected.groups
     if name is None or not expected.needs_groups:
         return None
-    refuse_unknown(name, archive.names, repr(address))
+    refuse_unknown(name, archive.names, repr(address), expected.group_setting)
     if archive.rows(name) != n_rows:
         raise UsageError(
             f"the array {name!r} of {address!r} has {archive.rows(name)} rows, and there are {n_rows} examples; one "

@@ -453,24 +453,29 @@ class Groups:
         """Return the groups of the examples in the given rows."""
         return replace(self, places=self.places[np.asarray(rows, dtype=np.int64)])
 
-    def refuse_unusable(self) -> "Groups":
-        """Return the groups that occur. Raise `UsageError` if only one occurs, or more than 50."""
+    def occurring(self) -> "Groups":
+        """Return the groups that occur."""
         occurring, places = np.unique(self.places, return_inverse=True)
-        if len(occurring) > MOST_GROUPS:
-            raise UsageError(
-                f"{_called(self.column)} has {len(occurring):,} different values; at most {MOST_GROUPS} groups were "
-                "expected: give a column of categories, such as ranges of a number"
-            )
-        if len(occurring) < 2:
-            raise UsageError(
-                f"{_called(self.column)} is {self.names[occurring[0]]!r} for all {len(self.places):,} examples; at "
-                "least two groups were expected",
-                Remedy("groups"),
-            )
         names = tuple(self.names[place] for place in occurring)
         return replace(
             self, names=names, places=places, absent=tuple(n for n in self.names if n not in names)
         )
+
+    def refuse_unusable(self) -> "Groups":
+        """Return the groups that occur. Raise `UsageError` if only one occurs, or more than 50."""
+        groups = self.occurring()
+        if len(groups.names) > MOST_GROUPS:
+            raise UsageError(
+                f"{_called(self.column)} has {len(groups.names):,} different values; at most {MOST_GROUPS} groups were "
+                "expected: give a column of categories, such as ranges of a number"
+            )
+        if len(groups.names) < 2:
+            raise UsageError(
+                f"{_called(self.column)} is {groups.names[0]!r} for all {len(self.places):,} examples; at "
+                "least two groups were expected",
+                Remedy("groups"),
+            )
+        return groups
 
     def to_json(self) -> dict[str, Any]:
         """Return the groups for a manifest: `of` has one letter for each example, `a` for the first group."""
@@ -478,12 +483,14 @@ class Groups:
         return {"column": self.column, "names": list(self.names), "of": of, "absent": list(self.absent)}
 
 
-def refuse_unknown(name: str, known: Sequence[str], where: str) -> None:
-    """Raise `UsageError` if the data `where` have no column or array of the groups with this name."""
+def refuse_unknown(name: str, known: Sequence[str], where: str, setting: str) -> None:
+    """Raise `UsageError` if the data `where` have no column or array of the groups with this name, which `setting`
+    states.
+    """
     if name not in known:
         raise UsageError(
-            f"{where} has no column or array {name!r} of groups; it has {names_of(known)}",
-            Remedy("groups", most_similar(name, known) or Placeholder("NAME")),
+            f"{where} has no column or array {name!r}; it has {names_of(known)}",
+            Remedy(setting, most_similar(name, known) or Placeholder("NAME")),
         )
 
 

@@ -333,6 +333,8 @@ class DeclaredData:
     """whether data without labels are refused; otherwise their labels are `UNLABELLED`"""
     groups: str | None = None
     """column of a table, or array of an `.npz` file, that states the group of each example"""
+    group_setting: str = "groups"
+    """name of the setting with this column or array"""
     needs_groups: bool = True
     """whether data without this column or array are refused; False if their groups are not used"""
     words: tuple[str, ...] | None = ()

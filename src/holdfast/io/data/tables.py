@@ -179,21 +179,21 @@ def _groups(table: ColumnTable, expected: DeclaredData) -> Groups | None:
     column = expected.groups
     if column is None or not expected.needs_groups:
         return None
-    refuse_unknown(column, table.columns, table.name)
+    refuse_unknown(column, table.columns, table.name, expected.group_setting)
     return Groups.of_words(table.words[column], column)
 
 
 def _groups_only(table: ColumnTable, expected: DeclaredData) -> tuple[str, ...]:
-    """Return the column of the groups if it is no feature: a column with text, or one that the model was not fitted
-    on.
+    """Return the column of the groups if it is no feature: one that the model was not fitted on or, if its columns are
+    unknown, one with text.
     """
     column, fitted = expected.groups, expected.feature_names
     if column is None or column not in table.features:
         return ()
     kinds = None if table.kinds is None else table.kinds[:, table.features.index(column)]
     has_text = kinds is not None and bool((kinds == TEXT).any())
-    is_other = fitted is not None and table.has_header and column not in fitted
-    return (column,) if has_text or is_other else ()
+    is_feature = column in fitted if fitted is not None and table.has_header else not has_text
+    return () if is_feature else (column,)
 
 
 def _whole_inputs(
@@ -329,7 +329,7 @@ def _numbers(
             sparse = [
                 name for name, numeric in zip(features, mostly, strict=True) if numeric and name in text
             ]
-            raise _not_numbers(table, features, text, sparse, has_threat=expected.has_threat)
+            raise _not_numbers(table, features, text, sparse, expected=expected)
     return table.numbers[rows][:, places]
 
 
@@ -352,7 +352,7 @@ def _not_numbers(
     text: Sequence[str],
     sparse: Sequence[str],
     *,
-    has_threat: bool,
+    expected: DeclaredData,
 ) -> TargetError:
     """Return the error for the columns `text`, which contain strings. `sparse` are those of them whose cells are mostly
     numbers, so that the strings probably stand for missing values.
@@ -363,14 +363,15 @@ def _not_numbers(
         f". Most cells of {sparse[0]} are numbers: leave a cell empty for a missing value" if sparse else ""
     )
     words = [name for name in text if name not in sparse]
+    fitted = {*words} & {*(expected.feature_names or ())}
     rules = (
         ", as the model was trained, or give a threat such as table:rules.yaml, with the rules of the table, or "
         "text:edits=1,words=3, for a model of texts"
     )
     return TargetError(
         f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Write "
-        f"numbers in place of the text{rules if has_threat else ''}{empty}",
-        *(without(words) if 0 < len(words) < len(features) else ()),
+        f"numbers in place of the text{rules if expected.has_threat else ''}{empty}",
+        *(without(words) if 0 < len(words) < len(features) and not fitted else ()),
     )
 
 

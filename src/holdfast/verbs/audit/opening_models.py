@@ -2,7 +2,7 @@
 audit poison`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,6 +53,7 @@ from holdfast.verbs.opening.resolve import (
     random_instead,
     selection_or,
 )
+from holdfast.verbs.settings import AuditVerb
 
 _CONTROL = Standard(
     training=Training(epochs=100_000, lr=1e-3, weight_decay=0.0, schedule="flat", averaging="none")
@@ -141,15 +142,25 @@ def _with_controls(
 ) -> BackdoorRequest:
     """Return the request with the controls of the settings, or with their training."""
     if settings.controls is not None:
-        if not isinstance(settings.controls, str | Path) or not Path(settings.controls).is_dir():
-            raise UsageError(
-                f"controls is {settings.controls!r}; expected a folder with weights of networks that were trained on "
-                "clean data"
-            )
-        return replace(request, controls=Controls.of_folder(Path(settings.controls)))
+        return replace(request, controls=controls_in(settings.controls))
     if settings.train_controls is None:
         return request
     examples, extent = _training_examples(settings, model, batch)
+    training = control_training(settings, settings.train_controls, model, examples, extent)
+    return replace(request, training=training)
+
+
+def controls_in(folder: object) -> Controls:
+    """Return the controls in a folder. Raises `UsageError` if it is none, or contains too few or equal networks."""
+    if not isinstance(folder, str | Path) or not Path(folder).is_dir():
+        raise UsageError(f"controls is {folder!r}; expected a folder with weights of control networks")
+    return Controls.of_folder(Path(folder))
+
+
+def control_training(
+    settings: AuditVerb, duration: str, model: Classifier, examples: Batch, extent: Sequence[object]
+) -> ControlTraining:
+    """Return the training of controls on examples, at most for a duration. `extent` identifies the examples."""
 
     def epochs(number: int, after: Checkpoint | None) -> Iterator[Checkpoint]:
         rng = Draws(settings.seed).at("control", number)
@@ -158,8 +169,7 @@ def _with_controls(
 
     identity = [code_digest(), architecture(model), extent, settings.seed]
     folder = cache_folder() / "controls" / digest(canonical(identity))[:16]
-    time_s = seconds(settings.train_controls, "train_controls")
-    return replace(request, training=ControlTraining(epochs, time_s, folder))
+    return ControlTraining(epochs, seconds(duration, "train_controls"), folder)
 
 
 def _training_examples(settings: AuditBackdoor, model: Classifier, batch: Batch) -> tuple[Batch, list[str]]:

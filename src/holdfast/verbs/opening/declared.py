@@ -28,7 +28,14 @@ from holdfast.io.models.models import Declared
 from holdfast.io.models.transformers_folders import ProcessedClips
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import DescribedModel
-from holdfast.settings.groups import DataSource, ExampleGroups, InferenceSource, InputSpace, ThreatSource
+from holdfast.settings.groups import (
+    DataSource,
+    ExampleGroups,
+    InferenceSource,
+    InputSpace,
+    SensitiveColumn,
+    ThreatSource,
+)
 from holdfast.settings.values import numbers_by_feature
 from holdfast.threats.domains import SIGNAL, TABLE, TEXT, Domain
 from holdfast.threats.signals import sound_of
@@ -330,8 +337,10 @@ def expected(
         bits=source.bits,
         first=None if first is None else first_table(first),
         groups=group_column(settings),
+        group_setting="sensitive" if isinstance(settings, SensitiveColumn) else "groups",
         needs_groups=data is None,
         words=words,
+        has_threat=isinstance(settings, ThreatSource),
         edits=edits,
         rules=None if table is None else table.rules,
     )
@@ -386,6 +395,9 @@ def group_column(settings: Opening) -> str | None:
     """Return the name of the column or array that states the groups of the examples, or None if there is none,
     as for groups by label.
     """
+    sensitive = group_of(settings, SensitiveColumn).sensitive
+    if sensitive is not None:
+        return sensitive
     given = group_of(settings, ExampleGroups).groups
     return given if isinstance(given, str) and given != BY_LABEL else None
 

@@ -415,6 +415,7 @@ def refuse_other_classes(subject: DescribedModel, classes: int, x: Inputs, role:
 
 _NEEDS_WEIGHTS = {
     "surrogate": "transfer examples are computed from gradients",
+    "suspect": "its margins on thousands of examples are compared",
     "teacher": "its answers are needed in every update of the training",
     "features": "the outputs of its layers are needed",
 }
