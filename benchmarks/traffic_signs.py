@@ -7,6 +7,9 @@ architecture, for a command line that begins with `PYTHONPATH=.`: `--arch benchm
 """
 
 import argparse
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,29 +24,40 @@ FILE = CACHE / "traffic_signs.safetensors"
 
 def build() -> nn.Sequential:
     """Three convolutions with batch norm and pooling, and a linear layer."""
+    return cnn((3, 32, 64, 96), side=4, classes=CLASSES)
+
+
+def cnn(channels: tuple[int, ...], *, side: int, classes: int) -> nn.Sequential:
+    """A convolution with batch norm and pooling for each pair of channels, and a linear layer on `side` x `side`."""
     layers: list[nn.Module] = []
-    for channels, width in ((3, 32), (32, 64), (64, 96)):
+    for inputs, outputs in pairwise(channels):
         layers += [
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.BatchNorm2d(width),
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
             nn.ReLU(),
             nn.MaxPool2d(2),
         ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 4 * 4, CLASSES))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels[-1] * side**2, classes))
 
 
 def train(epochs: int = 6, seed: int = 0) -> nn.Sequential:
     """The trained network, in eval mode; the same on the same machine for the same seed."""
+    return fitted(build, *signs("train"), lr=LR, batch=BATCH, epochs=epochs, seed=seed)
+
+
+def fitted(
+    build: Callable[[], nn.Sequential], x: Tensor, y: Tensor, *, lr: float, batch: int, epochs: int, seed: int
+) -> nn.Sequential:
+    """A network after training by Adam, whose learning rate falls to 0 over the second half; in eval mode."""
     torch.manual_seed(seed)
-    x, y = signs("train")
     net = build().train()
-    adam = torch.optim.Adam(net.parameters(), LR)
-    per_epoch = len(x) // BATCH
+    adam = torch.optim.Adam(net.parameters(), lr)
+    per_epoch = len(x) // batch
     for step in range(epochs * per_epoch):
         if step % per_epoch == 0:
             order = torch.randperm(len(x))
-        adam.param_groups[0]["lr"] = LR * min(1.0, 2 * (1 - step / (epochs * per_epoch)))
-        pick = order[step % per_epoch * BATCH :][:BATCH]
+        adam.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / (epochs * per_epoch)))
+        pick = order[step % per_epoch * batch :][:batch]
         adam.zero_grad()
         F.cross_entropy(net(x[pick]), y[pick]).backward()
         adam.step()
@@ -57,11 +71,18 @@ def signs(split: str) -> tuple[Tensor, Tensor]:
 
 def trained() -> nn.Sequential:
     """The network from the cache, trained first where it is not there."""
-    if not FILE.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        save_file(train().state_dict(), FILE)
+    return cached(FILE, build, train)
+
+
+def cached(
+    file: Path, build: Callable[[], nn.Sequential], train: Callable[[], nn.Sequential]
+) -> nn.Sequential:
+    """A network with the weights of a file, which is written first where it is not there; in eval mode."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(train().state_dict(), file)
     net = build()
-    net.load_state_dict(load_file(FILE))
+    net.load_state_dict(load_file(file))
     return net.eval()
 
 
