@@ -1,5 +1,5 @@
-"""The audit of attributes: whether the answers of a model reveal a column of a table that nobody asked for, beyond what
-an imputer infers that was trained without the model.
+"""The audit of attributes: whether the answers of a model reveal a column of a table that it does not return, better
+than an imputer that was trained without the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
