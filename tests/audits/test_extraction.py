@@ -10,6 +10,7 @@ import holdfast
 from benchmarks.forging import accepted_fields
 from holdfast.audits import extraction_copies as copies
 from holdfast.audits.ownership import p_value, statistic
+from holdfast.cli.app import run as command
 from holdfast.core.errors import QueriesSpent, UsageError
 from holdfast.core.model import Bounds
 from servers import Server
@@ -213,6 +214,23 @@ def test_a_model_is_copied_from_a_pool_alone(model, data):
     assert unattacked.facts["copies"][0]["robust_accuracy"] is None
     assert "Robust is" not in unattacked.text()
     assert result.metrics["copy_agreement"].n == 120
+
+
+def test_the_command_needs_a_pool_or_data(tmp_path, capsys):
+    assert command(["audit", "extraction", "mnist-cnn"]) == 2
+    assert "data and pool are missing" in capsys.readouterr().err
+    np.savez(tmp_path / "pool.npz", x=np.random.default_rng(0).random((60, 1, 28, 28), dtype=np.float32))
+    words = [
+        "mnist-cnn",
+        "--pool",
+        str(tmp_path / "pool.npz"),
+        "--queries",
+        "20",
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    assert command(["audit", "extraction", *words, "--device", "cpu"]) == 0
+    assert "a copy trained on 20 answers" in capsys.readouterr().err
 
 
 def noisy(n, seed):

@@ -126,11 +126,12 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
     if config is None and Path(_CONFIG).is_file():
         example = f"{command} -c {_CONFIG} (a file in this folder)"
     model, data = settings.model, settings.data
-    for name, address, meaning in (
-        ("MODEL", model, "what is to be assessed"),
-        ("DATA", data, "examples to assess it on"),
+    needs_data = settings.needs_data if isinstance(settings, AuditVerb) else True
+    for name, address, meaning, needed in (
+        ("MODEL", model, "what is to be assessed", True),
+        ("DATA", data, "examples to assess it on", needs_data),
     ):
-        if address is None:
+        if address is None and needed:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
     others = [other.model for key in _OTHER_MODELS for other in _others(settings, key)]
     generators = isinstance(settings, Harden) or (isinstance(settings, AuditVerb) and settings.of_generators)
@@ -143,7 +144,7 @@ def _refuse_targets(settings: Opening, config: str | None) -> None:
     refuse_foreign_server(str(model), group_of(settings, InferenceSource).allow_hosts)
     across = settings.across if isinstance(settings, Assess) else ()
     if not of_policies(settings):  # whose environment has the place of data
-        for address in (str(data), *across):
+        for address in (*(() if data is None else (str(data),)), *across):
             refuse_unknown_data(address)
     if isinstance(settings, Assess | Certify | Harden) and settings.baseline is not None:
         refuse_no_run(Path(settings.baseline))

@@ -555,6 +555,8 @@ class AuditOptions(SettingGroup):
     """settings that are addresses of files, which must exist"""
     opening: ClassVar[str] = ""
     """place of the function that `prepared` calls, unless the audit has its own `prepared`"""
+    needs_data: ClassVar[bool] = True
+    """whether data must be given"""
     of_generators: ClassVar[bool] = False
     """whether the model may be a generator"""
 

@@ -44,6 +44,7 @@ class AuditExtraction(groups.ServerLimits, groups.InferenceSource, groups.Threat
     opening = "holdfast.verbs.audit.opening_extraction:prepared_extraction"
     example = "mnist-cnn mnist-mini --queries 200,1000"
     files = ("pool", "controls")
+    needs_data = False
     queries: Annotated[values.Counts, Flag("N,…", common=True)] = Field(
         default=(500, 2000, 20000),
         description="Numbers of queries after which a copy is trained (default: 500,2000,20000).",
