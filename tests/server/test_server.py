@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from disk import failing
 from holdfast.core.errors import TargetError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.pool import Pool
+from holdfast.runs.engine import processes
 from holdfast.server.audit_chain import AuditKey
 from holdfast.server.audit_folder import verify_audit
 from holdfast.server.messages import LoadedModel, no_rules
@@ -228,6 +230,11 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(live, monkeypatch):
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_opened_is_reported_and_no_worker_has_the_key_of_the_pool(monkeypatch):
+    def read_late(pipe, read=processes.read_message):
+        time.sleep(0.3)  # so that the process has ended before its error is read
+        return read(pipe)
+
+    monkeypatch.setattr(processes, "read_message", read_late)
     monkeypatch.setenv("HOLDFAST_POOL_KEY", "secret")
     worker = WorkerSetup(unusable, "small", (FEATURES,), ServerSettings(port=0), set_name="file")
     with pytest.raises(TargetError, match="this model is missing"):

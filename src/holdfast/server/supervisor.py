@@ -199,8 +199,8 @@ class Supervisor:
             except UsageError as error:
                 self._warn(f"note: {error}")
         for worker in list(self._workers):
-            if worker.child.process.poll() is not None and not worker.drained and not worker.ready:
-                self._receive(worker, b"")
+            if not worker.drained and not worker.ready and worker.child.has_ended():
+                self._inbox.put((worker, b""))  # behind its last messages, such as the error that ended it
         self._replace_hung()
         self._record_heads()
         self._start_owed()

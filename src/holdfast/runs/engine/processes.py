@@ -46,6 +46,8 @@ _BEGINNING = b"\0holdfast worker\0"
 skipped."""
 _LENGTH = struct.Struct("<Q")
 """Format of the number of bytes that precedes each message."""
+_READ_S = 1.0
+"""Seconds in which the last messages of a child that has ended are read."""
 Send = Callable[[bytes, Any], None]
 """Function that sends the kind of a message, one letter, and its content as JSON."""
 
@@ -70,8 +72,18 @@ class Child:
         )
         self._received = received
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        for work in (self._read, self._write):
-            threading.Thread(target=work, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._write, daemon=True).start()
+
+    def has_ended(self) -> bool:
+        """Return whether the process has ended. If it has, `received` was called with its last messages, unless another
+        process keeps its pipe open for longer than a second.
+        """
+        if self.process.poll() is None:
+            return False
+        self._reader.join(_READ_S)
+        return True
 
     def send(self, content: bytes) -> None:
         """Send a message to the child."""
