@@ -49,6 +49,7 @@ ROWS = {
     "ui": "ui",
     "forged-findings": "forged_findings",
     "onnx-files": "onnx_files",
+    "field": "field",
     "served-models": "served_models",
     "serving": "serving",
     "serving-small": "serving_small",

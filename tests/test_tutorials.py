@@ -240,6 +240,24 @@ def test_every_block_of_text_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.long
 @pytest.mark.slow
+def test_every_block_on_files_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    blocks = dict(re.findall(r"```(?:python|json) title=\"(.*?)\"\n(.*?)```", page("bytes"), re.DOTALL))
+    for name, block in blocks.items():
+        (tmp_path / name).write_text(block)
+    subprocess.run([sys.executable, "filetypes.py"], check=True)
+    lines = re.findall(r"^\$ holdfast (.*filetypes.py:make.*)$", page("bytes"), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["assess", "assess", "explain", "explain"]
+    for line in lines:
+        assert run(shlex.split(re.sub("-n [0-9]+", "-n 10", line))) == 0, (line, capsys.readouterr().out)
+    assert "bytes appended in a file" in (tmp_path / "report.html").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page("bytes"), re.DOTALL)
+    exec(compile(code, "bytes.md", "exec"), {})
+
+
+@pytest.mark.long
+@pytest.mark.slow
 def test_every_block_of_keras_runs(tmp_path):
     """In a process of its own, for the back end is chosen when keras is imported; in one, for that takes seconds."""
     if importlib.util.find_spec("keras") is None:

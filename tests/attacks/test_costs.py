@@ -22,7 +22,7 @@ KINDS = [
     if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and hasattr(kind, "needs")
 ]
 # attacks that need texts or rules of a table count their queries in their own tests
-OTHERS = (attacks.ColumnSearch, attacks.GeneticSearch, attacks.TextSearch)
+OTHERS = (attacks.ByteSearch, attacks.ColumnSearch, attacks.GeneticSearch, attacks.TextSearch)
 ASKING = [kind for kind in KINDS if kind.needs in ("scores", "labels") and kind not in OTHERS]
 SPATIAL = Spatial(rotate=5.0)
 

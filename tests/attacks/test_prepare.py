@@ -77,6 +77,33 @@ def test_gradients_of_the_copy_are_those_of_the_model():
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
 
 
+class Columns(nn.Module):
+    """Convolutions along the height, over inputs of a width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.layers = seeded(nn.Conv2d(1, 8, (5, 1), (2, 1), (1, 0)), nn.ReLU(), nn.Conv2d(8, 4, (3, 1)))
+
+    def forward(self, x):
+        return self.layers(x.flatten(1).unflatten(1, (1, -1, self.width))).flatten(1)
+
+
+def test_convolutions_of_columns_run_along_the_width_only_where_maps_have_width_one():
+    x = images(channels=1).double()
+    for width in (1, 2):
+        model = Classifier(Columns(width).double())
+        quick, did = quickened(model, x)
+        assert ("convolutions of maps of width 1 run along the width" in did) == (width == 1)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        results = [m(leaf) for m, leaf in zip((model, quick), leaves, strict=True)]
+        slopes = [
+            torch.autograd.grad(r[:, 0].sum(), leaf)[0] for r, leaf in zip(results, leaves, strict=True)
+        ]
+        for pair in (results, slopes):
+            torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
+
+
 class UsedTwice(nn.Module):
     """What the convolution returns goes to the norm and past it."""
 

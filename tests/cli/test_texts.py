@@ -305,7 +305,7 @@ def test_bad_texts_are_refused(texts, message):
 @pytest.mark.parametrize("label", ["spam", 2])
 def test_a_function_that_returns_labels_is_refused_with_the_expected_output(label):
     function = TextFunction(lambda texts: [label] * len(texts))
-    with pytest.raises(TargetError, match=f"such as {label} .* return a row for each text"):
+    with pytest.raises(TargetError, match=f"such as {label} .* return a row for each input"):
         function(encoded(["a", "b"], 1))
 
 

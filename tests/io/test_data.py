@@ -320,7 +320,7 @@ def test_bad_folders_of_images_are_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(TargetError, match="no class folders"):
         open_data(str(tmp_path / "flat"))
     (tmp_path / "none" / "a").mkdir(parents=True)
-    with pytest.raises(TargetError, match="empty"):
+    with pytest.raises(TargetError, match="hold no images; a threat such as bytes:"):
         open_data(str(tmp_path / "none"))
     (tmp_path / "text" / "a").mkdir(parents=True)
     (tmp_path / "text" / "a" / "0.png").write_text("no image")

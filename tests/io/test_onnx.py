@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 import holdfast
+from benchmarks.field.strings import compared
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.io.models.models import Declared, open_model
@@ -21,7 +22,8 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from holdfast.io.onnx.opening import OPERATORS  # noqa: E402
+from holdfast.io.onnx.opening import OPERATORS, Runtime, WholeNumbers, open_onnx  # noqa: E402
+from holdfast.io.onnx.reading import read_onnx  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 RNG = np.random.default_rng(0)
@@ -407,6 +409,77 @@ def test_every_operator_of_the_importer_is_tested() -> None:
     tested = {case["name"] for case in CASES.values()}
     tested |= {step.op_type for nodes, *_ in GRAPHS.values() for step in nodes}
     assert set(OPERATORS) == tested
+
+
+BYTES: dict[str, tuple[list[Any], dict[str, np.ndarray], int]] = {
+    "compared with 0, 1, 2, …": (
+        [
+            node("Unsqueeze", "x last", "a"),
+            node("Expand", "a whole", "b"),
+            node("Equal", "b numbers", "c"),
+            node("Cast", "c", "marks", to=TensorProto.FLOAT),
+        ],
+        {"last": ints(-1), "whole": ints(1, 6, 257), "numbers": np.arange(257, dtype=np.int32)[None, None]},
+        TensorProto.INT32,
+    ),
+    "OneHot": (
+        [node("OneHot", "x depth marks01", "marks", axis=-1)],
+        {"depth": ints(257), "marks01": np.array([-1, 2], np.float32)},
+        TensorProto.INT64,
+    ),
+    "rows of a table": (
+        [node("Cast", "x", "i", to=TensorProto.INT64), node("Gather", "table i", "marks")],
+        {"table": floats(257, 257)},
+        TensorProto.UINT8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_whole_numbers_are_looked_up_by_embeddings_with_gradients(tmp_path: Path, name: str) -> None:
+    nodes, constants, dtype = BYTES[name]
+    nodes = [*nodes, node("MatMul", "marks w", "v"), node("ReduceMax", "v axis", "y", keepdims=0)]
+    constants = {**constants, "w": floats(257, 3), "axis": ints(1)}
+    path = tmp_path / "m.onnx"
+    write(path, nodes, constants, shape=(N, 6), dtype=dtype)
+    opened = open_onnx(path, whole_numbers=True)
+    assert (opened.access, opened.notes) == ("gradients", ())
+    assert isinstance(opened.net, WholeNumbers)
+    imported = opened.net.net
+    assert isinstance(imported, fx.GraphModule)
+    calls = [step for step in imported.graph.nodes if step.target is nn.functional.embedding]
+    x = torch.arange(24).reshape(4, 6) * 11  # up to 253
+    if name == "compared with 0, 1, 2, …":
+        x = torch.cat((x, torch.full((1, 6), 257), torch.full((1, 6), -1)))  # equal to none of the numbers
+    file = read_onnx(path, whole_numbers=True)
+    for inputs in (x, x.float()):
+        assert torch.allclose(opened.net(inputs), Runtime(file)(inputs), atol=1e-5)
+    table = imported.get_buffer(calls[0].args[1].target).requires_grad_()
+    opened.net(x).sum().backward()
+    assert table.grad is not None
+    assert bool((table.grad != 0).any())
+    with pytest.raises(TargetError, match="has the input x .* float16, float32 or float64 was expected"):
+        open_onnx(path)
+
+
+@pytest.mark.parametrize("rate", [7, 8])
+def test_a_condition_that_constants_decide_is_replaced_by_its_branch(tmp_path: Path, rate: int) -> None:
+    value = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    weights = [numpy_helper.from_array(w, "w") for w in (floats(4, 3), floats(4, 3))]
+    branches = [helper.make_graph([node("MatMul", "r w", "z")], "branch", [], [value], [w]) for w in weights]
+    nodes = [
+        node("Relu", "x", "r"),
+        node("Equal", "rate seven", "is_seven"),
+        node("If", "is_seven", "y", then_branch=branches[0], else_branch=branches[1]),
+    ]
+    constants = {"rate": np.array(rate, np.int64), "seven": np.array(7, np.int64)}
+    opened = open_model(write(tmp_path / "m.onnx", nodes, constants, shape=(N, 4)))
+    assert (opened.access, opened.notes) == ("gradients", ())
+    # a condition on the data is not replaced
+    nodes[1] = node("Greater", "total zero", "is_seven")
+    nodes.insert(1, node("ReduceSum", "x", "total", keepdims=0))
+    address = write(tmp_path / "m.onnx", nodes, {"zero": np.array(0, np.float32)}, shape=(N, 4))
+    assert open_model(address).access == "scores"
 
 
 # whole networks ----------------------------------------------------------------------------------
@@ -915,7 +988,9 @@ def test_a_second_input_is_refused_with_what_each_is(tmp_path: Path) -> None:
     model = onnx.load(address)
     model.graph.input.append(helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, None, 128]))
     onnx.save(model, address)
-    with pytest.raises(TargetError, match=r"2 inputs: x .*, state \(float, 2 x N x 128\)\. One is supported"):
+    with pytest.raises(
+        TargetError, match=r"2 inputs: x .*, state \(float, 2 x N x 128\)\. Inputs of shapes such"
+    ):
         open_model(address)
 
 
@@ -960,6 +1035,32 @@ def test_a_state_starts_at_zero_and_is_carried_over_the_windows_of_an_example(tm
     assert opened.access == "scores"
     # windows 1 2, 3 4 and 9 0 of the first example: the sums so far are 1 2, 4 6 and 13 6
     assert opened.model(x).tolist() == [[13, 6], [9, 6]]
+
+
+def test_a_state_without_an_axis_of_examples_belongs_to_the_windows_of_one_example(tmp_path: Path) -> None:
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, [2])
+    nodes = [
+        node("Sum", "x state", "z"),
+        node("CumSum", "z first", "y"),  # over the first axis, which is that of the windows
+        node("Identity", "state", "next"),
+    ]
+    address = with_inputs(tmp_path / "m.onnx", nodes, [state], ("y", "next"))
+    model = onnx.load(address)
+    model.graph.output[1].CopyFrom(helper.make_tensor_value_info("next", TensorProto.FLOAT, [2]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "first"))
+    onnx.save(model, address)
+    opened = open_model(address, declared=Declared(input_shape=(2,), constants={"state": 0}))
+    x = torch.tensor([[1.0, 2, 3, 4, 9], [9, 2, -20, 4, 1]])
+    assert opened.model(x).tolist() == [[13, 6], [9, 6]]
+    assert any("carried over its windows of 2 values" in note for note in opened.notes)
+
+
+@pytest.mark.parametrize(("last", "n_outputs"), [("Sigmoid", 1), ("Sigmoid", 3), ("HardSwish", 1)])
+def test_a_single_output_of_a_sigmoid_is_a_probability(tmp_path: Path, last: str, n_outputs: int) -> None:
+    nodes = [node("Gemm", "x w", "a"), node(last, "a", "b"), node("Identity", "b", "y")]
+    address = write(tmp_path / "m.onnx", nodes, {"w": floats(4, n_outputs)}, shape=(N, 4))
+    is_probability = (last, n_outputs) == ("Sigmoid", 1)
+    assert open_model(address).model.output == ("probability" if is_probability else None)
 
 
 def test_free_sizes_are_declared(tmp_path: Path) -> None:
@@ -1150,25 +1251,7 @@ def _state(path: Path) -> tuple[str, dict[str, Any], Any]:
     return str(path), {"threat": "linf:0.01"}, (x, x @ w)
 
 
-def _strings(path: Path) -> tuple[str, dict[str, Any], Any]:
-    nodes = [
-        helper.make_node("LabelEncoder", ["x"], ["k"], domain="ai.onnx.ml", keys_strings=["good"],
-                         values_floats=[1.0], default_float=0.0),
-        node("Sub", "one k", "rest"),
-        node("Concat", "rest k", "y", axis=1),
-    ]  # fmt: skip
-    constants = [numpy_helper.from_array(np.ones((1, 1), np.float32), "one")]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [N, 2])]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.STRING, [N, 1])]
-    graph = helper.make_graph(nodes, "test", inputs, outputs, constants)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    onnx.save(model, path)
-    scores = np.array([[0, 1], [1, 0]] * 4, np.float32)
-    return str(path), {"threat": "text:edits=1,words=1"}, (["good", "dull"] * 4, scores)
-
-
-@pytest.mark.parametrize("make", [_detector, _bytes, _state, _strings])
+@pytest.mark.parametrize("make", [_detector, _bytes, _state])
 def test_the_function_that_a_refusal_advises_returns_the_scores(
     tmp_path: Path, monkeypatch, capsys, make
 ) -> None:
@@ -1186,10 +1269,68 @@ def test_the_function_that_a_refusal_advises_returns_the_scores(
     (tmp_path / "scores.py").write_text("\n".join(text.removeprefix("    ") for text in printed))
     module: dict[str, Any] = {}
     exec((tmp_path / "scores.py").read_text(), module)
-    np.testing.assert_allclose(
-        module["make"]()(torch.tensor(x) if make is not _strings else x), scores, rtol=1e-5
-    )
-    result = holdfast.assess(
-        "scores.py:make", data, **settings, suite=["Square"] if make is not _strings else None
-    )
+    np.testing.assert_allclose(module["make"]()(torch.tensor(x)), scores, rtol=1e-5)
+    result = holdfast.assess("scores.py:make", data, **settings, suite=["Square"])
     assert result["clean_accuracy"].value == 1
+
+
+def text_model(path: Path, shape: Sequence[Any] = (N,)) -> str:
+    """A linear model of the counts of words, in lower case, of texts."""
+    words, rng = ["good", "bad", "god", "day", "dull"], np.random.default_rng(3)
+    nodes = [
+        node("Reshape", "x flat", "a"),
+        node("StringNormalizer", "a", "b", case_change_action="LOWER", locale="xx_XX.UTF-8"),
+        node("Tokenizer", "b", "c", domain="com.microsoft", mark=0, mincharnum=1, pad_value="#",
+             tokenexp="[a-z]+"),
+        node("TfIdfVectorizer", "c", "d", mode="TF", min_gram_length=1, max_gram_length=1, max_skip_count=0,
+             ngram_counts=[0], ngram_indexes=list(range(5)), pool_strings=words),
+        node("LinearClassifier", "d", "label y", domain="ai.onnx.ml", classlabels_strings=["no", "yes"],
+             coefficients=rng.normal(size=10).tolist(), intercepts=[0.1, 0.0], post_transform="NONE"),
+    ]  # fmt: skip
+    outputs = [
+        helper.make_tensor_value_info("label", TensorProto.STRING, [N]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [N, 2]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.STRING, shape)]
+    graph = helper.make_graph(nodes, "test", inputs, outputs, [numpy_helper.from_array(ints(-1), "flat")])
+    domains = {"": 20, "ai.onnx.ml": 3, "com.microsoft": 1}
+    opsets = [helper.make_opsetid(name, version) for name, version in domains.items()]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return str(path)
+
+
+TEXTS = ["Good day", "a bad day", "dull", "GOD", "good good bad", "x"]
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 1), (1,)])
+def test_the_verdict_on_a_file_of_texts_equals_exhaustive_search(
+    tmp_path: Path, shape: Sequence[Any]
+) -> None:
+    address = text_model(tmp_path / "m.onnx", shape)
+    opened = open_model(address, declared=Declared(texts=True))
+    assert opened.model.class_names == ("no", "yes")
+    assert any("locale xx_XX.UTF-8" in note and "C.UTF-8 is used" in note for note in opened.notes)
+    survivors, robust = compared(address, TEXTS)
+    assert survivors == robust
+    assert 0 < sum(robust) < len(TEXTS)
+
+
+@pytest.mark.slow  # starts a process
+def test_a_file_of_texts_is_assessed_in_worker_processes(tmp_path: Path) -> None:
+    address, y = text_model(tmp_path / "m.onnx"), [1, 0, 1, 0, 1, 0]
+    here, there = (
+        holdfast.assess(address, (TEXTS, y), threat="text:edits=1,words=1", workers=workers)
+        for workers in (None, 1)
+    )
+    assert torch.equal(here.evidence["success"], there.evidence["success"])
+
+
+def test_a_file_of_texts_needs_a_threat_on_texts_and_one_text_for_each_example(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match="called with texts; assess it with a threat on texts, such as text:"
+    ):
+        open_model(text_model(tmp_path / "m.onnx"))
+    with pytest.raises(TargetError, match="string, N x 2.; one text for each example was expected"):
+        open_model(text_model(tmp_path / "m.onnx", (N, 2)), declared=Declared(texts=True))
+    with pytest.raises(UsageError, match="called with numbers, and the threat is on texts"):
+        open_model(linear_model(tmp_path / "m.onnx"), declared=Declared(texts=True))

@@ -278,11 +278,18 @@ def test_the_command_of_a_run_opens_its_data_and_has_the_exact_threat():
         "bounds": [-2.0, 1e6],
         "arch": "evil.py:make",
         "split": "\x1b",
+        "class_names": ["neg", "pos"],
+        "sampling_rate": 8000,
+        "input_shape": [1, 576],
+        "constants": {"sr": 16000.0},
     }
     manifest["opening"] = opening | {"data_normalised": [[0.1], [0.2]]}
     manifest["config"]["threat"] |= {"norm": "Linf", "eps": 1234.5678}
     command = command_of(manifest)
-    assert "--label=-kind --drop=id '--drop=a b' --bounds=-2,1000000 --threat linf:1234.5678" in command
+    assert "--label=-kind --drop=id '--drop=a b' --bounds=-2,1000000 " in command
+    assert "--threat linf:1234.5678" in command
+    opened_with = "--class-names=neg,pos --sampling-rate=8000 --input-shape=1,576 --constant=sr=16000"
+    assert opened_with in command
     assert "evil" not in command and "--split" not in command
     manifest["opening"] = {
         "bounds": [0.0, 10**400]

@@ -1,6 +1,7 @@
 """Threat models are equal after they were written as text, as the JSON of a run and on a card, and read again."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.threat import ThreatModel
 from holdfast.runs.harden.hardened import trained_under
+from holdfast.threats import domains
 from holdfast.threats.domains import IMAGE, NUMBERS, TABLE, TEXT, domain_of
 from holdfast.threats.parsing import FORMS, parse_threat, threat_of
 from holdfast.threats.stored import threat_for_report, threat_from_json, threat_to_json
@@ -40,6 +42,7 @@ TEXTS = (
     "colour:hue=18,contrast=0.1",
     "training-set:20",
     "text:edits=2,words=3",
+    "bytes:change=16,append=64,insert=8,file=rules.json",
     "text:synonyms=2,file=words.json",
     "text:inserts=2,file=words.json,access=labels",
     "table:rules.yaml,eps=0.3",
@@ -55,6 +58,7 @@ def files(tmp_path, monkeypatch):
     """Files that the threats name, in the folder of the test."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.json").write_text(json.dumps({"synonyms": {"good": ["fine"]}, "insert": ["hello"]}))
+    (tmp_path / "rules.json").write_text(json.dumps([{"starts": "PK", "append": True}, {"change": [[0, 4]]}]))
     (tmp_path / "rules.yaml").write_text("columns:\n  a: {min: 0, max: 1}\n  b: {min: 0, max: 2}\n")
     mask = np.zeros((1, 4, 4), np.float32)
     mask[0, 0, 0] = 1
@@ -177,3 +181,8 @@ def test_inputs_that_cannot_be_changed_are_refused(constraint, x, message):
     with pytest.raises(UsageError, match=message):
         constraint.refuse_unfit(x)
     Linf(0.1).refuse_unfit(x)
+
+
+def test_a_kind_of_inputs_is_the_same_object_in_another_process():
+    kinds = [value for value in vars(domains).values() if isinstance(value, domains.Domain)]
+    assert all(pickle.loads(pickle.dumps(kind)) is kind for kind in kinds)

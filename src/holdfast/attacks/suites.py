@@ -39,7 +39,19 @@ SuiteName = Literal[
     "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer", "trees"
 ]
 Kind = Literal[
-    "linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour", "flow", "text", "table", "trigger"
+    "linf",
+    "l2",
+    "l1",
+    "l0",
+    "corruptions",
+    "patch",
+    "spatial",
+    "colour",
+    "flow",
+    "text",
+    "table",
+    "trigger",
+    "bytes",
 ]
 """What the attacker may change: the name of a constraint, or `flow` for images that are warped."""
 
@@ -160,6 +172,7 @@ _PLANES = _spec("FAB-T", "FAB", waves=4, steps=60, targets=5, eta=1.6, patience=
 _WIDER = _spec("ALMA-2", "ALMA", waves=3, steps=60, reach=4, refine=20)
 _WINDOWS = _spec("Relay", waves=5, restarts=0, targets=0, searches=2, rounds=0, queries=100)
 _TEXTS = (_spec("TextSearch"),)
+_BYTES = (_spec("ByteSearch"),)
 _TRIGGER = (_spec("TriggerStamp"),)
 _TABLE_SCORES = (_spec("ColumnSearch"), _spec("GeneticSearch"))
 _RAND = (
@@ -185,6 +198,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         **dict.fromkeys(("spatial", "colour"), (_spec("TransformPGD"),)),
         "flow": (_spec("Flow", restarts=2),),
         "text": (_spec("TextSearch", beam=1, queries=500),),
+        "bytes": (_spec("ByteSearch", queries=300),),
         "table": (_spec("CAPGD", steps=30, restarts=2),),
         "trigger": _TRIGGER,
     },
@@ -223,6 +237,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
         "flow": (_spec("Flow"),),
         "text": _TEXTS,
+        "bytes": _BYTES,
         "table": (_spec("CAPGD"), *_TABLE_SCORES),
         "trigger": _TRIGGER,
     },
@@ -241,6 +256,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         **dict.fromkeys(("spatial", "colour"), _WHOLE_IMAGE),
         "flow": (_spec("Flow"),),
         "text": _TEXTS,
+        "bytes": _BYTES,
         "table": (
             _spec("CAPGD", steps=100, restarts=8),
             _spec("ColumnSearch", columns=60, queries=30000),
@@ -254,6 +270,7 @@ SUITES: Final[Mapping[SuiteName, Mapping[Kind, Specs]]] = {
         "l0": (_SPARSE_RS,),
         **dict.fromkeys(("spatial", "colour"), (_spec("GridSearch"),)),
         "text": _TEXTS,
+        "bytes": _BYTES,
         "table": _TABLE_SCORES,
         "trigger": _TRIGGER,
     },
@@ -364,10 +381,11 @@ def _no_suite(name: SuiteName, kind: Kind, constraint: "Constraint") -> UsageErr
         return UsageError(
             f"the suite 'black-box' has no attack under {kind} that needs only labels; use linf or l2"
         )
-    if kind in ("text", "table"):
+    if kind in ("text", "table", "bytes"):
         others = sorted(other for other, by_kind in SUITES.items() if kind in by_kind)
+        inputs = {"text": "texts", "table": "tables", "bytes": "files"}[kind]
         return UsageError(
-            f"the suite {name} has no attack on {kind}s; expected one of {', '.join(others)}",
+            f"the suite {name} has no attack on {inputs}; expected one of {', '.join(others)}",
             Remedy("suite", "fast"),
         )
     if name == "trees":

@@ -21,7 +21,7 @@ from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.evidence import Table
-from holdfast.core.meter import margin
+from holdfast.core.meter import batch_size_for, margin
 from holdfast.core.model import Bounds, Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, PerExample
@@ -263,10 +263,6 @@ def _margin(y: Labels, rivals: Labels, classes: int) -> Tensor:
     return rows
 
 
-_AT_ONCE = 2048
-"""number of points that are classified together"""
-
-
 def beside(first: Inputs, second: Inputs) -> Inputs:
     """Return the part of each direction `second` (n, *features) that is orthogonal to `first`, in the Euclidean length
     of `first`.
@@ -294,11 +290,13 @@ def boundary_slices(
     steps = torch.linspace(-reach, reach, side, dtype=x.dtype, device=x.device)
     grids = []
     low, high = bounds.like(x)
+    at_once = batch_size_for(x[:1].numel(), x.device.type)
     for place in range(len(x)):
         rows = []
         t, s = torch.meshgrid(steps.flip(0), steps, indexing="ij")
-        for start in range(0, side * side, _AT_ONCE):
-            some_t, some_s = (each.flatten()[start : start + _AT_ONCE] for each in (t, s))
+        for some_t, some_s in zip(
+            torch.split(t.flatten(), at_once), torch.split(s.flatten(), at_once), strict=True
+        ):
             shape = (-1, *(1,) * (x.dim() - 1))
             points = x[place] + some_s.view(shape) * across[place] + some_t.view(shape) * up[place]
             with torch.no_grad():

@@ -268,17 +268,23 @@ def without_missing(batch: Batch, bounds: Bounds) -> Batch:
     return batch.at(torch.where(batch.x.isnan(), (low + high) / 2, batch.x))
 
 
-def with_missing(x_adv: Inputs, x: Inputs) -> Inputs:
-    """Return attacked inputs `x_adv` in which the values that are missing in the clean inputs `x` are missing, too."""
-    return torch.where(x.isnan(), x, x_adv)
+def with_missing(x_adv: Inputs, x: Inputs, fixed: Tensor | None = None) -> Inputs:
+    """Return attacked inputs `x_adv` in which the values that are missing in the clean inputs `x` are missing, too, and
+    the `fixed` features, given by truth values, have the clean values.
+    """
+    kept = x.isnan() if fixed is None else x.isnan() | fixed.to(x.device)
+    return torch.where(kept, x, x_adv)
 
 
 @dataclass(frozen=True)
 class WithMissing:
-    """Wrapper of a model for attacks on a batch, with missing values in its inputs where the clean ones have some."""
+    """Wrapper of a model for attacks on a batch, with missing values in its inputs where the clean ones have some, and
+    the clean values of fixed features.
+    """
 
     model: Model
     batch: Batch
+    fixed: Tensor | None = None
 
     @property
     def bounds(self) -> Bounds:
@@ -292,7 +298,7 @@ class WithMissing:
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits of the inputs `x`, which are the rows `ids` of the batch (all of them if None)."""
         clean = self.batch.x if ids is None else self.batch.x[self._lookup.rows(ids)]
-        return self.model(with_missing(x, clean), ids)
+        return self.model(with_missing(x, clean, self.fixed), ids)
 
 
 LARGEST = 0x10FFFF
@@ -327,3 +333,29 @@ def decoded(x: Tensor) -> list[str]:
     numbers = x.detach().cpu().double().round().clamp(0, LARGEST).numpy().astype("<u4")
     texts: list[str] = np.ascontiguousarray(numbers).view(f"<U{numbers.shape[1]}")[:, 0].tolist()
     return texts
+
+
+def encoded_files(contents: Sequence[bytes], width: int) -> Tensor:
+    r"""Return the bytes of files as floats (n, width): each byte plus one, padded with zeros.
+
+    No file may have more than `width` bytes.
+
+    >>> encoded_files([b"\0a", b""], 3).tolist()
+    [[1.0, 98.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    rows = np.zeros((len(contents), width), np.float32)
+    for row, content in zip(rows, contents, strict=True):
+        row[: len(content)] = np.frombuffer(content, np.uint8)
+        row[: len(content)] += 1
+    return torch.from_numpy(rows)
+
+
+def decoded_files(x: Tensor) -> list[bytes]:
+    r"""Return the files in rows of bytes plus one (n, width). It is the inverse of `encoded_files`.
+
+    >>> decoded_files(encoded_files([b"\0a", b""], 3))
+    [b'\x00a', b'']
+    """
+    rows = x.detach().cpu().round().clamp(0, 256).numpy().astype(np.int16)
+    lengths = (rows > 0).sum(1)
+    return [(row[:n] - 1).astype(np.uint8).tobytes() for row, n in zip(rows, lengths, strict=True)]

@@ -198,6 +198,7 @@ ATTACKS: Final[Mapping[str, AttackEntry]] = {
         AttackEntry("Bandits", "bandits", "scores", paper="Bandits-TD"),
         AttackEntry("BIM", "bim", "gradients", paper="I-FGSM"),
         AttackEntry("Boundary", "boundary", "labels", paper="Boundary Attack"),
+        AttackEntry("ByteSearch", "byte_search", "labels"),
         AttackEntry("CAPGD", "capgd", "gradients"),
         AttackEntry("CarliniWagner", "carlini_wagner", "gradients", paper="C&W", short=("cw", "carlini")),
         AttackEntry("ColumnSearch", "column_search", "scores"),

@@ -233,6 +233,10 @@ class Classifier(nn.Module):
     class_labels: tuple[int, ...] | None = None
     feature_names: tuple[str, ...] | None = None
     units: "Units | None" = None
+    fixed: Tensor | None = None
+    """features (truth values) that attacks do not change, such as further inputs of a file; None if there are none"""
+    inputs: Mapping[str, int] | None = None
+    """number of features of each input of a file with several inputs, whose values are one after another"""
 
     def __init__(
         self,
@@ -290,8 +294,18 @@ class Classifier(nn.Module):
             layout=self.layout,
         )
         classifier.remote, classifier.rewrites, classifier.units = self.remote, self.rewrites, self.units
-        classifier.input_name = self.input_name
+        classifier.input_name, classifier.fixed, classifier.inputs = self.input_name, self.fixed, self.inputs
         return classifier
+
+    @property
+    def attacked_bounds(self) -> Bounds:
+        """Lowest and highest valid values of the features that attacks may change."""
+        if self.fixed is None:
+            return self.bounds
+        low, high = (
+            torch.as_tensor(side).expand(self.fixed.shape) for side in (self.bounds.low, self.bounds.high)
+        )
+        return Bounds(low[~self.fixed], high[~self.fixed])
 
     def _advice(self, x: Inputs) -> tuple[str, tuple[Remedy, ...]]:
         n, weight = len(x), next(self.parameters(), x)
@@ -332,7 +346,8 @@ class Classifier(nn.Module):
         return (
             ". It has an embedding: a network whose inputs are ids of tokens is not supported, because attacks change "
             "numbers by small amounts; give a function from a list of strings to scores, which calls the tokenizer and "
-            "the network, with a threat on texts such as text:edits=2,words=3"
+            "the network, with a threat on texts such as text:edits=2,words=3, or a function from a list of bytes, "
+            "with a threat on files such as bytes:change=16"
         )
 
     def preprocess(self, x: Inputs) -> Tensor:

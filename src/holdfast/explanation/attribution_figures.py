@@ -2,21 +2,27 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from holdfast.core.batch import decoded, encoded
+from holdfast.core.batch import decoded, decoded_files, encoded, encoded_files
 from holdfast.core.types import Inputs
 from holdfast.explanation import counterfactual
 from holdfast.explanation.case import Case, Cell, Figure, bars, grid_rows, listed, plane, signed_picture
 from holdfast.reports.words import amount, plain
+from holdfast.threats.byte_changes import ByteChanges
+from holdfast.threats.byte_differences import characters, hexadecimal
 
 _DRAWS = 16
 """noises of SmoothGrad"""
 _PARTS = 24
 """parts of a clip whose effects are compared"""
+_WINDOWS = 16
+"""windows of a file, and then of the window with the largest effect, whose effects are compared"""
 _MOST_COLUMNS = 12
 """columns of a table that are shown"""
 
@@ -25,6 +31,8 @@ def attribution_figures(case: Case) -> tuple[list[Figure], list[str]]:
     """Return figures of the attributions of the clean input, with noise and after the change, and notes."""
     if case.is_text:
         return [_word_effects(case)], []
+    if case.is_file:
+        return [_window_effects(case)], []
     notes: list[str] = []
     inputs = torch.cat((case.x, case.noise, case.x_adv)) if case.found.shown is not None else case.x
     classes = case.batch.y.expand(len(inputs))
@@ -63,11 +71,13 @@ def _of_parts(case: Case, values: Tensor) -> Tensor:
 
 
 def _part_name(case: Case, place: int) -> str:
-    """Return the time of a part of a clip, in seconds if the sampling rate is known."""
+    """Return the time of a part of a clip, in seconds if the sampling rate is known; of short clips in milliseconds."""
     length, rate = _parts(case.x.shape[1:])[0][-1], case.about.sampling_rate
     start, stop = place * length, min((place + 1) * length, case.x.shape[-1])
     if rate is None:
         return f"samples {start} to {stop}"
+    if case.x.shape[-1] < rate / 2:
+        return f"{1000 * start / rate:.1f} to {1000 * stop / rate:.1f} ms"
     return f"{start / rate:.2f} to {stop / rate:.2f} s"
 
 
@@ -256,3 +266,100 @@ def _word_effects(case: Case) -> Figure:
         note=text,
         reason=reason,
     )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Neighbouring bytes of a file, and the fall of the logit when they become zero."""
+
+    start: int
+    stop: int
+    fall: float
+
+    @property
+    def name(self) -> str:
+        one = self.stop - self.start == 1
+        return f"byte 0x{self.start:x}" if one else f"bytes 0x{self.start:x} to 0x{self.stop - 1:x}"
+
+
+def _window_effects(case: Case) -> Figure:
+    """The fall of the logit when the bytes in a window of a file become zero, before and after the change."""
+    (content,) = decoded_files(case.x)
+    constraint, windows = case.threat.constraint, {"clean": _windows(case, case.x)}
+    assert isinstance(constraint, ByteChanges)
+    if case.found.shown is not None:
+        windows["changed"] = _windows(case, case.x_adv)
+    places = constraint.places(content).change
+    rows = tuple(
+        (
+            kind,
+            each.start,
+            each.stop - 1,
+            hexadecimal(part := file[each.start : each.stop]),
+            characters(part),
+            int(((places >= each.start) & (places < each.stop)).sum()) if kind == "clean" else None,
+            each.fall,
+        )
+        for kind, x in (("clean", case.x), ("changed", case.x_adv))
+        for file in decoded_files(x)
+        for each in windows.get(kind, ())
+    )
+    most = _most_important(windows["clean"])
+    title = f"The prediction {case.predicted} depends on no single window of the file"
+    if most is not None:
+        shown = characters(content[most.start : most.stop])
+        title = f"The prediction {case.predicted} depends most on {most.name} (“{shown}”)"
+    text = (
+        f"Fall of {case.explained} when the bytes in a window become zero; the largest effects first. The window with "
+        f"the largest effect is divided into {_WINDOWS} further ones, down to single bytes."
+    )
+    headings = ("file", "first offset", "last offset", "bytes", "characters", "bytes that may change")
+    top = sorted(
+        ((f"{each.name} ({kind})", each.fall) for kind in windows for each in windows[kind]),
+        key=lambda pair: -abs(pair[1]),
+    )[:_MOST_COLUMNS]
+    return Figure(
+        "attributions",
+        title,
+        text,
+        (*headings, "fall of the logit"),
+        rows,
+        bars=bars(
+            [name for name, _ in top], [abs(fall) for _, fall in top], [plain(fall) for _, fall in top]
+        ),
+        note=text,
+        reason=f"{title}." if most is not None and case.found.inside else "",
+    )
+
+
+def _most_important(windows: Sequence[_Window]) -> _Window | None:
+    """Return the shortest window that has half of the largest effect, inside the window with this effect."""
+    largest = max(windows, key=lambda each: each.fall, default=None)
+    if largest is None or largest.fall <= 0:
+        return None
+    inside = (each for each in windows if largest.start <= each.start and each.stop <= largest.stop)
+    return min(
+        (each for each in inside if each.fall >= largest.fall / 2), key=lambda each: each.stop - each.start
+    )
+
+
+def _windows(case: Case, x: Inputs) -> list[_Window]:
+    """Return windows of a file (1, length) with their effects: of the file, and of its window with the largest one."""
+    (content,) = decoded_files(x)
+    start, stop, found = 0, len(content), list[_Window]()
+    while stop - start > 1:
+        edges = sorted({start + (stop - start) * k // _WINDOWS for k in range(_WINDOWS + 1)})
+        without = [
+            content[:first] + bytes(after - first) + content[after:] for first, after in pairwise(edges)
+        ]
+        points = encoded_files([*without, content], x.shape[1]).to(x)
+        logits = counterfactual.logits_of_class(
+            case.target.original, points, case.batch.y.expand(len(points))
+        )
+        falls = (logits[-1] - logits[:-1]).tolist()
+        found += [_Window(*edge, fall) for edge, fall in zip(pairwise(edges), falls, strict=True)]
+        largest = max(found[-len(falls) :], key=lambda each: abs(each.fall))
+        if largest.fall == 0:
+            break
+        start, stop = largest.start, largest.stop
+    return found

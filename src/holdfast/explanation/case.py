@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from holdfast.attacks.fmn import FMN
+from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import attacked_inputs
-from holdfast.core.batch import Batch, decoded, spread
+from holdfast.core.batch import Batch, decoded, decoded_files, spread
 from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
+from holdfast.core.meter import batch_size_for
 from holdfast.core.model import Classifier
 from holdfast.core.names import in_255ths
 from holdfast.core.threat import ThreatModel
@@ -35,7 +37,9 @@ from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount, plain, size, strict, value_text
 from holdfast.reports.write import rendered, write
 from holdfast.runs.harness.target import PreparedModel
-from holdfast.threats.domains import SIGNAL, TABLE, TEXT, is_image
+from holdfast.threats.byte_changes import ByteChanges
+from holdfast.threats.byte_differences import Edit, edits_of
+from holdfast.threats.domains import BYTES, SIGNAL, TABLE, TEXT, is_image
 from holdfast.threats.tables import Table as TableConstraint
 from holdfast.threats.tables import table_of
 
@@ -301,6 +305,11 @@ def training_advice(about: About, constraint: Constraint, access: Access) -> str
             "Train a more robust model, if it is a network or a pipeline that ends with a linear classifier: holdfast "
             f"harden MODEL DATA --fit TRAIN --threat {about.threat} --recipe masked-words."
         )
+    if constraint.domain is BYTES:
+        return (
+            "Train the model with changed files as well: holdfast assess --save-adversarial stores them. Holdfast does "
+            "not harden models of files."
+        )
     if access != "gradients":
         return (
             "Train a network (holdfast harden), or train the model with changed examples as well: holdfast assess "
@@ -315,6 +324,12 @@ def changed_words(x: Tensor, x_adv: Tensor) -> list[tuple[str, str]]:
     """
     before, after = (decoded(text)[0].split() for text in (x, x_adv))
     return [(a, b) for a, b in zip_longest(before, after, fillvalue="") if a != b]
+
+
+def changed_bytes(constraint: Constraint, x: Tensor, x_adv: Tensor) -> tuple[Edit, ...]:
+    """Return the edits that change a file (1, length) into another one."""
+    assert isinstance(constraint, ByteChanges)
+    return edits_of(constraint, decoded_files(x_adv)[0], decoded_files(x)[0])
 
 
 def listed(texts: Sequence[str], most: int = 3, noun: str = "others") -> str:
@@ -417,6 +432,11 @@ class Case:
     def table(self) -> TableConstraint | None:
         """The constraint if it has the rules of a table, else None."""
         return table_of(self.threat.constraint)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the inputs are files."""
+        return self.threat.constraint.domain is BYTES
 
     @property
     def is_signal(self) -> bool:
@@ -559,14 +579,24 @@ def _smallest(
     constraint = threat.constraint
     if constraint.is_ball and target.original.access == "gradients" and threat.access == "gradients":
         free = replace(threat, constraint=constraint.resized(math.inf))
+        pieces = [*own.split(batch_size_for(own.x[:1].numel(), own.x.device.type))]
         parts = [
             attacked_inputs(FMN(), target.queried(target.optimised, some), some, free, rng=rng.at("model"))
-            for some in own.split(256)
+            for some in pieces
         ]
         x_adv = torch.cat(parts)
-        done = torch.cat([broken(target, a, x) for a, x in zip(own.split(256), parts, strict=True)])
-        distance = constraint.distance(x_adv, batch.x)
-        return x_adv, torch.where(done, distance, torch.inf)
+        done = torch.cat([broken(target, a, x) for a, x in zip(pieces, parts, strict=True)])
+        distance = torch.where(done, constraint.distance(x_adv, batch.x), torch.inf)
+        missed = (distance > constraint.eps).nonzero()[:, 0]
+        for rows in torch.split(missed, len(pieces[0])):  # the search may find larger changes alone
+            some = own.take(rows)
+            allowed = attacked_inputs(
+                PGD(), target.queried(target.optimised, some), some, threat, rng=rng.at("allowed")
+            )
+            hits = broken(target, some, allowed)
+            x_adv[rows[hits]] = allowed[hits]
+            distance[rows[hits]] = constraint.distance(allowed[hits], batch.x[rows[hits]])
+        return x_adv, distance
     points, sizes = [], []
     for row in range(len(own)):
         one = own.take(torch.tensor([row]))

@@ -18,19 +18,22 @@ from holdfast.attacks.hop_skip_jump import HopSkipJump
 from holdfast.attacks.parts.losses import firmly_broken, margin_loss
 from holdfast.attacks.protocol import Attack, attacked_inputs
 from holdfast.attacks.suites import is_possible, suite
-from holdfast.core.batch import Batch, decoded, encoded, spread
+from holdfast.core.batch import Batch, decoded, decoded_files, encoded, encoded_files, spread
 from holdfast.core.constraints import Constraint, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
+from holdfast.core.meter import batch_size_for
 from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, Mask, PerExample
 from holdfast.runs.harness.target import PreparedModel
+from holdfast.threats.byte_changes import ByteChanges
+from holdfast.threats.byte_differences import applied, edits_of
 from holdfast.threats.domains import TEXT
 from holdfast.threats.tables import Table, table_of
 
 _ROWS = 128
-"""largest number of inputs in one pass"""
+"""largest number of inputs in one pass; fewer if they are large"""
 GAP = 0.01
 """sum of the completeness gaps of the segments, as a fraction of the difference of the logits, at which they suffice.
 Those of the segments have both signs, so that the gap of the whole path is smaller."""
@@ -38,6 +41,11 @@ MOST_NODES = 1024
 """largest number of nodes for one example, since the gap of a ReLU network falls slowly"""
 _SEGMENTS, _RULE = 8, 4
 """first number of segments, and nodes in each of them; a network with ReLUs is linear between its breakpoints"""
+
+
+def _at_once(x: Inputs) -> int:
+    """The number of inputs like those of `x` (n, *features) in one pass."""
+    return min(_ROWS, batch_size_for(math.prod(x.shape[1:]), x.device.type))
 
 
 def of_class(logits: Logits, classes: Labels) -> PerExample:
@@ -49,7 +57,7 @@ def of_class(logits: Logits, classes: Labels) -> PerExample:
 def logits_of_class(model: Model, x: Inputs, classes: Labels) -> PerExample:
     """Return what is explained for each input, as `of_class` does, computed without gradients."""
     with torch.no_grad():
-        rows = zip(torch.split(x, _ROWS), torch.split(classes, _ROWS), strict=True)
+        rows = zip(torch.split(x, _at_once(x)), torch.split(classes, _at_once(x)), strict=True)
         return torch.cat([of_class(model(some), of) for some, of in rows])
 
 
@@ -65,7 +73,7 @@ def has_gradients(model: Classifier, x: Inputs) -> bool:
 def gradient(model: Model, x: Inputs, classes: Labels) -> Inputs:
     """Return the gradient of `of_class` for each example's class with respect to its input `x` (n, *features)."""
     parts = []
-    for some, of in zip(torch.split(x, _ROWS), torch.split(classes, _ROWS), strict=True):
+    for some, of in zip(torch.split(x, _at_once(x)), torch.split(classes, _at_once(x)), strict=True):
         points = some.detach().clone().requires_grad_()
         with torch.enable_grad():
             total = of_class(model(points), of).sum()
@@ -152,6 +160,11 @@ def _rule(
     nodes: int,
 ) -> tuple[Inputs, PerExample]:
     """The attributions of one example on each segment of the line (segments, *features), and their gaps (segments)."""
+    n_segments = max(1, _at_once(x) // nodes)
+    if len(segments) > n_segments:  # the points of all of them may not fit into memory
+        starts = range(0, len(segments), n_segments)
+        parts = [_rule(model, x, baseline, classes, segments[k : k + n_segments], nodes) for k in starts]
+        return torch.cat([values for values, _ in parts]), torch.cat([gaps for _, gaps in parts])
     places, weights = np.polynomial.legendre.leggauss(nodes)
     at = np.concatenate([(a + b) / 2 + (b - a) / 2 * places for a, b in segments])
     weight = np.concatenate([(b - a) / 2 * weights for a, b in segments])
@@ -188,7 +201,7 @@ def occlusion(
     for mask in masks:
         count += mask
     for place in range(len(x)):
-        for some in torch.split(torch.stack(masks), _ROWS):
+        for some in torch.split(torch.stack(masks), _at_once(x)):
             points = torch.where(some, baseline[place], x[place])
             fall = clean[place] - logits_of_class(model, points, classes[place : place + 1].expand(len(some)))
             total[place] += (spread(fall, points) * some).sum(0)
@@ -368,6 +381,8 @@ def _sparse(target: PreparedModel, batch: Batch, threat: ThreatModel, x_adv: Inp
     """An input inside the constraint with fewer changes, which is broken; None if none was found."""
     if threat.constraint.is_ball:
         return _largest(target, batch, threat, x_adv)
+    if isinstance(threat.constraint, ByteChanges):
+        return _bytes_undone(target, batch, threat.constraint, x_adv)
     if threat.constraint.domain is TEXT:
         undoing = _words_undone(batch.x, x_adv)
     else:
@@ -430,6 +445,26 @@ def _words_undone(x: Inputs, x_adv: Inputs) -> list[Callable[[Inputs], Inputs]]:
         return encoded([" ".join([*words[:place], old[place], *words[place + 1 :]])], x.shape[1]).to(x)
 
     return [partial(undo, place) for place, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+
+
+def _bytes_undone(target: PreparedModel, batch: Batch, changes: ByteChanges, x_adv: Inputs) -> Inputs:
+    """The changed file with as few of its edits as a search finds, which undoes runs of them and then shorter ones."""
+    (old,), (new,) = decoded_files(batch.x), decoded_files(x_adv)
+    edits = [single for edit in edits_of(changes, new, old) for single in edit.singles()]
+    point, length, queries = x_adv, len(edits), _QUERIES
+    while length:
+        for start in range(len(edits) - length, -1, -length):
+            rest = [*edits[:start], *edits[start + length :]]
+            undone = encoded_files([applied(rest, old)], x_adv.shape[1]).to(x_adv)
+            if not queries:
+                return point
+            queries -= 1
+            if bool(allowed(changes, undone, batch.x, target.original.bounds)[0]) and bool(
+                broken(target, batch, undone)[0]
+            ):
+                point, edits = undone, rest
+        length = min(length // 2, len(edits))
+    return point
 
 
 def _largest(target: PreparedModel, batch: Batch, threat: ThreatModel, x_adv: Inputs) -> Inputs | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from holdfast.attacks.parts.images import inner
 from holdfast.audits.finding import penultimate
 from holdfast.certifiers.boundary_geometry import beside, boundary_slices
-from holdfast.core.batch import Batch, decoded
+from holdfast.core.batch import Batch, decoded, decoded_files
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
@@ -27,6 +27,7 @@ from holdfast.explanation.case import (
     Figure,
     allowed_text,
     certifiable,
+    changed_bytes,
     changed_words,
     distance_text,
     grid_rows,
@@ -43,6 +44,7 @@ from holdfast.reports.gallery import png
 from holdfast.reports.tree import Picture
 from holdfast.reports.words import amount, feature_value
 from holdfast.runs.harness.target import PreparedModel
+from holdfast.threats.byte_differences import Edit, characters, hexadecimal
 from holdfast.threats.domains import is_image
 
 Checkpoint = Classifier
@@ -212,7 +214,7 @@ def explain_example(
             "The nearest training examples are not shown, because no training examples were given (train, "
             "or --train on the command line)."
         )
-    elif not case.is_text:
+    elif not case.is_text and not case.is_file:
         figures.append(neighbour_figure(target, case.x, found.shown, train, about))
     if int(predicted[0]) != label:
         figures += tracin_figure(target, batch, predicted, train, checkpoints, about, notes)
@@ -229,7 +231,7 @@ def _sentence(case: Case) -> str:
     size = distance_text(case.threat.constraint, case.found.distance, case.target.original)
     edits = _edits(case)
     if edits:
-        cost = "" if case.is_text else f" ({size})"
+        cost = "" if case.is_text or case.is_file else f" ({size})"
         return f"{start} It becomes {case.becomes} if {listed(edits, noun='more changes')}{cost}."
     allowed = allowed_text(case.about, case.threat.constraint, case.target.original)
     only = "" if case.found.inside else "only "
@@ -237,18 +239,32 @@ def _sentence(case: Case) -> str:
 
 
 def _edits(case: Case) -> list[str]:
-    """The changes of a text or of a row of a table, one clause each; none for other inputs."""
+    """The changes of a text, a file or a row of a table, one clause each; none for other inputs."""
     if case.is_text:
         return [
             f"“{old}” becomes “{new}”{_unusual(old, new)}" if old else f"“{new}” is appended"
             for old, new in changed_words(case.x, case.x_adv)
         ]
+    if case.is_file:
+        edits = changed_bytes(case.threat.constraint, case.x, case.x_adv)
+        return [_edit_clause(edit, len(decoded_files(case.x)[0])) for edit in edits]
     if case.table is None:
         return []
     return [
         f"{name} changes from {feature_value(old)} to {feature_value(new)}"
         for name, old, new in _changed_values(case)
     ]
+
+
+def _edit_clause(edit: Edit, length: int) -> str:
+    """The change of some bytes of a file of a length, as in `0x3c changes from 50 to 4b`."""
+    if edit.before:
+        old, new = hexadecimal(edit.before, 4), hexadecimal(edit.after, 4)
+        return f"0x{edit.offset:x} changes from {old} to {new}"
+    number = amount(len(edit.after), "bytes")
+    verb = "is" if len(edit.after) == 1 else "are"
+    place = "appended" if edit.offset == length else f"inserted at 0x{edit.offset:x}"
+    return f"{number} ({hexadecimal(edit.after, 4)}) {verb} {place}"
 
 
 def _unusual(old: str, new: str) -> str:
@@ -329,7 +345,8 @@ def _change(case: Case) -> Figure:
         note = "An example for which a search finds nothing may still be broken by another one."
         return Figure("change", title, title, ("attack",), ((case.found.attack,),), shown, note=note)
     size = distance_text(case.threat.constraint, case.found.distance, case.target.original)
-    title = f"{case.predicted} becomes {case.becomes}" + ("" if case.is_text else f" at {size}")
+    title = f"{case.predicted} becomes {case.becomes}"
+    title += "" if case.is_text or case.is_file else f" at {size}"
     note = (
         f"Found by {case.found.attack}. The model and the constraint were applied again to every input shown."
     )
@@ -339,6 +356,8 @@ def _change(case: Case) -> Figure:
         rows = tuple(changed_words(case.x, case.x_adv))
         note = f"{alternative} {note}"
         return Figure("change", title, alternative, ("word", "becomes"), rows, tabular=True, note=note)
+    if case.is_file:
+        return _changed_file(case, title, note)
     if case.is_picture:
         return _changed_pixels(case, title, note)
     if case.is_signal:
@@ -348,6 +367,28 @@ def _change(case: Case) -> Figure:
     headings = ("column", "value", "becomes")
     reason = _noise_reason(case)
     return Figure("change", title, alternative, headings, values, tabular=True, note=note, reason=reason)
+
+
+def _changed_file(case: Case, title: str, note: str) -> Figure:
+    """The changed bytes of a file as numbers and as characters."""
+    edits = changed_bytes(case.threat.constraint, case.x, case.x_adv)
+    number = sum(max(len(edit.before), len(edit.after)) for edit in edits)
+    length = len(decoded_files(case.x)[0])
+    alternative = (
+        f"{amount(number, 'bytes')} changed, inserted or appended in a file of {amount(length, 'bytes')}."
+    )
+    rows = tuple(
+        (
+            f"0x{edit.offset:x}",
+            hexadecimal(edit.before),
+            hexadecimal(edit.after),
+            characters(edit.before),
+            characters(edit.after),
+        )
+        for edit in edits
+    )
+    headings = ("offset", "bytes", "become", "characters", "become characters")
+    return Figure("change", title, alternative, headings, rows, tabular=True, note=note)
 
 
 def _changed_sound(case: Case, title: str, note: str) -> Figure:

@@ -12,8 +12,9 @@ from holdfast.attacks.parts.images import inner
 from holdfast.attacks.parts.losses import margin, margin_loss
 from holdfast.audits.finding import penultimate
 from holdfast.certifiers.boundary_geometry import beside
-from holdfast.core.batch import Batch, spread
+from holdfast.core.batch import Batch, decoded_files, spread
 from holdfast.core.draws import Draws
+from holdfast.core.meter import batch_size_for
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels
 from holdfast.explanation.case import (
@@ -28,6 +29,7 @@ from holdfast.explanation.case import (
     attacked,
     bars,
     certifiable,
+    changed_bytes,
     changed_words,
     distance_text,
     listed,
@@ -41,7 +43,7 @@ from holdfast.explanation.counterfactual import changes, has_gradients
 from holdfast.io.data.labels import Groups
 from holdfast.reports.words import amount, plain
 from holdfast.runs.harness.target import PreparedModel
-from holdfast.threats.domains import SIGNAL, TABLE, TEXT, is_image
+from holdfast.threats.domains import BYTES, SIGNAL, TABLE, TEXT, is_image
 
 _LINES = 16  # examples of the loss surface
 _STEPS = 33  # points on each line
@@ -141,12 +143,18 @@ def layer_figures(case: Attacked, notes: list[str]) -> list[Figure]:
     order = case.rng.at("layers").uniform(case.batch.ids[rows_of], delta.shape[1]).argsort(1)
     signs = case.rng.at("signs").signs(case.batch.ids[rows_of], delta.shape[1], dtype=x.dtype)
     noise = case.target.original.bounds.clamp(x + (delta.gather(1, order) * signs).view_as(x))
-    outputs = [_outputs(case.target, leaves, points) for points in (x, x_adv, noise)]
+    changes: dict[str, list[Tensor]] = {}
+    n_at_once = max(1, batch_size_for(delta.shape[1], x.device.type) // 3)  # three inputs of each example
+    for some in torch.split(torch.arange(len(x)), n_at_once):
+        outputs = _outputs(case.target, leaves, torch.cat([each[some] for each in (x, x_adv, noise)]))
+        for name, features in outputs.items():
+            clean, changed, noisy = features.flatten(1).double().chunk(3)
+            size = clean.norm(dim=1).clamp_min(1e-12)
+            relative = torch.stack([(each - clean).norm(dim=1) / size for each in (changed, noisy)])
+            changes.setdefault(name, []).append(relative)
     rows: list[tuple[str, float, float, float]] = []
-    for name in outputs[0]:
-        clean, changed, noisy = (each[name].flatten(1).double() for each in outputs)
-        size = clean.norm(dim=1).clamp_min(1e-12)
-        a, b = (float(((v - clean).norm(dim=1) / size).mean()) for v in (changed, noisy))
+    for name, parts in changes.items():
+        a, b = torch.cat(parts, 1).mean(1).tolist()
         rows.append((name, a, b, a / max(b, 1e-12)))
     if not rows:
         return []
@@ -217,12 +225,14 @@ def explain_model(
     case = attacked(target, batch, threat, about, known, rng)
     notes = list(about.notes)
     figures = [_classes(case), *_groups(case, known.groups)]
-    if threat.constraint.domain is not TEXT:  # whose changes have one size
+    if threat.constraint.domain not in (TEXT, BYTES):  # whose changes have one size
         figures.insert(0, _margins(case))
     if bool(case.hit.any()):
         figures += [_confusion(case), *_clusters(case, notes)]
         if is_image(batch.x.shape[1:]):
             figures += [_frequencies(case), _regions(case)]
+        elif threat.constraint.domain is BYTES:
+            figures += _byte_places(case)
         elif threat.constraint.domain is not TEXT:
             figures += [] if threat.constraint.domain is SIGNAL else [_columns(case)]
         elif about.examples:
@@ -564,3 +574,23 @@ def _words(case: Attacked) -> list[Figure]:
     shown = bars([w for w, _ in rows[:12]], [n for _, n in rows[:12]], [str(n) for _, n in rows[:12]])
     headings = ("word", "broken texts")
     return [Figure("words", title, text, headings, rows, bars=shown, note=text, reason=f"{title}.")]
+
+
+def _byte_places(case: Attacked) -> list[Figure]:
+    """The places of files that attacks change."""
+    places, counts = case.hit.nonzero()[:, 0].tolist(), Counter[str]()
+    for k in places:
+        x, x_adv = case.batch.x[k : k + 1], case.x_adv[k : k + 1]
+        length, edits = len(decoded_files(x)[0]), changed_bytes(case.threat.constraint, x, x_adv)
+        names = {f"0x{each.offset:x}" for edit in edits if edit.before for each in edit.singles()}
+        names |= {"the end" if edit.offset == length else "an insertion" for edit in edits if not edit.before}
+        counts.update(names)
+    rows = counts.most_common()
+    if not rows:
+        return []
+    named = listed([name for name, _ in rows], noun="other places")
+    title = f"Attacks change or add bytes most often at {named}"
+    text = f"Places with new bytes in {amount(len(places), 'broken files')}, the most frequent first."
+    shown = bars([w for w, _ in rows[:12]], [n for _, n in rows[:12]], [str(n) for _, n in rows[:12]])
+    headings = ("place", "broken files")
+    return [Figure("places", title, text, headings, tuple(rows), bars=shown, note=text, reason=f"{title}.")]

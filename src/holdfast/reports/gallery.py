@@ -1,5 +1,5 @@
 """Broken examples for reports: images as small pictures, clips as spectrograms and sounds, texts with their changed
-words, and rows of tables as lists of the features with the largest changes.
+words, files as lists of their changed bytes, and rows of tables as lists of the features with the largest changes.
 """
 
 import base64
@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 from holdfast.core.evidence import Evidence
 from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.words import strict
-from holdfast.threats.domains import IMAGE, SIGNAL, TEXT, domain_of
+from holdfast.threats.domains import BYTES, IMAGE, SIGNAL, TEXT, domain_of
 
 if TYPE_CHECKING:
     from holdfast.threats.table_rules import Rules
@@ -30,6 +30,10 @@ LONGEST_SIDE = 96
 """Longest side of a picture in pixels. 36 pictures of noise, the worst case for PNG, have 1.3 MB at this size."""
 MOST_FEATURES = 5
 """Largest number of changed features that are listed for a row of a table."""
+MOST_EDITS, MOST_BYTES = 32, 256
+"""Largest number of edits of a file that are listed, and of bytes that are written for each."""
+_CONTEXT = 4
+"""Number of unchanged bytes that are shown before and after an edit."""
 
 _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0")
 
@@ -51,6 +55,8 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
         domain = domain_of(evidence.threat.constraint, x.shape)
         if domain is TEXT:
             entry |= _texts(x, x_adv)
+        elif domain is BYTES:
+            entry |= _files(x, x_adv, evidence)
         elif domain is IMAGE:
             entry |= _pictures(x, x_adv, low, high)
         elif domain is SIGNAL:
@@ -172,6 +178,37 @@ def _texts(x: Tensor, x_adv: Tensor) -> Json:
         "clean": clean,
         "perturbed": perturbed,
         "parts": parts,
+    }
+
+
+def _files(x: Tensor, x_adv: Tensor, evidence: Evidence) -> Json:
+    """The edits of a file in the order of their offsets, each with the unchanged bytes around it."""
+    from holdfast.core.batch import decoded_files  # late: few inputs are files
+    from holdfast.threats.byte_changes import ByteChanges
+    from holdfast.threats.byte_differences import edits_of
+
+    changes = evidence.threat.constraint
+    assert isinstance(changes, ByteChanges)
+    clean, perturbed = decoded_files(torch.stack((x, x_adv)))
+    edits = edits_of(changes, perturbed, clean)
+    return {
+        "kind": "bytes",
+        "distances": {},
+        "length": len(clean),
+        "changed": sum(len(edit.after) for edit in edits if edit.before),
+        "inserted": sum(len(edit.after) for edit in edits if not edit.before and edit.offset < len(clean)),
+        "appended": sum(len(edit.after) for edit in edits if not edit.before and edit.offset == len(clean)),
+        "edits": [
+            {
+                "offset": edit.offset,
+                "clean": edit.before[:MOST_BYTES].hex(),
+                "perturbed": edit.after[:MOST_BYTES].hex(),
+                "preceding": clean[max(0, edit.offset - _CONTEXT) : edit.offset].hex(),
+                "following": clean[edit.offset + len(edit.before) :][:_CONTEXT].hex(),
+            }
+            for edit in edits[:MOST_EDITS]
+        ],
+        "left_out": max(0, len(edits) - MOST_EDITS),
     }
 
 

@@ -793,6 +793,38 @@ class TextExample(TypedDict):
     parts: list[TextPart]
 
 
+class Edit(TypedDict):
+    """Bytes of a file that were replaced, as hexadecimal numbers; at most 256 of them are written.
+
+    - `offset`: of the first byte in the clean file; its length for appended bytes
+    - `clean`: empty for inserted and appended bytes
+    - `preceding`, `following`: up to four bytes of the clean file before and after them
+    """
+
+    offset: Natural
+    clean: str
+    perturbed: str
+    preceding: str
+    following: str
+
+
+class FileExample(TypedDict):
+    """An adversarial example of a model of files.
+
+    - `length`: number of bytes of the clean file
+    - `changed`, `inserted`, `appended`: numbers of bytes
+    - `edits`: in the order of their offsets, at most 32; `left_out` is the number of further ones
+    """
+
+    kind: Literal["bytes"]
+    length: Natural
+    changed: Natural
+    inserted: Natural
+    appended: Natural
+    edits: list[Edit]
+    left_out: Natural
+
+
 class Pass(TypedDict):
     """A pass outside the suite.
 
@@ -878,7 +910,9 @@ class Assessment(TypedDict):
     data_transfer: DataTransfer | None
     rotation: Rotation | None
     training: TrainingVerdictJson | None
-    examples: Annotated[list[ImageExample | SignalExample | TableExample | TextExample], MaxLen(12)]
+    examples: Annotated[
+        list[ImageExample | SignalExample | TableExample | TextExample | FileExample], MaxLen(12)
+    ]
     reproduce: str
     run: dict[str, str]
     hashes: dict[str, Any]

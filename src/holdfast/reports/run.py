@@ -9,6 +9,7 @@ from holdfast.reports import certification, charts, curves, defences, transfer, 
 from holdfast.reports.charts import staircases
 from holdfast.reports.curves import attack_sections, hardest
 from holdfast.reports.words import count_text, feature_value, number, percent, plain, seconds_text
+from holdfast.threats.byte_differences import characters, hexadecimal
 
 if TYPE_CHECKING:
     from holdfast.core.evidence import Columns
@@ -20,6 +21,8 @@ MOST_CLASS_ROWS = 20
 MOST_EXAMPLES = 6
 """Number of examples that a page shows before it is expanded. A notebook shows no more, since its file stores the
 pictures."""
+MOST_EDITS = 8
+"""Largest number of edits of a file that are shown. JSON has more."""
 MOST_CURVE_ROWS = 30
 """Largest number of rows in the table of a curve."""
 MOST_NAMES = 20
@@ -286,6 +289,8 @@ def _examples(summary: Json) -> tree.Section:
         "image": " The difference is amplified; grey means no change.",
         "signal": " The spectrograms of each have one scale of 80 dB. Low frequencies are at the bottom.",
         "text": " Changed words are marked.",
+        "bytes": " Bytes are hexadecimal, and those that were replaced are in brackets. Offsets are those of the clean "
+        "file.",
         "table": " The table of each lists the features that changed most.",
     }
     number_of = "One" if len(examples) == 1 else f"{len(examples)}"
@@ -330,6 +335,8 @@ def example_group(example: Json, threat: Json) -> tree.Group:
             tree.Paragraph(f"clean: {example['clean']}"),
             tree.Changed(parts),
         ]
+    elif example["kind"] == "bytes":
+        blocks = [tree.Paragraph(f"{becomes}; {_byte_counts(example)}", "notebook"), _edits(example)]
     else:
         of = f"{count_text(example['changed'])} of {count_text(example['features'])} features changed"
         rows = [
@@ -342,9 +349,31 @@ def example_group(example: Json, threat: Json) -> tree.Group:
     return tree.Group(name, [*blocks, *_how_broken(example, threat)])
 
 
+def _byte_counts(example: Json) -> str:
+    """The numbers of changed, inserted and appended bytes of a file, and of edits that are not listed."""
+    kinds = [(kind, example[kind]) for kind in ("changed", "inserted", "appended") if example[kind]]
+    counts = [f"{words.amount(n, 'bytes')} {kind}" for kind, n in kinds]
+    edits = len(example["edits"]) + example["left_out"]
+    listed = f"; the first {MOST_EDITS} of {count_text(edits)} edits" if edits > MOST_EDITS else ""
+    return f"{', '.join(counts)} in a file of {words.amount(example['length'], 'bytes')}{listed}"
+
+
+def _edits(example: Json) -> tree.Table:
+    """The edits of a file, the replaced bytes in brackets between those before and after them."""
+    rows: list[tree.Row] = []
+    for edit in example["edits"][:MOST_EDITS]:
+        old, new, before, after = (
+            bytes.fromhex(edit[name]) for name in ("clean", "perturbed", "preceding", "following")
+        )
+        around = f"{before.hex(' ')} [{hexadecimal(old)}] {after.hex(' ')}".strip()
+        replacement = tree.Cell(hexadecimal(new), (characters(new),) if new else ())
+        rows.append((f"0x{edit['offset']:x}", around, replacement))
+    return tree.Table(("offset", "clean", "perturbed"), rows, texts=frozenset((1, 2)), depth="notebook")
+
+
 def _how_broken(example: Json, threat: Json) -> Iterator[tree.Paragraph]:
     """The attack that broke an example, and the distances of both inputs unless they mean nothing."""
-    measured = example["kind"] != "text" and threat["norm"] != "Table"
+    measured = example["kind"] not in ("text", "bytes") and threat["norm"] != "Table"
     unit = {"l0": f" {threat['l0_unit']}"}
     distances = [
         f"{words.capitalized(norm)} {plain(distance)}{unit.get(norm, '')}"

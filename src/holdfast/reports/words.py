@@ -346,12 +346,13 @@ def shown_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the metrics of a run that text reports show. Redundant ones, such as an error rate next to the accuracy,
     are left out.
     """
-    of_texts = summary["threat"]["norm"] == "TextEdits"  # differences of code points mean nothing
+    # differences of code points and of bytes mean nothing
+    of_codes = summary["threat"]["norm"] in ("TextEdits", "ByteChanges")
     unattacked = summary["threat"]["norm"] == "TrainingSet"  # no input changes
     metrics = {
         name: estimate
         for name, estimate in summary["metrics"].items()
-        if not (of_texts and "perturbation_" in name)
+        if not (of_codes and "perturbation_" in name)
         and not (unattacked and name in UPPER_BOUNDS | LOWER_BOUNDS)
     }
     return without_redundant(metrics)
@@ -641,10 +642,27 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         )
     if kind == "Stamped":
         return f"adds the trigger in {limits['file']} to an input, and changes nothing else"
+    if kind == "ByteChanges":
+        return _of_bytes(limits)
     if kind == "TextEdits":
         return _TEXT_CHANGES[next(name for name in _TEXT_CHANGES if name in limits)].format(**limits)
     changes = [_CHANGES[name].format(size(limit)) for name, limit in limits.items()]
     return f"may {', and '.join(changes)}"
+
+
+def _of_bytes(limits: Mapping[str, Any]) -> str:
+    """The allowed changes of the bytes of a file."""
+    changes = [
+        text.format(count_text(limits[name]))
+        for name, text in (
+            ("change", "give {} of its bytes other values"),
+            ("insert", "insert {} bytes at one place"),
+            ("append", "append {} bytes"),
+        )
+        if name in limits
+    ]
+    rules = f", as the rules in {limits['file']} allow" if "file" in limits else ""
+    return f"may change a file: {', and '.join(changes)} at most{rules}"
 
 
 def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -668,7 +686,7 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
         f"The attacker {change}."
         + (
             ""
-            if threat["norm"] in ("TextEdits", "TrainingSet")
+            if threat["norm"] in ("TextEdits", "ByteChanges", "TrainingSet")
             else " Every value stays inside the legal range of inputs."
         )
         + (f" Eps is in {threat['unit']}." if threat.get("unit") else ""),

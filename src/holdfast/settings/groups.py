@@ -27,7 +27,7 @@ from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.settings import values
 from holdfast.settings.grammar import CARD, COMBINATIONS, DEFAULT_SUITE, ENSEMBLE, MIXED, SOURCES
-from holdfast.threats.domains import CONTROL, TEXT
+from holdfast.threats.domains import BYTES, CONTROL, TEXT
 from holdfast.threats.parsing import threat_of
 
 Section = Literal["command", "threat", "model", "data", "report", "run"]
@@ -468,6 +468,11 @@ class ThreatSource(SettingGroup):
             raise UsageError(
                 f"{prefix}the threat is {self.threat}, and names of classes are looked up by assess only; give the "
                 "number of the class, as in goal=targeted:0"
+            )
+        if self.verb in ("adapt", "harden", "rotate") and self.threat.change.domain is BYTES:
+            raise UsageError(
+                f"{prefix}the threat is {self.threat}, and {self.verb} is not available for files; assess measures a "
+                "model of files"
             )
         if self.verb in ("adapt", "rotate") and self.threat.change.domain is TEXT:
             raise UsageError(

@@ -1,5 +1,5 @@
-"""Kinds of inputs: images, clips of sound, rows of tables with rules, texts, and other numbers. A report shows
-pictures, sounds, changed columns or changed words of their examples.
+"""Kinds of inputs: images, clips of sound, rows of tables with rules, texts, files, and other numbers. A report shows
+pictures, sounds, changed columns, words or bytes of their examples.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,12 @@ class Domain:
     """names of the metrics on which gates can be set; empty for those of classifiers"""
     certified: tuple[str, ...] = ()
     """the same for a certification"""
+    of_symbols: bool = False
+    """whether inputs are sequences of symbols, such as characters, whose differences mean nothing"""
+
+    def __reduce__(self) -> str:
+        """Return the name of the constant in this module, so that copies in worker processes are the same object."""
+        return self.name.upper()
 
 
 IMAGE = Domain("image", "images")
@@ -32,7 +38,8 @@ NUMBERS = Domain("numbers")
 SIGNAL = Domain("signal", "clips")
 """clips of sound (samples), or (channels, samples)"""
 TABLE = Domain("table")
-TEXT = Domain("text", "texts")
+TEXT = Domain("text", "texts", of_symbols=True)
+BYTES = Domain("bytes", "files", of_symbols=True)
 CONTROL = Domain("control", "episodes", ("worst_return", "clean_return"), ("certified_actions",))
 """episodes of a policy in an environment, which stands in the place of data"""
 

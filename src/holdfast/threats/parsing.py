@@ -3,8 +3,8 @@ immediately.
 
 A threat model is `linf:8/255`, `snr:40dB`, `peak:30dB`, `corruptions:3`, `patch:5x5,at=centre`,
 `spatial:rotate=30,shift=3`, `spatial:flow=1.5`, `colour:hue=18,saturation=0.3`, `table:rules.yaml`,
-`text:edits=2,words=3`, `trigger:drill.trigger.npz` or `training-set:20`, or for policies `observations:linf:0.1`,
-`actions:linf:0.1` or `parameters:mass=0.1,length=0.1`, followed by any of `goal=targeted:K`,
+`text:edits=2,words=3`, `bytes:change=16,append=64`, `trigger:drill.trigger.npz` or `training-set:20`, or for policies
+`observations:linf:0.1`, `actions:linf:0.1` or `parameters:mass=0.1,length=0.1`, followed by any of `goal=targeted:K`,
 `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and
 `unit=@FILE` state the unit of the eps of a norm for each feature.
 """
@@ -28,7 +28,7 @@ from holdfast.core.names import (
     size_text,
 )
 from holdfast.core.threat import Change, ThreatModel
-from holdfast.threats.domains import CONTROL, SIGNAL, TABLE, TEXT, Domain
+from holdfast.threats.domains import BYTES, CONTROL, SIGNAL, TABLE, TEXT, Domain
 
 Sees = Literal["none", "labels", "scores", "gradients"]
 Argument = float | str
@@ -323,6 +323,7 @@ _AIMLESS = {
 _NORM = Form("", _eps, units=True, provable=True)
 _SPATIAL_EXAMPLE = "spatial:rotate=30,shift=3"
 _COLOUR_EXAMPLE = "colour:hue=18,saturation=0.3,brightness=0.2"
+_BYTES_EXAMPLE = "bytes:change=16,append=64"
 _TEXT_EXAMPLES = {
     **dict.fromkeys(("edits", "words"), "text:edits=2,words=3"),
     "synonyms": "text:synonyms=2,file=FILE.json",
@@ -398,6 +399,20 @@ FORMS: Final[dict[str, Form]] = {
         domain=TEXT,
         provable=True,
         example=_TEXT_EXAMPLES["edits"],
+    ),
+    "bytes": Form(
+        "holdfast.io.rules_of_bytes:byte_changes",
+        arguments={
+            **{
+                name: _matching(
+                    name, "[1-9][0-9]{0,5}", f"a whole number from 1 to 999999, as in {_BYTES_EXAMPLE}", int
+                )
+                for name in ("change", "append", "insert")
+            },
+            "file": _file,
+        },
+        domain=BYTES,
+        example=_BYTES_EXAMPLE,
     ),
     "training-set": Form(
         "holdfast.threats.triggers:TrainingSet",

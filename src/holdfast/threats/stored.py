@@ -22,6 +22,7 @@ _HOMES: Mapping[str, str] = {
     "Colour": "holdfast.threats.transformations",
     "Table": "holdfast.threats.tables",
     "TextEdits": "holdfast.threats.text_edits",
+    "ByteChanges": "holdfast.threats.byte_changes",
     "Stamped": "holdfast.threats.triggers",
     **dict.fromkeys(("SNR", "Peak", "LinfOfClips", "L2OfClips"), "holdfast.threats.signals"),
     **dict.fromkeys(("Observations", "Actions", "Parameters"), "holdfast.threats.policies"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
-from holdfast.core.batch import Data, Lookup, decoded
+from holdfast.core.batch import Data, Lookup, decoded, decoded_files
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs
@@ -25,7 +25,7 @@ from holdfast.runs.assess import assess as assessing
 from holdfast.runs.assess.result import Result
 from holdfast.runs.engine.progress import Progress, silent
 from holdfast.settings.grammar import is_suite_only
-from holdfast.threats.domains import TEXT
+from holdfast.threats.domains import BYTES, TEXT
 from holdfast.threats.parsing import threat_of
 from holdfast.verbs.checked_settings import DataReference
 from holdfast.verbs.configuration import given
@@ -241,8 +241,14 @@ def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
         attacked = attempted[rows]
         x_adv[rows[attacked]] = stored["x"][attacked].to(x)
     distance = evidence.threat.constraint.distance(x_adv.double(), x.double()).float()
-    of_texts = evidence.threat.constraint.domain is TEXT
-    returned = np.array(decoded(x_adv), np.str_) if of_texts else _as_given(data, x_adv, inputs)
+    domain = evidence.threat.constraint.domain
+    returned: Array
+    if domain is TEXT:
+        returned = np.array(decoded(x_adv), np.str_)
+    elif domain is BYTES:
+        returned = np.array([*decoded_files(x_adv), None], object)[:-1]  # an array of objects, of any lengths
+    else:
+        returned = _as_given(data, x_adv, inputs)
 
     def as_inputs(column: Tensor) -> Array:
         return column.to(returned.device) if isinstance(returned, Tensor) else column.numpy()

@@ -4,9 +4,9 @@ from holdfast.core.batch import Data
 from holdfast.io.doctor import Checkup, Finding, examine
 from holdfast.io.remote.served_model import inspection_counter
 from holdfast.runs.assess.request import DescribedModel
-from holdfast.threats.domains import SIGNAL, TEXT
+from holdfast.threats.domains import SIGNAL
 from holdfast.verbs.opening.arguments import gradients
-from holdfast.verbs.opening.declared import edits_of, is_of_clips, notes_of
+from holdfast.verbs.opening.declared import is_of_clips, notes_of
 from holdfast.verbs.opening.resolve import open_examples, open_subject
 from holdfast.verbs.settings import Doctor
 
@@ -22,6 +22,6 @@ def opened(settings: Doctor) -> tuple[DescribedModel, Data]:
 def checked(settings: Doctor) -> Checkup:
     """Check the model and the data for common mistakes, and return the findings."""
     subject, data = settings.open()
-    domain = TEXT if edits_of(settings) is not None else SIGNAL if is_of_clips(settings) else None
+    domain = settings.threat.change.domain or (SIGNAL if is_of_clips(settings) else None)
     findings = examine(subject.model, data, domain=domain)
     return Checkup((*(Finding("data", "note", note) for note in notes_of(data)), *findings))

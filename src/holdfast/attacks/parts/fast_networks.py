@@ -71,6 +71,19 @@ class StemConv2d(nn.Conv2d):
         return maps
 
 
+class ColumnConv2d(nn.Conv2d):
+    """Convolution over maps of width 1, which is computed over their transposes: oneDNN has faster kernels for rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the feature maps (n, out_channels, out_height, 1) for maps (n, in_channels, height, 1)."""
+        if input.dim() != 4 or input.shape[3] != 1:
+            return super().forward(input)
+        assert not isinstance(self.padding, str)
+        geometry = (self.stride[::-1], self.padding[::-1], self.dilation[::-1], self.groups)
+        rows = F.conv2d(input.transpose(2, 3), self.weight.transpose(2, 3), self.bias, *geometry)
+        return rows.transpose(2, 3)
+
+
 def quicken_stems(net: nn.Module) -> bool:
     """Convert the convolutions of `net` with at most four input channels to the faster `StemConv2d`, and return whether
     there were any.
@@ -118,10 +131,10 @@ def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]
     """Return a faster frozen copy of `model` for attacks on inputs like `x` (n, *features), and descriptions of what
     was changed for speed.
 
-    In the copy, batch norm is folded into the layer before it, convolutions use channels last where that is faster, and
-    the input gradient of convolutions with few channels is faster. A change is omitted if it alters the logits by more
-    than 1e-4 or the gradient by more than 1e-2 (both relative), or if it raises an error. A model that cannot be copied
-    is returned unchanged.
+    In the copy, batch norm is folded into the layer before it, convolutions of maps of width 1 run along the width,
+    others use channels last where that is faster, and the input gradient of convolutions with few channels is faster. A
+    change is omitted if it alters the logits by more than 1e-4 or the gradient by more than 1e-2 (both relative), or if
+    it raises an error. A model that cannot be copied is returned unchanged.
     """
     if not isinstance(model.net, nn.Module):
         return model, ()
@@ -185,6 +198,34 @@ def _last(model: Classifier, x: Tensor) -> Classifier | None:
     if x.dim() != 4 or not _channels_last_pays(model, x):
         return None
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _with_rows(model: Classifier, x: Tensor) -> Classifier | None:
+    """A copy whose convolutions along the height of maps of width 1 run along the width; on a CPU only."""
+    if x.device.type != "cpu":
+        return None
+    columns: set[nn.Module] = set()
+    copied = copy.deepcopy(model)
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].dim() == 4 and inputs[0].shape[3] == 1:
+            columns.add(layer)
+
+    layers = [m for m in copied.modules() if type(m) is nn.Conv2d and _is_column(m)]
+    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+    try:
+        copied(x[:2])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in columns:
+        layer.__class__ = ColumnConv2d
+    return copied if columns else None
+
+
+def _is_column(layer: nn.Conv2d) -> bool:
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and layer.padding[1] == 0
+    return plain and layer.kernel_size[1] == 1 < layer.kernel_size[0]
 
 
 def _with_stems(model: Classifier, x: Tensor) -> Classifier | None:
@@ -257,7 +298,10 @@ def _channels_last_pays(model: Classifier, x: Tensor) -> bool:
     This is a rule and not a timing, so that the same run gives the same evidence. It follows the measurements in
     `benchmarks/records` (0.7 to 0.9 of the time; strided convolutions get slower).
     """
-    strides = [m.stride for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    convolutions = [
+        m for m in model.modules() if isinstance(m, nn.Conv2d) and not isinstance(m, ColumnConv2d)
+    ]
+    strides = [m.stride for m in convolutions if m.kernel_size != (1, 1)]
     return x.device.type == "cpu" and 2 * sum(stride == (1, 1) for stride in strides) > len(strides)
 
 
@@ -290,6 +334,7 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
 
 _STEPS: tuple[tuple[str, Step], ...] = (
     ("batch norm is folded into the layer before it", _folded),
+    ("convolutions of maps of width 1 run along the width", _with_rows),
     ("convolutions run channels last", _last),
     ("convolutions of few channels give their input gradient as a matrix product", _with_stems),
 )

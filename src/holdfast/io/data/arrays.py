@@ -284,13 +284,13 @@ def from_numpy(
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
-    if expected.edits is not None:
-        from holdfast.io.data.columns import codes  # late: few inputs are texts
+    if expected.of_symbols:
+        from holdfast.io.data.columns import rows_of_symbols  # late: few inputs are texts or files
 
-        x, preserve = codes(x, expected.edits, ids, name), True
+        x, preserve = rows_of_symbols(x, expected, ids, name), True
     if expected.rules is not None:
         notes += notes_of_rules(expected.rules, x, ids, name)
-    if features is None and expected.edits is None and expected.rules is None:
+    if features is None and expected.of_numbers:
         notes += in_order_of_first(name, expected, x.shape[1:])
     refuse_swapped(x, y, name)
     if x.dtype.kind not in "iubf":

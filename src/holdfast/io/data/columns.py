@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from holdfast.core.batch import encoded
+from holdfast.core.batch import encoded, encoded_files
 from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError, data_argument
 from holdfast.core.names import by_stripped, note_on_spaces
 from holdfast.io.data.layouts import DeclaredData, FirstTable
 from holdfast.io.files import names_of
+from holdfast.threats.byte_changes import ByteChanges
 from holdfast.threats.table_checking import checked
 from holdfast.threats.table_rules import Rules, refuse_other_columns
 from holdfast.threats.text_edits import TextEdits
@@ -188,7 +190,8 @@ def matched_columns(
             f"{expected.column_source} {names_of(wanted)}; give the same columns, in any order"
         )
     if missing or (further and first is None):
-        lacks = f"lacks {_few(list(map(repr, missing)))}" if missing else ""
+        present = "" if further else f" (its columns are {_few(list(map(repr, features)))})"
+        lacks = f"lacks {_few(list(map(repr, missing)))}{present}" if missing else ""
         has = f"has {_few(list(map(repr, further)))} beside them" if further else ""
         raise TargetError(
             f"{expected.column_source} {len(wanted)} named columns, and {table.name} "
@@ -395,6 +398,59 @@ def codes(
             f"take fewer"
         )
     array: NDArray[np.float32] = encoded(rows, width).numpy()
+    return array
+
+
+def rows_of_symbols(
+    inputs: NDArray[Any], expected: DeclaredData, ids: NDArray[np.int64], name: str
+) -> NDArray[np.float32]:
+    """Return texts or files as rows of numbers; see `codes` and `rows_of_files`."""
+    if expected.changes is not None:
+        return rows_of_files(inputs, expected.changes, ids, name)
+    assert expected.edits is not None
+    return codes(inputs, expected.edits, ids, name)
+
+
+def rows_of_files(
+    contents: NDArray[Any], changes: ByteChanges, ids: NDArray[np.int64], name: str
+) -> NDArray[np.float32]:
+    """Return the bytes of files (n, width), each padded with zeros to the length of the longest file that the
+    constraint allows. `ids` are the row numbers of the files in the source.
+
+    Raises `TargetError` for empty files, for files that the reader of their format does not open, and for more bytes
+    than fit into memory, and `UsageError` if the rules allow no place in any file.
+    """
+    if contents.dtype != object or not all(isinstance(content, bytes) for content in contents):
+        raise TargetError(
+            f"the inputs of {name} are {contents.dtype} of shape {contents.shape}, and the threat {changes} changes "
+            "files; a folder with one folder of files for each class, or a list of bytes, was expected"
+        )
+    files: list[bytes] = list(contents)
+    fixed = 0
+    for content, row in zip(files, ids.tolist(), strict=True):
+        if not content:
+            raise TargetError(f"the file in row {row} of {name} is empty; remove such files")
+        places = changes.places(content)
+        fixed += not (len(places.change) or len(places.insert) or places.append)
+        fault = changes.unopened(content, content, places)
+        if fault:
+            raise TargetError(
+                f"the file in row {row} of {name} is not opened by the reader of its format, {places.format} "
+                f"({fault}); remove it, or let the rule match other files with starts"
+            )
+    if fixed == len(files):
+        raise UsageError(
+            f"the rules of {changes} allow no place in any of the {len(files):,} files of {name}; check starts, change "
+            "and insert of the rules, and the kinds of change in the threat"
+        )
+    longest = max(map(len, files))
+    width = longest + changes.growth
+    if width * len(files) > MOST_VALUES:
+        raise TargetError(
+            f"the {len(files):,} files of {name} need {width:,} bytes each, because the longest has {longest:,}; at "
+            f"most {MOST_VALUES:,} together were expected: take fewer or shorter files"
+        )
+    array: NDArray[np.float32] = encoded_files(files, width).numpy()
     return array
 
 

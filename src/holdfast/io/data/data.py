@@ -1,8 +1,9 @@
 """Opens a data set of any supported format: a file, a folder or a name in the catalogue, and selects examples."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
@@ -40,7 +41,7 @@ from holdfast.io.data.layouts import DeclaredData, layout_of_images
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
 from holdfast.io.data.pictures import Pictures, open_folder
 from holdfast.io.data_catalogue import CATALOGUE, data_folder, refuse_environment
-from holdfast.io.files import reading, similar_file, similar_name
+from holdfast.io.files import names_of, reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
 
 
@@ -300,6 +301,10 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
         raise UsageError(f"{address!r} is not a table and has no columns", data_argument("drop"))
     if path.exists():
         _refuse_foreign(path, address, options)
+    if path.is_dir() and options.expected.changes is not None:
+        from holdfast.io.data.byte_files import open_files  # late: few inputs are files
+
+        return open_files(path, options.choice, options.expected, follow_links=options.follow_links)
     suffix = suffix_of_files(path) if path.is_dir() else ""
     if suffix in SUFFIXES:
         rate = options.sampling_rate
@@ -352,15 +357,9 @@ def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
 
 
 def _open_archive(archive: Npz, place: _Location, address: str, options: _Options) -> Arrays:
-    needs_labels, split = options.expected.needs_labels, options.choice.split
-    if options.x or options.y:
-        x_name, y_name = named_arrays(
-            archive, options.x, options.y, split, address, needs_labels=needs_labels
-        )
-    else:
-        x_name, y_name = arrays_of_split(archive, split, address, needs_labels=needs_labels)
+    x_name, y_name, inputs = _array_names(archive, address, options)
     if y_name is None:
-        x = archive.array(x_name)
+        x = _inputs_of(archive, x_name, inputs, address)
         rows = options.choice.rows(len(x), address)
         labels, expected = np.full(len(rows), UNLABELLED), replace(options.expected, checks_labels=False)
         return from_numpy(address, x[rows], labels, rows, expected, layout=_layout(place.layout, x))
@@ -371,7 +370,10 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     name = f"{x_name} of {address!r}"
     rows = options.choice.rows(n_rows, name)
     stop = int(rows[-1]) + 1
-    x, all_labels = archive.array(x_name, stop=stop), whole_numbers(archive.array(y_name))
+    x, all_labels = (
+        _inputs_of(archive, x_name, inputs, address, stop=stop),
+        whole_numbers(archive.array(y_name)),
+    )
     other = data_argument("y", x_name)
     refuse_swapped(x, all_labels[:stop], repr(address), data_argument("x", y_name, also=(other,)))
     if len(rows) < stop:
@@ -404,6 +406,52 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
         source_labels=all_labels,
     )
     return replace(data.labelled(numbering), groups=_groups(archive, n_rows, rows, address, options.expected))
+
+
+def _array_names(
+    archive: Npz, address: str, options: _Options
+) -> tuple[str, str | None, Mapping[str, int] | None]:
+    """Return the names of the arrays of the inputs and the labels, the second of which may be None, and the inputs of a
+    model with several, whose first array is that of the inputs.
+    """
+    needs_labels, split = options.expected.needs_labels, options.choice.split
+    probe = options.expected.probe
+    inputs = None if probe is None or options.expected.rules is not None else probe.model.inputs
+    if inputs is not None:
+        missing = next((each for each in inputs if each not in archive.names), None)
+        if missing is not None:
+            raise TargetError(
+                f"the model has the input {missing!r}, and {address!r} has no such array; it has "
+                f"{names_of(archive.names)}"
+            )
+        first, y = next(iter(inputs)), options.y or "y"
+        return *named_arrays(archive, first, y, split, address, needs_labels=needs_labels), inputs
+    if options.x or options.y:
+        x, y_name = named_arrays(archive, options.x, options.y, split, address, needs_labels=needs_labels)
+    else:
+        x, y_name = arrays_of_split(archive, split, address, needs_labels=needs_labels)
+    return x, y_name, None
+
+
+def _inputs_of(
+    archive: Npz, x: str, inputs: Mapping[str, int] | None, address: str, *, stop: int | None = None
+) -> Array:
+    """Return the array `x` of an archive, or rows with the values of all `inputs` of a model one after another. Raises
+    `TargetError` for an array with another number of rows or of values of a row.
+    """
+    if inputs is None:
+        return archive.array(x, stop=stop)
+    n_rows, parts = archive.rows(x), []
+    for name, size in inputs.items():
+        values = archive.array(name, stop=stop)
+        n_values = prod(values.shape[1:])
+        if archive.rows(name) != n_rows or n_values != size:
+            raise TargetError(
+                f"the array {name!r} of {address!r} has {archive.rows(name)} rows of {n_values} values; {n_rows} rows "
+                f"of {size} were expected"
+            )
+        parts.append(values.reshape(len(values), -1) / np.float32(255 if values.dtype == np.uint8 else 1))
+    return np.concatenate(parts, 1).astype(np.float32)
 
 
 def _groups(

@@ -16,6 +16,7 @@ from holdfast.io.files import LAYOUT
 from holdfast.io.remote.probing import HWC_NOTE, ProbedClassifier
 
 if TYPE_CHECKING:
+    from holdfast.threats.byte_changes import ByteChanges
     from holdfast.threats.table_rules import Rules
     from holdfast.threats.text_edits import TextEdits
 
@@ -349,6 +350,18 @@ class DeclaredData:
     """whether the verb has a threat model, which may have rules of a table or be on texts"""
     edits: "TextEdits | None" = None
     """constraint on texts, if the inputs are texts; None for numbers"""
+    changes: "ByteChanges | None" = None
+    """constraint on files, if the inputs are files; None for numbers"""
+
+    @property
+    def of_symbols(self) -> bool:
+        """Whether the inputs are texts or files."""
+        return self.edits is not None or self.changes is not None
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether the inputs are numbers, without rules of a table."""
+        return not self.of_symbols and self.rules is None
 
     @property
     def bounds_of_values(self) -> Bounds:

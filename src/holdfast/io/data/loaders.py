@@ -438,6 +438,12 @@ def as_array(values: object, what: str) -> Array:
         array = np.asarray(values)
     except ValueError as error:
         raise TargetError(f"the {what} are rows of different shapes: {error}") from error
+    if (
+        array.dtype.kind in "SO"
+        and isinstance(values, list | tuple)
+        and all(isinstance(v, bytes) for v in values)
+    ):
+        return np.array([*values, None], object)[:-1]  # an array of `bytes` would lose zeros at the end
     if array.ndim and array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat):
         return array.astype(str)
     if array.dtype == object or array.ndim == 0:

@@ -155,10 +155,10 @@ class ClassFolders:
 
 
 def class_folders(
-    folder: Path, choice: Choice, suffixes: tuple[str, ...], what: str, *, follow_links: bool
+    folder: Path, choice: Choice, suffixes: tuple[str, ...] | None, what: str, *, follow_links: bool
 ) -> ClassFolders:
-    """Return the files with one of the suffixes in the subfolders of a folder. Files of different classes alternate, so
-    that the first ones include all classes.
+    """Return the files with one of the suffixes in the subfolders of a folder; None for all files that are not hidden.
+    Files of different classes alternate, so that the first ones include all classes.
 
     A subfolder without such files is a class too. `what` names one of the files in messages, as in "image". Raises
     `TargetError` if there are no files, and for a link that leads out of the folder, without `follow_links`.
@@ -175,6 +175,9 @@ def class_folders(
     if not follow_links:
         _refuse_leaving((path for column in columns for path, _ in column), folder)
     entries = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
+    if not entries:
+        advice = "" if suffixes is None else "; a threat such as bytes:change=16 reads files of any format"
+        raise TargetError(f"the class folders of {str(root)!r} hold no {what}s{advice}")
     rows = choice.rows(len(entries), repr(str(root)))
     notes = _nested(root, names)
     empty = [name for name, column in zip(names, columns, strict=True) if not column]
@@ -286,13 +289,15 @@ def split_folder(folder: Path, split: str | None) -> Path:
     return folder / name
 
 
-def _with_suffix(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Return the entries of a folder with one of the suffixes, in the order of their names. Those that are no regular
-    files are refused when they are opened.
+def _with_suffix(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
+    """Return the entries of a folder with one of the suffixes, in the order of their names; None for all entries that
+    are not hidden. Those that are no regular files are refused when they are opened.
     """
-    return iter(
-        sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.is_dir())
-    )
+
+    def fits(path: Path) -> bool:
+        return not path.name.startswith(".") if suffixes is None else path.suffix.lower() in suffixes
+
+    return iter(sorted(path for path in folder.iterdir() if fits(path) and not path.is_dir()))
 
 
 def _refuse_leaving(paths: Iterable[Path], folder: Path) -> None:

@@ -21,7 +21,7 @@ from holdfast.io.doctor.readings import (
     units,
 )
 from holdfast.io.remote.probing import settle_output, settle_predictions
-from holdfast.threats.domains import TEXT, Domain
+from holdfast.threats.domains import Domain
 
 
 def examine(model: Classifier, data: Data, *, domain: Domain | None = None) -> tuple[Finding, ...]:
@@ -66,19 +66,23 @@ def misfit(
     """Return a finding if the data do not fit the model, otherwise None, together with the number of forward passes
     that were made.
 
-    The function checks labels, layout, normalisation, scale and value range, of texts only labels. `names` are the
-    class names in the order of their numbers, if the labels of the data are names, and `domain` is that of the inputs
-    if it is known. The model must be in eval mode, and
-    the inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
-    them, otherwise about fifteen.
+    The function checks labels, layout, normalisation, scale and value range, of texts and files only labels. `names`
+    are the class names in the order of their numbers, if the labels of the data are names, and `domain` is that of the
+    inputs if it is known. The model must be in eval mode, and the inputs inside its bounds. The cost is one forward
+    pass for each example if the model is correct on nearly all of them, otherwise about fifteen.
     """
     logits = outputs_in_batches(model, batch.x, batch_size)
     examined = Examined(model, batch, (), logits, batch_size, names=names, domain=domain)
-    checks = (class_orders, labels_from_one, *(() if domain is TEXT else (layouts, units)))
+    checks = (class_orders, labels_from_one, *(() if _of_symbols(domain) else (layouts, units)))
     problem = next(
         (problem for check in checks for problem in check(examined) if problem.level == "problem"), None
     )
     return problem, len(batch) + sum(examined.calls)
+
+
+def _of_symbols(domain: Domain | None) -> bool:
+    """Return whether inputs are sequences of symbols, which have no layout and no units."""
+    return domain is not None and domain.of_symbols
 
 
 def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
@@ -114,7 +118,7 @@ def _findings(
         yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in its code instead of x -= mean")
     classes = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
     ends = behaviour.range_of_labels(data, batch)
-    if domain is not TEXT:
+    if not _of_symbols(domain):
         yield from behaviour.range_of_values(model, batch.x, data)
     yield from behaviour.labels_outside(*ends, classes, remote=model.remote, class_labels=model.class_labels)
     y, rows = behaviour.known_labels(batch.y, classes, ends)
@@ -122,7 +126,7 @@ def _findings(
     logits, names = outputs_in_batches(model, batch.x, batch_size), behaviour.names_of_labels(data)
     examined = Examined(model, batch, left_in_training, logits, batch_size, names=names, domain=domain)
     for check in _CHECKS:
-        if check is not units or domain is not TEXT:
+        if check not in _OF_NUMBERS or not _of_symbols(domain):
             yield from check(examined)
 
 
@@ -154,3 +158,5 @@ _CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
     behaviour.steadiness_findings,
     behaviour.gradient_findings,
 )
+_OF_NUMBERS = (units, behaviour.gradient_findings)
+"""Checks whose meaning needs inputs that are numbers."""

@@ -460,9 +460,13 @@ class TextFunction(nn.Module):
             return self
         return TextFunction(deepcopy(self.model, memo), self.digest)
 
+    def inputs(self, x: Tensor) -> list[Any]:
+        """Return the texts in the rows of `x`."""
+        return decoded(x)
+
     def forward(self, x: Tensor) -> object:
         """Return the scores of the texts in the rows of `x`."""
-        outputs = self.model(decoded(x))
+        outputs = self.model(self.inputs(x))
         if not isinstance(outputs, np.ndarray | list | tuple):
             return outputs.to(x.device) if isinstance(outputs, Tensor) else outputs
         _refuse_labels(outputs)
@@ -470,7 +474,7 @@ class TextFunction(nn.Module):
             return torch.as_tensor(np.asarray(outputs, dtype=np.float64)).to(x.device, x.dtype)
         except (TypeError, ValueError) as error:
             raise TargetError(
-                f"the model returned {outputs[0]!r:.80} for the first text; scores (n, classes) were expected, as a "
+                f"the model returned {outputs[0]!r:.80} for the first input; scores (n, classes) were expected, as a "
                 "tensor, an array or a list of rows of numbers"
             ) from error
 
@@ -485,8 +489,8 @@ def _refuse_labels(outputs: Sequence[Any] | estimators.Array) -> None:
         is_label = any(not 0 <= number <= 1 for number in outputs)
     if is_label:
         raise TargetError(
-            f"the model returned labels, such as {first!s:.80} for the first text, and scores (n, classes) were "
-            "expected; return a row for each text, with 1 for its class and 0 for the others, and set model_output: "
+            f"the model returned labels, such as {first!s:.80} for the first input, and scores (n, classes) were "
+            "expected; return a row for each input, with 1 for its class and 0 for the others, and set model_output: "
             "probability"
         )
 

@@ -16,7 +16,7 @@ from holdfast.core.errors import CarriesCode, TargetError, UsageError, model_arg
 from holdfast.core.model import EVERY, Batches, Bounds, Classifier, Normalisation, parameter_of, refuse_lazy
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Access, Layout
-from holdfast.io.files import ARCHITECTURE, reading, sha256_of_file, similar_file, similar_name
+from holdfast.io.files import ARCHITECTURE, names_of, reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models import factories
 from holdfast.io.models.adapting import adapted, digest_of_object, no_classifier
 from holdfast.io.models.composed import declared_ensemble, ensemble_of, with_denoiser
@@ -43,8 +43,12 @@ Up to this number the error message can list the missing tensors.
 """
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".jit", ".model", ".ckpt", ".bin")
-_OF_NUMBERS = (".onnx", ".pt2", ".json", ".ubj", ".txt")
+_OF_NUMBERS = (".pt2", ".json", ".ubj", ".txt")
 """Suffixes of models that cannot be called with texts."""
+TEXT_BOUNDS = Bounds(0.0, float(LARGEST))
+"""Range of code points, which are the inputs of models of texts."""
+_FIXED = 1e6
+"""Largest absolute value of a feature that attacks do not change, without other bounds; its square is finite."""
 WEIGHTS, CARD, PROGRAM = "model.safetensors", "card.json", "member.pt2"
 """Names of the files of a hardened model in its folder; the program is that of a member of an ensemble."""
 ROTATING = "rotating:"
@@ -110,8 +114,15 @@ class Declared:
     """class labels of the data, if they are not 0, 1, 2, …"""
     texts: bool = False
     """whether the model is called with a list of strings"""
+    files: bool = False
+    """whether the model is called with a list of the contents of files"""
     rules: "Rules | None" = None
     """rules of the table whose rows are the inputs"""
+
+    @property
+    def is_called_with_lists(self) -> bool:
+        """Whether the model is called with a list of strings or of bytes, and not with a tensor."""
+        return self.texts or self.files
 
     def wrap(
         self, net: factories.Model, *, access: Access = "gradients", batches: Batches | None = None
@@ -127,6 +138,10 @@ class Declared:
             from holdfast.io.models.adapting import adapted_text_model  # late: few models are of texts
 
             adapted_model = adapted_text_model(net)
+        elif self.files:
+            from holdfast.io.models.byte_models import adapted_file_model  # late: few models are of files
+
+            adapted_model = adapted_file_model(net)
         else:
             adapted_model = adapted(net)
         if adapted_model is not None and self.rules is not None:
@@ -160,7 +175,9 @@ class Declared:
     @property
     def _bounds(self) -> Bounds | None:
         if self.texts:
-            return Bounds(0.0, float(LARGEST))
+            return TEXT_BOUNDS
+        if self.files:
+            return Bounds(0.0, 256.0)
         if self.rules is None:
             return self.bounds
         low, high = ([side(name) for name in self.rules.names] for side in (self.rules.low, self.rules.high))
@@ -238,15 +255,15 @@ def open_model(
             model_argument("constants", option="--constant"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
-    if properties.texts and Path(address).suffix == ".onnx":
-        from holdfast.io.onnx.opening import open_onnx  # late: onnx is an extra
-
-        with reading(address):
-            open_onnx(Path(address))  # refuses one that is called with texts
     if properties.texts and (address.partition(":")[0] in SCHEMES or Path(address).suffix in _OF_NUMBERS):
         raise UsageError(
             f"{address!r} is called with numbers, and the threat is on texts; give FILE.py:FACTORY, where the factory "
             "returns a function from a list of strings to scores, or a pipeline of scikit-learn"
+        )
+    if properties.files and not (factories.names_code(address) or Path(address).suffix == ".onnx"):
+        raise UsageError(
+            f"{address!r} is called with numbers, and the threat is on files; give FILE.py:FACTORY, where the factory "
+            "returns a function from a list of bytes to scores, or an .onnx file with one input of whole numbers"
         )
     if address.partition(":")[0] in SCHEMES:
         return _open_http(opening)
@@ -296,7 +313,11 @@ def _open_code(opening: _Opening) -> OpenedModel:
     model = opening.declared.wrap(built.net)
     # The code may read weights that no argument names; therefore the tensors are digested too.
     net = built.net if isinstance(built.net, nn.Module) else model.net
-    if isinstance(net, nn.Module) and not isinstance(net, Estimator) and not opening.declared.texts:
+    if (
+        isinstance(net, nn.Module)
+        and not isinstance(net, Estimator)
+        and not opening.declared.is_called_with_lists
+    ):
         state_digest = sha256_of_state(net)
     else:
         state_digest = digest_of_object(net)
@@ -520,13 +541,45 @@ def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
 def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     from holdfast.io.onnx.opening import open_onnx  # late: onnx is an extra
 
-    graph = open_onnx(path, opening.declared.input_shape, opening.declared.constants)
+    declared = opening.declared
+    if declared.files:
+        return _open_onnx_of_files(opening, path)
+    rules = declared.rules
+    columns = None if rules is None else {name: rules.categories.get(name, ()) for name in rules.names}
+    graph = open_onnx(path, declared.input_shape, declared.constants, texts=declared.texts, columns=columns)
+    if declared.texts:  # the network takes rows of code points, and not strings
+        declared = replace(declared, texts=False, bounds=TEXT_BOUNDS)
     properties = Declared(
-        classes=graph.classes, class_names=graph.class_names, class_labels=graph.class_labels
+        classes=graph.classes,
+        output=graph.output,
+        class_names=graph.class_names,
+        class_labels=graph.class_labels,
     )
+    model = declared.filled(properties).wrap(graph.net, access=graph.access)
+    model.hides, model.feature_names, notes = graph.hides, graph.feature_names, graph.notes
+    model.inputs = graph.inputs
+    if graph.fixed is not None and rules is None:
+        assert graph.feature_names is not None
+        model.fixed = torch.tensor(graph.fixed)
+        # the bounds are those of the attacked inputs
+        sides = zip((-_FIXED, _FIXED), (model.bounds.low, model.bounds.high), strict=True)
+        model.bounds = Bounds(
+            *(torch.where(model.fixed, torch.tensor(far), torch.as_tensor(side)) for far, side in sides)
+        )
+        fixed = [name for name, stays in zip(graph.feature_names, graph.fixed, strict=True) if stays]
+        notes += (f"attacks do not change the further inputs: {names_of(fixed)}",)
+    return OpenedModel(model, opening.address, "onnx", graph.files, notes)
+
+
+def _open_onnx_of_files(opening: _Opening, path: Path) -> OpenedModel:
+    """Open an ONNX model of whole numbers, which are the bytes of files."""
+    from holdfast.io.models.byte_models import open_onnx_of_files  # late: few models are of files
+
+    graph, reading_notes, output = open_onnx_of_files(path)
+    properties = Declared(classes=graph.classes, class_names=graph.class_names, output=output)
     model = opening.declared.filled(properties).wrap(graph.net, access=graph.access)
     model.hides = graph.hides
-    return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)
+    return OpenedModel(model, opening.address, "onnx", graph.files, (*reading_notes, *graph.notes))
 
 
 def _open_estimator(opening: _Opening, path: Path) -> OpenedModel:

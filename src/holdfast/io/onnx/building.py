@@ -76,6 +76,8 @@ class Builder:
         self._computed = 0
         self._count = 0
         self._batch: fx.Node | None = None
+        self.one_hots: dict[fx.Node, tuple[Value, Tensor]] = {}
+        """whole numbers and their table, by the node that looks them up; the table is a multiple of the identity"""
         self.place = ""
         """file and node of the present operator, in the form of a stack trace of torch"""
 
@@ -385,16 +387,64 @@ def gather(step: GraphStep) -> Value:
 
 
 def one_hot(step: GraphStep) -> Value:
-    """Convert the operator OneHot, which marks the place of each index on a new axis."""
+    """Convert the operator OneHot, which marks the place of each index on a new axis, to an embedding."""
     depth, (off, on) = int(step.tensor(1).reshape(())), step.tensor(2)
     if any(bool((example < 0).any() | (example >= depth).any()) for example in step.x.at):
         raise Unsupported("OneHot of indices out of range")
-    places = step.builder.call(torch.Tensor.to, step.x, torch.int64)
-    y = step.builder.call(torch.Tensor.to, step.builder.call(F.one_hot, places, depth), on.dtype)
-    if (off, on) != (0, 1):
-        y = step.builder.call(torch.add, step.builder.call(torch.mul, y, (on - off).item()), off.item())
+    _bounded((depth, depth))
+    y = _marked(step.builder, step.x, torch.where(torch.eye(depth, dtype=torch.bool), on, off))
     axis = step.setting("axis", -1) % y.rank
     return y if axis == y.rank - 1 else step.builder.call(torch.movedim, y, -1, axis)
+
+
+def equal(step: GraphStep) -> Value:
+    """Convert the operator Equal. A comparison of whole numbers with 0, 1, 2, … on a new last axis marks their places,
+    and becomes an embedding, so that attacks get a gradient for each number.
+    """
+    for x, numbers in ((step.x, step.input(1)), (step.input(1), step.x)):
+        depth = numbers.shape[-1] if numbers.is_static and numbers.rank else 0
+        # a stride of 0 shows that the last axis repeats one value
+        repeats = x.node is not None and bool(x.rank) and (x.shape[-1] == 1 or x.at[0].stride(-1) == 0)
+        if (
+            repeats
+            and numbers.rank <= x.rank
+            and not x.at[0].is_floating_point()
+            and depth > 1
+            and depth * (depth + 1) <= MAX_ELEMENTS
+            and torch.equal(numbers.at[0].flatten(), torch.arange(depth, dtype=numbers.at[0].dtype))
+        ):
+            places = step.builder.call(
+                torch.Tensor.to, step.builder.call(torch.select, x, -1, 0), torch.int64
+            )
+            clamped = step.builder.call(torch.clamp, places, min=-1, max=depth)
+            # numbers out of range equal none: the last row of the table
+            places = step.builder.call(torch.remainder, clamped, depth + 1)
+            table = torch.eye(depth + 1, depth)
+            y = step.builder.call(torch.Tensor.to, _marked(step.builder, places, table), torch.bool)
+            assert y.node is not None
+            step.builder.one_hots[y.node] = (places, table)
+            return y
+    return step.builder.call(torch.eq, step.x, step.input(1))
+
+
+def _marked(builder: Builder, x: Value, table: Tensor) -> Value:
+    """Return the rows of a table for the whole numbers of `x`, and record how they were computed."""
+    places = x if x.at[0].dtype == torch.int64 else builder.call(torch.Tensor.to, x, torch.int64)
+    y = builder.call(F.embedding, places, builder.constant(table))
+    if y.node is not None:
+        builder.one_hots[y.node] = (places, table)
+    return y
+
+
+def projected_one_hot(step: GraphStep) -> Value | None:
+    """Return the product of marked places and a constant matrix as an embedding in the rows of the matrix, or None for
+    other products.
+    """
+    right = step.input(1)
+    if step.x.node not in step.builder.one_hots or not right.is_static or right.rank != 2:
+        return None
+    places, table = step.builder.one_hots[step.x.node]
+    return step.builder.call(F.embedding, places, step.builder.constant(table @ right.at[0]))
 
 
 def scatter_elements(step: GraphStep) -> Value:
@@ -476,6 +526,9 @@ def tile(step: GraphStep) -> Value:
 def cast(step: GraphStep) -> Value:
     """Convert the operator Cast, which converts a tensor to another type."""
     dtype = _dtype(step.attributes["to"])
+    if step.x.node in step.builder.one_hots and dtype.is_floating_point:  # not by way of truth values
+        places, table = step.builder.one_hots[step.x.node]
+        return _marked(step.builder, places, table.to(dtype))
     return step.x if step.x.at[0].dtype == dtype else step.builder.call(torch.Tensor.to, step.x, dtype)
 
 
@@ -546,6 +599,7 @@ def _reshaped(builder: Builder, x: Value, sizes: Ints) -> Value:
         return x
     if (
         x.node is not None
+        and x.rank > 1
         and len(first) == 2
         and first[0] != second[0]
         and x.varies(0)
@@ -595,6 +649,7 @@ SHAPING: dict[str, Operator] = {
     "Constant": constant,
     "ConstantOfShape": constant_of_shape,
     "Dropout": identity,
+    "Equal": equal,
     "Expand": expand,
     "Flatten": flatten,
     "Gather": gather,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.io.onnx.building import GraphStep, Operator, Unsupported, Value
+from holdfast.io.onnx.building import GraphStep, Operator, Unsupported, Value, projected_one_hot
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -83,6 +83,9 @@ def matmul(step: GraphStep) -> Value:
     product.
     """
     right = step.input(1)
+    projected = projected_one_hot(step)
+    if projected is not None:
+        return projected
     if right.is_static and right.rank == 2 and step.x.node is not None:
         return step.builder.module("linear", _linear(step.tensor(1).t(), None), step.x)
     return step.builder.call(torch.matmul, step.x, right)
@@ -415,7 +418,6 @@ POINTWISE: dict[str, Operator] = {
     "Cos": _unary(torch.cos),
     "Div": _binary(quotient),
     "Elu": _activation("elu", lambda step: nn.ELU(step.setting("alpha", 1.0))),
-    "Equal": _binary(torch.eq),
     "Erf": _unary(torch.erf),
     "Exp": _unary(torch.exp),
     "Floor": _unary(torch.floor),

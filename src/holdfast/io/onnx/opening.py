@@ -1,10 +1,12 @@
 """Opens ONNX classifiers and networks for verification. They are converted to torch and compared with onnxruntime."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from holdfast.core.batch import decoded, encoded
 from holdfast.core.errors import TargetError
-from holdfast.core.outputs import is_single
+from holdfast.core.outputs import OutputKind, is_single
 from holdfast.core.types import Access
 from holdfast.io.models.exported import SLICES, FixedBatch, rebatched
 from holdfast.io.onnx.building import SHAPING, Builder, GraphStep, Operator, Unsupported, Value, as_tensor
 from holdfast.io.onnx.layers import LAYERS, POINTWISE
 from holdfast.io.onnx.reading import (
+    OnnxColumns,
     OnnxFile,
     OnnxInput,
     bytes_beside,
@@ -29,16 +33,24 @@ from holdfast.io.onnx.reading import (
     run_session,
     run_with_feeds,
     session,
+    some_inputs,
 )
 from holdfast.io.sandbox.calling import read_under_limits
 from holdfast.io.sandbox.sandbox_main import Limits
 
 OPERATORS: dict[str, Operator] = {**LAYERS, **POINTWISE, **SHAPING}
 """Functions that convert the supported operators, by their ONNX names."""
+_CONDITION = "If"
+"""Operator with two graphs. It is replaced by one of them if its condition is constant."""
 _SHOWN = 200
 """number of characters of the name of a node that is shown"""
 _FREE_SIZES = (2, 3)
 """Batch sizes of the two examples. Sizes that differ between them depend on the batch size."""
+
+
+def _operator(node: Any) -> str:
+    """Return the name of the operator of a node, with its domain if it is not part of ONNX itself."""
+    return str(node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}")
 
 
 def refuse_unknown_operators(file: OnnxFile) -> None:
@@ -47,10 +59,10 @@ def refuse_unknown_operators(file: OnnxFile) -> None:
     """
     first: dict[str, str] = {}
     for node in file.proto.graph.node:
-        operator = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
-        first.setdefault(operator, name_of(node))
+        first.setdefault(_operator(node), name_of(node))
     unknown = [
-        f"{operator} (node {first[operator]!r})" for operator in sorted(first.keys() - OPERATORS.keys())
+        f"{operator} (node {first[operator]!r})"
+        for operator in sorted(first.keys() - OPERATORS.keys() - {_CONDITION})
     ]
     if unknown:
         raise Unsupported(f"the operator{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}")
@@ -67,9 +79,29 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
     examples = (random_batch(file, sizes[0]), random_batch(file, sizes[1]))
     builder = Builder(examples)
     values = {name: builder.constant(as_tensor(array)) for name, array in file.tensors.items()}
-    values[file.input.name] = builder.input
+    values |= _inputs(builder, file)
     fixed = file.input.shape[0] if batch_size is None else None
-    for node, spent in _needed(file.proto.graph, output):
+    _compute(builder, file, file.proto.graph, (output,), values, fixed)
+    if values[output].node is None:
+        raise Unsupported(f"an output {output!r} that does not depend on the input")
+    return builder.finish(values[output])
+
+
+def _compute(
+    builder: Builder,
+    file: OnnxFile,
+    graph: Any,
+    outputs: Sequence[str],
+    values: dict[str, Value],
+    fixed: int | None,
+) -> None:
+    """Add the part of a graph that computes `outputs` to the builder, and its results to `values`."""
+    for node, spent in _needed(graph, outputs):
+        if _operator(node) == _CONDITION:
+            values.update(zip(node.output, _branch(builder, file, node, values, fixed), strict=True))
+            continue
+        if _operator(node) not in OPERATORS:
+            raise Unsupported(f"the operator {_operator(node)} (node {name_of(node)!r})")
         step = GraphStep(
             builder,
             node.op_type,
@@ -83,21 +115,70 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
         values.update(zip(node.output, _results(step, node), strict=False))
         for name in spent:  # a file may compute more than memory holds at once
             values.pop(name, None)
-    if values[output].node is None:
-        raise Unsupported(f"an output {output!r} that does not depend on the input")
-    return builder.finish(values[output])
 
 
-def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
-    """Yield the nodes that an output depends on, in order, each with the names of values that no later node uses."""
-    needed, nodes = {output}, []
+def _branch(
+    builder: Builder, file: OnnxFile, node: Any, values: Mapping[str, Value], fixed: int | None
+) -> list[Value]:
+    """Return the outputs of that branch of a condition which its constant chooses."""
+    condition = values[node.input[0]]
+    if not condition.is_static:
+        raise Unsupported(f"If of the node {name_of(node)!r} whose condition is computed from the data")
+    name = "then_branch" if bool(condition.at[0]) else "else_branch"
+    (graph,) = (attribute.g for attribute in node.attribute if attribute.name == name)
+    tensors = {
+        each.name: builder.constant(as_tensor(onnx_module().numpy_helper.to_array(each)))
+        for each in graph.initializer
+    }
+    inner, outputs = {**values, **tensors}, [output.name for output in graph.output]
+    _compute(builder, file, graph, outputs, inner, fixed)
+    return [inner[output] for output in outputs]
+
+
+def _inputs(builder: Builder, file: OnnxFile) -> dict[str, Value]:
+    """Return the values of the inputs of a file by their names. Several inputs are columns of the rows."""
+    if not file.columns:
+        return {file.input.name: builder.input}
+    values = {}
+    for column in file.columns:
+        if column.dtype == object:
+            raise Unsupported(f"the input {column.name} of strings")
+        first, n = column.places[0], len(column.places)
+        if column.places == tuple(range(first, first + n)):  # for which bounds are known
+            rows = builder.call(operator.getitem, builder.input, (slice(None), slice(first, first + n)))
+        else:
+            places = builder.constant(torch.tensor(column.places))
+            rows = builder.call(torch.index_select, builder.input, 1, places)
+        if column.dtype.kind in "iu":
+            rows = builder.call(torch.round, rows)
+        shaped = (
+            builder.call(torch.unflatten, rows, 1, column.shape)
+            if column.shape
+            else builder.call(torch.flatten, rows)
+        )
+        dtype = as_tensor(np.zeros(1, column.dtype)).dtype
+        values[column.name] = builder.call(torch.Tensor.to, shaped, dtype)
+    return values
+
+
+def _needed(graph: Any, outputs: Sequence[str]) -> Iterator[tuple[Any, list[str]]]:
+    """Yield the nodes that outputs depend on, in order, each with the names of values that no later node uses."""
+    needed, nodes = {*outputs}, list[tuple[Any, list[str]]]()
     for node in reversed(graph.node):
         if needed.isdisjoint(node.output):
             continue
         last = [name for name in dict.fromkeys((*node.input, *node.output)) if name and name not in needed]
-        needed.update(filter(None, node.input))
+        needed.update(filter(None, (*node.input, *_names_inside(node))))
         nodes.append((node, last))
     yield from reversed(nodes)
+
+
+def _names_inside(node: Any) -> Iterator[str]:
+    """Yield the names of the values that the graphs inside a node use, which may be values around it."""
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from (*inner.input, *_names_inside(inner))
+        yield from (output.name for output in attribute.g.output)
 
 
 def name_of(node: Any) -> str:
@@ -124,16 +205,22 @@ def _setting(attribute: Any) -> Any:
 
 
 def random_batch(file: OnnxFile, n: int) -> Tensor:
-    """Return a batch of `n` random inputs in [0, 1) with the shape and type that an ONNX file declares. The inputs are
-    the same in every call.
+    """Return a batch of `n` random inputs with the shape and type that an ONNX file declares: real numbers in [0, 1),
+    whole numbers from 0 to 255, or code points of texts. The inputs are the same in every call.
     """
+    if file.input.is_text:
+        texts = some_inputs(file.input, n).reshape(n).tolist()
+        return encoded(texts, max(map(len, texts)))
     dtype = as_tensor(np.zeros(1, file.input.dtype)).dtype
-    sizes = [n, *(size or 1 for size in file.input.shape[1:])]
-    return torch.rand(sizes, generator=torch.Generator().manual_seed(n)).to(dtype)
+    sizes, draws = [n, *(size or 1 for size in file.input.shape[1:])], torch.Generator().manual_seed(n)
+    if not dtype.is_floating_point:
+        return torch.randint(256, sizes, generator=draws).to(dtype)
+    return torch.rand(sizes, generator=draws).to(dtype)
 
 
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
-"""Largest difference between import and onnxruntime, in units of the largest output (at least 1), by input type."""
+"""Largest difference between import and onnxruntime, in units of the largest output (at least 1), by float type
+of the input. That of inputs of whole numbers is the one of float32."""
 CHECKED_SIZES = (1, 3)
 """Batch sizes on which the import is compared with onnxruntime."""
 LIMITS = Limits(copies=8, spare_bytes=2**31)
@@ -160,6 +247,18 @@ class OnnxModel:
     """names of the classes, if the labels in the file are strings"""
     class_labels: tuple[int, ...] | None = None
     """labels of the classes, if they are integers other than 0, 1, 2, …"""
+    output: OutputKind | None = None
+    """"probability" if the output is one number of a sigmoid for each example, and None if it is unknown"""
+    feature_names: tuple[str, ...] | None = None
+    """names of the columns, if the file has several inputs"""
+    inputs: Mapping[str, int] | None = None
+    """number of columns of each input, if the file has several"""
+    fixed: tuple[bool, ...] | None = None
+    """whether each column is fixed under a threat without rules, if one is: it does not belong to the inputs of real
+    numbers with the most values
+    """
+    example: tuple[int | None, ...] = ()
+    """shape of one example"""
 
 
 class Converted(nn.Module):
@@ -177,24 +276,43 @@ class Converted(nn.Module):
         return y.to(x.dtype)
 
 
+class WholeNumbers(nn.Module):
+    """Wrapper of a network that reads whole numbers of one type, and returns float scores."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores (n, classes) of whole numbers (n, length) of any type, also of floats without a fractional
+        part. Gradients reach the rows of embeddings, and not the numbers.
+        """
+        y: Tensor = self.net(x.to(self.dtype))
+        return y
+
+
 class Runtime(nn.Module):
     """An ONNX model that runs in onnxruntime and returns scores without gradients."""
 
     def __init__(self, file: OnnxFile, output: str | None = None) -> None:
         super().__init__()
+        self.file = file
         self.input: OnnxInput = file.input
         self.size = file.input.shape[0]
         """only batch size that the file accepts; None for any"""
         self.session = session(file.content, torch.get_num_threads())
         self.kinds = {value.name: value.type for value in self.session.get_outputs()}
         self.states = file.states
+        self.counts_windows = self.size is None and not any(None in state.shape for state in file.states)
+        """whether the first axis of the inputs is that of the windows, because the states have no axis of examples"""
         carried = {state.output for state in file.states}
         numbers = [name for name, kind in self.kinds.items() if kind in _NUMBERS and name not in carried]
         self.outputs = [output] if output else numbers
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores of a batch. If the batch size of the file is fixed, the batch is processed in slices."""
-        return self.all(x)[0].to(x.dtype)
+        y = self.all(x)[0]
+        return y.to(x.dtype) if x.is_floating_point() else y
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Runtime":
         """Return the object itself, because a session cannot be copied and has no state that changes."""
@@ -206,7 +324,10 @@ class Runtime(nn.Module):
 
     def values(self, x: Tensor) -> list[np.ndarray[Any, Any]]:
         """Return all outputs of the ONNX model on a batch as arrays, which may contain strings."""
-        batch = x.detach().cpu().numpy().astype(self.input.dtype)
+        if self.input.is_text:
+            batch = np.array(decoded(x), object).reshape(len(x), *self.input.shape[1:])
+        else:
+            batch = x.detach().cpu().numpy().astype(self.input.dtype)
         size = self.size or len(batch)
         parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
         return [np.concatenate(values) for values in zip(*parts, strict=True)]
@@ -217,7 +338,7 @@ class Runtime(nn.Module):
         outputs = (
             self._over_windows(filled)
             if self.states
-            else run_session(self.session, self.outputs, self.input.name, filled)
+            else run_session(self.session, self.outputs, self.file, filled)
         )
         return [values[: len(rows)] if missing else values for values in outputs]
 
@@ -226,6 +347,11 @@ class Runtime(nn.Module):
         input of the file. The states are carried from each window to the next. The last one is filled up with zeros.
         """
         window, last = self.input.shape[-1] or batch.shape[-1], batch.ndim - 1
+        if self.counts_windows and batch.ndim == 2:
+            short = -batch.shape[1] % window
+            clips = np.pad(batch, [(0, 0), (0, short)]).reshape(len(batch), -1, window)
+            of_clips = [run_session(self.session, self.outputs, self.file, clip) for clip in clips]
+            return [np.stack([values.max(0) for values in each]) for each in zip(*of_clips, strict=True)]
         feeds, names = first_states(self.states, len(batch)), [state.output for state in self.states]
         largest: list[np.ndarray[Any, Any]] = []
         for start in range(0, batch.shape[-1], window):
@@ -249,7 +375,8 @@ class RuntimeLabels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the predicted class of each example as a one-hot row; the shape is (n, classes)."""
-        return nn.functional.one_hot(self.of(x), len(self.places)).to(x.dtype)
+        rows = nn.functional.one_hot(self.of(x), len(self.places))
+        return rows.to(x.dtype) if x.is_floating_point() else rows.float()
 
     def of(self, x: Tensor) -> Tensor:
         """Return the predicted class number (n,) of each example."""
@@ -258,18 +385,30 @@ class RuntimeLabels(nn.Module):
 
 
 def open_onnx(
-    path: Path, input_shape: Sequence[int] | None = None, constants: Mapping[str, float] | None = None
+    path: Path,
+    input_shape: Sequence[int] | None = None,
+    constants: Mapping[str, float] | None = None,
+    *,
+    whole_numbers: bool = False,
+    texts: bool = False,
+    columns: Mapping[str, Sequence[str]] | None = None,
 ) -> OnnxModel:
     """Return the classifier in an ONNX file: converted to torch and compared with onnxruntime, or run in onnxruntime.
 
     A model that cannot be imported gives only scores or labels, without gradients. `input_shape` is the shape of one
     example, which is needed for a file with free sizes, or that of a window for a file with a recurrent state, whose
-    scores are the largest over the windows of an example. `constants` are the values of further inputs. Raises
-    `TargetError` for a file that is not a classifier, or if the import differs from onnxruntime.
+    scores are the largest over the windows of an example. `constants` are the values of further inputs. With
+    `whole_numbers` the input of the file has whole numbers, and the network takes a tensor (n, length) of them, of any
+    type; the import calls `torch.nn.functional.embedding` for one-hot encodings and rows of tables. With `texts` the
+    input of the file is a string, and the network takes rows of code points. Raises `TargetError` for a file that is
+    not a classifier, or if the import differs from onnxruntime.
+
+    The network of a file with several inputs takes rows of a table. `columns` are its columns in their order, with the
+    names of categories; without it, they are in the order of the inputs.
     """
-    file = _read(path, input_shape, constants or {})
+    file = _read(path, input_shape, constants or {}, columns, whole_numbers=whole_numbers, texts=texts)
     _refuse_regressor(file, path)
-    output, classes, notes = _chosen_output(file, path)
+    output, classes, single, notes = _chosen_output(file, path)
     label_module = _differing_labels(file, output, path)
     if label_module is not None:
         hides = f"the largest value of {output} is not that of the class in {label_module.runtime.outputs[0]}"
@@ -278,7 +417,20 @@ def open_onnx(
             label_module, "labels", hides, classes, file.files, notes, *_class_names(file.labels, classes)
         )
     access: Access
-    notes += tuple(f"the input {name} is {value:g}" for name, value in (constants or {}).items())
+    notes += file.notes
+    if file.input.is_text:
+        hides = f"the input {file.input.name} is a text, which has no gradients"
+        names = _class_names(file.labels, classes)
+        return OnnxModel(Runtime(file, output), "scores", hides, classes, file.files, notes, *names)
+    states = {state.name for state in file.states}
+    notes += tuple(
+        f"the input {name} is {value:g}" for name, value in (constants or {}).items() if name not in states
+    )
+    if file.states:
+        starts = ", ".join(f"{state.name} starts at {state.start:g}" for state in file.states)
+        size = f"{file.input.shape[-1]:,} values"
+        carried = f"the state {starts} for each example and is carried over its windows of {size}"
+        notes += (f"{carried}; the scores are the largest over the windows",)
     try:
         if file.states:
             raise Unsupported(f"the recurrent state {file.states[0].name}")
@@ -291,19 +443,70 @@ def open_onnx(
         net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
         notes += (f"{hides}; the model runs in onnxruntime, with scores only and without gradients",)
         notes += () if net.size is None else (_fixed_note(net.size),)
-    return OnnxModel(net, access, hides, classes, file.files, notes, *_class_names(file.labels, classes))
+    names = _class_names(file.labels, classes)
+    kind: OutputKind | None = "probability" if single and _is_sigmoid(file.proto.graph, output) else None
+    opened = OnnxModel(
+        net, access, hides, classes, file.files, notes, *names, kind, example=file.input.shape[1:]
+    )
+    return _with_columns(opened, file.columns) if file.columns else opened
 
 
-def _read(path: Path, input_shape: Sequence[int] | None, constants: Mapping[str, float]) -> OnnxFile:
+def _read(
+    path: Path,
+    input_shape: Sequence[int] | None,
+    constants: Mapping[str, float],
+    columns: Mapping[str, Sequence[str]] | None = None,
+    *,
+    whole_numbers: bool,
+    texts: bool,
+) -> OnnxFile:
     """Return the content of a file that a separate process has parsed and run without harm."""
     content = onnx_content(path)
+    kinds = {"whole_numbers": whole_numbers, "texts": texts}
     request = {
         "input_shape": None if input_shape is None else list(input_shape),
         "constants": dict(constants),
+        "columns": columns and {name: list(values) for name, values in columns.items()},
+        **kinds,
     }
     beside = bytes_beside(path)
     with read_under_limits("onnx_files", path, LIMITS, content=content, n_bytes_beside=beside, **request):
-        return read_onnx(path, input_shape, content=content, constants=constants)
+        return read_onnx(path, input_shape, content=content, constants=constants, columns=columns, **kinds)
+
+
+def _with_columns(opened: OnnxModel, columns: Sequence[OnnxColumns]) -> OnnxModel:
+    """Return the model of a file with several inputs with the names of its columns, and which of them are fixed."""
+    sizes = [math.prod(column.shape) if column.dtype.kind == "f" else 0 for column in columns]
+    names: dict[int, tuple[str, bool]] = {}
+    for column, size in zip(columns, sizes, strict=True):
+        one = len(column.places) == 1
+        for k, place in enumerate(column.places):
+            names[place] = (column.name if one else f"{column.name}_{k}", size < max(sizes))
+    listed, fixed = zip(*(names[place] for place in sorted(names)), strict=True)
+    inputs = {column.name: len(column.places) for column in columns}
+    return replace(opened, feature_names=listed, inputs=inputs, fixed=fixed if any(fixed) else None)
+
+
+_SAME_RANGE = frozenset(
+    ("Cast", "Flatten", "Identity", "ReduceMax", "ReduceMean", "Reshape", "Squeeze", "Unsqueeze")
+)
+"""Operators whose results are probabilities if their first inputs are."""
+
+
+def _is_sigmoid(graph: Any, output: str, outside: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Return whether an output of a graph is that of a sigmoid, in all branches of its conditions. `outside` are the
+    nodes around the graph by their outputs.
+    """
+    maker = {**outside, **{name: node for node in graph.node for name in node.output}}
+    while output in maker:
+        node = maker.pop(output)  # once, so that the search ends also in a file with a cycle
+        if node.op_type == "If":
+            place = list(node.output).index(output)
+            return all(_is_sigmoid(branch.g, branch.g.output[place].name, maker) for branch in node.attribute)
+        if node.op_type not in _SAME_RANGE:
+            return bool(node.op_type == "Sigmoid")
+        output = node.input[0]
+    return False
 
 
 def _refuse_regressor(file: OnnxFile, path: Path) -> None:
@@ -389,6 +592,8 @@ def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
     net.register_forward_pre_hook(partial(_refuse_shape, file.input.shape[1:]))
     if file.input.dtype == np.float32:
         return net, notes
+    if file.input.dtype.kind in "iu":
+        return WholeNumbers(net, _torch_type(file)), notes
     return Converted(net, _torch_type(file)), (*notes, f"the model computes in {file.input.dtype}")
 
 
@@ -413,9 +618,9 @@ def _torch_type(file: OnnxFile) -> torch.dtype:
     return random_batch(file, 1).dtype
 
 
-def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...]]:
-    """Return the name of the first output with a float for every class of every example, the number of classes, and
-    notes.
+def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, bool, tuple[str, ...]]:
+    """Return the name of the first output with a float for every class of every example, the number of classes, whether
+    it has one float for two classes, and notes.
     """
     # Three rows reveal a file in which the size of one example is fixed.
     runtime, n = Runtime(file), file.input.shape[0] or 3
@@ -437,7 +642,8 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
     notes = (
         (f"the output {name} is used as the scores (outputs: {', '.join(runtime.kinds)})",) if several else ()
     )
-    return name, 2 if is_single(logits) else logits.shape[1], notes
+    single = is_single(logits)
+    return name, 2 if single else logits.shape[1], single, notes
 
 
 def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
@@ -476,7 +682,9 @@ def _refuse_different(
     """Raise `TargetError` if outputs of the import differ from those of onnxruntime by more than rounding."""
     alike = imported.shape == reference.shape
     difference = float((imported - reference).abs().max()) if alike else math.inf
-    allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(reference.abs().max()))
+    allowed = TOLERANCES.get(file.input.dtype.name, TOLERANCES["float32"]) * max(
+        1.0, float(reference.abs().max())
+    )
     if not difference <= allowed:  # a NaN is a difference too
         raise TargetError(
             f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g}{where}; at most {allowed:.3g} was "
@@ -530,7 +738,7 @@ def open_network(path: Path) -> OnnxNetwork:
     The whole input is one example, so that its first dimension has the size 1 or is free. Raises `TargetError` with the
     reason if the file cannot be converted: bounds need the operations of the network.
     """
-    file = _read(path, None, {})
+    file = _read(path, None, {}, whole_numbers=False, texts=False)
     runtime = Runtime(file)
     if len(file.outputs) != 1 or len(runtime.outputs) != 1:
         raise TargetError(

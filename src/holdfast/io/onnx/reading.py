@@ -1,6 +1,7 @@
 """Parses an `.onnx` file, with limits, and runs models in onnxruntime."""
 
 import hashlib
+import locale
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import FreeSizes, Placeholder, TargetError, UsageError, importing, model_argument
 from holdfast.core.names import did_you_mean
-from holdfast.io.files import OWN_FUNCTION, content_of_file, opened, refusing, sha256_of_file
+from holdfast.io.files import OWN_FUNCTION, content_of_file, names_of, opened, refusing, sha256_of_file
 
 MISSING = "an .onnx model is opened with packages that are missing"
 
@@ -51,14 +52,12 @@ class OnnxState:
 
 
 def run_session(
-    running: Any, outputs: list[str], name: str, batch: NDArray[Any], states: Sequence[OnnxState] = ()
+    running: Any, outputs: list[str], file: "OnnxFile", batch: NDArray[Any]
 ) -> list[NDArray[Any]]:
-    """Return the outputs of an onnxruntime session on a batch (n, *features). Raises `TargetError` if onnxruntime
-    rejects the batch.
-
-    `name` is the name of the input, and `outputs` lists the names of the outputs. The `states` have their first values.
+    """Return the outputs with the names `outputs` of the session of a file on a batch (n, *features). States have their
+    first values. Raises `TargetError` if onnxruntime rejects the batch.
     """
-    feeds = {name: batch, **first_states(states, len(batch))}
+    feeds = {**file.feeds(batch), **first_states(file.states, len(batch))}
     return run_with_feeds(running, outputs, feeds, batch.shape)
 
 
@@ -82,12 +81,18 @@ def run_with_feeds(
     return outputs_of_batch
 
 
-def some_inputs(shape: tuple[int | None, ...], dtype: np.dtype[Any], n: int) -> NDArray[Any]:
-    """Return `n` random inputs in [0, 1) with the given shape. Sizes that the model leaves open are 1. The inputs are
-    the same in every call.
+def some_inputs(described: "OnnxInput", n: int) -> NDArray[Any]:
+    """Return `n` random inputs of a model: real numbers in [0, 1), whole numbers from 0 to 255, or texts of words of
+    the model. Sizes that the model leaves open are 1. The inputs are the same in every call.
     """
-    sizes = [n, *(size or 1 for size in shape[1:])]
-    return np.random.default_rng(n).random(sizes, np.float32).astype(dtype)
+    sizes = [n, *(size or 1 for size in described.shape[1:])]
+    draws, dtype = np.random.default_rng(n), described.dtype
+    if described.is_text:
+        texts = [" ".join(draws.choice(described.words, 1 + k % _WORDS_OF_TEXT)) for k in range(n)]
+        return np.array(texts, object).reshape(sizes)
+    if dtype.kind in "iu":
+        return draws.integers(0, 256, sizes).astype(dtype)
+    return draws.random(sizes, np.float32).astype(dtype)
 
 
 def _first_line(error: Exception) -> str:
@@ -186,6 +191,26 @@ _FLOATS: dict[int, np.dtype[Any]] = {
     11: np.dtype(np.float64),
 }
 """Types in TensorProto.DataType that inputs may have, because attacks can change their values."""
+_WHOLE: dict[int, np.dtype[Any]] = {
+    2: np.dtype(np.uint8),
+    6: np.dtype(np.int32),
+    7: np.dtype(np.int64),
+}
+"""Types of inputs of models of bytes."""
+_TEXTS: dict[int, np.dtype[Any]] = {8: np.dtype(object)}
+"""Type of inputs of models of texts."""
+_TOKENS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+"""Inputs of models of tokens in the exports of transformers, and their names in the package `tokenizers`."""
+_TOKENIZER, _MOST_OF_TOKENIZER, _MOST_TOKENS = "tokenizer.json", 64_000_000, 512
+"""File of the tokenizer beside the model, its largest number of bytes, and the number of tokens of a text that are read
+if neither file states it.
+"""
+_LOCALE, _OTHER_LOCALE = "en_US.UTF-8", "C.UTF-8"
+"""Default of StringNormalizer, and the locale with the same letters that is part of the C library."""
+_WORDS_OF_TEXT = 8
+"""largest number of words of a random text"""
+_MOST_WORDS = 1_000
+"""largest number of words from which random texts are drawn"""
 _SHOWN = 200
 """number of characters of a text in the file that a message repeats"""
 _EXTERNAL = 1
@@ -200,6 +225,56 @@ class OnnxInput:
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
     """sizes of the axes; None for a free size"""
+    words: tuple[str, ...] = ()
+    """words of an input of texts, from the strings in the file; empty for numbers"""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether an example is a text."""
+        return self.dtype == object
+
+
+@dataclass(frozen=True)
+class OnnxColumns:
+    """One of several inputs of a model of tables, which gets some columns of each row."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    """shape of one example"""
+    places: tuple[int, ...]
+    """positions of its columns in the rows"""
+    values: tuple[str, ...] = ()
+    """names of the categories of an input of strings"""
+
+    def of(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Return the values of the input (n, *shape) for rows (n, columns) of numbers: whole numbers are rounded, and a
+        position of a category becomes its name, which is empty if it is missing.
+        """
+        columns = rows[:, self.places].reshape(-1, *self.shape)
+        if self.dtype == object:
+            names = np.array((*self.values, ""), object)
+            places = np.where(np.isnan(columns), len(self.values), columns.clip(0, len(self.values) - 1))
+            return names[np.rint(places).astype(np.int64)]
+        return (np.rint(columns) if self.dtype.kind in "iu" else columns).astype(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxTokens:
+    """The tokenizer of a model of texts, and the inputs that get its tokens."""
+
+    tokenizer: Any
+    """a tokenizer of the package `tokenizers`, with truncation and padding"""
+    dtypes: Mapping[str, np.dtype[Any]]
+    """types of the inputs by their names, which are in `_TOKENS`"""
+
+    def of(self, texts: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return the inputs (n, tokens) of the model for texts."""
+        rows = self.tokenizer.encode_batch(texts.reshape(-1).tolist())
+        return {
+            name: np.array([getattr(row, _TOKENS[name]) for row in rows], dtype).reshape(len(rows), -1)
+            for name, dtype in self.dtypes.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -218,6 +293,21 @@ class OnnxFile:
     """labels of the classes in the order of the scores, if the file has them, as files from scikit-learn do;
     else empty
     """
+    notes: tuple[str, ...] = ()
+    """notes for the report"""
+    columns: tuple[OnnxColumns, ...] = ()
+    """inputs of a model of tables with several inputs; `input` are their rows. Empty for a model with one input"""
+
+    tokens: "OnnxTokens | None" = None
+    """inputs of a model that reads the tokens of texts; `input` are the texts"""
+
+    def feeds(self, batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return the values of the inputs, without states, by their names for a batch of examples."""
+        if self.tokens is not None:
+            return self.tokens.of(batch)
+        if not self.columns:
+            return {self.input.name: batch}
+        return {column.name: column.of(batch) for column in self.columns}
 
     @property
     def path(self) -> str:
@@ -266,14 +356,22 @@ def read_onnx(
     *,
     content: bytes | None = None,
     constants: Mapping[str, float] = MappingProxyType({}),
+    whole_numbers: bool = False,
+    texts: bool = False,
+    columns: Mapping[str, Sequence[str]] | None = None,
 ) -> OnnxFile:
     """Return the parsed and checked content of an ONNX file. Only this function reads tensors that are stored in other
     files.
 
     `input_shape` is the shape of one example, which is needed for a file with free sizes. `content` is the content of
     the file if it was already read; then the file is not opened again. `constants` are the values of further inputs;
-    those of states are the values from which they start. Raises `TargetError` for a file that is invalid
-    or exceeds a limit, and `UsageError` if `input_shape` is missing or wrong.
+    those of states are the values from which they start. With `whole_numbers` the input has the type uint8, int32 or
+    int64, as in models of bytes, with `texts` it has a string for each example, and otherwise a float type. Raises
+    `TargetError` for a file that is invalid or exceeds a limit, and `UsageError` if `input_shape` is missing or wrong,
+    and for an input of another type with `texts`.
+
+    A file with several inputs is a model of tables. `columns` are the columns of the rows in their order, with the
+    names of the categories of those that are positions of categories.
     """
     content = onnx_content(path) if content is None else content
     onnx = onnx_module()
@@ -304,10 +402,26 @@ def read_onnx(
     except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {str(error).splitlines()[0]}") from error
     labels = _labels(proto.graph)
+    notes = _use_present_locales(proto.graph)
     _keep_tensors(proto.graph)
     states = _fill_constants(proto.graph, tensors, constants, path)
-    only = _input(proto, tensors, path, input_shape, {state.name for state in states})
-    return OnnxFile(proto, only, tensors, _opset(proto, path), files, states, labels)
+    split = (
+        ()
+        if texts or whole_numbers or states
+        else _columns(proto.graph, {*tensors, *(each.name for each in states)}, path, columns)
+    )
+    if split:
+        rows = OnnxInput("the columns", np.dtype(np.float32), (None, sum(len(each.places) for each in split)))
+        return OnnxFile(proto, rows, tensors, _opset(proto, path), files, states, labels, notes, split)
+    tokens = _tokens(proto.graph, {*tensors, *(each.name for each in states)}, path, files) if texts else None
+    if tokens is not None:
+        only = OnnxInput("the texts", np.dtype(object), (None,), ("a", "text"))
+        return OnnxFile(
+            proto, only, tensors, _opset(proto, path), files, states, labels, notes, tokens=tokens
+        )
+    types = _TEXTS if texts else _WHOLE if whole_numbers else _FLOATS
+    only = _input(proto, tensors, path, input_shape, {state.name for state in states}, types)
+    return OnnxFile(proto, only, tensors, _opset(proto, path), files, states, labels, notes)
 
 
 def _fill_constants(
@@ -351,6 +465,38 @@ def _fill_constants(
         )
         for name, output in zip(carried, nexts, strict=bool(carried))
     )
+
+
+def _use_present_locales(graph: Any) -> tuple[str, ...]:
+    """Replace locales of StringNormalizer that this machine does not have, which onnxruntime refuses, by C.UTF-8, and
+    return notes.
+    """
+    notes = []
+    for node in graph.node:
+        if node.op_type != "StringNormalizer":
+            continue
+        given = [each for each in node.attribute if each.name == "locale"]
+        name = given[0].s.decode(errors="replace") if given else _LOCALE
+        if name not in ("", "C") and not _is_present(name):
+            for each in given:
+                node.attribute.remove(each)
+            node.attribute.append(onnx_module().helper.make_attribute("locale", _OTHER_LOCALE))
+            notes.append(
+                f"the locale {name[:_SHOWN]}, by which the file changes the case of letters, is not installed, and "
+                f"{_OTHER_LOCALE} is used"
+            )
+    return tuple(dict.fromkeys(notes))
+
+
+def _is_present(name: str) -> bool:
+    current = locale.setlocale(locale.LC_ALL)
+    try:
+        locale.setlocale(locale.LC_ALL, name)
+    except locale.Error:
+        return False
+    finally:
+        locale.setlocale(locale.LC_ALL, current)
+    return True
 
 
 def _refuse_size(proto: Any, path: Path) -> None:
@@ -444,29 +590,41 @@ def _input(
     path: Path,
     input_shape: Sequence[int] | None,
     states: Collection[str],
+    types: Mapping[int, np.dtype[Any]],
 ) -> OnnxInput:
     inputs = [value for value in proto.graph.input if value.name not in tensors and value.name not in states]
+    listed = ", ".join(map(_described, inputs))
+    has_text = any(value.type.tensor_type.elem_type in _TEXTS for value in inputs)
+    if types is _FLOATS and (has_text or _reads_tokens(inputs)):
+        raise UsageError(
+            f"{str(path)!r} has the input {listed}, so that it is called with texts; assess it with a threat on texts, "
+            "such as text:edits=2,words=3, or give the file of another model"
+        )
+    if types is _TEXTS:
+        return _text_input(proto, inputs, path)
     if len(inputs) != 1:
         names = ", ".join(_described(value) for value in inputs) or "none"
         example = f"{inputs[-1].name}=0" if inputs else "NAME=0"
         raise TargetError(
-            f"{str(path)!r} has {len(inputs)} inputs: {names}. One is supported: a batch of float inputs. A "
-            "recurrent state, a length or a sampling rate must be a constant (constants in Python, as in --constant "
+            f"{str(path)!r} has {len(inputs)} inputs: {names}. Inputs of shapes such as N x 3, with a free batch size "
+            "and otherwise fixed sizes, are columns or arrays of the data. A recurrent state, a length or a sampling "
+            "rate must be a constant (constants in Python, as in --constant "
             f"{example}; a state then starts at 0): give all of them, or {OWN_FUNCTION}, here with zeros in place of "
             "your values"
         ).with_code(*_own_function(proto, inputs, path))
     kind = inputs[0].type.tensor_type
-    dtype = _FLOATS.get(kind.elem_type)
-    if kind.elem_type == onnx_module().TensorProto.STRING:
+    dtype = types.get(kind.elem_type)
+    if dtype is None and types is _WHOLE:
         raise TargetError(
-            f"{str(path)!r} has the input {_described(inputs[0])}, so that it is called with texts, and .onnx files "
-            f"are opened for numbers alone. For a threat on texts, such as text:edits=2,words=3, {OWN_FUNCTION}"
+            f"{str(path)!r} has the input {_described(inputs[0])}; a model of bytes has an input of whole numbers "
+            f"(uint8, int32 or int64) of shape N x length. Otherwise {OWN_FUNCTION}"
         ).with_code(*_own_function(proto, inputs, path))
     if dtype is None:
         raise TargetError(
             f"{str(path)!r} has the input {_described(inputs[0])}. Attacks change real numbers: float16, float32 or "
-            "float64 was expected. Export the model without its own scaling of bytes and without layers that read "
-            f"token numbers, or {OWN_FUNCTION}"
+            "float64 was expected. If it reads the bytes of files, give a threat such as bytes:change=16; otherwise "
+            "export the model without its own scaling of bytes and without layers that read token numbers, or "
+            f"{OWN_FUNCTION}"
         ).with_code(*_own_function(proto, inputs, path))
     _refuse_no_scores(proto, inputs, path)
     sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
@@ -479,10 +637,121 @@ def _input(
     return OnnxInput(inputs[0].name, dtype, shape)
 
 
+def _columns(
+    graph: Any, filled: Collection[str], path: Path, columns: Mapping[str, Sequence[str]] | None
+) -> tuple[OnnxColumns, ...]:
+    """Return the inputs of a model with several of them, none for another one: one with a single input, or with an
+    input of which another axis than the first one is free.
+
+    An input with one value for each example is the column of this name, and one with several values is the columns
+    `NAME_0`, `NAME_1` and so on. Raises `TargetError` if `columns` lacks one of them.
+    """
+    inputs = [value for value in graph.input if value.name not in filled]
+    kinds = {**_FLOATS, **_WHOLE, **_TEXTS}
+    shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in inputs]
+    is_table = all(shape and shape[0] <= 0 and all(size > 0 for size in shape[1:]) for shape in shapes)
+    if (
+        len(inputs) < 2
+        or not is_table
+        or _reads_tokens(inputs)
+        or any(value.type.tensor_type.elem_type not in kinds for value in inputs)
+    ):
+        return ()
+    names = {
+        value.name: [value.name]
+        if prod(shape[1:]) == 1
+        else [f"{value.name}_{k}" for k in range(prod(shape[1:]))]
+        for value, shape in zip(inputs, shapes, strict=True)
+    }
+    order = list(columns or [name for each in names.values() for name in each])
+    split = []
+    for value, shape in zip(inputs, shapes, strict=True):
+        missing = next((name for name in names[value.name] if name not in order), None)
+        if missing is not None:
+            raise TargetError(
+                f"{str(path)!r} has the input {_described(value)}, and there is no column {missing!r}; the columns are "
+                f"{names_of(order)}"
+            )
+        values = tuple((columns or {}).get(value.name, ()))
+        if value.type.tensor_type.elem_type in _TEXTS and not values:
+            raise UsageError(
+                f"{str(path)!r} has the input {_described(value)}; the values of a column of strings are in the rules "
+                "of the table, with type: category: give a threat such as table:rules.yaml"
+            )
+        places = tuple(order.index(name) for name in names[value.name])
+        split.append(
+            OnnxColumns(value.name, kinds[value.type.tensor_type.elem_type], tuple(shape[1:]), places, values)
+        )
+    further = [name for name in order if name not in {name for each in names.values() for name in each}]
+    if further:
+        raise TargetError(
+            f"{str(path)!r} has the inputs {names_of(list(names))}, and none for the column {further[0]!r} of the "
+            "rules; remove it from them"
+        )
+    return tuple(split)
+
+
+def _reads_tokens(inputs: Sequence[Any]) -> bool:
+    """Return whether inputs are those of a model of transformers that reads the tokens of texts."""
+    return bool(inputs) and all(
+        value.name in _TOKENS and value.type.tensor_type.elem_type in _WHOLE for value in inputs
+    )
+
+
+def _tokens(graph: Any, filled: Collection[str], path: Path, files: dict[str, str]) -> OnnxTokens | None:
+    """Return the tokenizer beside a model whose inputs are tokens, and add its digest to `files`. Return None for
+    another model, or without the file of a tokenizer.
+    """
+    inputs = [value for value in graph.input if value.name not in filled]
+    beside = path.parent / _TOKENIZER
+    if not _reads_tokens(inputs) or not beside.is_file():
+        return None
+    kinds = {value.name: value.type.tensor_type for value in inputs}
+    content = content_of_file(beside, "tokenizer", most=_MOST_OF_TOKENIZER, advice="save it again")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are forked after the first call
+    missing = f"{str(path)!r} reads the tokens of {str(beside)!r} with a package that is missing"
+    tokenizers = importing("tokenizers", missing, "text")
+    with refusing(f"{str(beside)!r} is no tokenizer", Exception, "save it again with save_pretrained"):
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+    files[str(beside)] = hashlib.sha256(content).hexdigest()
+    length = max(kind.shape.dim[1].dim_value if len(kind.shape.dim) > 1 else 0 for kind in kinds.values())
+    if length or tokenizer.truncation is None:
+        tokenizer.enable_truncation(length or _MOST_TOKENS)
+    padding = tokenizer.padding or {
+        "pad_id": next(filter(None, map(tokenizer.token_to_id, ("[PAD]", "<pad>"))), 0)
+    }
+    tokenizer.enable_padding(**(padding | {"length": length or None}))
+    return OnnxTokens(tokenizer, {name: _WHOLE[kind.elem_type] for name, kind in kinds.items()})
+
+
+def _text_input(proto: Any, inputs: Sequence[Any], path: Path) -> OnnxInput:
+    """Return the input of a model of texts. Raises `UsageError` for numbers, and `TargetError` for several texts."""
+    kinds = [value.type.tensor_type for value in inputs]
+    if [kind.elem_type for kind in kinds] != list(_TEXTS):
+        listed = ", ".join(map(_described, inputs)) or "none"
+        raise UsageError(
+            f"{str(path)!r} has the input {listed}, so that it is called with numbers, and the threat is on texts. If "
+            f"it reads the tokens of a text, put the {_TOKENIZER} of its tokenizer beside it, or "
+            f"{OWN_FUNCTION}: a function from a list of strings, which calls the tokenizer and the model"
+        )
+    (value,), (kind,) = inputs, kinds
+    sizes = [dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim]
+    if len(sizes) > 2 or any(size not in (None, 1) for size in sizes[1:]):
+        raise TargetError(
+            f"{str(path)!r} has the input {_described(value)}; one text for each example was expected: export it for "
+            "inputs of shape N or N x 1"
+        )
+    strings = [text for node in proto.graph.node for each in node.attribute for text in each.strings]
+    words = tuple(text.decode(errors="replace") for text in strings[:_MOST_WORDS] if text) or ("a", "text")
+    return OnnxInput(
+        value.name, _TEXTS[kind.elem_type], ((sizes or [None])[0], *(1 for _ in sizes[1:])), words
+    )
+
+
 def _own_function(proto: Any, inputs: Sequence[Any], path: Path) -> tuple[str, ...]:
     """Return lines of a file that calls a model in onnxruntime and returns scores: the first output of real numbers. Of
     three axes, the largest value of each class on the last one is taken, as over the boxes of a detector; of more axes,
-    that of each class on the second one, as over the pixels of an image. No lines are returned for rows of texts.
+    that of each class on the second one, as over the pixels of an image.
     """
     tensor = onnx_module().TensorProto
     floats = [value for value in inputs if value.type.tensor_type.elem_type in _FLOATS]
@@ -497,10 +766,6 @@ def _own_function(proto: Any, inputs: Sequence[Any], path: Path) -> tuple[str, .
         if value is not attacked:
             sizes = [str(dim.dim_value) if dim.dim_value > 0 else "len(x)" for dim in kind.shape.dim]
             given = f"numpy.zeros(({''.join(f'{size}, ' for size in sizes)}), {dtype!r})"
-        elif is_text and len(kind.shape.dim) > 1 and kind.shape.dim[1].dim_value > 1:
-            return ()
-        elif is_text:
-            given = f"numpy.array(x, object){'[:, None]' if len(kind.shape.dim) == 2 else ''}"
         elif kind.elem_type in _FLOATS:
             given = f"x.numpy().astype({dtype!r})"
         else:  # bytes are pixels, and other whole numbers are values of a table
@@ -543,7 +808,7 @@ def _filled(
         if sizes and None not in sizes[1:]:
             return sizes
         example = ",".join(str(size or "N") for size in sizes[1:]) or "N,…"
-        unit = "window, of which a clip has many" if has_states else "example"
+        unit = "window of a clip, which the documentation of the model states" if has_states else "example"
         raise (UsageError if has_states else FreeSizes)(
             f"{str(path)!r} has the input {_described(value)}, in which more sizes than the batch are free",
             model_argument(

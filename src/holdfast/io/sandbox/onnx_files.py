@@ -20,19 +20,24 @@ def read(
     folder: Path,
     input_shape: Sequence[int] | None,
     constants: Mapping[str, float],
+    *,
+    whole_numbers: bool,
+    texts: bool,
+    columns: Mapping[str, Sequence[str]] | None,
 ) -> dict[str, object]:
     """Test that an `.onnx` file can be parsed and run. Return an empty dictionary if this is possible.
 
     Raises the errors of `read_onnx`, `session` and `run_session`.
     """
     assert content is not None, "the file is read once"
-    file = read_onnx(path, input_shape, content=content, constants=constants)
+    kinds = {"whole_numbers": whole_numbers, "texts": texts}
+    file = read_onnx(path, input_shape, content=content, constants=constants, columns=columns, **kinds)
     running = session(file.content, threads=1)
     outputs = [output.name for output in running.get_outputs()]
     for k, n in enumerate(TRIED if file.input.shape[0] is None else (file.input.shape[0],)):
-        batch = some_inputs(file.input.shape, file.input.dtype, n)
+        batch = some_inputs(file.input, n)
         try:
-            run_session(running, outputs, file.input.name, batch, file.states)
+            run_session(running, outputs, file, batch)
         except TargetError as error:
             if k == 0 or is_out_of_memory(error.__cause__):
                 raise

@@ -65,8 +65,17 @@ _OPENED_WITH = (
     "mean",
     "std",
     "model_output",
+    "classes",
+    "class_names",
+    "class_order",
+    "sampling_rate",
+    "input_shape",
 )
 """settings with which model and data are opened again and that run no code, which the command states"""
+
+
+_LARGEST = 2**53
+"""whole numbers below it are floats"""
 
 
 def command_of(manifest: Mapping[str, Any], gates: Sequence[Judgement] = ()) -> str:
@@ -116,15 +125,28 @@ def _opening(settings: Mapping[str, Any]) -> list[str]:
     words = []
     for name in _OPENED_WITH:
         given = settings.get(name)
-        numbers = isinstance(given, list) and all(isinstance(value, float) for value in given)
-        texts = [",".join(map(exact, given))] if given and numbers else given
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        texts = [_text(value) for value in values]
+        if not all(text and text.isprintable() for text in texts):
+            continue
+        if texts and name != "drop":  # which is one option for each column
+            texts = [",".join(texts)]
         # as one word, because a value may begin with a hyphen
+        words += [f"--{name.replace('_', '-')}={text}" for text in texts]
+    constants = settings.get("constants", {})
+    if isinstance(constants, Mapping):
         words += [
-            f"--{name.replace('_', '-')}={text}"
-            for text in (texts if isinstance(texts, list) else [texts])
-            if isinstance(text, str) and text.isprintable()
+            f"--constant={name}={exact(value)}" for name, value in constants.items() if name.isprintable()
         ]
-    return words
+    return [*words, "--no-header"] if settings.get("header") is False else words
+
+
+def _text(value: object) -> str:
+    """Return a value of an option as text, or "" if it has another type or no float represents it."""
+    if isinstance(value, str):
+        return value
+    is_number = isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)
+    return exact(float(value)) if is_number else ""  # type: ignore[arg-type]
 
 
 def _recipe_settings(config: Mapping[str, Any]) -> list[str]:
@@ -394,7 +416,8 @@ def _notes(
 ) -> list[str]:
     """Notes on model, data and threat model that a reader needs before the numbers."""
     bounds = target.original.bounds
-    small = small_eps_note(plan.threat.constraint, bounds, math.prod(shape))
+    attacked = target.original.attacked_bounds
+    small = small_eps_note(plan.threat.constraint, attacked, math.prod(shape))
     wide = (
         ()
         if plan.threat.constraint.domain is not None

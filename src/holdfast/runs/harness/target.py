@@ -161,10 +161,11 @@ class PreparedModel:
 
     def queried(self, model: Model, batch: Batch) -> Model:
         """Return the model that attacks on a batch query. If the model has a detector, a rejected input counts as
-        correctly classified. Values that are missing in the batch stay missing.
+        correctly classified. Values that are missing in the batch stay missing, and fixed features do not change.
         """
-        if batch.x.isnan().any():
-            model = WithMissing(model, batch)
+        fixed = self.original.fixed
+        if fixed is not None or batch.x.isnan().any():
+            model = WithMissing(model, batch, fixed)
         model = Answering(model, batch) if self.original.remote else model
         return WithDetector(model, batch, self.aim) if self.rejects else model
 
@@ -380,7 +381,7 @@ def judge_inputs(
     """Judge inputs that were found outside the stages of a plan, for example by probes, and return the results as the
     columns of an attack.
     """
-    batch, x_adv = aimed(batch, plan.threat), with_missing(x_adv, batch.x)
+    batch, x_adv = aimed(batch, plan.threat), with_missing(x_adv, batch.x, target.original.fixed)
     x_adv = plan.threat.constraint.as_stored(x_adv, batch.x, target.original.bounds)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = verdict_of(plan, target, batch, x_adv)
@@ -490,7 +491,7 @@ def returned(
             f"{type(attack).__name__} returned {x_adv.dtype} of shape {tuple(x_adv.shape)} for inputs "
             f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack must return inputs of the same type and shape"
         )
-    x_adv = with_missing(x_adv, batch.x)
+    x_adv = with_missing(x_adv, batch.x, target.original.fixed)
     legal = allowed(threat.constraint, x_adv, batch.x, target.original.bounds)
     if not legal.all():
         worst = int((~legal).nonzero()[0, 0])

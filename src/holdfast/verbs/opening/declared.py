@@ -37,12 +37,13 @@ from holdfast.settings.groups import (
     ThreatSource,
 )
 from holdfast.settings.values import numbers_by_feature
-from holdfast.threats.domains import SIGNAL, TABLE, TEXT, Domain
+from holdfast.threats.domains import BYTES, SIGNAL, TABLE, TEXT, Domain
 from holdfast.threats.signals import sound_of
 from holdfast.verbs.checked_settings import group_of
 from holdfast.verbs.settings import Assess, Certify, Opening
 
 if TYPE_CHECKING:
+    from holdfast.threats.byte_changes import ByteChanges
     from holdfast.threats.tables import Table
     from holdfast.threats.text_edits import TextEdits
 
@@ -56,9 +57,10 @@ def declared(settings: Opening) -> Declared:
     """Return the properties of the model's input and output that the settings declare. Input bounds are included only
     if the user gave them.
     """
-    texts, table = edits_of(settings) is not None, table_of(settings)
-    if texts or table is not None:
-        _refuse_numeric(settings, "texts" if texts else "rows of a table, whose rules state their limits")
+    texts, files, table = edits_of(settings) is not None, changes_of(settings) is not None, table_of(settings)
+    if texts or files or table is not None:
+        inputs = "texts" if texts else "files" if files else "rows of a table, whose rules state their limits"
+        _refuse_numeric(settings, inputs)
     return Declared(
         bounds_of_all(settings)
         if "bounds" in settings.model_fields_set
@@ -73,6 +75,7 @@ def declared(settings: Opening) -> Declared:
         constants=group_of(settings, InferenceSource).constants,
         input_name=None if texts else settings.x,
         texts=texts,
+        files=files,
         rules=None if table is None else table.rules,
     )
 
@@ -86,6 +89,8 @@ def is_of_clips(settings: Opening) -> bool:
     )  # the latter of opened data
     if rate is not None or _constraint_on(SIGNAL, settings) is not None:
         return True
+    if changes_of(settings) is not None:
+        return False
     folder = Path(settings.data) if isinstance(settings.data, str) else None
     return folder is not None and folder.is_dir() and suffix_of_files(folder) in SUFFIXES
 
@@ -158,6 +163,12 @@ def edits_of(settings: Opening) -> "TextEdits | None":
     """Return the constraint on texts if the threat model is on texts, else None."""
     edits: TextEdits | None = _constraint_on(TEXT, settings)
     return edits
+
+
+def changes_of(settings: Opening) -> "ByteChanges | None":
+    """Return the constraint on files if the threat model is on files, else None."""
+    changes: ByteChanges | None = _constraint_on(BYTES, settings)
+    return changes
 
 
 def table_of(settings: Opening) -> "Table | None":
@@ -342,6 +353,7 @@ def expected(
         words=words,
         has_threat=isinstance(settings, ThreatSource),
         edits=edits,
+        changes=changes_of(settings),
         rules=None if table is None else table.rules,
     )
 
@@ -471,7 +483,7 @@ def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[s
     """
     if model.units is not None:
         return ()
-    low, high = ends(model.bounds)
+    low, high = ends(model.attacked_bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:
         note = (

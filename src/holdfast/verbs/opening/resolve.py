@@ -234,7 +234,10 @@ def _range_of_data(
     named = raw.features or ()
     order = [named.index(name) for name in _feature_names(model, raw)] if named else slice(None)
     low, high = (side(raw.x, axis=0)[order] for side in (np.nanmin, np.nanmax))
-    inside = bool((low >= float(model.bounds.low)).all() and (high <= float(model.bounds.high)).all())
+    # fixed features have values of any size
+    inside = model.fixed is None and bool(
+        (low >= float(model.bounds.low)).all() and (high <= float(model.bounds.high)).all()
+    )
     return None if inside else (tuple(low.tolist()), tuple(high.tolist()))
 
 
@@ -288,10 +291,10 @@ def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, A
 
     It is identified by its weights, its code and the objects that it refers to.
     """
-    differs = isinstance(net, nn.Module) and not properties.texts
+    differs = isinstance(net, nn.Module) and not properties.is_called_with_lists
     model = properties.wrap(differentiable(net) if differs else net)  # type: ignore[arg-type]
-    of_texts = properties.texts and not isinstance(model.net, Estimator)
-    name, identity, notes = object_identity(net if of_texts else model.net)
+    of_lists = properties.is_called_with_lists and not isinstance(model.net, Estimator)
+    name, identity, notes = object_identity(net if of_lists else model.net)
     return model, {"name": name, "how": "python", "digest": digest(canonical(identity))}, notes
 
 
@@ -331,7 +334,7 @@ def _subject(
         }
     )
     identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))
-    shown_properties = {**properties, "bounds": list(ends(model.bounds))}
+    shown_properties = {**properties, "bounds": list(ends(model.attacked_bounds))}
     parameters = sum(weight.numel() for weight in model.parameters())
     normalised = None if declared is None else declared.normalised
     if normalised is not None:
@@ -339,7 +342,9 @@ def _subject(
     if model.units is not None:  # of the values, with which a hardened model is opened again
         mean, std = model.units.normalisation_of_values(model)
         shown_properties |= strict({"bounds": ends(model.units.values), "mean": mean, "std": std})
-    has_eps = not relative and (declared is None or not (declared.texts or declared.rules is not None))
+    has_eps = not relative and (
+        declared is None or not (declared.is_called_with_lists or declared.rules is not None)
+    )
     units = units_of_eps(model, normalised) if has_eps else ()
     return DescribedModel(
         model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units)
