@@ -75,7 +75,7 @@ class _Search:
     def run(self, *, by_gradients: bool) -> None:
         """Query the unchanged file, signatures, steps by gradients, and random changes."""
         self._offer([self._state])
-        if self._file.is_fixed:
+        if self._file.places.is_empty:
             return
         self._signatures()
         if by_gradients:

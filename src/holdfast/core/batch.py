@@ -11,6 +11,7 @@ from typing import Final, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.draws import Draws
@@ -333,6 +334,13 @@ def decoded(x: Tensor) -> list[str]:
     numbers = x.detach().cpu().double().round().clamp(0, LARGEST).numpy().astype("<u4")
     texts: list[str] = np.ascontiguousarray(numbers).view(f"<U{numbers.shape[1]}")[:, 0].tolist()
     return texts
+
+
+def array_of_files(contents: Sequence[bytes]) -> NDArray[np.object_]:
+    """Return the contents of files as an array of objects (n,). An array of `bytes` would lose zeros at the end."""
+    array = np.empty(len(contents), object)
+    array[:] = contents
+    return array
 
 
 def encoded_files(contents: Sequence[bytes], width: int) -> Tensor:

@@ -47,6 +47,11 @@ class Places:
     format: str = ""
     """format whose reader must open the file after a change; empty for none"""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file may not change at all."""
+        return not (len(self.change) or len(self.insert) or self.append)
+
 
 @dataclass(frozen=True)
 class ByteChanges(Whole):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
-from holdfast.core.batch import Data, Lookup, decoded, decoded_files
+from holdfast.core.batch import Data, Lookup, array_of_files, decoded, decoded_files
 from holdfast.core.errors import UsageError
 from holdfast.core.names import kind_of
 from holdfast.core.types import Inputs
@@ -246,7 +246,7 @@ def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
     if domain is TEXT:
         returned = np.array(decoded(x_adv), np.str_)
     elif domain is BYTES:
-        returned = np.array([*decoded_files(x_adv), None], object)[:-1]  # an array of objects, of any lengths
+        returned = array_of_files(decoded_files(x_adv))
     else:
         returned = _as_given(data, x_adv, inputs)
 

@@ -76,11 +76,6 @@ class ChangedFile:
         self.places = changes.places(content)
         self._file = np.frombuffer(content, np.uint8)
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the constraint allows no change of the file."""
-        return not (len(self.places.change) or len(self.places.insert) or self.places.append)
-
     def fault(self, content: bytes) -> str:
         """Return why the reader of the format of the file does not open a changed content; empty if it does."""
         return self.changes.unopened(content, self.unchanged, self.places)

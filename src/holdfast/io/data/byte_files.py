@@ -3,8 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from holdfast.core.batch import array_of_files
 from holdfast.io.data.arrays import Arrays, Choice, from_numpy
 from holdfast.io.data.columns import MOST_VALUES
 from holdfast.io.data.layouts import DeclaredData
@@ -28,7 +27,7 @@ def open_files(folder: Path, choice: Choice, expected: DeclaredData, *, follow_l
     )
     data = from_numpy(
         str(folder),
-        np.array([*contents, None], object)[:-1],  # an array of objects, also for files of one length
+        array_of_files(contents),
         y,
         files.rows,
         expected,

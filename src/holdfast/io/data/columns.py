@@ -431,7 +431,7 @@ def rows_of_files(
         if not content:
             raise TargetError(f"the file in row {row} of {name} is empty; remove such files")
         places = changes.places(content)
-        fixed += not (len(places.change) or len(places.insert) or places.append)
+        fixed += places.is_empty
         fault = changes.unopened(content, content, places)
         if fault:
             raise TargetError(

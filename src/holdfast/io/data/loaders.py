@@ -30,7 +30,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from holdfast.core.batch import UNLABELLED, Batch, Data
+from holdfast.core.batch import UNLABELLED, Batch, Data, array_of_files
 from holdfast.core.errors import TargetError, UsageError, data_argument
 from holdfast.core.names import kind_of
 from holdfast.io.data.arrays import SUPPORTED, Array, Arrays, from_numpy
@@ -443,7 +443,7 @@ def as_array(values: object, what: str) -> Array:
         and isinstance(values, list | tuple)
         and all(isinstance(v, bytes) for v in values)
     ):
-        return np.array([*values, None], object)[:-1]  # an array of `bytes` would lose zeros at the end
+        return array_of_files(values)
     if array.ndim and array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat):
         return array.astype(str)
     if array.dtype == object or array.ndim == 0:
