@@ -109,6 +109,7 @@ from holdfast.verbs.opening.recipes import CARD, build_recipe, built, refuse_unh
 from holdfast.verbs.rotate import _candidate as rotation_recipe
 from holdfast.verbs.rotate import loop_settings
 from holdfast.verbs.serve_opening import (
+    _refuse_numeric,
     _refuse_settings_of_models,
     _shape,
     refuse_forwarded_keys,
@@ -606,6 +607,8 @@ def file(name: str) -> str:
         )
     elif name == "guard.yaml":
         holdfast.init(path, guard=True)
+    elif name == "guard-of-files.yaml":
+        path.write_text("inputs: {kind: files, shape: [9]}\nrules: {energy: {}}\n")
     elif name == "carded.safetensors":
         path.write_bytes(b"")
         path.with_name(CARD).write_text("{}")
@@ -2093,8 +2096,19 @@ situation(
 )
 situation(
     "no input shape",
-    lambda open_model=(): _shape(Serve(model=given(file("weights.pt"), dict(open_model)))),
+    lambda open_model=(): _shape(Serve(model=given(file("weights.pt"), dict(open_model))), "numbers"),
     {"input_shape": (4,)},
+)
+situation(
+    "no largest length",
+    lambda open_model=(): _shape(Serve(model=given(file("weights.pt"), dict(open_model))), "texts"),
+    {"input_shape": (4,)},
+)
+situation(
+    "settings of numbers for files",
+    lambda **more: _refuse_numeric(served(model="net.py:make", **more), "files"),
+    sampling_rate=8000,
+    masked_vote="patch:4x4",
 )
 situation(
     "forwarded keys",
@@ -2193,6 +2207,7 @@ situation("a split of an object", opened, open_data={"split": "val", "label": "y
 situation("a network of an object", opened, open_model={"arch": "mlp"})
 situation("words of ids", many_words, {"label": "label"})
 situation("declared names", declared_names, open_model={"class_names": ("ant", "bee")})
+situation("a guard of files", guarded, open_model=Later(lambda: {"guard": file("guard-of-files.yaml")}))
 situation("a guard of a server", guarded, open_model=Later(lambda: {"guard": file("guard.yaml")}))
 situation("geometry of l0", bounded, threat="l0:1", geometry=1)
 situation("no file of a network", fitting, {"network": {"net": 1}})

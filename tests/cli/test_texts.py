@@ -254,7 +254,7 @@ BAD = [
     (["--threat", EDITS, "--x", "absent"], "no such column of texts"),
     (["--threat", EDITS, "--drop", "text"], "no such column of texts"),
     (["--threat", EDITS, "--suite", "rand"], "no attack on texts"),
-    (["--threat", EDITS, "--bounds", "0,1"], "the threat is on texts"),
+    (["--threat", EDITS, "--bounds", "0,1"], "the inputs are texts"),
     (["--threat", EDITS, "--curve"], "no eps"),
     (["--threat", f"{EDITS},access=labels"], "needs scores"),
     (["--threat", "linf:0.1"], "is not numbers"),

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.blacklight import Blacklight
 from holdfast.attacks import Square
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, encoded_files
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -33,6 +33,29 @@ def images(n, seed=0, channels=3):
 
 def detector(shape=(3, 32, 32), **settings):
     return QueryDetector(KEY, MemoryState(), shape, **settings)
+
+
+def test_distances_of_files_are_those_of_their_sets_of_runs_wherever_the_runs_are():
+    rng = np.random.default_rng(0)
+    prints = fingerprinter(KEY, None, QuerySettings())
+    old = rng.bytes(4000)
+
+    def runs(content):
+        return {(b"\0\0" + content + b"\0\0")[k : k + 3] for k in range(len(content) + 2)}
+
+    for new in (old[:9] + b"x" + old[9:], rng.bytes(300) + old, old[:2000], rng.bytes(4000)):
+        common = len(runs(old) & runs(new)) / (len(runs(old)) * len(runs(new))) ** 0.5
+        sketches = prints.sketch(encoded_files([old, new], 5000))
+        assert np.square(sketches[0] - sketches[1]).sum() == pytest.approx(
+            2 * (1 - common), rel=0.4, abs=0.01
+        )
+        wide, narrow = (prints(encoded_files([new], width)) for width in (5000, 4300))
+        assert np.array_equal(wide.sketches, narrow.sketches) and wide.digests == narrow.digests
+    long = encoded_files(
+        [rng.bytes(100_000) for _ in range(2)], 100_000
+    )  # of which only some runs are compared
+    distance = np.square(np.subtract(*prints.sketch(long))).sum()
+    assert distance == pytest.approx(2, rel=0.4)
 
 
 class Recorded:

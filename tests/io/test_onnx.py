@@ -1332,5 +1332,5 @@ def test_a_file_of_texts_needs_a_threat_on_texts_and_one_text_for_each_example(t
         open_model(text_model(tmp_path / "m.onnx"))
     with pytest.raises(TargetError, match="string, N x 2.; one text for each example was expected"):
         open_model(text_model(tmp_path / "m.onnx", (N, 2)), declared=Declared(texts=True))
-    with pytest.raises(UsageError, match="called with numbers, and the threat is on texts"):
+    with pytest.raises(UsageError, match="called with numbers, and the inputs are texts"):
         open_model(linear_model(tmp_path / "m.onnx"), declared=Declared(texts=True))

@@ -340,9 +340,9 @@ class GuardPipeline(RequestGuard):
 
     def _of_equal_shape(self, drafts: Sequence[_Draft]) -> list[list[int]]:
         """Divide requests into groups whose inputs have the same shape, and return their positions. There is one group,
-        unless the schema leaves sizes open.
+        unless the schema leaves sizes open or inputs are files or texts.
         """
-        if None not in self.schema.shape:
+        if None not in self.schema.shape and self.schema.kind == "numbers":
             return [list(range(len(drafts)))] if drafts else []
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, draft in enumerate(drafts):

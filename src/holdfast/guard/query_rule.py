@@ -66,9 +66,9 @@ class QueryRule:
 
 
 def scaled(x: Tensor, schema: InputSchema) -> Tensor:
-    """Return inputs scaled from the range of the schema to [0, 1], in float32."""
+    """Return inputs scaled from the range of the schema to [0, 1], in float32. Rows of symbols are unchanged."""
     x = x.float()
-    if schema.low == (0.0,) and schema.high == (1.0,):
+    if schema.kind != "numbers" or (schema.low == (0.0,) and schema.high == (1.0,)):
         return x
     low, high = (per_channel(ends, x) for ends in (schema.low, schema.high))
     return (x - low) / (high - low)

@@ -20,6 +20,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.model import Bounds, Model, per_channel
 from holdfast.core.outputs import refused
 from holdfast.core.types import Ids, Inputs, Logits
+from holdfast.settings.values import InputKind
 from holdfast.statistics.intervals import confidence_sequence
 
 
@@ -384,6 +385,8 @@ class InputSchema:
     """lowest valid value: one number, or one for each channel"""
     high: tuple[float, ...] = (1.0,)
     """highest valid value: one number, or one for each channel"""
+    kind: InputKind = "numbers"
+    """what an input is; `shape` is the largest length of the rows of files and of texts"""
 
     def fault(self, x: Tensor) -> str:
         """Return what is wrong with the shape or the data type of the inputs of a request, or an empty text."""
@@ -391,9 +394,11 @@ class InputSchema:
             return ""  # of nearly all requests
         sizes = tuple(x.shape)
         if len(sizes) != len(self.shape) + 1 or any(
-            expected not in (None, size) for expected, size in zip(self.shape, sizes[1:], strict=True)
+            expected not in (None, size) and (self.kind == "numbers" or size > expected)
+            for expected, size in zip(self.shape, sizes[1:], strict=True)
         ):
             expected = ", ".join("any" if size is None else str(size) for size in ("n", *self.shape))
+            expected = expected if self.kind == "numbers" else f"n, at most {self.shape[0]}"
             return f"the inputs have the shape {sizes}; expected ({expected})"
         if x.dtype != self.dtype:
             given, wanted = (str(kind).removeprefix("torch.") for kind in (x.dtype, self.dtype))

@@ -170,7 +170,16 @@ def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[s
     """Return the description of `infer`. Its requests have one row or several, whose number the shape gives."""
     low, high = signature.bounds.low, signature.bounds.high
     value: dict[str, Any] = {"type": "number" if signature.input_type.startswith("FP") else "integer"}
-    if isinstance(low, float | int) and isinstance(high, float | int):
+    if signature.kind != "numbers":
+        least, most = signature.lengths
+        encoding = {
+            "contentEncoding": "base64",
+            "minLength": 4 * -(-least // 3),
+            "maxLength": 4 * -(-most // 3),
+        }
+        value = {"type": "string", "minLength": least, "maxLength": most}
+        value |= encoding if signature.kind == "files" else {}
+    elif isinstance(low, float | int) and isinstance(high, float | int):
         value |= {"minimum": low, "maximum": high}
     request = {
         "oneOf": [_request(signature, value, rows) for rows in range(1, min(signature.max_rows, 4) + 1)],

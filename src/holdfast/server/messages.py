@@ -27,7 +27,7 @@ from msgspec import Meta, Struct
 from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError, failure_from_json
-from holdfast.core.model import Classifier
+from holdfast.core.model import Bounds, Classifier
 from holdfast.guard.rules import NoRules, RequestGuard
 from holdfast.runs.engine.processes import Child, Send
 from holdfast.runs.engine.run import ERRORS
@@ -219,9 +219,11 @@ def no_rules(model: str | None) -> RequestGuard:
     return NoRules()
 
 
-def refuse_damaged(model: Classifier, shape: tuple[int, ...], device: torch.device) -> None:
+def refuse_damaged(
+    model: Classifier, shape: tuple[int, ...], device: torch.device, *, symbols: bool = False
+) -> None:
     """Raise `TargetError` for a model with parameters that are NaN, or without any finite score for random inputs of
-    this shape. Costs 8 forward passes of one input.
+    this shape, which are rows of letters for `symbols`. Costs 8 forward passes of one input.
     """
     names = [name for name, value in model.named_parameters() if bool(value.isnan().any())]
     if names:
@@ -229,7 +231,7 @@ def refuse_damaged(model: Classifier, shape: tuple[int, ...], device: torch.devi
             f"{len(names)} parameters of the model contain NaN, such as {names[0]}; restore its file"
         )
     x = torch.rand(_PROBES, *shape, generator=torch.Generator().manual_seed(0))
-    low, high = model.bounds.like(x)
+    low, high = (Bounds(FIRST_LETTER, FIRST_LETTER + 25) if symbols else model.bounds).like(x)
     x = low + x * (high - low) if bool((high - low).isfinite().all()) else model.bounds.clamp(x)
     with torch.inference_mode():  # one by one, because a file may accept batches of one input only
         finite = [bool(model(row.to(device)).isfinite().any()) for row in torch.split(x, 1)]
@@ -240,6 +242,8 @@ def refuse_damaged(model: Classifier, shape: tuple[int, ...], device: torch.devi
         )
 
 
+FIRST_LETTER = 97.0
+"""number of a letter in rows of files and of texts, after which 25 others follow"""
 State = Literal["prepared", "serving", "canary", "retired", "refused"]
 """`prepared`: opened and tested by a worker, or loaded by all; `serving`; `canary`: serving a share of the requests
 beside the serving generation; `retired`: has served; `refused`: cannot serve, or died as a canary"""

@@ -27,9 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from holdfast.core.batch import encoded as encoded_texts
+from holdfast.core.batch import encoded_files
 from holdfast.core.model import Bounds
 from holdfast.io.sandbox.clips import NO_SIZE
 from holdfast.server.requests import Refused
+from holdfast.settings.values import InputKind
 
 INPUT, OUTPUT, CERTIFIED = "input", "scores", "certified"
 """names of the only input and of the outputs of a served model; only a vote over masks has the second output"""
@@ -77,6 +80,10 @@ class Signature:
     """sampling rate of a model of clips, which may also be sent as `.wav` files in base64"""
     certified_patch: str | None = None
     """patch for which a vote over masks states whether it can have changed the class; None for another model"""
+    kind: InputKind = "numbers"
+    """kind of the inputs; files and texts are sent as BYTES, and their `shape` has no sizes"""
+    lengths: tuple[int, int] = (1, 1)
+    """smallest and largest number of bytes of a file, or of characters of a text"""
 
     @property
     def values(self) -> int:
@@ -85,8 +92,11 @@ class Signature:
 
     @property
     def most_bytes(self) -> int:
-        """Largest number of bytes of a valid request body, in JSON with 32 bytes for each value."""
-        return _HEADER_BYTES + self.max_rows * self.values * _NUMBER_BYTES
+        """Largest number of bytes of a valid request body, in JSON with 32 bytes for each number, four for three bytes
+        of a file, and twelve for each character of a text, which may be written as two escapes.
+        """
+        per_row = {"numbers": 0, "files": 4 * self.lengths[1] // 3, "texts": 12 * self.lengths[1]}[self.kind]
+        return _HEADER_BYTES + self.max_rows * (self.values * _NUMBER_BYTES + per_row)
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the model in the form that the protocol defines."""
@@ -182,8 +192,11 @@ def _request(
     shape = _shape(tensor.get("shape"), signature)
     if tensor.get("datatype") != kind:
         raise _wrong(f"the datatype of the input is {_shown(tensor.get('datatype'))}; {kind} was expected")
-    dtype = np.dtype(TYPES[kind])
     size, sent = _parameters(tensor).get("binary_data_size"), None
+    if signature.kind != "numbers":
+        elements = _symbols(tensor, tail, size, shape[0], signature)
+        return _answerable(content, elements, None, signature)
+    dtype = np.dtype(TYPES[kind])
     if size is not None:
         values = _binary_values(tensor, tail, size, prod(shape), dtype)
     elif tail:
@@ -255,26 +268,96 @@ def _parameters(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _binary_values(
     tensor: Mapping[str, Any], tail: memoryview, size: object, count: int, dtype: np.dtype[Any]
 ) -> np.ndarray[Any, Any]:
-    if "data" in tensor:
-        raise _wrong("the input has data and the parameter binary_data_size; one of them was expected")
     if type(size) is not int or size != count * dtype.itemsize:
         raise _wrong(
             f"binary_data_size is {_shown(size)}; {count * dtype.itemsize} was expected for this shape"
         )
-    if len(tail) != size:
-        raise _wrong(f"{len(tail)} bytes follow the JSON; {size} were expected")
+    _refuse_other_tail(tensor, tail, size)
     # a copy: a tensor must not share the read-only memory of the body
     return np.frombuffer(bytearray(tail), dtype).astype(dtype.newbyteorder("="), copy=False)
 
 
+def _refuse_other_tail(tensor: Mapping[str, Any], tail: memoryview, size: object) -> None:
+    """Raise `Refused` if the input has data in JSON, too, or if other than `size` bytes follow the JSON."""
+    if "data" in tensor:
+        raise _wrong("the input has data and the parameter binary_data_size; one of them was expected")
+    if len(tail) != size:
+        raise _wrong(f"{len(tail)} bytes follow the JSON; {_shown(size)} were expected")
+
+
+def _symbols(
+    tensor: Mapping[str, Any], tail: memoryview, size: object, count: int, signature: Signature
+) -> Tensor:
+    """Return the files or texts of a tensor of BYTES as rows (n, longest); see `core/batch.py`.
+
+    In JSON, `data` are texts, or files in base64. Otherwise the length of each element, in four bytes, precedes it, and
+    texts are UTF-8.
+    """
+    files, (least, most) = signature.kind == "files", signature.lengths
+    elements: Sequence[str | bytes]
+    if size is not None:
+        _refuse_other_tail(tensor, tail, size)
+        elements = _elements(tail, count)
+    elif tail:
+        raise _wrong(f"{len(tail)} bytes follow the JSON; no input has the parameter binary_data_size")
+    else:
+        elements = _texts(tensor.get("data"), count, ", files in base64" if files else "")
+    unit, rows = "bytes" if files else "characters", [*map(_file if files else _text, elements)]
+    for place, row in enumerate(rows):
+        if row is None:
+            what = "no file in base64" if files else "no valid text without the character 0"
+            raise _wrong(f"row {place} of data is {what}")
+        if not least <= len(row) <= most:
+            raise _wrong(f"row {place} of data has {len(row)} {unit}; {least} to {most} were expected")
+        if not files and not row.strip():
+            raise _wrong(f"row {place} of data has {len(row)} characters, all of them whitespace")
+    return (encoded_files if files else encoded_texts)(rows, most)
+
+
+def _file(element: str | bytes) -> bytes | None:
+    """Return the content of a file, or None if it is not in base64."""
+    try:
+        return base64.b64decode(element, validate=True) if isinstance(element, str) else element
+    except ValueError:
+        return None
+
+
+def _text(element: str | bytes) -> str | None:
+    """Return a text, or None if it is no UTF-8 or has characters that a row of code points cannot contain."""
+    try:
+        text = (element.encode() if isinstance(element, str) else element).decode()
+    except ValueError:  # of half a surrogate pair, too
+        return None
+    return None if "\0" in text else text
+
+
+def _elements(tail: memoryview, count: int) -> list[bytes]:
+    """Return the elements of a tensor of BYTES, each of which follows its length in four bytes."""
+    elements, place = list[bytes](), 0
+    while place < len(tail) and len(elements) < count:
+        (length,) = struct.unpack_from("<I", tail, place) if place + 4 <= len(tail) else (len(tail),)
+        elements.append(bytes(tail[place + 4 : place + 4 + length]))
+        place += 4 + length
+    if place != len(tail) or len(elements) != count:
+        raise _wrong(
+            f"the bytes after the JSON are not {count} elements, each after its length in four bytes, little-endian"
+        )
+    return elements
+
+
+def _texts(data: object, count: int, of: str) -> list[str]:
+    if not isinstance(data, list) or len(data) != count or not all(isinstance(each, str) for each in data):
+        raise _wrong(f"data must be a list of {count} texts{of}")
+    return data
+
+
 def _clips(data: object, count: int, signature: Signature) -> Tensor:
     """Return the clips (n, *shape) of `.wav` files of 16 bits in base64, padded with zeros at the end."""
-    if not isinstance(data, list) or len(data) != count or not all(isinstance(each, str) for each in data):
-        raise _wrong(f"data must be a list of {count} texts, .wav files in base64")
+    texts = _texts(data, count, ", .wav files in base64")
     *leading, n = signature.shape
     channels = prod(leading)
-    rows = np.zeros((len(data), channels, n), np.float32)
-    for place, text in enumerate(data):
+    rows = np.zeros((count, channels, n), np.float32)
+    for place, text in enumerate(texts):
         try:
             with wave.open(io.BytesIO(base64.b64decode(text, validate=True)), "rb") as file:
                 found = (file.getsampwidth(), file.getnchannels(), file.getframerate())
@@ -297,7 +380,7 @@ def _clips(data: object, count: int, signature: Signature) -> Tensor:
         if clip.shape[1] < min(stated, n) and stated < NO_SIZE // (2 * channels):
             raise _wrong(f"row {place} of data has {clip.shape[1]} samples, and its header states {stated}")
         rows[place, :, : clip.shape[1]] = clip / np.float32(32768)
-    return torch.from_numpy(rows.reshape(len(data), *signature.shape))
+    return torch.from_numpy(rows.reshape(count, *signature.shape))
 
 
 def _float_values(data: Any, shape: Sequence[int]) -> np.ndarray[Any, Any]:

@@ -35,6 +35,7 @@ from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.query_rule import QueryRule
 from holdfast.guard.rules import RequestGuard, release_of
 from holdfast.guard.state_in_sqlite import SQLiteState
+from holdfast.io.models.byte_models import shortest_file
 from holdfast.rotation.rotating_model import loaded
 from holdfast.runs.engine.processes import Send, read_message, serve_parent, unshared
 from holdfast.server import messages
@@ -60,7 +61,7 @@ from holdfast.server.connections import (
 )
 from holdfast.server.keys import KeyFile, Quotas
 from holdfast.server.live_monitor import Reservoir, SampledInputs
-from holdfast.server.messages import refuse_damaged
+from holdfast.server.messages import FIRST_LETTER, refuse_damaged
 from holdfast.server.protocol_v2 import Signature
 from holdfast.server.requests import Batcher, ErrorLog, log_to_stderr
 from holdfast.server.server_setup import WorkerSetup
@@ -235,7 +236,7 @@ class Worker:
         """Return the signature of the model, which is called to find the number of classes."""
         setup = self.setup
         if not setup.rotating:
-            refuse_damaged(self._pristine, setup.shape, self.device)
+            refuse_damaged(self._pristine, setup.shape, self.device, symbols=self._of_symbols)
         if isinstance(vote := self._pristine.net, MaskedVote):
             vote.refuse_random()
         begin = time.perf_counter()
@@ -244,22 +245,30 @@ class Worker:
         settings, bounds = setup.settings, self._pristine.bounds
         return Signature(
             setup.name,
-            setup.shape,
+            () if self._of_symbols else setup.shape,
             classes,
             bounds,
             settings.model_version,
             settings.max_rows,
+            input_type="BYTES" if self._of_symbols else "FP32",
             sampling_rate=settings.sampling_rate,
             certified_patch=str(vote.mask_set.patch) if isinstance(vote, MaskedVote) else None,
+            kind=settings.inputs or "numbers",
+            lengths=(shortest_file(self._pristine.net), setup.shape[0]) if self._of_symbols else (1, 1),
         )
+
+    @property
+    def _of_symbols(self) -> bool:
+        """Whether inputs are files or texts."""
+        return self.setup.settings.inputs in ("files", "texts")
 
     def _n_classes(self, model: Classifier) -> int:
         """Return the number of classes, after a first forward pass, which is the slowest one."""
         return int(self._logits_of_one(model).shape[1])
 
     def _logits_of_one(self, model: Classifier) -> Tensor:
-        """Return the logits (1, classes) of the input with the smallest values."""
-        low = self._pristine.bounds.low
+        """Return the logits (1, classes) of the input with the smallest values, or of a row of letters."""
+        low = FIRST_LETTER if self._of_symbols else self._pristine.bounds.low
         x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
         with torch.inference_mode():
             logits: Tensor = model(x.float().to(self.device))

@@ -14,7 +14,16 @@ from holdfast.core.names import did_you_mean, parse_number
 from holdfast.settings.grammar import seconds
 from holdfast.settings.groups import Flag, SettingGroup
 from holdfast.settings.texts import complaint, load, place
-from holdfast.settings.values import Given, Numbers, Positive, Probability, Whole, whole, written_fields
+from holdfast.settings.values import (
+    Given,
+    InputKind,
+    Numbers,
+    Positive,
+    Probability,
+    Whole,
+    whole,
+    written_fields,
+)
 
 if TYPE_CHECKING:
     from holdfast.guard.detectors.outputs import Detector
@@ -84,12 +93,13 @@ class QueriesSettings(ScoredSettings):
     eps: Annotated[float, Gt(0), BeforeValidator(_eps)] = Field(
         default=8 / 255,
         description="Largest change of a value, with inputs scaled to [0, 1], that attacks are expected to make; the "
-        "calibrated radius covers no larger changes (default: 8/255).",
+        "calibrated radius covers no larger changes (default: 8/255). Of files and texts, the share of all runs of "
+        "three bytes or characters that a change replaces.",
     )
     radius: Annotated[float, Gt(0)] | None = Field(
         default=None,
         description="Distance up to which inputs, scaled to [0, 1], are near duplicates; set by the calibration if it "
-        "is left out, before which the rule only reports.",
+        "is left out, before which the rule only reports. Files and texts have distances from 0 to 1.4, see eps.",
     )
     cameras: bool = Field(
         default=False,
@@ -125,8 +135,12 @@ _RESERVED = {info.alias or name for name, info in RulesSettings.model_fields.ite
 class InputSettings(SettingGroup):
     """The inputs that the model accepts."""
 
+    kind: InputKind = Field(
+        default="numbers", description="What a request contains: numbers, files or texts."
+    )
     shape: Annotated[tuple[Size | None, ...], MinLen(1)] = Field(
-        description="Sizes of one input without the batch; null where any size is accepted."
+        description="Sizes of one input without the batch; null where any size is accepted. Of files and texts, the "
+        "largest number of bytes or characters."
     )
     dtype: DataType = Field(default="float32", description="Data type of the inputs.")
     low: Ends = Field(default=(0.0,), description="Lowest valid value: a number, or one for each channel.")
@@ -335,6 +349,8 @@ def _refuse_contradictions(settings: GuardSettings, detectors: Mapping[str, "Det
         raise UsageError(
             f"{where}: inputs.low is {inputs.low} and inputs.high {inputs.high}; low must be below high"
         )
+    if inputs.kind != "numbers":
+        _refuse_numeric(settings, detectors, where)
     if not inputs.dtype.startswith(("float", "bfloat")):
         changing = [f"rules.{name}" for name, detector in detectors.items() if "network" in detector.needs]
         for name in (*(["defence"] if any(settings.defence.model_dump().values()) else []), *changing):
@@ -354,3 +370,28 @@ def _refuse_contradictions(settings: GuardSettings, detectors: Mapping[str, "Det
             )
     if not rules.model_fields_set:
         raise UsageError(f"{where}: rules is empty; name at least one, as in rules: {{energy: {{}}}}")
+
+
+def _refuse_numeric(settings: GuardSettings, detectors: Mapping[str, "Detector"], where: str) -> None:
+    """Raise `UsageError` for the first setting of a guard of files or of texts that needs inputs of numbers."""
+    inputs, rules, kind = settings.inputs, settings.rules, settings.inputs.kind
+    if len(inputs.shape) != 1:
+        unit = "bytes of a file" if kind == "files" else "characters of a text"
+        raise UsageError(
+            f"{where}: inputs.shape is {list(inputs.shape)}, and inputs.kind is {kind}; give the largest number of "
+            f"{unit}, as in shape: [65536]"
+        )
+    of_numbers = [f"inputs.{name}" for name in ("dtype", "low", "high") if name in inputs.model_fields_set]
+    of_numbers += ["rules.range"] if rules.range is not None else []
+    of_numbers += ["rules.queries.cameras"] if rules.queries is not None and rules.queries.cameras else []
+    of_numbers += ["defence"] if settings.defence.bits or settings.defence.median else []
+    of_numbers += [
+        f"rules.{name}"
+        for name, detector in detectors.items()
+        if "network" in detector.needs or rules.detectors[name].model_dump().get("on") == "inputs"
+    ]
+    if of_numbers:
+        raise UsageError(
+            f"{where}: {of_numbers[0]} needs inputs of numbers, and inputs.kind is {kind}; remove it. Rules for {kind} "
+            "are schema (length), queries (similar requests), energy, and mahalanobis with on: logits"
+        )

@@ -47,8 +47,8 @@ class ServedInference(SettingGroup):
 
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
         default=None,
-        description="Sizes of one example without the batch, as in 3,32,32. Bundled models, pools and guards state "
-        "theirs.",
+        description="Sizes of one example without the batch, as in 3,32,32, or the largest number of bytes of a file "
+        "or of characters of a text. Bundled models, pools and guards state theirs.",
     )
     guard: Annotated[values.PathText | None, Flag("FILE", completion="PATH", common=True)] = Field(
         default=None, description="Guard (guard.yaml) that decides about each request."
@@ -58,6 +58,11 @@ class ServedInference(SettingGroup):
 class ServeOptions(MaskCount):
     """Settings of the command `holdfast serve`: addresses, workers, keys, swaps, and the audit chain."""
 
+    inputs: Annotated[values.InputKind | None, Flag("KIND")] = Field(
+        default=None,
+        description="What a request contains: numbers, files or texts (default: that of the guard, or numbers). The "
+        "largest number of bytes of a file, or of characters of a text, is --input-shape.",
+    )
     sampling_rate: Annotated[values.Positive | None, Flag("HZ")] = Field(
         default=None,
         description="Sampling rate of a model of clips, which also answers requests with .wav files in base64. Inputs "

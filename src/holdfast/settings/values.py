@@ -8,7 +8,7 @@ from functools import partial
 from math import isfinite
 from operator import index
 from pathlib import Path
-from typing import Annotated, Any, SupportsIndex, cast
+from typing import Annotated, Any, Literal, SupportsIndex, cast
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import (
@@ -52,6 +52,8 @@ from holdfast.settings.grammar import (
 from holdfast.threats.domains import CONTROL
 from holdfast.threats.parsing import threat_of
 
+InputKind = Literal["numbers", "files", "texts"]
+"""kind of the inputs of a served model: arrays of numbers, contents of files, or texts"""
 POOL_STAYS = (
     "a pool of parameter sets is not sent to a Ray cluster: its keys and its sets would lie unencrypted in the object "
     "store, where every process of the cluster can read them"

@@ -38,7 +38,7 @@ from holdfast.settings.guard_settings import (
     read_guard_settings,
 )
 from holdfast.verbs.opening.arguments import DataLike, ModelLike, beside, gradients
-from holdfast.verbs.opening.declared import expected, notes_of, range_of_all
+from holdfast.verbs.opening.declared import expected, notes_of, opening_of_symbols, range_of_all
 from holdfast.verbs.opening.guard import (
     Coverage,
     GuardNote,
@@ -57,7 +57,7 @@ from holdfast.verbs.opening.guard import (
 )
 from holdfast.verbs.opening.plans import device_of
 from holdfast.verbs.opening.resolve import open_beside, open_examples, open_subject
-from holdfast.verbs.settings import Calibrate
+from holdfast.verbs.settings import Calibrate, Doctor
 
 _log = logging.getLogger("holdfast.server")
 _BATCH = 256
@@ -97,7 +97,8 @@ class Guard(RequestGuard):
         settings = read_guard_settings(Path(path))
         known = None if model_name is None else _digest_of_name(model_name)
         if model is not None:
-            known = served_digest(open_subject(Calibrate(model=model, **_range(settings, model))))
+            opening = _opening(settings, Calibrate(model=model, **_range(settings, model)))
+            known = served_digest(open_subject(opening))
         calibration = stored_calibration(settings, Path(path), known)
         return cls(
             settings, ready_guard(settings, Path(path), calibration), Path(path), calibration
@@ -228,9 +229,17 @@ class Guard(RequestGuard):
 
 
 def _range(guard: GuardSettings, model: object) -> dict[str, Any]:
-    """Return the range in which the model and the data are read: that of the guard, unless a pool determines it."""
+    """Return the range in which the model and the data are read: that of the guard, unless a pool determines it. Files
+    and texts have none.
+    """
     is_pool = isinstance(model, str) and model.startswith(ROTATING)
-    return {} if is_pool else {"bounds": bounds_of(guard).bounds}
+    return {} if is_pool or guard.inputs.kind != "numbers" else {"bounds": bounds_of(guard).bounds}
+
+
+def _opening(guard: GuardSettings, settings: Calibrate) -> Calibrate | Doctor:
+    """Return the settings with which the model and the data of a guard are opened."""
+    kind = guard.inputs.kind
+    return settings if kind == "numbers" else opening_of_symbols(kind, settings)
 
 
 def _digest_of_name(name: str) -> str:
@@ -268,14 +277,15 @@ def _calibrate(
     guard: GuardSettings, path: Path | None, settings: Calibrate, rate: float
 ) -> tuple[Calibration, tuple[str, ...]]:
     """Open the model and the data, and calibrate the guard. Return notes on the data as well."""
-    settings = settings.model_copy(update={"guard": None})  # the guard is calibrated on the model alone
-    subject = open_subject(settings)
-    examples = open_examples(settings, subject.model)
+    # the guard is calibrated on the model alone
+    opening = _opening(guard, settings.model_copy(update={"guard": None}))
+    subject = open_subject(opening)
+    examples = open_examples(opening, subject.model)
     others = None
     if settings.fit is not None:
-        source = beside(settings, settings.fit)
-        properties = expected(settings, subject.model, source, first=examples)
-        others = open_beside(settings, source, properties)
+        source = beside(opening, settings.fit)
+        properties = expected(opening, subject.model, source, first=examples)
+        others = open_beside(opening, source, properties)
     device = torch.device(device_of(settings.device))
     calibration = _calibration(guard, path, subject, examples, others, rate, settings.seed, device)
     return calibration, notes_of(examples, others)

@@ -46,10 +46,10 @@ from holdfast.settings.grammar import parse_every, seconds
 from holdfast.settings.groups import InputSpace, ModelSource
 from holdfast.settings.guard_settings import read_guard_settings
 from holdfast.settings.serve_settings import RequestLimits
-from holdfast.settings.values import address_of
+from holdfast.settings.values import InputKind, address_of
 from holdfast.verbs.checked_settings import composed
 from holdfast.verbs.monitor import live_reference
-from holdfast.verbs.opening.declared import range_of_all
+from holdfast.verbs.opening.declared import opening_of_symbols, range_of_all
 from holdfast.verbs.opening.guard import input_storage, notes_of_file, open_guard, served_digest
 from holdfast.verbs.opening.models import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
 from holdfast.verbs.opening.plans import device_of
@@ -184,11 +184,13 @@ def server_setup(settings: Serve) -> ServerSetup:
 
     Raises `UsageError` and `TargetError`.
     """
-    address = address_of(settings.model)
+    address, kind = address_of(settings.model), _kind(settings)
     _refuse_url(address)
+    if kind != "numbers":
+        _refuse_numeric(settings, kind)
     if settings.proxy is not None:
         refuse_forwarded_keys(settings)
-    served = _served(settings, address)
+    served = _served(settings, address, kind)
     guard, notes = _guard(settings, served)
     signature = None if served.upstream is None else served.upstream.signature
     if settings.keys is not None:
@@ -199,7 +201,7 @@ def server_setup(settings: Serve) -> ServerSetup:
         name=signature.name if signature is not None else settings.name or _name_of(address),
         shape=served.shape,
         # the examples of the monitor are opened here, and may be an object that cannot be sent to a worker
-        settings=composed(ServerSettings, settings).model_copy(update={"monitor": None}),
+        settings=composed(ServerSettings, settings).model_copy(update={"monitor": None, "inputs": kind}),
         set_name=served.set_name,
         digest=served.digest,
         device=device_of(settings.device),
@@ -223,6 +225,35 @@ def server_setup(settings: Serve) -> ServerSetup:
         notes=(*notes, *(() if reference is None else reference.notes)),
         flagged=None if settings.guard is None else _flagged(Path(settings.guard)),
     )
+
+
+def _kind(settings: Serve) -> InputKind:
+    """Return the kind of the inputs, which the settings or the guard state. Raises `UsageError` if both differ."""
+    if settings.guard is None:
+        return settings.inputs or "numbers"
+    of_guard = read_guard_settings(Path(settings.guard)).inputs.kind
+    if settings.inputs not in (None, of_guard):
+        raise UsageError(
+            f"{settings.guard}: inputs.kind is {of_guard}, and the inputs of the model are {settings.inputs}; correct "
+            "one of them"
+        )
+    return of_guard
+
+
+def _refuse_numeric(settings: Serve, kind: InputKind) -> None:
+    """Raise `UsageError` for settings of models whose inputs are numbers."""
+    names = [
+        name
+        for name in ("proxy", "sampling_rate", "masked_vote", "monitor")
+        if getattr(settings, name) is not None
+    ]
+    if names:
+        raise UsageError(
+            f"{', '.join(names)}: only for inputs of numbers, and the inputs are {kind}",
+            Remedy(names[0], also=tuple(map(Remedy, names[1:]))),
+        )
+    if pool_of(address_of(settings.model)) is not None:
+        raise UsageError(f"the model is a pool, whose inputs are numbers, and the inputs are {kind}")
 
 
 def _refuse_url(address: str | None) -> None:
@@ -272,7 +303,7 @@ class _Served:
         return math.ceil(max_rows / (self.upstream.batch or max_rows)) * self.upstream.address.timeout_s
 
 
-def _served(settings: Serve, address: str | None) -> _Served:
+def _served(settings: Serve, address: str | None, kind: InputKind) -> _Served:
     if settings.proxy is not None:
         return _served_upstream(open_upstream(settings))
     pool, triggers = pool_of(address), _triggers(settings.every)
@@ -285,11 +316,13 @@ def _served(settings: Serve, address: str | None) -> _Served:
             f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
         )
     range_of_all(settings, "a server")
-    shape = _shape(settings)
-    # only an ONNX file is opened with the shape; the guard of a server decides about requests, and is not a part of the
-    # model
-    unused = {"guard": None, **({} if Path(address or "").suffix == ".onnx" else {"input_shape": None})}
+    shape = _shape(settings, kind)
+    # only an ONNX file of numbers is opened with the shape; the guard of a server decides about requests, and is not a
+    # part of the model
+    opens_shape = kind == "numbers" and Path(address or "").suffix == ".onnx"
+    unused = {"guard": None, **({} if opens_shape else {"input_shape": None})}
     model = composed(Doctor, settings).model_copy(update=unused)
+    model = model if kind == "numbers" else opening_of_symbols(kind, model)
     masks = _masks(settings, shape)
     subject = _subject(model, masks)  # here, so that a mistake is reported before workers start
     _refuse_other_rate(subject.model, settings.sampling_rate)
@@ -303,8 +336,10 @@ def _served(settings: Serve, address: str | None) -> _Served:
         guard_digest=served_digest(subject),
         reloadable=address is not None,
         opened=model,
-        # the vote is not in the file, so that no other file can be compared with it or adapted
-        model=model if address is not None and Path(address).is_file() and masks is None else None,
+        # the vote is not in the file, so that no other file can be compared with it or adapted; files and texts neither
+        model=model
+        if address is not None and Path(address).is_file() and masks is None and kind == "numbers"
+        else None,
     )
 
 
@@ -509,15 +544,20 @@ def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> C
     return open_architecture(Path(path), created, about, trust_code=trust_code).model
 
 
-def _shape(settings: Serve) -> tuple[int, ...]:
+def _shape(settings: Serve, kind: InputKind) -> tuple[int, ...]:
     """Return the shape of one input: the declared one, or that of the inputs of the guard in a file. Raises
-    `UsageError` if it is not known.
+    `UsageError` if it is not known, or if it is no length of files or texts.
     """
-    if settings.input_shape is not None:
-        return tuple(settings.input_shape)
-    shape = shape_of_guard(settings.guard)
+    shape = settings.input_shape or shape_of_guard(settings.guard)
+    if kind != "numbers" and (shape is None or len(shape) != 1):
+        unit = "bytes of a file" if kind == "files" else "characters of a text"
+        given = "not known" if shape is None else f"{list(shape)}"
+        raise UsageError(
+            f"the largest number of {unit}, which requests are checked against, is {given}",
+            model_argument("input_shape", Placeholder("N", "(N,)"), reason="as in 65536"),
+        )
     if shape is not None:
-        return shape
+        return tuple(shape)
     if settings.model in bundled_models():
         return _BUNDLED_SHAPE
     raise UsageError(

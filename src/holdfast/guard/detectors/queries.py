@@ -323,8 +323,10 @@ class QueryScores:
 
 
 class QueryDetector:
-    """Stateful query detector for inputs of one shape. `key` is secret, the same for all processes with a common state,
-    and changes the meaning of the state: use a new state with a new key.
+    """Stateful query detector for inputs of one shape, or for rows of symbols if `shape` is None.
+
+    `key` is secret, the same for all processes with a common state, and changes the meaning of the state: use a new
+    state with a new key.
 
     Cost of a query, for small images and with the state in SQLite: about 0.35 ms of CPU time, and a third of it in
     batches of 8 queries. Near duplicates cost as much again, until their score is far above the threshold.
@@ -334,7 +336,7 @@ class QueryDetector:
         self,
         key: bytes,
         state: QueryState,
-        shape: Sequence[int],
+        shape: Sequence[int] | None,
         settings: QuerySettings | None = None,
         **changed: float,
     ) -> None:
@@ -476,7 +478,7 @@ def for_cameras(settings: QuerySettings) -> QuerySettings:
     return replace(settings, faint=0.0, growth=0.0, noise=_CAMERA_NOISE)
 
 
-def fingerprinter(key: bytes, shape: Sequence[int], settings: QuerySettings) -> Fingerprinter:
+def fingerprinter(key: bytes, shape: Sequence[int] | None, settings: QuerySettings) -> Fingerprinter:
     """Return the fingerprinter of a query detector with these settings."""
     return Fingerprinter(
         key,
@@ -496,6 +498,7 @@ def radius_for(
     queries: int = 100_000,
     false_positives: float = 0.001,
     eps: float = 8 / 255,
+    symbols: bool = False,
 ) -> float:
     """Return the radius at which about a fraction `false_positives` of benign inputs like `x` (n, *shape) would be
     suspicious among `queries` of them in a half-life.
@@ -503,8 +506,9 @@ def radius_for(
     `x` are a thousand inputs or more, of which equal ones count once, because exact repeats are not suspicious. It is
     the quantile of the distances of inputs to their k-th nearest neighbour, where k is the threshold, reduced in
     proportion to the number of inputs; or, if that is less, the largest distance between inputs that differ by at most
-    `eps` from a common one in each value, because weights are relative to the radius. Raises `UsageError` for fewer
-    than two different inputs.
+    `eps` from a common one in each value, because weights are relative to the radius. With `symbols`, inputs are rows
+    of symbols, and `eps` is the share of their runs, see `covered_eps`. Raises `UsageError` for fewer than two
+    different inputs.
     """
     limits, n = settings or QuerySettings(), len(x)
     x = torch.unique(x, dim=0) if n else x
@@ -513,14 +517,15 @@ def radius_for(
             f"the inputs for the radius of near duplicates contain many equal ones: {len(x)} of {n} are different; "
             "give 1,000 different ones or more"
         )
-    prints = fingerprinter(key, x.shape[1:], limits)
+    shape = None if symbols else x.shape[1:]
+    prints = fingerprinter(key, shape, limits)
     sketches = torch.from_numpy(prints.sketch(x))
     k = min(max(1, round(limits.threshold * len(x) / queries)), len(x) - 1)
     parts = torch.split(sketches, 500)  # bounds the memory of the distances
     exact = "donot_use_mm_for_euclid_dist"  # the faster mode rounds small distances to 0
     distances = (torch.cdist(part, sketches, compute_mode=exact) for part in parts)
     nearest = [each.topk(k + 1, largest=False).values[:, k] for each in distances]
-    radius = min(float(torch.cat(nearest).quantile(false_positives)), 2 * eps * math.sqrt(prints.n_features))
+    radius = min(float(torch.cat(nearest).quantile(false_positives)), radius_covering(eps, shape, limits))
     if not radius > 0:
         raise UsageError(
             f"a fraction {false_positives:g} of the inputs for the radius of near duplicates has {k} neighbours at "
@@ -529,11 +534,21 @@ def radius_for(
     return radius
 
 
-def covered_eps(radius: float, shape: Sequence[int], settings: QuerySettings | None = None) -> float:
-    """Return the size of the changes of single values that a radius covers: inputs of a shape that differ by at most so
-    much from a common one are near duplicates of each other.
+def radius_covering(eps: float, shape: Sequence[int] | None, settings: QuerySettings) -> float:
+    """Return the radius at which inputs that differ by at most `eps` from a common one are near duplicates of each
+    other. `eps` is the size of changes of single values or, without a `shape`, the share of the runs of symbols that
+    are not those of the common one.
     """
-    return radius / (2 * math.sqrt(n_features_of(shape, (settings or QuerySettings()).cells)))
+    if shape is None:
+        return 2 * math.sqrt(eps)  # two inputs have all but 2 eps of their runs in common
+    return 2 * eps * math.sqrt(n_features_of(shape, settings.cells))
+
+
+def covered_eps(radius: float, shape: Sequence[int] | None, settings: QuerySettings | None = None) -> float:
+    """Return the size of the changes that a radius covers; it is the inverse of `radius_covering`."""
+    if shape is None:
+        return (radius / 2) ** 2
+    return radius / radius_covering(1.0, shape, settings or QuerySettings())
 
 
 @dataclass

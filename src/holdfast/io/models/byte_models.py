@@ -55,7 +55,7 @@ def adapted_file_model(model: object) -> estimators.Adapted | None:
     refuse_no_model(model)
     if not callable(model):
         raise TargetError(
-            f"the model is {kind_of(model)}, and the threat is on files; a function from a list of bytes to scores "
+            f"the model is {kind_of(model)}, and the inputs are files; a function from a list of bytes to scores "
             "(n, classes) was expected"
         )
     name = getattr(model, "__qualname__", type(model).__qualname__)
@@ -118,6 +118,14 @@ class ReadFiles(nn.Module):
         return self.net(torch.tensor([self.reading.values(content) for content in contents]))
 
 
+def shortest_file(net: object) -> int:
+    """Return the smallest number of bytes of a file that a network accepts, which is 1 for any function."""
+    reads = net.model if isinstance(net, FileFunction) else None
+    if not isinstance(reads, ReadFiles) or reads.reading.padding is not None:
+        return 1
+    return reads.reading.first + reads.reading.last
+
+
 def reading_of(path: Path, length: int) -> tuple[Reading, tuple[str, ...] | None, tuple[str, ...]]:
     """Return how the ONNX model in a file reads `length` bytes, the names of its classes if they are known, and notes.
 
@@ -161,7 +169,7 @@ def open_onnx_of_files(path: Path) -> tuple[OnnxModel, tuple[str, ...], OutputKi
     (length,) = graph.example if len(graph.example) == 1 else (None,)
     if length is None:
         raise TargetError(
-            f"{str(path)!r} has inputs of shape {graph.example}, and the threat is on files; whole numbers of shape "
+            f"{str(path)!r} has inputs of shape {graph.example}, and the inputs are files; whole numbers of shape "
             "(N, length) were expected"
         )
     reading, names, notes = reading_of(path, length)

@@ -255,14 +255,15 @@ def open_model(
             model_argument("constants", option="--constant"),
         )
     opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
-    if properties.texts and (address.partition(":")[0] in SCHEMES or Path(address).suffix in _OF_NUMBERS):
+    of_numbers = Path(address).suffix in _OF_NUMBERS or address in bundled_models()
+    if properties.texts and (of_numbers or address.partition(":")[0] in SCHEMES):
         raise UsageError(
-            f"{address!r} is called with numbers, and the threat is on texts; give FILE.py:FACTORY, where the factory "
+            f"{address!r} is called with numbers, and the inputs are texts; give FILE.py:FACTORY, where the factory "
             "returns a function from a list of strings to scores, or a pipeline of scikit-learn"
         )
     if properties.files and not (factories.names_code(address) or Path(address).suffix == ".onnx"):
         raise UsageError(
-            f"{address!r} is called with numbers, and the threat is on files; give FILE.py:FACTORY, where the factory "
+            f"{address!r} is called with numbers, and the inputs are files; give FILE.py:FACTORY, where the factory "
             "returns a function from a list of bytes to scores, or an .onnx file with one input of whole numbers"
         )
     if address.partition(":")[0] in SCHEMES:

@@ -730,7 +730,7 @@ def _text_input(proto: Any, inputs: Sequence[Any], path: Path) -> OnnxInput:
     if [kind.elem_type for kind in kinds] != list(_TEXTS):
         listed = ", ".join(map(_described, inputs)) or "none"
         raise UsageError(
-            f"{str(path)!r} has the input {listed}, so that it is called with numbers, and the threat is on texts. If "
+            f"{str(path)!r} has the input {listed}, so that it is called with numbers, and the inputs are texts. If "
             f"it reads the tokens of a text, put the {_TOKENIZER} of its tokenizer beside it, or "
             f"{OWN_FUNCTION}: a function from a list of strings, which calls the tokenizer and the model"
         )

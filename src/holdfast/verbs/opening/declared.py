@@ -36,11 +36,12 @@ from holdfast.settings.groups import (
     SensitiveColumn,
     ThreatSource,
 )
-from holdfast.settings.values import numbers_by_feature
+from holdfast.settings.values import InputKind, numbers_by_feature
 from holdfast.threats.domains import BYTES, SIGNAL, TABLE, TEXT, Domain
+from holdfast.threats.parsing import threat_of
 from holdfast.threats.signals import sound_of
-from holdfast.verbs.checked_settings import group_of
-from holdfast.verbs.settings import Assess, Certify, Opening
+from holdfast.verbs.checked_settings import composed, group_of
+from holdfast.verbs.settings import Assess, Certify, Doctor, Opening
 
 if TYPE_CHECKING:
     from holdfast.threats.byte_changes import ByteChanges
@@ -177,6 +178,14 @@ def table_of(settings: Opening) -> "Table | None":
     return table
 
 
+def opening_of_symbols(kind: InputKind, settings: Opening) -> Doctor:
+    """Return the settings with which a model of files or of texts, and its data, are opened by a command without a
+    threat. A threat of any size states the kind.
+    """
+    threat = threat_of("bytes:change=1" if kind == "files" else "text:edits=1,words=1")
+    return composed(Doctor, settings, ThreatSource.model_construct({"threat"}, threat=threat))
+
+
 def _constraint_on(domain: Domain, settings: Opening) -> Any:
     """Return the constraint of the threat model if it changes inputs of this domain, else None."""
     threat = settings.threat if isinstance(settings, ThreatSource) else None
@@ -188,7 +197,7 @@ def _refuse_numeric(settings: Opening, inputs: str) -> None:
     for name in ("bounds", "mean", "std", "data_normalised", "layout", "input_shape", "transform", "guard"):
         if name in settings.model_fields_set and getattr(settings, name) is not None:
             raise UsageError(
-                f"{name} is for inputs that are numbers, and the threat is on {inputs}", Remedy(name)
+                f"{name} is for inputs that are numbers, and the inputs are {inputs}", Remedy(name)
             )
 
 

@@ -5,7 +5,7 @@ about its rules.
 import os
 import shlex
 from dataclasses import dataclass, replace
-from math import inf, nextafter
+from math import inf, nextafter, sqrt
 from pathlib import Path
 
 import torch
@@ -121,6 +121,11 @@ def guarded_subject(subject: DescribedModel, guard: str) -> DescribedModel:
     """
     path, name = _file_and_rule(guard)
     settings = read_guard_settings(path)
+    if settings.inputs.kind != "numbers":
+        raise UsageError(
+            f"guard is {guard}, whose inputs are {settings.inputs.kind}, and inputs of numbers are attacked with it",
+            model_argument("guard"),
+        )
     if subject.model.remote:
         raise UsageError(
             f"guard is {guard}, which becomes a part of the model, and this model is behind a server, whose own guard "
@@ -215,7 +220,14 @@ def guard_to_calibrate(
     if fits_radius(settings):
         assert x is not None, "inputs are divided if a radius is to be fitted"
         inputs, limits = scaled(x, schema_of(settings)), _query_settings(rule, None)
-        radius = radius_for(inputs, key, limits, false_positives=rate, eps=rule.eps)
+        radius = radius_for(
+            inputs,
+            key,
+            limits,
+            false_positives=rate,
+            eps=rule.eps,
+            symbols=settings.inputs.kind != "numbers",
+        )
     return guard_pipeline(settings, query_rule(settings, radius, key, MemoryState())), radius
 
 
@@ -261,13 +273,19 @@ def query_rule(settings: GuardSettings, radius: float | None, key: bytes, state:
     """Return the query detector that the settings describe. `radius` is the calibrated one, used if none is given."""
     rule, shape = settings.rules.queries, settings.inputs.shape
     assert rule is not None, "called for a guard with this rule"
-    sizes = [size for size in shape if size is not None]
-    if len(sizes) < len(shape):
+    sizes = _compared_shape(settings)
+    if sizes is not None and len(sizes) < len(shape):
         raise UsageError(
             f"inputs.shape is {list(shape)}, and the query detector compares inputs of one shape; give all sizes, or "
             "remove the rule queries"
         )
     return QueryRule(QueryDetector(key, state, sizes, _query_settings(rule, radius)), schema_of(settings))
+
+
+def _compared_shape(settings: GuardSettings) -> list[int] | None:
+    """Return the known sizes of the inputs that the query detector compares; None for rows of symbols of any length."""
+    inputs = settings.inputs
+    return [size for size in inputs.shape if size is not None] if inputs.kind == "numbers" else None
 
 
 def open_state(
@@ -321,8 +339,10 @@ def guard_digest(settings: GuardSettings) -> str:
         name: {key: value for key, value in group.model_dump(mode="json").items() if key not in without}
         for name, group in rules_of(settings).items()
     }
-    parts = [settings.inputs, settings.defence]
-    return digest(canonical([rules, settings.outputs, *(part.model_dump(mode="json") for part in parts)]))
+    # so that guards of numbers, which had no kind before, keep their calibrations
+    unchanged = {"kind"} if settings.inputs.kind == "numbers" else set()
+    inputs = settings.inputs.model_dump(mode="json", exclude=unchanged)
+    return digest(canonical([rules, settings.outputs, inputs, settings.defence.model_dump(mode="json")]))
 
 
 def served_digest(subject: DescribedModel) -> str:
@@ -349,7 +369,7 @@ def calibration_path(settings: GuardSettings, path: Path) -> Path:
 def schema_of(settings: GuardSettings) -> InputSchema:
     """Return what the guard of these settings accepts as inputs."""
     inputs = settings.inputs
-    return InputSchema(inputs.shape, getattr(torch, inputs.dtype), inputs.low, inputs.high)
+    return InputSchema(inputs.shape, getattr(torch, inputs.dtype), inputs.low, inputs.high, inputs.kind)
 
 
 def basis_of(name: str, group: RuleSettings, calibration: Calibration | None) -> Basis:
@@ -473,6 +493,8 @@ class Coverage:
     """largest change that it covers"""
     stated: float
     """largest change that the settings state"""
+    of: str = ""
+    """what changes are a share of; empty for changes of values"""
 
     @property
     def short(self) -> bool:
@@ -482,10 +504,11 @@ class Coverage:
     @property
     def text(self) -> str:
         """What the radius covers, in a sentence."""
-        text = f"queries: the radius {self.radius:.3g} covers changes up to eps {self.eps:.2g}"
+        text = f"queries: the radius {self.radius:.3g} covers changes up to eps {self.eps:.2g}{self.of}"
         if not self.short:
             return text
-        larger = rounded_up(self.radius * self.stated / self.eps, 3)
+        ratio = self.stated / self.eps
+        larger = rounded_up(self.radius * (sqrt(ratio) if self.of else ratio), 3)
         return (
             f"{text}, less than eps {self.stated:.3g} of the settings. Attacks with larger changes may not be seen. "
             f"`radius: {larger}` covers them, and may fire on more benign inputs. holdfast calibrate measures this "
@@ -495,11 +518,14 @@ class Coverage:
 
 def coverage(settings: GuardSettings, calibration: Calibration | None) -> Coverage | None:
     """Return which changes the radius of the query detector covers; None without one that is given or calibrated."""
-    rule, sizes = settings.rules.queries, [size for size in settings.inputs.shape if size is not None]
-    if rule is None or len(sizes) < len(settings.inputs.shape):
+    rule, sizes = settings.rules.queries, _compared_shape(settings)
+    if rule is None or (sizes is not None and len(sizes) < len(settings.inputs.shape)):
         return None
-    radius = query_radius(rule, calibration)
-    return None if radius is None else Coverage(radius, covered_eps(radius, sizes), rule.eps)
+    radius, of = query_radius(rule, calibration), ""
+    if sizes is None:
+        unit = "bytes" if settings.inputs.kind == "files" else "characters"
+        of = f" (the share of the runs of three {unit})"
+    return None if radius is None else Coverage(radius, covered_eps(radius, sizes), rule.eps, of)
 
 
 def rate_text(rate: Estimate) -> str:
