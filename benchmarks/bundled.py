@@ -1,6 +1,6 @@
 """Trains the bundled networks and generators, and cuts the bundled data set: what `make bundled` runs.
 
-    python -m benchmarks.bundled FOLDER      FOLDER holds the whole MNIST as mnist.npz
+    python -m benchmarks.bundled FOLDER      FOLDER holds the whole MNIST as mnist.npz; scenes need none
 
 The hardened network is what `holdfast.harden` makes; the undefended one comes from the plain loop of `by_hand.py`, for
 most records stand on it. The test images judge, for the cards, and choose nothing.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import holdfast
 from benchmarks import by_hand
 from benchmarks.bundled_generators import GENERATORS, write_generator
+from benchmarks.bundled_scenes import NETWORKS, write_network
 from benchmarks.by_hand import ARCHITECTURE, MEAN, STD
 from holdfast.io.models.architectures import ARCHITECTURES
 from holdfast.io.models.weights import written
@@ -151,25 +152,34 @@ def main() -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path(default).expanduser(), help="holds mnist.npz"
     )
-    choices = ["data", UNDEFENDED, HARDENED, *GENERATORS]
+    choices = ["data", UNDEFENDED, HARDENED, *GENERATORS, *NETWORKS]
     parser.add_argument("--only", choices=choices, help="make one of them")
     args = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation
-    with np.load(args.folder / "mnist.npz", allow_pickle=False) as file:
+    if args.only not in NETWORKS:
+        make_of_mnist(args.folder, args.only)
+    for name in NETWORKS:
+        if args.only in (None, name):
+            write_network(name, BUNDLED)
+
+
+def make_of_mnist(folder: Path, only: str | None) -> None:
+    """Cut the data set, and train the classifiers and generators, or the one that is named."""
+    with np.load(folder / "mnist.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
     data = hashlib.sha256(arrays["x_train"].tobytes() + arrays["y_train"].tobytes()).hexdigest()
-    if args.only in (None, "data"):
+    if only in (None, "data"):
         write_mini(arrays)
     (x, y), test = (
         (images(arrays[f"x_{split}"]), torch.from_numpy(arrays[f"y_{split}"]).long())
         for split in ("train", "test")
     )
     for name, train in ((UNDEFENDED, undefended), (HARDENED, partial(hardened, test=test))):
-        if args.only in (None, name):
+        if only in (None, name):
             made = train(x, y)
             write_card(made, write_weights(made, data), test)
     for name in GENERATORS:
-        if args.only in (None, name):
+        if only in (None, name):
             write_generator(name, BUNDLED / "generators", (x, y))
 
 

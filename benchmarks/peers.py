@@ -47,6 +47,7 @@ DISTRIBUTIONS = {
     "art": "adversarial-robustness-toolbox",
     "cleverhans": "cleverhans",
     "torchattacks": "torchattacks",
+    "pycocotools": "pycocotools",
 }
 _TENSORBOARD = tuple(
     itertools.accumulate(("tensorboard", "backend", "event_processing", "event_accumulator"), "{}.{}".format)
@@ -101,7 +102,7 @@ def peer(module: str) -> ModuleType:
     """The imported module of a peer, or `Absent` with the way to get it."""
     top = module.partition(".")[0]
     try:
-        with warnings.catch_warnings(), _alone(top), _stand_ins(_UNUSED.get(top, {})):
+        with warnings.catch_warnings(), _alone(top), stand_ins(_UNUSED.get(top, {})):
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as e:
@@ -161,8 +162,10 @@ def _alone(top: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stand_ins(wanted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Modules with these names in them and nothing else, while a peer is imported, unless they are imported already."""
+def stand_ins(wanted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Modules with these names in them and nothing else, while a peer is imported or created. Modules that are imported
+    already are not replaced.
+    """
     lent = [name for name in wanted if name not in sys.modules]
     for name in lent:
         sys.modules[name] = types.ModuleType(name)

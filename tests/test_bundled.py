@@ -85,7 +85,7 @@ def test_no_doubt_is_raised_against_a_bundled_network(name, eps):
     assert [doubt.name for doubt in found.doubts if doubt.state == "raised"] == []
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"detector", "unet"}))  # of other outputs
 def test_a_catalogue_network_takes_its_inputs_and_knows_its_classes(name):
     net = ARCHITECTURES[name]().eval()
     x = torch.zeros(2, 3, 32, 32) if name == "resnet" else torch.zeros(2, 1, 28, 28)

@@ -1057,6 +1057,14 @@ def explained(index=None, **settings):
     holdfast.explain(LINEAR, *member_examples(20, 0), "linf:0.1", index=index, **settings)
 
 
+def number_explained(index=1, **settings):
+    """The explanation of an example of a regression."""
+    net = nn.Linear(4, 1)
+    x = torch.rand(5, 4)
+    y = net(x)[:, 0].detach()
+    holdfast.explain(net, x, y, "linf:0.1", tolerance="1", index=index, **settings)
+
+
 def short_control_training(train_controls="1s"):
     refuse_short(seconds(train_controls, ""), epoch_s=0.2, n=20)
 
@@ -1097,6 +1105,8 @@ situation(
 situation("a room without a sampling rate", opened, transform="room=1,shift=0.1s")
 situation("a row number beyond the data", explained, index=50)
 situation("an example that is not shown", explained, index=3, examples=False)
+situation("a regression without an example", number_explained, index=None)
+situation("training examples of a regression", number_explained, train=PAIR)
 
 # arguments of the Python functions
 for misspelt, function, more in (
@@ -1525,6 +1535,7 @@ for gate in (
     )
 
 # certification
+torch.manual_seed(0)  # a network on which smoothing certifies examples
 layer_norm = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
 situation("no bounds under linf", certified, model=layer_norm)
 situation("no bounds under l2", certified, model=layer_norm, threat="l2:0.02")
@@ -1545,6 +1556,63 @@ situation(
     sigma=0.1,
 )
 situation("sigma of another method", certified, method="ibp", sigma=0.1)
+situation(
+    "geometry of a regression",
+    holdfast.certify,
+    model=lambda x: x.mean(1, keepdim=True),
+    data=(X, X.mean(1, keepdim=True)),
+    threat="linf:0.01",
+    tolerance="1",
+    geometry=1,
+)
+MASKS = (np.full((4, 1, 8, 8), 0.4, np.float32), np.zeros((4, 8, 8), np.int64))
+
+
+MEANS = (X, 0.1 + X.mean(1, keepdim=True))
+
+
+def mean_of(x):
+    return 0.1 + x.mean(1, keepdim=True)
+
+
+def shades(x):
+    return torch.cat((0.5 - x, x - 0.5), 1)
+
+
+BOXES = np.array([[[2.0, 2.0, 6.0, 6.0, 0.0, 0.0]]] * 4, np.float32)
+
+
+def one_box(x):
+    scores = x[:, 0, 2:6, 2:6].mean((1, 2))
+    box, label = torch.tensor([[2.0, 2.0, 6.0, 6.0]]), torch.zeros(1)
+    return [{"boxes": box, "scores": each[None], "labels": label} for each in scores]
+
+
+situation(
+    "other attacks on patches beside objects",
+    holdfast.assess,
+    model=one_box,
+    data=(MASKS[0], BOXES),
+    task="detection",
+    threat="patch:2x2,at=beside",
+    suite="PGD",
+    doubts=False,
+)
+situation(
+    "masks that move", holdfast.assess, model=shades, data=MASKS, threat="spatial:rotate=5", doubts=False
+)
+situation(
+    "a tolerance of masks", holdfast.assess, model=shades, data=MASKS, task="segmentation", tolerance="1"
+)
+situation("a regression without tolerance", holdfast.assess, model=mean_of, data=MEANS, task="regression")
+situation(
+    "a share of a target of 0",
+    holdfast.assess,
+    model=mean_of,
+    data=(MEANS[0], MEANS[1] * 0),
+    tolerance="10%",
+    threat="linf:0.01",
+)
 situation("geometry of smoothing", certified, method="smoothing", threat="l2:0.02", sigma=0.1, geometry=1)
 situation("one mask for all places", certified_patches, masks=1)
 situation("bounds for patches", certified_patches, method="crown")

@@ -348,3 +348,41 @@ def test_the_generator_with_a_backdoor_samples_images(tmp_path, monkeypatch):
     assert samples.isfinite().all()
     commands = re.findall(r"^\$ holdfast (\w+ ?\w*) ", text, re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["audit", "audit", "harden", "audit"]
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "verbs"),
+    [
+        ("segmentation", {"assess": 2, "explain": 1, "certify": 1}),
+        ("detection", {"assess": 3, "explain": 1}),
+        ("regression", {"assess": 4, "explain": 1, "certify": 1}),
+    ],
+)
+def test_the_tutorials_on_other_tasks_run(name, verbs, tmp_path, monkeypatch, capsys):
+    """With five examples and without doubts, for the time; gates may then be unclear."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for title, block in re.findall(r"```python title=\"(.*?)\"\n(.*?)```", page(name), re.DOTALL):
+        compile(block, title, "exec")
+        if title.endswith(".py"):
+            (tmp_path / title).write_text(block)
+    found: dict[str, int] = {}
+    for line in re.findall(r"^\$ (.*)$", page(name), re.MULTILINE):
+        program, *words = shlex.split(line)
+        if program != "holdfast":
+            subprocess.run([sys.executable, *words] if program == "python" else [program, *words], check=True)
+            continue
+        verb = words[0]
+        found[verb] = found.get(verb, 0) + 1
+        if verb == "assess":
+            line = re.sub(r" -n \d+| --no-doubts", "", line) + " -n 5 --no-doubts"
+        expected = {0, 1, 4} if "--gate" in line else {0}
+        assert run(shlex.split(line.replace("-n 50", "-n 5"))[1:]) in expected, (
+            line,
+            capsys.readouterr().out,
+        )
+    assert found == verbs
+    (code,) = re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
+    exec(compile(code, f"{name}.md", "exec"), {})

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from holdfast.core.model import Classifier as Classifier
     from holdfast.core.outputs import with_detector as with_detector
     from holdfast.core.threat import ThreatModel as ThreatModel
+    from holdfast.io.data.scenes import write_scenes as write_scenes
     from holdfast.server.middleware import GuardMiddleware as GuardMiddleware
     from holdfast.threats.text_edits import TextEdits as TextEdits
     from holdfast.threats.transformations import Colour as Colour
@@ -120,6 +121,7 @@ _HOMES = {
     "validate": "holdfast.verbs.configuration",
     "verify": "holdfast.verbs.reports",
     "with_detector": "holdfast.core.outputs",
+    "write_scenes": "holdfast.io.data.scenes",
 }
 
 _MODULES = {

@@ -20,7 +20,8 @@ from holdfast.certifiers.bounds.operations import ReLU
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.bounds.windows import frames
 from holdfast.certifiers.branching import AlphaCrown, BranchAndBound, OutputProperty, Search, Tree, _Problems
-from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
+from holdfast.certifiers.objectives import margin_rows
+from holdfast.certifiers.provers import IBP, Crown, CrownIBP
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.outputs import OutputKind

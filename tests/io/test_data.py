@@ -162,7 +162,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], str]] = {
         r"are int64 from 0 to \d+; uint8.*: give x.astype\('float32'\) / \d+",
     ),
     "one dimension": ({"x": BYTES[:, 0, 0], "y": Y}, r"shape \(12,\)"),
-    "float labels": ({"x": BYTES, "y": Y + 0.5}, "are float64 with values such as 0.5; .*regression"),
+    "float labels": ({"x": BYTES, "y": Y + 0.5}, "are float64 with values such as 0.5; .*--task"),
     "one-hot labels": ({"x": BYTES, "y": np.eye(3)[Y]}, r"y\.argmax\(1\)"),
     "negative labels": (
         {"x": BYTES, "y": Y - 1},

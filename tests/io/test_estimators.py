@@ -225,7 +225,7 @@ def test_columns_that_are_picked_by_name_are_given_by_name():
 
 REFUSED = {
     "unfitted": (logistic, "LogisticRegression is not fitted; call fit"),
-    "regressor": (lambda: LinearRegression().fit(X, Y), "LinearRegression is not a classifier"),
+    "regressor": (lambda: LinearRegression().fit(X, Y), "LinearRegression is a regressor, and no classifier"),
     "clusters": (lambda: KMeans(2, n_init=1).fit(X), "KMeans is not a classifier"),
     "outliers": (lambda: IsolationForest(n_estimators=2).fit(X), "IsolationForest is not a classifier"),
     "several outputs": (

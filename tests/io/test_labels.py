@@ -13,8 +13,8 @@ X = RNG.random((6, 4), dtype=np.float32)
 ONE_HOT = np.eye(3)[[0, 1, 2, 0, 1, 2]]
 
 NO_CLASSES = {
-    "regression": (RNG.random(6), "with values such as .*regression"),
-    "several targets": (RNG.normal(size=(6, 2)), "several numbers per example.*regression"),
+    "regression": (RNG.random(6), "with values such as .*--task"),
+    "several targets": (RNG.normal(size=(6, 2)), "several numbers per example.*--task"),
     "several classes": (np.maximum(ONE_HOT, np.eye(3)[0]), "row 1 has 2 classes"),
     "no class": (ONE_HOT * (np.arange(6) != 3)[:, None], "1 of the rows, first row 3, have no class"),
     "soft labels": (0.7 * ONE_HOT + 0.1, "probabilities of the classes"),

@@ -310,7 +310,8 @@ def test_bundled_models_open_by_name() -> None:
         opened = open_model(name)
         assert opened.how == "bundled"
         assert opened.digest == open_model(str(path)).digest
-        assert opened.model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+        if name not in {"scenes-detector", "scenes-unet"}:  # of other outputs
+            assert opened.model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
     with pytest.raises(UsageError, match=f"did you mean '{name}'"):
         open_model(name[:-1])
 

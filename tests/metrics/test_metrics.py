@@ -12,7 +12,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.threat import ThreatModel
 from holdfast.metrics import comparisons, predictions, shares
 from holdfast.metrics.catalogue import BY_EPS, PAIRED, PLAIN, estimate, estimates
-from holdfast.metrics.names import AT_EPS, DETECTION, METRICS
+from holdfast.metrics.names import AT_EPS, DETECTION, METRICS, OF_TASKS
 from holdfast.metrics.names import PAIRED as PAIRED_NAMES
 from holdfast.metrics.predictions import ACCURACIES, POINTS, accuracy_against_eps, accuracy_against_queries
 from holdfast.metrics.shares import Absent, robust_error_gap
@@ -76,6 +76,7 @@ def test_every_value_is_in_its_interval_and_has_its_n():
     corrupted = {*ACCURACIES, "corruption_error_rate", "worst_corruption", "mce"}
     others = {
         *DETECTION,
+        *OF_TASKS,
         "certified_accuracy",
         "rejection_rate",
         "targeted_success_rate",

@@ -48,9 +48,13 @@ class PatchAttack:
         grad, logits = gradient(model, batch, self.loss)
         best.offer(batch, batch.x, margin(logits, batch))
         weights = patch.sums(grad.abs().sum(1), batch.x.shape[1:])
+        allowed = patch.allowed(batch.truth, batch.x.shape[1:])
+        weights = weights if allowed is None else weights.masked_fill(~allowed, -1.0)
         unused = weights.clone()
+        free = unused.flatten(1).amax(1) >= 0
         for start in range(self.places):
             rows = best.surviving
+            rows = rows[free[rows]]
             if not len(rows):
                 break
             exhausted = rows[weights[rows].flatten(1).amax(1) < 0]

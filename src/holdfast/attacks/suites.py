@@ -19,8 +19,8 @@ Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen o
 The tables name the attacks and their settings, and do not import torch: names are checked before it is imported.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
@@ -74,6 +74,8 @@ class AttackSpec:
     """smallest number of examples in a wave"""
     after: str = ""
     """name of an earlier attack of the suite: this attack is run only if that one broke an example. Empty for none"""
+    surrogate: str = ""
+    """loss of another task than classes that the attack maximises; empty for the first one of the task"""
 
     def build(self) -> "Attack":
         """Return the attack."""
@@ -358,6 +360,28 @@ def suite(name: str, constraint: "Constraint", access: "Access" = "gradients") -
     # under corruptions, `fast` and `standard` are the suite `corruptions`
     chosen: SuiteName = "corruptions" if kind == "corruptions" else known
     return Suite(chosen, _VERSIONS.get(chosen, 1), found, known == "minimum-norm")
+
+
+def suite_of_task(
+    name: str, surrogates: Sequence[str], constraint: "Constraint", access: "Access" = "gradients"
+) -> Suite:
+    """Return the suite called `name` for a model with another task than classes, which has an attack for each of the
+    losses `surrogates`. Raises `UsageError` if there is no such suite for this constraint.
+
+    In balls of norms, `quick`, `fast` and `standard` consist of APGD, with 20, 75 and 150 steps for each loss;
+    `standard` adds Square. Patches on or beside objects are optimised by PatchAttack. Otherwise the attacks are those
+    of the suite for classes, each with the first loss.
+    """
+    steps = {"quick": 20, "fast": 75, "standard": 150}.get(name)
+    if steps is not None and constraint.limits.get("at") in ("on", "beside"):
+        return Suite(name, 1, (_spec("PatchAttack", places=2 if name == "quick" else 5, steps=steps),))
+    if steps is None or kind_of_change(constraint) not in ("linf", "l2", "l1"):
+        return suite(name, constraint, access)
+    specs = tuple(
+        replace(_spec(f"APGD {loss}", "APGD", steps=steps, loss="margin_loss"), surrogate=loss)
+        for loss in surrogates
+    )
+    return Suite(name, 1, specs + ((_spec("Square", queries=1000),) if name == "standard" else ()))
 
 
 def kind_of_change(change: "Constraint | Change") -> Kind:

@@ -12,8 +12,9 @@ from holdfast.certifiers.bounds.alpha import Optimised, optimised, reduced, redu
 from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, refine, relaxed, substitute
 from holdfast.certifiers.bounds.graph import Graph, Relaxation, region_of
 from holdfast.certifiers.bounds.operations import Interval, Linear, ReLU
+from holdfast.certifiers.objectives import Objective, objective_of
 from holdfast.certifiers.protocol import Proofs, ReadyProver
-from holdfast.certifiers.provers import GraphProver, margin_rows
+from holdfast.certifiers.provers import GraphProver
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
@@ -412,7 +413,7 @@ class AlphaCrown(GraphProver):
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return _Searching(graph, model, threat, self.steps, None, self.timeout_s)
+        return _Searching(objective_of(model), graph, model, threat, self.steps, None, self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -432,19 +433,19 @@ class BranchAndBound(GraphProver):
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return _Searching(graph, model, threat, self.steps, self.search, self.timeout_s)
+        return _Searching(objective_of(model), graph, model, threat, self.steps, self.search, self.timeout_s)
 
 
 @dataclass(frozen=True, eq=False)
 class _Claims:
-    """What is proved about the margins of an example."""
+    """What is proved about the functions of an objective for an example, such as its margins."""
 
     rows: Tensor
-    """coefficients (1, k, classes) of the margins"""
+    """coefficients (1, k, outputs) of the functions"""
     proved: Tensor
-    """lower bounds (k) of the margins, float64"""
+    """lower bounds (k) of the functions, float64"""
     choices: Choices
-    """the choices of the last optimisation, of the margins `chosen`"""
+    """the choices of the last optimisation, of the functions `chosen`"""
     stopped: bool
     """whether a deadline ended the computation of bounds"""
     work: int = 1
@@ -452,11 +453,11 @@ class _Claims:
 
     @property
     def open(self) -> list[int]:
-        """Indices of the margins that are not proved to be positive."""
+        """Indices of the functions that are not proved to be positive."""
         return (~(self.proved > 0)).nonzero()[:, 0].tolist()
 
     def bounded(self, row: int) -> Optimised:
-        """The bound of one margin, with the choices of the last optimisation."""
+        """The bound of one function, with the choices of the last optimisation."""
         place = list(self.chosen).index(row)
         slopes, multipliers = (
             {i: each[:, place : place + 1] for i, each in values.items()}
@@ -472,15 +473,13 @@ class _Claims:
             self, proved=proved, work=self.work + decision.work, stopped=self.stopped or decision.stopped
         )
 
-    def proofs(self, one: Batch) -> Proofs:
+    def proofs(self, one: Batch, objective: Objective) -> Proofs:
         """The proofs of the example without a counterexample."""
-        none, bound = Proofs.none(one), self.proved.amin()[None].nan_to_num(nan=-torch.inf)
+        proofs = objective.proofs(one, self.proved[None])
         return replace(
-            none,
-            certified=bound > 0,
-            bound=bound,
-            work=none.work + self.work,
-            stopped=torch.full_like(none.stopped, self.stopped),
+            proofs,
+            work=torch.full_like(proofs.work, self.work),
+            stopped=torch.full_like(proofs.stopped, self.stopped),
         )
 
 
@@ -488,6 +487,7 @@ class _Claims:
 class _Searching:
     """A prover that treats examples one after another."""
 
+    objective: Objective
     graph: Graph
     model: Classifier
     threat: ThreatModel
@@ -523,17 +523,17 @@ class _Searching:
             return replace(proofs, x_adv=proofs.x_adv.to(one.x.dtype), work=proofs.work + work)
 
     def _first(self, graph: Graph, one: Batch, deadline: float) -> tuple["_Claims", Relaxation]:
-        """The margins of an example with their bounds by CROWN, and the relaxation."""
+        """The functions of an example with their bounds by CROWN, and the relaxation."""
         region = region_of(one.x, self.threat.constraint, self.model.bounds)
         relaxation = relaxed(graph, region, deadline=deadline)
-        rows = margin_rows(one.y, graph.shape_of(graph.output)[0], one.x.dtype)
+        rows = self.objective.rows(one, graph.shape_of(graph.output)[0])
         lower = substitute(relaxation, graph.output, rows).lower[0]
         return _Claims(rows, lower.double(), NO_CHOICES, relaxation.stopped), relaxation
 
     def _continued(self, claims: "_Claims", relaxation: Relaxation, one: Batch, deadline: float) -> Proofs:
-        """The result of optimised bounds, and of branch and bound, for the margins that are not proved."""
+        """The result of optimised bounds, and of branch and bound, for the functions that are not proved."""
         if not claims.open:
-            return claims.proofs(one)
+            return claims.proofs(one, self.objective)
         small = not claims.stopped and reducible(relaxation)
         if small:
             relaxation = reduced(relaxation)
@@ -543,7 +543,7 @@ class _Searching:
             claims = self._optimised(relaxation, self._sharpened(relaxation, claims, deadline))
         if claims.open and self.search and splittable(relaxation.graph):
             return self._searched(relaxation, claims, one, deadline)
-        return claims.proofs(one)
+        return claims.proofs(one, self.objective)
 
     def _sharpened(self, relaxation: Relaxation, claims: "_Claims", deadline: float) -> "_Claims":
         in_time = sharpen(relaxation, self.steps, deadline)
@@ -571,11 +571,11 @@ class _Searching:
             if decision.witness is not None:
                 x_adv = self._inside(decision.witness[None], one)
                 if self._wrong(x_adv, one).all():
-                    proofs = claims.proofs(one)
+                    proofs = claims.proofs(one, self.objective)
                     return replace(proofs, x_adv=x_adv, broken=torch.ones_like(proofs.broken))
             if decision.bound <= 0:
                 break
-        return claims.proofs(one)
+        return claims.proofs(one, self.objective)
 
     def _inside(self, x: Tensor, one: Batch) -> Tensor:
         inside: Tensor = self.threat.constraint.project(x, one.x.expand_as(x), self.model.bounds)
@@ -584,5 +584,4 @@ class _Searching:
     def _wrong(self, x: Tensor, one: Batch) -> Tensor:
         parameter = next(self.model.parameters(), None)
         dtype = x.dtype if parameter is None else parameter.dtype
-        wrong: Tensor = self.model(x.to(dtype)).argmax(1) != one.y
-        return wrong
+        return self.objective.wrong(self.model(x.to(dtype)), one)

@@ -11,10 +11,10 @@ estimate of the overlap (the factor β of Zeng et al.), and the draws end once t
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, comb
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -185,7 +185,10 @@ class ReadyMasking:
             order.append(rows)
             parts.append(self._of_length(batch.take(rows), words))
         joined, places = Proofs.joined(parts), torch.cat(order).argsort()
-        return Proofs(**{each.name: getattr(joined, each.name)[places] for each in fields(Proofs)})
+        values: dict[str, Any] = {
+            name: values[places] for name, values in vars(joined).items() if isinstance(values, Tensor)
+        }
+        return Proofs(**values)
 
     def _of_length(self, batch: Batch, words: int) -> Proofs:
         """The proofs of texts with a number of words."""

@@ -1,8 +1,8 @@
 """Protocol of a prover, which tries to prove for each example that no input of the threat model is misclassified."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Final, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ RANDOM = (
     "randomness, such as dropout in eval mode"
 )
 """Message about a randomised model."""
+LOW: Final = "certified_low"
+"""name of the lowest possible numbers or logits (n, k) of each example, float64; minus infinity if none was proved"""
+HIGH: Final = "certified_high"
+"""name of the highest possible numbers or logits (n, k) of each example, float64"""
+PIXELS: Final = "certified_pixels"
+"""name of the numbers (n, classes) of pixels of each class that are right for every input of the threat model, int64"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Proofs:
     """proved radius in the norm of the threat model, (n,) float64; None for eps where certified and 0 elsewhere"""
     abstained: Mask | None = None
     """mask of the examples whose prediction a statistical method could not determine; None for no example"""
+    of_task: Mapping[str, Tensor] = field(default_factory=dict)
+    """what is proved about the outputs of a model with another task than classes, by name: `LOW`, `HIGH`, `PIXELS`"""
 
     @staticmethod
     def none(batch: Batch) -> "Proofs":
@@ -53,9 +61,12 @@ class Proofs:
     def joined(parts: "Sequence[Proofs]") -> "Proofs":
         """Return the proofs of several batches as those of one."""
         values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(Proofs)}
+        of_task = [part for part in values.pop("of_task") if part]  # a batch without examples has none
+        names = of_task[0] if of_task else {}
         # a method sets the last two columns for every batch or for none
         return Proofs(
-            **{name: torch.cat(of_parts) for name, of_parts in values.items() if of_parts[0] is not None}
+            **{name: torch.cat(of_parts) for name, of_parts in values.items() if of_parts[0] is not None},
+            of_task={name: torch.cat([part[name] for part in of_task]) for name in names},
         )
 
 

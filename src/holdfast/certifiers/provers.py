@@ -14,6 +14,8 @@ from holdfast.certifiers.bounds.crown import finite, relaxed, substitute
 from holdfast.certifiers.bounds.graph import Graph, Region, region_of
 from holdfast.certifiers.bounds.operations import Dense
 from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.objectives import Objective, objective_of
+from holdfast.certifiers.pixels import PixelBounder
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
@@ -21,32 +23,26 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import exactly
-from holdfast.core.types import Labels
+from holdfast.tasks.segmentation import Segmentation
 
 _INTERVALS_AT_ONCE, _BOUNDS_AT_ONCE = 256, 8
 """numbers of examples whose bounds are computed together, so that the values fit into the caches"""
 
 
-def margin_rows(y: Labels, classes: int, dtype: torch.dtype) -> Tensor:
-    """Return the coefficients (n, classes - 1, classes) of the margins of the labels over each other class."""
-    others = torch.arange(classes - 1, device=y.device)
-    others = others + (others >= y[:, None])
-    rows = torch.zeros(len(y), classes - 1, classes, dtype=dtype, device=y.device)
-    rows.scatter_(2, others[:, :, None], -1.0)
-    rows.scatter_(2, y[:, None, None].expand(-1, classes - 1, 1), 1.0)
-    return rows
+Method = Callable[[Graph, Region, Tensor, float], tuple[Tensor, bool]]
+"""function of a graph, regions, coefficients of linear functions of the outputs, and a deadline, which returns lower
+bounds (n, k) of the functions, and whether the deadline ended the computation"""
 
 
 @dataclass(frozen=True, eq=False)
 class Bounder:
-    """A function that bounds the margins of the examples of a batch over the inputs of a threat model."""
+    """A function that bounds the objective of the examples of a batch over the inputs of a threat model."""
 
+    objective: Objective
     graph: Graph
     constraint: Constraint
     bounds: Bounds
-    method: Callable[[Graph, Region, Tensor, float], tuple[Tensor, bool]]
-    """function of a graph, regions, coefficients of linear functions of the logits, and a deadline, which returns lower
-    bounds (n, k) of the functions, and whether the deadline ended the computation"""
+    method: Method
     at_once: int
     """number of examples whose bounds are computed together"""
     timeout_s: float = math.inf
@@ -58,15 +54,11 @@ class Bounder:
         with torch.no_grad(), exactly(batch.x):
             for part in batch.split(self.at_once):
                 region, deadline = region_of(part.x, self.constraint, self.bounds), self._deadline(len(part))
-                rows = margin_rows(part.y, self.graph.shape_of(self.graph.output)[0], part.x.dtype)
+                rows = self.objective.rows(part, self.graph.shape_of(self.graph.output)[0])
                 lower, stopped = self.method(self.graph, region, rows, deadline)
-                bound, none = finite(lower).amin(1).double(), Proofs.none(part)
-                late = torch.full_like(none.stopped, stopped) & (bound <= 0)
-                parts.append(
-                    replace(
-                        none, certified=bound > 0, bound=bound, work=torch.ones_like(none.work), stopped=late
-                    )
-                )
+                proofs = self.objective.proofs(part, finite(lower))
+                late = torch.full_like(proofs.stopped, stopped) & ~proofs.certified
+                parts.append(replace(proofs, stopped=late))
         return Proofs.joined(parts)
 
     def _deadline(self, n: int) -> float:
@@ -74,14 +66,18 @@ class Bounder:
 
 
 def prepared_graph(model: Classifier, sample: Batch) -> Graph:
-    """Return the graph of a classifier, in the data type of its inputs. Raises `UsageError` for inputs of less than
-    single precision.
+    """Return the graph of a model with the outputs of its objective, in the data type of its inputs.
+
+    Raises `UsageError` for inputs of less than single precision.
     """
     if sample.x.dtype not in (torch.float32, torch.float64):
         raise UsageError(
             f"inputs are {sample.x.dtype}, in which rounding errors are larger than the bounds; give them as float32"
         )
-    return traced(model, sample.x).to(sample.x.dtype, sample.x.device)
+    graph = traced(model, sample.x)
+    if not isinstance(model.task, Segmentation):
+        graph = objective_of(model).extended(graph)
+    return graph.to(sample.x.dtype, sample.x.device)
 
 
 class GraphProver(ABC):
@@ -122,6 +118,20 @@ def _by_lines(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tu
     return substitute(relaxation, graph.output, rows).lower, relaxation.stopped
 
 
+def _bounder(
+    graph: Graph,
+    model: Classifier,
+    threat: ThreatModel,
+    method: Method,
+    at_once: int,
+    timeout_s: float = math.inf,
+) -> ReadyProver:
+    if isinstance(model.task, Segmentation):
+        linear, whole = method is not _by_intervals, method is _by_lines
+        return PixelBounder(model.task, graph, threat.constraint, model.bounds, whole, linear, timeout_s)
+    return Bounder(objective_of(model), graph, threat.constraint, model.bounds, method, at_once, timeout_s)
+
+
 @dataclass(frozen=True)
 class IBP(GraphProver):
     """Interval bound propagation: bounds each value by interval arithmetic.
@@ -134,7 +144,7 @@ class IBP(GraphProver):
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return Bounder(graph, threat.constraint, model.bounds, _by_intervals, _INTERVALS_AT_ONCE)
+        return _bounder(graph, model, threat, _by_intervals, _INTERVALS_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,7 @@ class CrownIBP(GraphProver):
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return Bounder(graph, threat.constraint, model.bounds, _by_lines_from_intervals, _BOUNDS_AT_ONCE)
+        return _bounder(graph, model, threat, _by_lines_from_intervals, _BOUNDS_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -165,4 +175,4 @@ class Crown(GraphProver):
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return Bounder(graph, threat.constraint, model.bounds, _by_lines, _BOUNDS_AT_ONCE, self.timeout_s)
+        return _bounder(graph, model, threat, _by_lines, _BOUNDS_AT_ONCE, self.timeout_s)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from holdfast.certifiers.bounds.crown import finite, relaxed, substitute
 from holdfast.certifiers.bounds.graph import Graph, Region
 from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.objectives import margin_rows
 from holdfast.certifiers.protocol import Proofs, ReadyProver
-from holdfast.certifiers.provers import margin_rows
 from holdfast.core.batch import Batch, decoded, encoded
 from holdfast.core.errors import NoBounds
 from holdfast.core.model import Classifier

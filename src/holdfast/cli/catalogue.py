@@ -155,11 +155,13 @@ def data(context: click.Context) -> None:
 def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     """List the data sets of the catalogue, and whether each is on this machine."""
     from holdfast.io.data.data import bundled_data
-    from holdfast.io.data_catalogue import data_folder, listed_data_sets
+    from holdfast.io.data_catalogue import GENERATED, data_folder, listed_data_sets
 
     table = plain_table("name", "description", "available")
     for name in bundled_data():
         table.add_row(name, "bundled with the package", "yes")
+    for name, title in GENERATED.items():
+        table.add_row(name, title, "yes")
     for row in listed_data_sets():
         table.add_row(row.name, row.title, "yes" if row.present else "fetch" if row.fetchable else "import")
     voice.console().print(table)

@@ -45,9 +45,9 @@ class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new ve
 
 
 def _data() -> list[str]:
-    from holdfast.io.data_catalogue import CATALOGUE
+    from holdfast.io.data_catalogue import CATALOGUE, GENERATED
 
-    return [*bundled("*.npz"), *CATALOGUE]
+    return [*bundled("*.npz"), *GENERATED, *CATALOGUE]
 
 
 def _attacks() -> list[str]:

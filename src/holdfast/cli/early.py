@@ -22,11 +22,11 @@ _DATA = (".npz", ".csv", ".gz", ".parquet")
 
 def refuse_swapped(model: str | None, data: str | None) -> None:
     """Raise `UsageError` if MODEL is data, and DATA is a model: each a name or a file of the other kind."""
-    from holdfast.io.data_catalogue import CATALOGUE
+    from holdfast.io.data_catalogue import CATALOGUE, GENERATED
 
     if model is None or data is None:
         return
-    is_data = model.endswith(_DATA) or model in (*bundled("*.npz"), *CATALOGUE)
+    is_data = model.endswith(_DATA) or model in (*bundled("*.npz"), *GENERATED, *CATALOGUE)
     is_model = _without_function(data).endswith(_MODELS) or data in bundled("*.safetensors")
     if is_data and is_model:
         raise UsageError(
@@ -68,9 +68,9 @@ def refuse_unknown_model(address: str, *, generators: bool = False) -> None:
 
 def refuse_unknown_data(address: str) -> None:
     """Raise `UsageError` if the address of a data set is a plain word that is neither a known data set nor a file."""
-    from holdfast.io.data_catalogue import CATALOGUE, refuse_environment
+    from holdfast.io.data_catalogue import CATALOGUE, GENERATED, refuse_environment
 
-    names = [*bundled("*.npz"), *CATALOGUE]
+    names = [*bundled("*.npz"), *GENERATED, *CATALOGUE]
     if _is_word(address) and address not in names:
         refuse_environment(address)
         raise UsageError(

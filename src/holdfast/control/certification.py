@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from holdfast.certifiers.bounds.crown import relaxed, substitute
 from holdfast.certifiers.bounds.graph import Graph, Region
 from holdfast.certifiers.bounds.tracing import traced
-from holdfast.certifiers.provers import margin_rows
+from holdfast.certifiers.objectives import margin_rows
 from holdfast.control.attackers import Ball
 from holdfast.control.environments import Discrete
 from holdfast.control.policies import Policy

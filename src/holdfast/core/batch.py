@@ -47,8 +47,8 @@ class Lookup:
 
 
 CLASSIFIERS_ONLY: Final = (
-    "Holdfast attacks classifiers with one class per example; regression and models with several outputs per example "
-    "are not supported"
+    "Masks, boxes, numbers and several labels for each example are for assess, certify and explain, which have the "
+    "setting task (--task)"
 )
 """Sentence about targets that are not classes."""
 
@@ -101,13 +101,15 @@ class Batch:
     examples in their data set.
 
     `target` (n) is the class that a targeted attack must reach; None means that any wrong class counts. In training
-    data a label may be `UNLABELLED`.
+    data a label may be `UNLABELLED`. `truth` (n, *truth) is what the outputs of a model with another task than classes
+    are compared with (see `holdfast.core.tasks.Task`); the labels are then 0.
     """
 
     x: Inputs
     y: Labels
     ids: Ids
     target: Labels | None = None
+    truth: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -115,9 +117,9 @@ class Batch:
     def take(self, rows: Tensor) -> "Batch":
         """Return a batch with some of the examples, chosen by their positions or by a boolean mask."""
         rows = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).to(self.x.device)
-        target = None if self.target is None else self.target[rows]
+        target, truth = (None if each is None else each[rows] for each in (self.target, self.truth))
         x = self.x.index_select(0, rows)  # three times as fast as `x[rows]` on a CPU
-        return Batch(x, self.y[rows], self.ids[rows], target)
+        return Batch(x, self.y[rows], self.ids[rows], target, truth)
 
     def at(self, x: Inputs) -> "Batch":
         """Return the same examples with other inputs `x` (n, *features)."""
@@ -133,15 +135,15 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with all tensors on `device`."""
-        target = None if self.target is None else self.target.to(device)
-        return Batch(self.x.to(device), self.y.to(device), self.ids.to(device), target)
+        target, truth = (None if each is None else each.to(device) for each in (self.target, self.truth))
+        return Batch(self.x.to(device), self.y.to(device), self.ids.to(device), target, truth)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Yield consecutive batches of at most `size` examples."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            target = None if self.target is None else self.target[rows]
-            yield Batch(self.x[rows], self.y[rows], self.ids[rows], target)
+            target, truth = (None if each is None else each[rows] for each in (self.target, self.truth))
+            yield Batch(self.x[rows], self.y[rows], self.ids[rows], target, truth)
 
     @property
     def example_shape(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from pkgutil import iter_modules
 from typing import Any, Final, Literal, TypeVar
 
 from holdfast.core.errors import UsageError
+from holdfast.core.names import TaskName
 
 T = TypeVar("T")
 
@@ -341,6 +342,16 @@ DRIFT_TESTS: Final[Mapping[str, str]] = {
 
 SAMPLE_TESTS: Final = ("copies", "repeats")
 """further tests of a stream of generated samples, in `holdfast.monitoring.stream_tests`"""
+
+_BOUNDS: Final = ("ibp", "crown-ibp", "crown", "alpha-crown", "branch-and-bound")
+PROVERS_OF_TASKS: Final[Mapping[TaskName, tuple[str, ...]]] = {
+    "segmentation": ("ibp", "crown-ibp", "crown"),
+    "detection": (),
+    "regression": _BOUNDS,
+    "multilabel": _BOUNDS,
+}
+"""methods that certify models with another task than classes; `auto` runs those that it runs for classes, without
+`ibp`, whose intervals of numbers are wide"""
 
 BUNDLED: Final[Mapping[str, Mapping[str, str]]] = {
     "attacks": {name: f"holdfast.attacks.{entry.module}:{name}" for name, entry in ATTACKS.items()},

@@ -359,7 +359,9 @@ class UnclearOutput(TargetError):
 
 
 class NoLogits(TargetError):
-    """Error for a model that accepted its inputs and returned something else than one tensor."""
+    """Error for a model that accepted its inputs and returned something else than one tensor, or its axes in another
+    order.
+    """
 
 
 class LostLoss(TargetError):

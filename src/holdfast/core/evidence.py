@@ -210,6 +210,8 @@ class AttackRecord:
     """methods of an adaptive search; None for other attacks"""
     reuse: Reuse | None = None
     """numbers about the stored inputs of an earlier run; None for other attacks"""
+    left: float | None = None
+    """mean score that the attack left of an example, from 0 to 1, for another task than classes; None for classes"""
 
 
 @dataclass(frozen=True)
@@ -341,8 +343,10 @@ class Evidence:
     also above eps and where it is below; `attacked` marks the examples on which at least one attack was run. Randomised
     smoothing: `certified_radius` is a lower confidence limit, also above eps and where it is below; `abstained` marks
     examples whose prediction the draws do not show, and `contradicted` those that a certificate and an attack
-    contradict, which count as broken. `group` is the index of the group of each example in `data["groups"]["names"]`,
-    if there are groups.
+    contradict, which count as broken. Other tasks than classes: `certified_low` and `certified_high` (n, k), the proved
+    interval of each output of a regression, or of each logit of several labels on the side that counts; and
+    `certified_pixels` (n, classes), the numbers of pixels that are right for every input of the threat model. `group`
+    is the index of the group of each example in `data["groups"]["names"]`, if there are groups.
     """
 
     columns: Columns

@@ -109,10 +109,11 @@ class Metered:
     A call counts one query for the id of each row. It raises `BudgetSpent` before the model is evaluated if any id has
     no query left. Under a query limit the first success of each example is stored (without an eps, the closest one), so
     that an interrupted attack loses nothing. With access "labels" the logits are one-hot, or NaN where the model's are;
-    with "labels" and "scores" they have no gradient.
+    with "labels" and "scores" they have no gradient. If the model is `graded`, attacks lower a margin that stays
+    positive, and the stored input of each example is the one with the lowest margin.
     """
 
-    def __init__(self, model: Model, batch: Batch, threat: ThreatModel) -> None:
+    def __init__(self, model: Model, batch: Batch, threat: ThreatModel, *, graded: bool = False) -> None:
         self._model, self._batch, self._threat = model, batch, threat
         self._lookup = Lookup(batch.ids)
         self._queries = torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device)
@@ -122,6 +123,7 @@ class Metered:
         self._gradient_seen = False
         self._successes: dict[int, tuple[float, Tensor]] = {}
         self._smallest = threat.constraint.eps == torch.inf
+        self._lowest = torch.full_like(self._queries, torch.inf, dtype=torch.float64) if graded else None
         self._last_ids: Ids | None = None
         self._last_rows: tuple[Tensor, Tensor, Labels]
         self._last_clean: Inputs | None = None
@@ -214,8 +216,22 @@ class Metered:
             self._last_clean = None
         return self._last_rows
 
+    def _record_lowest(self, x: Inputs, logits: Logits, rows: Tensor, classes: Labels) -> None:
+        """Keep the allowed inputs with the lowest margins."""
+        assert self._lowest is not None
+        margins = lead_of(logits, classes).double()
+        at = (margins < self._lowest[rows]).nonzero()[:, 0]
+        at = at[allowed(self._threat.constraint, x[at], self._batch.x[rows[at]], self.bounds)]
+        for k in at.tolist():  # a row may occur several times
+            row = int(rows[k])
+            if float(margins[k]) < float(self._lowest[row]):
+                self._lowest[row], self._successes[row] = margins[k], (0.0, x[k].clone())
+
     def _record(self, x: Inputs, logits: Logits, rows: Tensor, classes: Labels, earlier: Tensor) -> None:
         """Record the first query that breaks each example with an allowed input; `earlier` are the previous counts."""
+        if self._lowest is not None and self._threat.queries is not None:
+            self._record_lowest(x, logits, rows, classes)
+            return
         label = logits.gather(1, classes[:, None])
         lower = int((logits < label).sum())  # comparisons with NaN are false, so that it counts as broken
         if self._batch.target is None and lower == logits.numel() - len(logits):

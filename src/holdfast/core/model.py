@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,10 @@ from holdfast.core.outputs import (
     of_classes,
     refused,
 )
-from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
+from holdfast.core.types import Access, Ids, Inputs, Layout, Logits, Outputs
+
+if TYPE_CHECKING:
+    from holdfast.core.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,8 @@ class Classifier(nn.Module):
     """features (truth values) that attacks do not change, such as further inputs of a file; None if there are none"""
     inputs: Mapping[str, int] | None = None
     """number of features of each input of a file with several inputs, whose values are one after another"""
+    task: "Task | None" = None
+    """what the network returns, if it is not one score for each class; its outputs then have a shape of their own"""
 
     def __init__(
         self,
@@ -295,6 +300,7 @@ class Classifier(nn.Module):
         )
         classifier.remote, classifier.rewrites, classifier.units = self.remote, self.rewrites, self.units
         classifier.input_name, classifier.fixed, classifier.inputs = self.input_name, self.fixed, self.inputs
+        classifier.task = self.task
         return classifier
 
     @property
@@ -360,9 +366,9 @@ class Classifier(nn.Module):
             x = x.float()  # removes the rounding errors of the change of variables
         return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
-    def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Return the logits (n, classes) of the inputs `x`, in the data type of `x`. They have no gradient if the model
-        gives no access to it.
+    def forward(self, x: Inputs, ids: Ids | None = None) -> Outputs:
+        """Return the logits (n, classes) of the inputs `x`, or the outputs of another task, in the data type of `x`.
+        They have no gradient if the model gives no access to it.
         """
         x = x if self.access == "gradients" else x.detach()
         try:
@@ -379,6 +385,9 @@ class Classifier(nn.Module):
             text = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
             raise TargetError(f"the model raised {text}. {advice}", *remedies) from error
         self._accepted = len(x)
+        if self.task is not None:
+            assert isinstance(logits, Tensor)  # the task has read them
+            return logits.to(x.device, x.dtype)
         if not isinstance(logits, Tensor):
             raise _no_logits(logits, training=isinstance(self.net, nn.Module) and self.net.training)
         if logits.dim() not in (1, 2) or len(logits) != len(x) or not logits.is_floating_point():
@@ -399,6 +408,8 @@ class Classifier(nn.Module):
     def _outputs(self, x: Tensor) -> object:
         net: Callable[..., object] = self.net
         outputs = net(x) if self.input_name is None else net(**{self.input_name: x})
+        if self.task is not None:
+            return self.task.read(outputs, x.movedim(-1, 1) if self.layout == "hwc" and x.dim() > 3 else x)
         return logits_of(outputs, in_training=isinstance(self.net, nn.Module) and self.net.training)
 
     def _of_classes(self, outputs: Tensor) -> Logits:
@@ -429,8 +440,9 @@ def _no_logits(outputs: object, *, training: bool) -> NoLogits:
         way_out = "If the model is a function that builds a network, give the network that it returns"
     if isinstance(outputs, list) and outputs and isinstance(outputs[0], Mapping):
         way_out = (
-            "For a detector, write a function that returns the largest score of each class over the boxes, here of 91 "
-            "classes, and give it in place of net"
+            "For a detector, assess, certify and explain have the task detection (--task detection). Elsewhere, "
+            "write a function that returns the largest score of each class over the boxes, here of 91 classes, and "
+            "give it in place of net"
         )
         code = _FUNCTION_OF_DETECTOR
     return NoLogits(

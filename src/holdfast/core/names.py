@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Literal, TypeGuard
+from typing import Final, Literal, TypeGuard
 
 from holdfast.core.errors import UsageError
 
@@ -15,6 +15,16 @@ _CI_MARK = re.compile(r"##(?=[A-Za-z]*\[)")
 
 PARTS = re.compile(r"""(?:"[^"]*"|'[^']*'|[^,\s])+""")
 """pattern of the parts of a threat, which commas and spaces separate, except between quotes"""
+
+TaskName = Literal["classes", "segmentation", "detection", "regression", "multilabel"]
+"""what a model returns: one class of each example, a class of each pixel, boxes of objects, numbers, or several labels
+"""
+
+Objective = Literal["vanish", "fabricate", "mislabel"]
+"""what an attack on a detector is to achieve: objects are not found, are found where none are, or get another label"""
+
+MAP: Final = "map:"
+"""beginning of the goal that all pixels of an image get a class, as in `map:3`"""
 
 CorruptionName = Literal[
     "gaussian_noise",
@@ -55,12 +65,14 @@ def suite_name(suite: str) -> str:
     return suite.partition("@")[0]
 
 
-def threat_text(change: str, goal: int | None, access: str, queries: int | None, unit: str = "") -> str:
-    """Return a threat model as a command line argument. `change` is its constraint, such as `linf:0.1`, and default
-    values are omitted.
+def threat_text(
+    change: str, goal: int | None, access: str, queries: int | None, unit: str = "", objective: str = ""
+) -> str:
+    """Return a threat model as a command line argument. `change` is its constraint, such as `linf:0.1`, `objective`
+    that of an attack on a detector, and default values are omitted.
     """
     unit_text = f",unit={unit}" if unit else ""
-    goal_text = "" if goal is None else f",goal=targeted:{goal}"
+    goal_text = f",goal={objective}" if objective else "" if goal is None else f",goal=targeted:{goal}"
     access_text = "" if access == "gradients" else f",access={access}"
     queries_text = "" if queries is None else f",queries={queries}"
     return f"{change}{unit_text}{goal_text}{access_text}{queries_text}"

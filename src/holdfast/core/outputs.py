@@ -79,6 +79,11 @@ def without_values() -> Iterator[None]:
         _with_values.reset(token)
 
 
+def values_known() -> bool:
+    """Return whether outputs have values, as everywhere outside of `without_values`."""
+    return _with_values.get()
+
+
 @runtime_checkable
 class _HasLogits(Protocol):
     """Protocol of the outputs of networks that return several tensors in one object, such as those of Hugging Face."""

@@ -78,6 +78,8 @@ class ThreatModel:
     """unit of eps: `range`, `std` or `@FILE`; empty for the unit of the inputs"""
     goal_name: str = ""
     """name of the target class, if its number is known from the data only"""
+    objective: str = ""
+    """what an attack on a detector (`Objective`) or on masks (`map:K`) is to achieve; empty for any error"""
     given: str = field(default="", init=False, compare=False)
     """the text from which the threat model was parsed; empty for another one"""
 
@@ -130,7 +132,7 @@ class ThreatModel:
 
     def with_change(self, change: str) -> str:
         """Return the text of this threat model with another change, such as `l2:0.5`, in the unit of the inputs."""
-        return threat_text(change, self.goal, self.access, self.queries)
+        return threat_text(change, self.goal, self.access, self.queries, objective=self.objective)
 
     def with_size(self, eps: float) -> str:
         """Return the text of this threat model with another eps, in the unit of the inputs."""
@@ -139,7 +141,9 @@ class ThreatModel:
     @property
     def text(self) -> str:
         """The threat model as an argument on the command line, without the values that are defaults."""
-        return threat_text(str(self.constraint), self.goal, self.access, self.queries, self.unit)
+        return threat_text(
+            str(self.constraint), self.goal, self.access, self.queries, self.unit, self.objective
+        )
 
     def __str__(self) -> str:
         return self.given or self.text

@@ -27,6 +27,8 @@ Inputs = Annotated[Tensor, Shape("n *features", "float")]
 """batch of inputs, one row for each example"""
 Logits = Annotated[Tensor, Shape("n classes", "float")]
 """one score for each class and example; the class with the largest is the prediction"""
+Outputs = Annotated[Tensor, Shape("n *values", "float")]
+"""what a model returns: logits of classes, or the outputs of another task in a shape of its own"""
 Labels = Annotated[Tensor, Shape("n", "int")]
 """class index of each example, int64"""
 Ids = Annotated[Tensor, Shape("n", "int")]

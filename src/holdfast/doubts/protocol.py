@@ -15,6 +15,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, Doubt, DoubtState
 from holdfast.core.model import Model
+from holdfast.core.names import TaskName
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Ids, Mask, Rows
 
@@ -143,6 +144,8 @@ class MeasurementContext:
     model, if gradients vanish, and in a search for smallest changes"""
     repeated: tuple[str, ...] = ()
     """names of the attacks of the suite that the fresh pass of `not-exhausted` repeats"""
+    task: TaskName | None = None
+    """what the model returns, if it is not one score for each class"""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ SLOPE_RATIO = (0.5, 2.0)
 
 def conclude(case: Case) -> Doubt:
     """Return the doubt from the ratio of measured to predicted change along the gradient."""
+    if case.context.task not in (None, "regression"):
+        message = "attacks follow the gradient of another loss than the score of the task"
+        return Doubt(case.name, "not applicable", message=message)
     if GRADIENTS.name not in case.results or case.context.threat.constraint.eps == 0:
         return case.absent(GRADIENTS)
     ratios = case.results[GRADIENTS.name].columns["ratio"].double()

@@ -82,6 +82,10 @@ class Figure:
     columns: int = 0
     """number of pictures in a row; 0 for as many as fit"""
     sounds: tuple[tree.Sound, ...] = ()
+    large: bool = False
+    """whether the pictures are shown large"""
+    blocks: tuple[tree.Block, ...] = ()
+    """further blocks, after the pictures"""
 
     @property
     def csv(self) -> str:
@@ -205,10 +209,10 @@ def bars(labels: Sequence[str], values: Sequence[float], texts: Sequence[str]) -
 def _section(figure: Figure) -> tree.Section:
     blocks: list[tree.Block] = []
     if figure.pictures:
-        blocks.append(tree.Pictures(figure.pictures, figure.alternative, figure.columns))
+        blocks.append(tree.Pictures(figure.pictures, figure.alternative, figure.columns, figure.large))
     if figure.sounds:
         blocks.append(tree.Sounds(figure.sounds))
-    blocks += figure.charts
+    blocks += [*figure.charts, *figure.blocks]
     if figure.bars:
         bars = [(bar.label, tree.Cell(bar.text, bar=(bar.share,) * 3)) for bar in figure.bars]
         blocks.append(tree.Table(("name", "value"), bars, figure.alternative))

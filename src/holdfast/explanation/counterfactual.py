@@ -319,7 +319,7 @@ def counterfactual(
 
 def broken(target: PreparedModel, batch: Batch, x: Inputs) -> Mask:
     """Return whether the original model predicts another class than the label, or the target class under a goal."""
-    judged = target.judged_logits(target.logits(x), batch.y)
+    judged = target.judged_logits(target.logits(x), batch)
     return firmly_broken(judged, batch)
 
 

@@ -72,7 +72,7 @@ def surface_figure(case: Attacked, doubts: Mapping[str, str]) -> tuple[Figure, b
                 chosen.x[row] + spread(places.to(chosen.x), chosen.x) * direction
             )
             one = Batch(points, chosen.y[row].expand(_STEPS), chosen.ids[row].expand(_STEPS))
-            loss = -margin(case.target.judged_logits(case.target.logits(points), one.y), one).double()
+            loss = -margin(case.target.judged_logits(case.target.logits(points), one), one).double()
             steps = loss.diff().abs()
             extent = float((loss.max() - loss.min()).clamp_min(1e-12))
             still = float(steps.max()) <= 1e-9

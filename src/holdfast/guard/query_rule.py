@@ -163,7 +163,7 @@ class QueryTrials:
         """Return for each example that is correct when clean the numbers of queries until it was broken and until a
         query was rejected, 0 for never, as in `adaptive_with_broken`.
         """
-        correct = margin(target.judged_logits(target.logits(batch.x), batch.y), batch) > 0
+        correct = margin(target.judged_logits(target.logits(batch.x), batch), batch) > 0
         batch, rng = batch.take(correct), Draws(seed).at("stateful")
         limited = replace(threat, queries=min(self.queries, threat.queries or self.queries))
         columns = {"id": batch.ids.cpu()}

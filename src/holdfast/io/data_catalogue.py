@@ -162,6 +162,12 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
 )
 
 
+GENERATED: Mapping[str, str] = MappingProxyType(
+    {"scenes": "generated digits and signs with masks and boxes, 4,000 + 500 colour images of 64 x 64"}
+)
+"""Descriptions of the data sets that are generated when they are opened, by name."""
+
+
 @dataclass(frozen=True)
 class Listed:
     """A data set of the catalogue as a row of the table that `holdfast data` prints."""

@@ -1,5 +1,6 @@
 """The functions of all metrics by name, and the computation of a metric from evidence."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
@@ -7,9 +8,9 @@ from typing import Protocol
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.metrics import comparisons, predictions, shares
+from holdfast.metrics import comparisons, predictions, shares, tasks
 from holdfast.metrics.comparisons import transfer_success
-from holdfast.metrics.names import METRICS
+from holdfast.metrics.names import METRICS, OF_ANY_TASK, OF_TASKS, TASKS
 from holdfast.metrics.shares import Absent
 
 Metric = Callable[[Evidence], Estimate]
@@ -41,6 +42,7 @@ PLAIN: Mapping[str, Metric] = {
     "corruption_error_rate": predictions.corruption_error_rate,
     "worst_corruption": predictions.worst_corruption,
     **predictions.ACCURACIES,
+    **tasks.PLAIN,
 }
 """metrics of one run, by name"""
 
@@ -53,6 +55,7 @@ class AtEps(Protocol):
 
 
 BY_EPS: Mapping[str, AtEps] = {
+    "object_recall": tasks.object_recall,
     "robust_accuracy": shares.robust_accuracy,
     "certified_accuracy": shares.certified_accuracy,
     "robust_error_rate": shares.robust_error_rate,
@@ -83,6 +86,7 @@ def estimate(
 
     Raises `Absent`, a usage error with advice, if the attack that measures it was not run.
     """
+    _refuse_other_task(name, evidence)
     if name in PAIRED:
         if baseline is None:
             raise Absent(f"{name} compares two runs", Remedy("baseline", Placeholder("RUN")))
@@ -96,6 +100,20 @@ def estimate(
     if eps is not None:
         raise UsageError(f"{name} has no value at another eps; write {name} without @{eps:g}")
     return PLAIN[name](evidence)
+
+
+def _refuse_other_task(name: str, evidence: Evidence) -> None:
+    """Raise `Absent` for a metric of models with another task."""
+    task = evidence.model.get("task", {}).get("name", "classes")
+    own = TASKS.get(task, {})
+    if (name in OF_TASKS if task == "classes" else name not in OF_ANY_TASK) and name not in own:
+        raise Absent(
+            f"{name} is no metric of a model of {task}; its metrics are {', '.join((*own, *sorted(OF_ANY_TASK)))}"
+            if own
+            else f"{name} is no metric of a model of classes"
+        )
+    if name in own and not name.startswith("clean_") and math.isinf(evidence.threat.constraint.eps):
+        raise Absent(f"{name} needs an eps, and this run searched for smallest changes")
 
 
 def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ refused immediately.
 
 from typing import Final, get_args
 
-from holdfast.core.names import CorruptionName
+from holdfast.core.names import CorruptionName, TaskName
 
 CORRUPTIONS: Final[tuple[CorruptionName, ...]] = get_args(CorruptionName)[:15]
 """names of the common corruptions that are measured, as in their paper"""
@@ -55,7 +55,59 @@ DETECTION: Final[dict[str, str]] = {
 }
 """descriptions of the metrics for the detector of a model that rejects inputs, by name"""
 
+TASKS: Final[dict[TaskName, dict[str, str]]] = {
+    "segmentation": {
+        "miou": "mean intersection over union of the classes over all pixels, on the worst case of each image",
+        "clean_miou": "the same on clean images",
+        "pixel_accuracy": "share of all pixels with the right class, on the worst case of each image",
+        "clean_pixel_accuracy": "the same on clean images",
+        "worst_class_iou": "smallest IoU over the classes on the worst case, with Bonferroni's correction",
+        "image_iou": "mean over the images of the mean IoU of their classes, on the worst case",
+        "certified_pixel_accuracy": (
+            "share of all pixels of which it is proved that they have the right class for every input of the threat "
+            "model, a lower bound of the pixel accuracy"
+        ),
+    },
+    "detection": {
+        "ap50": "average precision at IoU 0.5, mean over the classes, on the worst case of each image (COCO)",
+        "clean_ap50": "the same on clean images",
+        "ap": "mean of the average precisions at IoU 0.5, 0.55, …, 0.95, on the worst case of each image (COCO)",
+        "clean_ap": "the same on clean images",
+        "object_recall": (
+            "share of the objects found with a score and an IoU of at least 0.5, on the worst case of each image; "
+            "object_recall@32 counts objects of at least 32 x 32 pixels"
+        ),
+        "clean_object_recall": "the same on clean images",
+        "worst_class_recall": "smallest object recall over the classes on the worst case, with Bonferroni's correction",
+    },
+    "regression": {
+        "within_tolerance": "share of examples within the tolerance when clean and under every attack",
+        "mean_absolute_error": "mean absolute error in the units of the targets, on the worst case of each example",
+        "clean_mean_absolute_error": "the same on clean inputs",
+        "certified_mean_absolute_error": (
+            "mean of the largest error that the proved interval of each output allows, an upper bound of the mean "
+            "absolute error for every input of the threat model; infinite if nothing is proved about an example"
+        ),
+    },
+    "multilabel": {
+        "label_accuracy": "share of the labels of all examples that are right, on the worst case of each example",
+        "clean_label_accuracy": "the same on clean inputs",
+        "certified_label_accuracy": (
+            "share of the labels of all examples of which it is proved that they are right for every input of the "
+            "threat model"
+        ),
+        "label_recall": "mean over the labels of the share of their examples that get them, on the worst case",
+        "clean_label_recall": "the same on clean inputs",
+        "worst_label_recall": "smallest recall over the labels on the worst case, with Bonferroni's correction",
+    },
+}
+"""descriptions of the metrics of models with another task than classes, by task and name"""
+
+OF_TASKS: Final = {name: about for metrics in TASKS.values() for name, about in metrics.items()}
+"""descriptions of these metrics by name"""
+
 METRICS: Final[dict[str, str]] = {
+    **OF_TASKS,
     "clean_accuracy": "share of examples classified correctly when clean",
     "clean_error_rate": "one minus the clean accuracy",
     "rejection_rate": "share of clean inputs that a model with a detector rejects",
@@ -130,8 +182,33 @@ does"""
 OF_STATIC: Final = frozenset({"transfer_success", "ensemble_transfer", "sibling_transfer"})
 """metrics whose threshold may be given relative to their value for a static model: `of static`"""
 
+OF_ANY_TASK: Final = frozenset(
+    {
+        "clean_accuracy",
+        "clean_error_rate",
+        "robust_accuracy",
+        "suite_robust_accuracy",
+        "robust_error_rate",
+        "robustness_score",
+        "certified_accuracy",
+        "worst_group",
+        "attack_success_rate",
+        "perturbed_share",
+        *(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0")),
+        *(f"mean_perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0")),
+        "robust_margin",
+        "adversarial_radius",
+        "regression",
+        "clean_accuracy_drop",
+    }
+)
+"""metrics of models of classes that models with another task have, too: an example counts as correct under a
+condition of the task
+"""
+
 AT_EPS: Final = frozenset(
     {
+        "object_recall",
         "certified_accuracy",
         "robust_accuracy",
         "robust_error_rate",
@@ -154,8 +231,9 @@ UPPER_BOUNDS: Final = frozenset(
         *(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0")),
         "robust_margin",
         "adversarial_radius",
+        *(name for name in OF_TASKS if not name.startswith(("clean_", "certified_"))),
     }
-)
+) - {"mean_absolute_error"}
 """metrics that stronger attacks can only decrease"""
 
 LOWER_BOUNDS: Final = frozenset(
@@ -165,11 +243,19 @@ LOWER_BOUNDS: Final = frozenset(
         "targeted_success_rate",
         "transfer_success",
         "perturbed_share",
+        "mean_absolute_error",
     }
 )
 """metrics that stronger attacks can only increase"""
 
-PROVED: Final = frozenset({"certified_accuracy"})
+PROVED: Final = frozenset(
+    {
+        "certified_accuracy",
+        "certified_pixel_accuracy",
+        "certified_mean_absolute_error",
+        "certified_label_accuracy",
+    }
+)
 """metrics that consist of proofs, which stronger attacks do not change"""
 
 PERTURBATIONS: Final = tuple(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0"))
@@ -185,6 +271,9 @@ NOT_SHARES: Final = frozenset(
         "defensive_entropy_rise",
         "defensive_margin",
         "mce",
+        "mean_absolute_error",
+        "clean_mean_absolute_error",
+        "certified_mean_absolute_error",
     }
 )
 """metrics that are not proportions, so that reports do not show them in percent"""

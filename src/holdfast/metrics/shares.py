@@ -388,7 +388,7 @@ def notes_on_absent(evidence: Evidence) -> tuple[str, ...]:
     """Return notes on classes of the model, and on groups of the data, of which there are no examples."""
     notes = []
     absent = absent_classes(evidence["y"], classes_of(evidence.model))
-    if absent:
+    if absent and "task" not in evidence.model:
         names = tuple(map(str, evidence.data.get("classes") or ()))
         notes.append(
             f"there are no examples of class {listed_classes(absent, names)}, so that no gate on worst_class can pass"

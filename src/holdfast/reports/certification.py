@@ -9,7 +9,18 @@ from holdfast.core.evidence import Cost, Evidence, ProofRecord
 from holdfast.metrics.shares import certified_accuracy
 from holdfast.reports.curves import estimate_to_json, settings_group
 from holdfast.reports.tree import Block, Paragraph, Section, Table
-from holdfast.reports.words import amount, count_text, interval, percent, plain, seconds_text, strict
+from holdfast.reports.words import (
+    amount,
+    count_text,
+    interval,
+    label,
+    percent,
+    plain,
+    seconds_text,
+    shown,
+    strict,
+    uncapitalized,
+)
 
 Json = dict[str, Any]
 
@@ -209,6 +220,14 @@ def section(summary: Mapping[str, Any]) -> Section:
         "an example is certified if it is proved that no input of the threat model is misclassified, broken if one is "
         "known, and otherwise unknown. Each method is run on the examples that are still undecided"
     )
+    if summary["model"].get("task") is not None:
+        from holdfast.tasks.catalogue import task_of  # late: most runs are of classes
+
+        task = task_of(summary["model"]["task"])
+        lead = (
+            f"an {task.noun} is certified if it is proved that {task.correct_if} for every input of the threat model, "
+            "broken if an input is known for which it is not, and otherwise unknown"
+        )
     methods = [row for row in results["rows"] if row["stage"]]
     blocks: list[Block] = [
         table,
@@ -216,6 +235,28 @@ def section(summary: Mapping[str, Any]) -> Section:
         settings_group("Settings of each method", methods),
     ]
     return Section("Certification", blocks, lead, "certification", "Certification", "notebook")
+
+
+_OF_OUTPUTS: Mapping[str, tuple[str, str, str]] = {
+    "segmentation": ("certified_pixel_accuracy", "≤", "pixel_accuracy"),
+    "regression": ("certified_mean_absolute_error", "≥", "mean_absolute_error"),
+    "multilabel": ("certified_label_accuracy", "≤", "label_accuracy"),
+}
+"""what is proved about the outputs of each task, and the metric of attacks that it bounds"""
+
+
+def _lines_of_outputs(summary: Mapping[str, Any]) -> list[str]:
+    """A sentence about what is proved about the outputs of a model with another task than classes."""
+    task, metrics = summary["model"].get("task"), summary["metrics"]
+    if task is None:
+        return []
+    proved, relation, attacked = _OF_OUTPUTS[task["name"]]
+    bounded = f"{uncapitalized(label(attacked))} under attack {_with_interval(attacked, metrics)}"
+    return [f"{uncapitalized(label(proved))} {_with_interval(proved, metrics)} {relation} {bounded}"]
+
+
+def _with_interval(metric: str, metrics: Mapping[str, Any]) -> str:
+    return f"{shown(metric, metrics[metric]['value'])} ({interval(metric, metrics[metric])})"
 
 
 def _time(seconds: float | None) -> str:
@@ -252,6 +293,7 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
             f"certified accuracy {percent(certified['value'])} ({interval('certified_accuracy', certified)}) ≤ robust "
             f"accuracy {percent(robust['value'])} ({interval('robust_accuracy', robust)})"
         )
+    lines += _lines_of_outputs(summary)
     if results["certified"]:
         attacked = f"{count_text(results['attacked_certified'])} of {count_text(results['certified'])}"
         contradicted = results["statistical"] and results["statistical"]["contradicted"]

@@ -30,6 +30,7 @@ from holdfast.reports.words import (
 SummaryPart = Mapping[str, Any]
 
 _STANDING = ("attack", "broke", "surviving", "share", "time", "interval", "queries")
+_OF_TASK = ("attack", "newly broken", "surviving", "share", "score left", "time", "interval", "queries")
 _SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
 
 
@@ -43,8 +44,15 @@ def by_distance(summary: SummaryPart) -> bool:
 
 
 def hardest(summary: SummaryPart) -> Iterator[Highlight]:
-    """Yield the attack that broke most examples, if one broke some."""
+    """Yield the attack that broke most examples, if one broke some, or that left least of the score of a task."""
     attacks = summary["attacks"]
+    scored = [attack for attack in attacks if attack.get("left") is not None]
+    if scored:
+        lowest = min(scored, key=lambda attack: number(attack["left"]))
+        yield Highlight(
+            "Hardest attack", lowest["name"], (f"alone leaves a mean score of {percent(lowest['left'])}",)
+        )
+        return
     attack = max(attacks, key=_broke, default=None)
     if attack is not None and _broke(attack) > 0 and not by_distance(summary):
         attacked = count_text(attack["surviving_before"])
@@ -72,6 +80,16 @@ def attack_sections(summary: SummaryPart) -> Iterator[Section]:
         else "each attack runs only on the examples that survive the attacks before it. An example is robust if it "
         "survives all of them"
     )
+    if (card := summary["model"].get("task")) is not None and not distance:
+        from holdfast.tasks.catalogue import task_of  # late: most models are of classes
+
+        task = task_of(card)
+        score = "aim" if card.get("aim") is not None else card.get("objective") or task.name
+        lead = (
+            f"each attack runs on all {summary['noun']}, and goes on after one is broken. An {task.noun} survives if "
+            f"{task.correct_if}, clean and under all attacks so far. The score left is that under this attack alone: "
+            f"{_SCORES[score]}"
+        )
     budget = query_budget(summary["threat"])
     allowed = f"the threat model allows {budget}" if budget else ""
     notes = (allowed, _baseline(summary), _risks(summary), _fits(summary), _passes_line(summary))
@@ -96,31 +114,37 @@ def settings_group(title: str, records: Iterator[SummaryPart] | list[SummaryPart
 
 def _table(summary: SummaryPart) -> Table:
     distance = by_distance(summary)
+    of_task = "task" in summary["model"] and not distance
     rows: list[tuple[str | Cell, ...]] = []
     clean = summary["metrics"].get("clean_accuracy")
     if clean and summary["threat"]["goal"] is None and not distance:
         share = Cell(percent(clean["value"]), bar=(number(clean["value"]),) * 3, pale=True)
         surviving = count_text(round(clean["value"] * clean["n"]))
-        rows.append(("no attack", "", surviving, share, "", interval("clean_accuracy", clean), ""))
+        rows.append(
+            ("no attack", "", surviving, share, *[""] * of_task, "", interval("clean_accuracy", clean), "")
+        )
     decibels = summary["threat"]["decibels"]
     rows += [
-        _smallest(attack, decibels=decibels) if distance else _standing(attack)
+        _smallest(attack, decibels=decibels) if distance else _standing(attack, of_task=of_task)
         for attack in summary["attacks"]
     ]
     suite = f", {summary['suite']}" if summary["suite"] else ""
     suffix = ": the smallest changes found" if distance else ""
     title = f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{suffix}"
-    headings = _SMALLEST if distance else _STANDING
-    return Table(headings, rows, title, extra=frozenset({5, 6}), depth="notebook")
+    headings = _OF_TASK if of_task else _SMALLEST if distance else _STANDING
+    extra = frozenset({1, 6, 7} if of_task else {5, 6})
+    return Table(headings, rows, title, extra=extra, depth="notebook")
 
 
-def _standing(attack: SummaryPart) -> tuple[str | Cell, ...]:
+def _standing(attack: SummaryPart, *, of_task: bool) -> tuple[str | Cell, ...]:
     after = attack["robust_accuracy"]
+    left = "" if attack.get("left") is None else percent(attack["left"])
     return (
         attack["name"],
         "not run" if _left_out(attack) else count_text(_broke(attack)),
         count_text(attack["surviving_after"]),
         bar(after) if after else "–",
+        *([left] if of_task else ()),
         seconds_text(attack["seconds"]),
         interval("robust_accuracy", after) if after else "–",
         count_text(attack["queries"]),
@@ -217,6 +241,17 @@ def _searches(summary: SummaryPart) -> Iterator[Block]:
 
 
 _COUNTS = ("broke", "forwards", "backwards")
+_SCORES: Mapping[str, str] = {
+    "segmentation": "the mean over the images of the mean IoU of their classes",
+    "detection": "the mean over the images of the share of objects that are found",
+    "vanish": "the mean over the images of the share of objects that are found",
+    "mislabel": "the mean over the images of the share of objects that are found",
+    "fabricate": "the mean over the images of the share of boxes that match an object",
+    "aim": "the mean over the images of the share of pixels that do not get the class",
+    "regression": "the mean of tolerance / (tolerance + error)",
+    "multilabel": "the mean over the examples of the share of labels that are right",
+}
+"""Descriptions of the mean score, by the name of the task, or what the attacker aims for."""
 
 
 def _outside(summary: SummaryPart) -> list[SummaryPart]:
@@ -287,7 +322,8 @@ def accuracy_curves(evidence: Evidence) -> dict[str, list[Json]]:
     """
     return {
         "eps": _points(accuracy_against_eps, evidence, "eps"),
-        "queries": _points(accuracy_against_queries, evidence, "queries"),
+        # attacks on other tasks go on after an example is broken, and do not note the query
+        "queries": [] if "task" in evidence.model else _points(accuracy_against_queries, evidence, "queries"),
     }
 
 

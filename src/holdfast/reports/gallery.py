@@ -38,13 +38,15 @@ _CONTEXT = 4
 _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0")
 
 
-def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> list[Json]:
+def example_images(
+    evidence: Evidence, classes: Sequence[str], attacks: Sequence[str], side: int = LONGEST_SIDE
+) -> list[Json]:
     """Return the broken examples that the report shows, each with its clean input, its adversarial input and its
-    predictions, as JSON.
+    predictions, as JSON. `side` is the longest side of pictures.
     """
     if "id" not in evidence.gallery:
         return []
-    low, high = _range_of_inputs(evidence.model)
+    low, high = range_of_inputs(evidence.model)
     entries = []
     for place, example_id in enumerate(evidence.gallery["id"][:MOST_EXAMPLES]):
         rows = (evidence["id"] == example_id).nonzero()[:, 0].tolist()
@@ -58,7 +60,7 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
         elif domain is BYTES:
             entry |= _files(x, x_adv, evidence)
         elif domain is IMAGE:
-            entry |= _pictures(x, x_adv, low, high)
+            entry |= _pictures(x, x_adv, low, high, side)
         elif domain is SIGNAL:
             from holdfast.reports.sounds import signal_example  # late: few inputs are clips
 
@@ -93,8 +95,8 @@ def _facts(evidence: Evidence, row: int, classes: Sequence[str], attacks: Sequen
     }
 
 
-def _range_of_inputs(model: Mapping[str, Any]) -> tuple[float, float]:
-    """The range of the inputs, if the model gives it as two numbers, else 0 to 1."""
+def range_of_inputs(model: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the range of the inputs, if the model gives it as two numbers, else 0 to 1."""
     bounds = model.get("bounds")
     if (
         isinstance(bounds, Sequence)
@@ -105,39 +107,39 @@ def _range_of_inputs(model: Mapping[str, Any]) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def _pictures(x: Tensor, x_adv: Tensor, low: float, high: float) -> Json:
+def _pictures(x: Tensor, x_adv: Tensor, low: float, high: float, side: int) -> Json:
     """Clean input, changed input and difference as PNG; the difference is amplified, and grey where it is zero."""
     delta = x_adv - x
     largest = float(delta.abs().max())
     # no division by 0 if the bounds of the model are equal
     width = high - low or 1.0
     amplified = width / (2 * largest) if largest > 0 and math.isfinite(largest) else 1.0
-    difference = _shrunk_signed(delta) * amplified / width + 0.5
+    difference = _shrunk_signed(delta, side) * amplified / width + 0.5
     return {
         "kind": "image",
-        "clean": png((shrunk(x) - low) / width),
-        "perturbed": png((shrunk(x_adv) - low) / width),
+        "clean": png((shrunk(x, side) - low) / width),
+        "perturbed": png((shrunk(x_adv, side) - low) / width),
         "difference": png(difference),
         "amplified": round(2 * amplified, 2),
         "shape": list(x.shape),
     }
 
 
-def _target(x: Tensor) -> tuple[int, int] | None:
+def _target(x: Tensor, side: int) -> tuple[int, int] | None:
     height, width = x.shape[1:]
-    scale = LONGEST_SIDE / max(height, width)
+    scale = side / max(height, width)
     return None if scale >= 1 else (max(1, round(height * scale)), max(1, round(width * scale)))
 
 
-def shrunk(x: Tensor) -> Tensor:
-    """Return an image (channels, height, width) whose longest side is at most `LONGEST_SIDE`."""
-    target_size = _target(x)
+def shrunk(x: Tensor, side: int = LONGEST_SIDE) -> Tensor:
+    """Return an image (channels, height, width) whose longest side is at most `side`."""
+    target_size = _target(x, side)
     return x if target_size is None else adaptive_avg_pool2d(x[None], target_size)[0]
 
 
-def _shrunk_signed(delta: Tensor) -> Tensor:
+def _shrunk_signed(delta: Tensor, side: int) -> Tensor:
     """Downsample by the largest change in each cell, with its sign, since averages would remove fine patterns."""
-    target_size = _target(delta)
+    target_size = _target(delta, side)
     if target_size is None:
         return delta
     most, least = (

@@ -199,6 +199,7 @@ class Attack(CostJson, Smallest):
     - `positions`: positions of a change of which the worst of each image counts; null if there is a single one
     - `search`: methods of an adaptive search; null for other attacks
     - `baseline`: results with the stored inputs of an earlier run; null for other attacks
+    - `left`: mean score that it left of an example, from 0 to 1, for a model with another task; null for classes
     """
 
     stage: str
@@ -214,6 +215,7 @@ class Attack(CostJson, Smallest):
     positions: Positions | None
     search: NotRequired[Search | None]
     baseline: NotRequired[StoredInputs | None]
+    left: NotRequired[Number | None]
 
 
 class CertificationRow(TypedDict):
@@ -543,6 +545,30 @@ ClassRow = TypedDict(
 """The accuracies of a class."""
 
 
+class ScoreRow(TypedDict):
+    """Score of a class, of a range of sizes of objects, or of a label, on clean inputs and on the worst case of each.
+
+    - `n`: number of images with the class, of objects, or of examples with the label
+    """
+
+    name: str
+    n: Natural
+    clean: EstimateJson
+    attacked: EstimateJson
+
+
+class ScoresBy(TypedDict):
+    """Scores by class, by size of objects, or by label, with intervals that hold together.
+
+    - `group`, `noun`: what the rows are, and what they count
+    """
+
+    group: Literal["class", "size", "label"]
+    noun: str
+    measure: Literal["IoU", "recall"]
+    rows: Annotated[list[ScoreRow], MaxLen(1000)]
+
+
 class Surrogate(TypedDict):
     """A surrogate model of the attacker.
 
@@ -718,13 +744,78 @@ class TrainingVerdictJson(TypedDict):
     help: str
 
 
+class MasksJson(TypedDict):
+    """Masks of an image, before and after the attack, as pictures over the image.
+
+    - `true`: the mask of the data
+    - `changes`: pixels that were right before and are wrong after, and others
+    - `lost`, `gained`: numbers of pixels that were right before and are wrong after, and the reverse
+    - `counted`: number of pixels with a class in the data
+    - `key`: colours of the classes
+    """
+
+    task: Literal["segmentation"]
+    true: Picture
+    before: Picture
+    after: Picture
+    changes: Picture
+    lost: Natural
+    gained: Natural
+    counted: Natural
+    key: list[Colour]
+
+
+class BoxJson(TypedDict):
+    """A box with a score of at least 0.5.
+
+    - `box`: x1, y1, x2, y2 in pixels
+    - `iou`: IoU with the object that it finds
+    """
+
+    name: str
+    score: Number
+    box: list[Number]
+    iou: NotRequired[Number]
+
+
+class ObjectJson(TypedDict):
+    """An object of an image, with the box that finds it before and after the attack; null if none does."""
+
+    name: str
+    box: list[Number]
+    before: BoxJson | None
+    after: BoxJson | None
+
+
+class FalseBoxes(TypedDict):
+    """Boxes that find no object, before and after the attack."""
+
+    before: list[BoxJson]
+    after: list[BoxJson]
+
+
+class BoxesJson(TypedDict):
+    """Objects and boxes of an image.
+
+    - `size`: width and height of the image in pixels
+    """
+
+    task: Literal["detection"]
+    size: list[Natural]
+    objects: list[ObjectJson]
+    false: FalseBoxes
+
+
 class ImageExample(TypedDict):
     """An adversarial example of a model of images.
 
     - `amplified`: factor by which the difference is amplified
+    - `outputs`: masks or boxes, for a model that returns such, and `change` the change of the score in words
     """
 
     kind: Literal["image"]
+    change: NotRequired[str]
+    outputs: NotRequired[MasksJson | BoxesJson]
     clean: Picture
     perturbed: Picture
     difference: Picture
@@ -870,6 +961,8 @@ class Assessment(TypedDict):
     - `rotation`: success of each kind of attacker on a model with rotation; null if not measured
     - `training`: verdict on the training of a hardened model; null for other models
     - `reproduce`: the command that repeats the run
+    - `per_class`: accuracies of each class; empty for a model with another task
+    - `by_class`: scores of a model that returns masks, boxes or several labels; empty for other models
     - `passes`: passes outside the suite, in their order; examples that they broke inside the threat model count as
       broken in robust accuracy
     - `notes`: notes on the run and the model that a reader needs with the numbers
@@ -903,6 +996,7 @@ class Assessment(TypedDict):
     served: Served
     curves: Curves
     per_class: Annotated[list[ClassRow], MaxLen(1000)]
+    by_class: NotRequired[list[ScoresBy]]
     groups: NotRequired[Groups | None]
     surrogates: list[Surrogate]
     transfer: Transfer | None

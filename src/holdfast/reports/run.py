@@ -109,10 +109,11 @@ def _highlights(summary: Json) -> Iterator[tree.Highlight]:
         yield tree.Highlight(
             "Robust accuracy", percent(metrics["robust_accuracy"]["value"]), (f"of all {summary['noun']}",)
         )
-    if "clean_accuracy" in metrics and main != "clean_accuracy":
-        yield tree.Highlight(
-            "Clean accuracy", percent(metrics["clean_accuracy"]["value"]), ("without any attack",)
-        )
+    of_task = main is not None and "task" in summary["model"]
+    clean = words.clean_metric(main) if main is not None and of_task else "clean_accuracy"
+    if clean in metrics and main != clean:
+        name = words.label(main if main is not None and of_task else clean)
+        yield tree.Highlight(name, words.shown(clean, metrics[clean]["value"]), ("without any attack",))
     if not gates:
         yield tree.Highlight("Gate", "none set", ("set one with --gate",))
     elif len(gates) == 1:
@@ -147,7 +148,11 @@ def _sections(summary: Json, later_gates: Sequence[Json]) -> Iterator[tree.Secti
     if summary.get("geometry"):
         yield charts.geometry_section(summary["geometry"])
     groups = summary.get("groups")
-    if summary["per_class"] and (groups is None or groups["column"] != BY_LABEL):
+    if summary.get("by_class"):
+        from holdfast.reports import tasks  # late: most models are of classes
+
+        yield tasks.section_of_classes(summary["by_class"])
+    elif summary["per_class"] and (groups is None or groups["column"] != BY_LABEL):
         yield _classes(summary)
     for results, section in (
         (groups, curves.groups_section),
@@ -295,10 +300,18 @@ def _examples(summary: Json) -> tree.Section:
     }
     number_of = "One" if len(examples) == 1 else f"{len(examples)}"
     lead = f"{number_of} of the broken examples.{notes[examples[0]['kind']]}"
+    blocks: list[tree.Block] = []
+    if "task" in summary["model"]:
+        from holdfast.reports import tasks  # late: most models are of classes
+
+        kept = words.amount(len(examples), summary["noun"])
+        read = tasks.NOTES.get(examples[0]["task"], notes[examples[0]["kind"]])
+        lead = f"The {kept} that lost most of the score, most first, each with the input of the lowest score.{read}"
+        blocks += tasks.keys_of_masks(examples)
     if len(examples) > MOST_EXAMPLES:
         lead += f" The first {MOST_EXAMPLES} are shown; expand the line below for the others."
     entries = [example_group(example, summary["threat"]) for example in examples]
-    blocks: list[tree.Block] = [tree.Gallery(entries, MOST_EXAMPLES)]
+    blocks.append(tree.Gallery(entries, MOST_EXAMPLES))
     ratios = sorted(example["snr_db"] for example in examples if example.get("snr_db") is not None)
     if ratios:
         between = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (ratios[0], ratios[-1])))
@@ -308,11 +321,19 @@ def _examples(summary: Json) -> tree.Section:
     return tree.Section("Adversarial examples", blocks, lead, "examples", "Examples", "notebook")
 
 
+_TRUTHS = {"regression": "target", "multilabel": "labels"}
+"""What the truth of an example is called, by task."""
+
+
 def example_group(example: Json, threat: Json) -> tree.Group:
     """Return a broken example: its inputs, its predictions and the size of the change."""
     becomes = f"{example['clean_prediction']} becomes {example['adversarial_prediction']}"
     blocks: list[tree.Block]
-    if example["kind"] == "image":
+    if "outputs" in example:
+        from holdfast.reports import tasks  # late: most models are of classes
+
+        blocks = tasks.blocks_of_task(example)
+    elif example["kind"] == "image":
         at, times = example["id"], plain(example["amplified"])
         pictures = [
             tree.Picture(example[name], name, alternative, value)
@@ -345,7 +366,11 @@ def example_group(example: Json, threat: Json) -> tree.Group:
         ]
         table = tree.Table(("feature", "clean", "perturbed"), rows, depth="notebook")
         blocks = [tree.Paragraph(f"{becomes}; {of}", "notebook"), table]
-    name = f"#{example['id']}, label {example['label']}"
+    name = f"#{example['id']}"
+    if "outputs" in example:
+        name += f", {example['change']}"
+    elif example["label"] is not None:
+        name += f", {_TRUTHS.get(example.get('task', ''), 'label')} {example['label']}"
     return tree.Group(name, [*blocks, *_how_broken(example, threat)])
 
 

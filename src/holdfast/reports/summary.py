@@ -86,7 +86,8 @@ def summary(
     content["notes"] = [*content["notes"], *notes]
     doubts = open_doubts(content)
     content["gates"] = [gate | {"message": why(gate, doubts)} for gate in content["gates"]]
-    content["threat"]["description"] = threat_in_words(content["threat"], content["surrogates"])
+    task = evidence.model.get("task", {}).get("name", "classes")
+    content["threat"]["description"] = threat_in_words(content["threat"], content["surrogates"], task)
     content["headline"] = headline(content)
     written: Json = strict(content)
     return written
@@ -113,17 +114,26 @@ def _measured(evidence: Evidence) -> Json:
         "doubts_cost": _cost(evidence.doubts_cost),
         "served": dict(evidence.served),
         "curves": accuracy_curves(evidence),
-        "per_class": per_class_to_json(evidence, classes),
+        "per_class": [] if "task" in evidence.model else per_class_to_json(evidence, classes),
         "groups": groups(evidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence),
         "other_data": [_bounded(card) for card in evidence.others],
         "data_transfer": across(evidence),
-        "examples": example_images(evidence, classes, names),
         "passes": [_pass(record) for record in evidence.passes],
         "notes": list(evidence.notes),
         "details": list(evidence.details),
+        **_examples(evidence, classes, names),
     }
+
+
+def _examples(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> Json:
+    """The examples that are shown, and the scores by class of a model with another task than classes."""
+    if "task" not in evidence.model:
+        return {"examples": example_images(evidence, classes, attacks)}
+    from holdfast.reports import tasks  # late: most models are of classes
+
+    return {"by_class": tasks.by_class(evidence), "examples": tasks.examples_of_task(evidence, attacks)}
 
 
 def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
@@ -253,6 +263,7 @@ def _attack(record: AttackRecord, after: forms.EstimateJson | None, smallest: fo
         "fits": record.fits,
         "positions": _positions(record.places),
         "search": None if record.search is None else strict(asdict(record.search)),
+        "left": strict(record.left),
         "baseline": None if record.reuse is None else strict(asdict(record.reuse)),
         **smallest,
     }

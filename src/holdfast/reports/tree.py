@@ -167,6 +167,17 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A box over a picture, with a short name beside it."""
+
+    look: Literal["found", "lost", "false"]
+    """an object that is found, one that is not, drawn dashed, or a box without an object, drawn dotted"""
+    corners: tuple[float, float, float, float]
+    """x1, y1, x2, y2 in pixels of the picture's `size`"""
+    text: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture as the data URL of a PNG, with its caption."""
 
@@ -182,6 +193,9 @@ class Picture:
     """number of points on each side of a map, whose middle is marked; 0 for a picture that is no map"""
     crossed: bool = False
     """whether the adversarial example is marked on a map"""
+    boxes: tuple[Box, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    """width and height in the pixels of the boxes; 0 for a picture without boxes"""
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,16 @@ class Pictures:
     alternative: str = ""
     columns: int = 0
     """number of pictures in a row; 0 for as many as fit"""
+    large: bool = False
+    depth: Depth = "page"
+
+
+@dataclass(frozen=True)
+class Key:
+    """The meaning of the colours of pictures: names with their colours."""
+
+    title: str
+    colours: Sequence[tuple[str, str]]
     depth: Depth = "page"
 
 
@@ -305,6 +329,7 @@ Block = (
     | Table
     | Chart
     | Pictures
+    | Key
     | Sounds
     | Changed
     | Code

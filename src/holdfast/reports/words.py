@@ -11,10 +11,19 @@ from torch import Tensor
 
 from holdfast.core.batch import BY_LABEL
 from holdfast.core.catalogue import PATCH_MASKS
-from holdfast.core.names import in_255ths, threat_text
+from holdfast.core.names import MAP, in_255ths, threat_text
 from holdfast.doubts.probing import doubt_test
 from holdfast.gates.judging import depends_on, shortage
-from holdfast.metrics.names import LOWER_BOUNDS, METRICS, NOT_SHARES, OF_EPS, PERTURBATIONS, UPPER_BOUNDS
+from holdfast.metrics.names import (
+    LOWER_BOUNDS,
+    METRICS,
+    NOT_SHARES,
+    OF_EPS,
+    OF_TASKS,
+    PERTURBATIONS,
+    TASKS,
+    UPPER_BOUNDS,
+)
 from holdfast.metrics.shares import FEWEST_IN_GROUP
 from holdfast.reports.tree import Block, Cell, Group, Row, Table
 
@@ -211,6 +220,12 @@ def label(metric: str) -> str:
     return (
         re.sub(r"\b(linf|l[012]|f1)\b", lambda match: match[0].capitalize(), text)
         .replace("auroc", "AUROC")
+        .replace("iou", "IoU")
+        .replace("MIoU", "Mean IoU")
+        .replace("mIoU", "mean IoU")
+        .replace("Ap", "AP")
+        .replace("Clean ap", "Clean AP")
+        .replace("ap50", "AP50")
         .replace("Mce", "mCE")
     )
 
@@ -295,8 +310,10 @@ def capitalized(sentence: str) -> str:
 
 
 def uncapitalized(text: str) -> str:
-    """Return the text with its first letter in lower case, as inside a sentence."""
-    return text[:1].lower() + text[1:]
+    """Return the text with its first letter in lower case, as inside a sentence, unless it begins with an abbreviation,
+    such as AP50.
+    """
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
 def sentences(*parts: str) -> str:
@@ -335,6 +352,9 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
         "robust_margin",
         "clean_accuracy",
     ]
+    task = summary["model"].get("task")
+    if task is not None:  # its first metric
+        candidates = [next(iter(TASKS[task["name"]]))]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
         candidates.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
     if summary["verb"] == "certify" or summary["threat"]["norm"] == "TrainingSet":
@@ -433,11 +453,31 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
         return f"{rate} {of} {outcome} with the trigger{interval_part}"
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be changed to class {summary['threat']['goal']}{interval_part}"
+    if metric in OF_TASKS:
+        return _of_task(summary, metric, interval_part)
     if metric != "clean_accuracy":
         goal = summary["threat"]["goal"]
         outcome = "break" if goal is None else f"reach class {goal}"
         return f"Half {of} {outcome} within an {summary['threat']['norm']} change of {rate}{interval_part}"
     return f"{rate} {of} are correct without any attack{interval_part}"
+
+
+def _of_task(summary: Mapping[str, Any], metric: str, interval_part: str) -> str:
+    """The sentence on the main metric of a model with another task than classes."""
+    estimate, clean = summary["metrics"][metric], summary["metrics"].get(clean_metric(metric))
+    rate, of = shown(metric, estimate["value"]), f"of {amount(estimate['n'], summary['noun'])}"
+    without = "" if clean is None else f", and {shown(metric, clean['value'])} without an attack"
+    under = f"under {all_attacks_text(summary['threat'])}{interval_part}{without}"
+    if metric == "within_tolerance":
+        return f"{rate} {of} are within the tolerance {under}"
+    if metric == "label_accuracy":
+        return f"{rate} of the labels {of} are right {under}"
+    return f"{label(metric)} {of} is {rate} {under}"
+
+
+def clean_metric(metric: str) -> str:
+    """Return the name of the metric of clean inputs that corresponds to the main one of a task."""
+    return "clean_accuracy" if metric == "within_tolerance" else f"clean_{metric}"
 
 
 def worst_of(groups: Mapping[str, Any]) -> str:
@@ -475,7 +515,11 @@ def condition_text(gate: Mapping[str, Any]) -> str:
         return f"the verdict {gate['condition']}"
     comparison = "at least" if gate["relation"] == ">=" else "at most"
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
-    at = f" at eps {size(gate['eps'], decibels=gate['decibels'])}" if gate["eps"] is not None else ""
+    at = ""
+    if gate["eps"] is not None and gate["metric"] == "object_recall":
+        at = f" for objects of at least {gate['eps']:g} x {gate['eps']:g} pixels"
+    elif gate["eps"] is not None:
+        at = f" at eps {size(gate['eps'], decibels=gate['decibels'])}"
     reference = f" against the {gate['versus']}" if gate["versus"] else ""
     return f"{comparison} {bound} {uncapitalized(label(gate['metric']))}{at}{reference}"
 
@@ -624,7 +668,13 @@ def _brief(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 def _limited(kind: str, limits: Mapping[str, Any]) -> str:
     """The allowed changes of a threat model that is not a ball."""
     if kind == "Patch":
-        at = {"anywhere": "anywhere", "centre": "in its centre"}.get(limits["at"], f"at {limits['at']}")
+        places = {
+            "anywhere": "anywhere",
+            "centre": "in its centre",
+            "on": "with its centre on an object",
+            "beside": "beside all objects",
+        }
+        at = places.get(limits["at"], f"at {limits['at']}")
         around = f", within {limits['jitter']} pixels of that" if limits["jitter"] else ""
         if "within" in limits:
             around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
@@ -665,8 +715,24 @@ def _of_bytes(limits: Mapping[str, Any]) -> str:
     return f"may change a file: {', and '.join(changes)} at most{rules}"
 
 
-def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the assumptions of a threat model about the attacker in words, with one sentence for each assumption."""
+_AIMS: Mapping[str, str] = {
+    "segmentation": "wrong classes of pixels",
+    "detection": "objects that are not found",
+    "regression": "the largest error",
+    "multilabel": "wrong labels",
+    "vanish": "objects that are not found",
+    "fabricate": "boxes where no object is",
+    "mislabel": "wrong labels of objects",
+}
+"""What an attacker aims for, by objective or by task."""
+
+
+def threat_in_words(
+    threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]], task: str = "classes"
+) -> list[str]:
+    """Return the assumptions of a threat model about the attacker in words, with one sentence for each assumption.
+    `task` is that of the model.
+    """
     eps = number(threat["eps"])
     ball = _BALLS.get(threat["norm"], "may change an input within " + threat["constraint"])
     if threat["limits"]:
@@ -681,6 +747,11 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
         )
     goal = threat["goal"]
     aim = "any wrong class" if goal is None else f"class {goal}; no other class counts as success"
+    objective = str(threat.get("objective", ""))
+    if objective.startswith(MAP):
+        aim = f"class {objective.removeprefix(MAP)} of all pixels"
+    elif task != "classes":
+        aim = _AIMS[objective or task]
     budget = query_budget(threat) or "any number of queries"
     return [
         f"The attacker {change}."
@@ -745,6 +816,7 @@ FIRST = frozenset(
         "mce",
         "regression",
         "clean_accuracy_drop",
+        *OF_TASKS,
     )
 )
 """Names of the metrics that reports show first, and a terminal by default."""

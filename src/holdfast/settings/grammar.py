@@ -560,10 +560,10 @@ def refuse_uncertifiable(threat: ThreatModel) -> None:
             f"the threat is {threat}, and under eps 0 there is nothing to prove",
             Remedy("threat", threat.with_change(f"{name}:0.1")),
         )
-    if threat.goal is not None or threat.goal_name:
-        goal = threat.goal_name or threat.goal
+    if threat.goal is not None or threat.goal_name or threat.objective:
+        goal = threat.objective or f"targeted:{threat.goal_name or threat.goal}"
         raise UsageError(
-            f"the threat is {threat}, and a proof is about every wrong class; leave goal=targeted:{goal} out"
+            f"the threat is {threat}, and a proof is about every wrong class; leave goal={goal} out"
         )
 
 

@@ -23,6 +23,7 @@ from holdfast.core.catalogue import (
     REPORT_FILE,
 )
 from holdfast.core.errors import Placeholder, Remedy, UsageError
+from holdfast.core.names import TaskName
 from holdfast.gates.grammar import GATED, VERDICTS, refused_verdict
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.settings import values
@@ -134,6 +135,35 @@ class ModelSource(SettingGroup):
             raise UsageError(
                 f"{prefix}the model is {self.model}, which has no weights of its own, and {self.verb} needs one "
                 "network; give a member, and assess the whole afterwards"
+            )
+
+
+class TaskOfModel(SettingGroup):
+    """Settings of what the model returns, if it is not one class of each example."""
+
+    section: ClassVar[Section] = "model"
+    task: Annotated[TaskName | None, Flag("TASK", common=True)] = Field(
+        default=None,
+        description="What the model returns: classes, segmentation (masks), detection (boxes), regression (numbers) or "
+        "multilabel. Masks, boxes and a tolerance show it.",
+    )
+    tolerance: Annotated[values.Tolerance | None, Flag("N|N%")] = Field(
+        default=None,
+        description="Largest error of a regression that counts as right, in the units of the targets, or in percent of "
+        "each target.",
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a regression without a tolerance, or a tolerance of another task."""
+        if self.task == "regression" and self.tolerance is None:
+            raise UsageError(
+                f"{prefix}a regression needs the largest error that counts as right",
+                Remedy("tolerance", "10%"),
+            )
+        if self.tolerance is not None and self.task not in (None, "regression"):
+            raise UsageError(
+                f"{prefix}tolerance is {self.tolerance}, which is for a regression, and the task is {self.task}",
+                Remedy("tolerance"),
             )
 
 

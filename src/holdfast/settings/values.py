@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -327,6 +328,22 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def parse_tolerance(text: str) -> tuple[float, bool]:
+    """Return a tolerance, and whether it is a share of each target, from text such as `10%` or `0.5`. Raises
+    `UsageError` for other text.
+    """
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UsageError(
+            f"tolerance is {text!r}; give a number above 0 in the units of the targets, as in 0.5, or a share of each "
+            "target, as in 10%"
+        )
+    return (number / 100, True) if text.endswith("%") else (number, False)
+
+
 def _duration(function: str = "") -> BeforeValidator:
     """Return a validator for a duration, which keeps the text. A number without a unit is refused with the unit of
     seconds. The error contains the name of the setting, which is an argument of `function` if it is given.
@@ -524,6 +541,7 @@ Rate = Annotated[str, _read_by(per_second)]
 LogTargets = Annotated[list[Annotated[str, _read_by(parse_log)]], AfterValidator(_different_files)]
 ReleasedScores = Annotated[str, _read_by(parse_scores)]
 Every = Annotated[str, _read_by(parse_every)]
+Tolerance = Annotated[str, _read_by(parse_tolerance)]
 Header = Annotated[str, _read_by(header_variable)]
 Reasons = Annotated[dict[str, str], BeforeValidator(_accepted)]
 

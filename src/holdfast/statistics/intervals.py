@@ -196,10 +196,21 @@ def bootstrap(
     are fewer than six examples, resampling cannot show the uncertainty. The interval is then widened by the share of
     the population that may be unobserved at this confidence, as if its values were at the ends of the support.
     """
+    value = float(statistic(torch.arange(n)[None])[0])
+    return _corrected(value, resampled(statistic, n), n, confidence, support, influence)
+
+
+def _corrected(
+    value: float,
+    resampled_values: PerExample,
+    n: int,
+    confidence: float,
+    support: Support,
+    influence: PerExample | None = None,
+) -> Estimate:
+    """The value with the interval of `bootstrap`, from the values of the bootstrap samples."""
     from scipy.special import ndtr
 
-    value = float(statistic(torch.arange(n)[None])[0])
-    resampled_values = resampled(statistic, n)
     if n < FEW or bool((resampled_values == resampled_values[0]).all()):
         unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
         return Estimate(value, _towards(value, support.low, unseen), _towards(value, support.high, unseen), n)
@@ -240,6 +251,52 @@ def mean(values: PerExample, confidence: float = CONFIDENCE, *, support: Support
     return bootstrap(
         lambda rows: precise[rows].mean(1), len(precise), confidence, support=support, influence=precise
     )
+
+
+def occurrences(rows: Tensor) -> Tensor:
+    """Return how often each example occurs in each bootstrap sample (resamples, n), float64, from the indices of the
+    examples of the samples, `rows` (resamples, n).
+    """
+    return _counts(rows, rows.shape[1])
+
+
+def mean_ratio(
+    numerators: Tensor, denominators: Tensor, confidence: float = CONFIDENCE, *, support: Support = UNIT
+) -> Estimate:
+    """Return the mean over columns of the ratio of two sums over examples, both (n, columns), with its bootstrap
+    confidence interval: for one column a ratio of sums, for the intersections and unions of classes the mean IoU.
+
+    Columns whose denominators sum to 0, as those of a class that does not occur in a resample, do not count; without
+    any other column the mean is 0.
+    """
+    above, below = numerators.double(), denominators.double()
+
+    def statistic(rows: Tensor) -> PerExample:
+        weights = occurrences(rows)
+        sums, totals = weights @ above, weights @ below
+        ratios = torch.where(totals > 0, sums / totals.where(totals > 0, 1.0), 0.0)
+        return ratios.sum(1) / (totals > 0).sum(1).clamp_min(1)
+
+    return bootstrap(statistic, len(above), confidence, support=support)
+
+
+def ratios(numerators: Tensor, denominators: Tensor, confidence: float = CONFIDENCE) -> list[Estimate]:
+    """Return for each column the ratio of two sums over examples, both (n, columns), with the interval of `mean_ratio`
+    for this column alone. All columns have the same bootstrap samples, which takes the time of one of them.
+    """
+    above, below = numerators.double(), denominators.double()
+
+    def statistic(rows: Tensor) -> Tensor:
+        weights = occurrences(rows)
+        totals = weights @ below
+        return torch.where(totals > 0, (weights @ above) / totals.where(totals > 0, 1.0), 0.0)
+
+    n = len(above)
+    values = statistic(torch.arange(n)[None])[0].tolist()
+    columns = torch.cat([statistic(rows) for rows in _rows(n, RESAMPLES)]).T
+    return [
+        _corrected(value, column, n, confidence, UNIT) for value, column in zip(values, columns, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

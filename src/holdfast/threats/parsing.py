@@ -5,8 +5,8 @@ A threat model is `linf:8/255`, `snr:40dB`, `peak:30dB`, `corruptions:3`, `patch
 `spatial:rotate=30,shift=3`, `spatial:flow=1.5`, `colour:hue=18,saturation=0.3`, `table:rules.yaml`,
 `text:edits=2,words=3`, `bytes:change=16,append=64`, `trigger:drill.trigger.npz` or `training-set:20`, or for policies
 `observations:linf:0.1`, `actions:linf:0.1` or `parameters:mass=0.1,length=0.1`, followed by any of `goal=targeted:K`,
-`access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces. `unit=range`, `unit=std` and
-`unit=@FILE` state the unit of the eps of a norm for each feature.
+`goal=vanish|fabricate|mislabel|map:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or
+spaces. `unit=range`, `unit=std` and `unit=@FILE` state the unit of the eps of a norm for each feature.
 """
 
 import math
@@ -19,7 +19,9 @@ from typing import Any, Final, Literal, get_args
 
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.names import (
+    MAP,
     PARTS,
+    Objective,
     did_you_mean,
     fraction_of,
     is_size,
@@ -306,11 +308,14 @@ def _condition(name: str, text: str) -> dict[str, Any]:
     aimed = re.fullmatch(r"targeted:(?:([0-9]{1,18})|(.*[^\d\s].*))", value)
     if value == "untargeted":
         return {"goal": None, "goal_name": ""}
+    if value in get_args(Objective) or re.fullmatch(rf"{MAP}[0-9]{{1,6}}", value):
+        return {"objective": value}
     if not FORMS[name].aimed:
         raise UsageError(f"{_AIMLESS[name]} have no target class; leave {text!r} out")
     if aimed is None:
         raise UsageError(
-            f"the goal is {value!r}; expected untargeted or targeted:K with the number or the name K of a class"
+            f"the goal is {value!r}; expected untargeted or targeted:K with the number or the name K of a class, or "
+            f"for a detector {', '.join(get_args(Objective))}, or for masks {MAP}K"
         )
     return {"goal": int(aimed[1]) if aimed[1] else None, "goal_name": aimed[2] or ""}
 
@@ -347,8 +352,8 @@ FORMS: Final[dict[str, Form]] = {
         {
             "at": _matching(
                 "at",
-                "anywhere|centre|[0-9]{1,5}:[0-9]{1,5}",
-                "anywhere, centre, or ROW:COLUMN of the upper left corner, as in at=3:4",
+                "anywhere|centre|on|beside|[0-9]{1,5}:[0-9]{1,5}",
+                "anywhere, centre, on or beside (objects), or ROW:COLUMN of the upper left corner, as in at=3:4",
             ),
             "jitter": _matching("jitter", "[0-9]{1,4}", "a number of pixels, as in jitter=3", int),
             "within": _matching(

@@ -44,6 +44,7 @@ def threat_to_json(threat: ThreatModel) -> Json:
         "access": threat.access,
         "queries": threat.queries,
         **({"unit": threat.unit} if threat.unit else {}),
+        **({"objective": threat.objective} if threat.objective else {}),
     }
 
 
@@ -73,6 +74,7 @@ def threat_from_json(threat: Mapping[str, Any]) -> ThreatModel:
         threat.get("access", "gradients"),
         threat.get("queries"),
         unit=threat.get("unit", ""),
+        objective=threat.get("objective", ""),
     )
 
 

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.model import Bounds
-from holdfast.core.types import Count, Fraction, Ids, Inputs, NonNegative, PerExample, Steps
+from holdfast.core.types import Count, Fraction, Ids, Inputs, Mask, NonNegative, PerExample, Steps
 from holdfast.threats.domains import refuse_no_images
 from holdfast.threats.parsing import MOST_SCALED, refuse_mixed
 
@@ -79,8 +79,7 @@ class Transformation(Whole):
         if coloured and x.shape[1] != 3:
             raise UsageError(
                 f"a change of {' and '.join(coloured)} needs three channels, red, green and blue; the "
-                f"inputs have {x.shape[1]}, so "
-                f"leave them out, as in colour:brightness=0.2,contrast=0.3"
+                f"inputs have {x.shape[1]}, so leave them out, as in colour:brightness=0.2,contrast=0.3"
             )
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
@@ -241,14 +240,19 @@ Corners = tuple[Tensor, Tensor]
 """row and column of the upper left corner of a rectangle, for each example, each int64 (n)"""
 
 
+OF_OBJECTS: Final = ("on", "beside")
+"""positions that depend on the boxes of the objects of an image"""
+
+
 @dataclass(frozen=True)
 class Patch(Constraint):
     """Constraint that only one rectangle of an image changes, or a shape in it, and that its pixels may have any valid
     value, or any colour of a printer.
 
     `at` is the row and column of its upper left corner, `centre`, or `anywhere`, where the attacker chooses the
-    position. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle
-    `within`, if there is one: `anywhere` and `centre` then refer to that rectangle.
+    position; for images with boxes of objects also `on`, where its centre is in a box, or `beside`, where it touches
+    none. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle `within`, if
+    there is one: `anywhere` and `centre` then refer to that rectangle.
     """
 
     name: ClassVar[str] = "patch"
@@ -257,7 +261,7 @@ class Patch(Constraint):
     height: Steps = 5
     width: Steps = 5
     at: str = "anywhere"
-    """`anywhere`, `centre` or `ROW:COLUMN`"""
+    """`anywhere`, `centre`, `on`, `beside` or `ROW:COLUMN`"""
     jitter: Count = 0
     """largest deviation from the position in pixels, along each axis"""
     within: str = ""
@@ -379,9 +383,43 @@ class Patch(Constraint):
             raise UsageError(
                 f"{self} does not fit into images of {shape[1]}x{shape[2]}; give a smaller one, or another place"
             )
-        if self.at == "anywhere":
+        if self.at in ("anywhere", *OF_OBJECTS):
             return rows, columns
         return _near(row, self.jitter, rows), _near(column, self.jitter, columns)
+
+    def allowed(self, truth: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """Return which positions are allowed in each image, bool (n, rows, columns), by the boxes of its objects,
+        `truth` (n, k, 6); None if all are.
+
+        Raises `UsageError` for images without boxes if the patch is on or beside objects.
+        """
+        if self.at not in OF_OBJECTS:
+            return None
+        if truth is None or truth.dim() != 3 or truth.shape[2] != 6:
+            raise UsageError(
+                f"the threat {self} is for data with boxes of objects; give another place, as in at=centre"
+            )
+        rows, columns = self.places(shape)
+        top = torch.arange(rows.start, rows.stop, device=truth.device)[:, None, None]
+        left = torch.arange(columns.start, columns.stop, device=truth.device)[None, :, None]
+        x1, y1, x2, y2, label = (each[:, None, None] for each in truth[..., :5].unbind(2))
+        if self.at == "on":
+            down, right = top + self.height / 2, left + self.width / 2
+            inside = (down >= y1) & (down <= y2) & (right >= x1) & (right <= x2)
+            return (inside & (label >= 0)).any(3)
+        touches = (top < y2) & (top + self.height > y1) & (left < x2) & (left + self.width > x1)
+        return ~(touches & (label >= 0)).any(3)
+
+    def in_place(self, x_adv: Inputs, batch: Batch) -> Mask:
+        """Return the mask of the images whose changes are covered by one patch that is on or beside the objects, as
+        the position requires; true for other positions. Raises `UsageError` for images without boxes.
+        """
+        shape = batch.x.shape[1:]
+        allowed, changed = self.allowed(batch.truth, shape), (x_adv != batch.x).any(1).to(batch.x)
+        if allowed is None:
+            return torch.ones(len(x_adv), dtype=torch.bool, device=x_adv.device)
+        covered = self.sums(changed, shape).masked_fill(~allowed, 0.0)
+        return changed.flatten(1).sum(1) - covered.flatten(1).amax(1) < 0.5  # `sums` is not exact
 
     def drawn(self, ids: Ids, shape: torch.Size, rng: Draws) -> Corners:
         """Return a random allowed position of the patch for each example, as the row and column of its upper left

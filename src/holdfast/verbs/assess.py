@@ -11,7 +11,7 @@ import torch
 from holdfast.certifiers.patch_masks import PatchMasks
 from holdfast.certifiers.protocol import Prover, StatisticalProver
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import CASCADE, LATE, MASKING, PATCH_MASKS, SMOOTHING, TREES, load
+from holdfast.core.catalogue import LATE, MASKING, PATCH_MASKS, SMOOTHING, load
 from holdfast.core.errors import Remedy, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.gates.grammar import look_sizes, parse_until
@@ -33,7 +33,7 @@ from holdfast.runs.assess.request import AssessRequest, DescribedModel, Keep, Me
 from holdfast.runs.assess.result import Result
 from holdfast.runs.assess.served_runs import journaled
 from holdfast.runs.engine.progress import Notify, Progress, ignore, silent
-from holdfast.settings.grammar import AUTO, seconds
+from holdfast.settings.grammar import seconds
 from holdfast.settings.values import address_of
 from holdfast.threats.domains import CONTROL
 from holdfast.verbs.checked_settings import check_settings
@@ -44,6 +44,7 @@ from holdfast.verbs.opening.plans import (
     assess_request,
     baseline_run,
     listed_attacks,
+    methods,
     prover,
     with_stored_inputs,
 )
@@ -167,6 +168,10 @@ def opened(settings: Assess | Certify) -> Opened:
     classifier of the opened one, or the vote over masks.
     """
     subject, data, surrogates = open_all(settings)
+    if subject.model.task is not None and (isinstance(settings, Certify) or settings.certify):
+        methods(
+            settings, trees=reads_trees(subject.model), task=subject.model.task
+        )  # before anything is measured
     if isinstance(settings, Assess) and settings.until is not None and len(data):
         data = in_random_blocks(data, look_sizes(len(data)), settings.seed)
     if isinstance(settings, Certify):
@@ -216,6 +221,7 @@ def _request(
         # no suite attacks patches without gradients; such a request is then without attacks
         target="gradients" if masks is not None else subject.model.access,
         trees=reads_trees(subject.model),
+        task=subject.model.task,
     )
     if not settings.threat.constraint.changes_inputs:
         from holdfast.certifiers.partitions import refuse_unpartitioned  # late, as few threats need it
@@ -296,8 +302,7 @@ def _with_trials(request: AssessRequest, guard: str, subject: DescribedModel) ->
 
 def _provers(settings: Certify, subject: DescribedModel) -> tuple[list[Prover], list[Prover]]:
     """The methods that run before the attacks, and those that run after them."""
-    automatic = settings.threat.constraint.provers or ((TREES,) if reads_trees(subject.model) else CASCADE)
-    names = automatic if settings.method == AUTO else (settings.method,)
+    names = methods(settings, trees=reads_trees(subject.model), task=subject.model.task)
     limit = seconds(settings.timeout, "timeout")
     return (
         [prover(name, limit) for name in names if name not in LATE],

@@ -159,7 +159,7 @@ def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
 OPENED_WITH = (
     "arch", "model_args", "bounds", "mean", "std", "data_normalised", "bits", "layout", "model_output", "classes",
     "class_names", "class_order", "split", "label", "drop", "x", "y", "separator", "header", "sampling_rate",
-    "input_shape", "constants",
+    "input_shape", "constants", "task", "tolerance",
 )  # fmt: skip
 """settings with which a model and data are opened, apart from their addresses"""
 

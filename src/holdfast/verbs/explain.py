@@ -16,8 +16,10 @@ from holdfast.core.batch import Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Remedy, TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.core.tasks import Task
 from holdfast.explanation.case import About, Explained, Measured
 from holdfast.explanation.example import explain_example
+from holdfast.explanation.task_example import explain_task
 from holdfast.explanation.whole_model import explain_model
 from holdfast.io.data.data import selected
 from holdfast.io.models.factories import names_code
@@ -45,7 +47,7 @@ from holdfast.verbs.opening.declared import (
     opened_threat,
     with_found_properties,
 )
-from holdfast.verbs.opening.plans import device_of
+from holdfast.verbs.opening.plans import device_of, task_members
 from holdfast.verbs.opening.recipes import ThreatLike
 from holdfast.verbs.opening.resolve import open_examples, open_expected, open_subject, open_train_split
 from holdfast.verbs.settings import Assess, Certify, Explain
@@ -119,6 +121,8 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
         batch = (_some(data, _MOST, settings) if settings.index is None else _row(data, settings.index)).to(
             device
         )
+        if subject.model.task is not None:
+            _refuse_of_classes(settings, subject.model.task, data)
         train = None if settings.index is None else _train(settings, subject.model, data)
         about = About(
             str(subject.card["name"]),
@@ -136,6 +140,11 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
             getattr(data, "sampling_rate", None),
         )
         with target.repeatable(rng):
+            if subject.model.task is not None:
+                members = task_members(limits, subject.model.task, subject.model.access)
+                same = run is not None and run.evidence.threat.text == limits.text
+                stored = _shown(run, int(batch.ids[0])) if same else None
+                return explain_task(target, batch, limits, about, members, rng=rng, stored=stored)
             if settings.index is None:
                 return explain_model(target, batch, limits, about, rng=rng, measured=_measured(run, data))
             return explain_example(
@@ -149,6 +158,18 @@ def explained(settings: Explain, result: Result | None = None) -> Explained:
                 train=None if train is None else _some(train, _TRAINING, settings).to(device),
                 checkpoints=_checkpoints(settings, device),
             )
+
+
+def _refuse_of_classes(settings: Explain, task: Task, data: Data) -> None:
+    """Raise `UsageError` for what is explained of models of classes only."""
+    if settings.index is None:
+        raise UsageError(
+            f"a model of {task.name} is explained by one of its examples",
+            Remedy("index", int(data.read(0, 1).ids[0])),
+        )
+    for name in ("train", "checkpoints"):
+        if getattr(settings, name):
+            raise UsageError(f"{name} is for models of classes, and this is one of {task.name}", Remedy(name))
 
 
 def _some(data: Data, n: int, settings: Explain) -> Batch:
@@ -314,6 +335,15 @@ def _stored(run: Result | None, index: int) -> torch.Tensor | None:
         return None
     rows = (run.adversarial["id"] == index).nonzero()[:, 0]
     return run.adversarial["x"][rows[:1]] if len(rows) else None
+
+
+def _shown(run: Result | None, index: int) -> torch.Tensor | None:
+    """The attacked input of an example that a run stored, or shows in its report."""
+    stored = _stored(run, index)
+    if stored is not None or run is None or "id" not in run.evidence.gallery:
+        return stored
+    rows = (run.evidence.gallery["id"] == index).nonzero()[:, 0]
+    return run.evidence.gallery["x_adv"][rows[:1]] if len(rows) else None
 
 
 def _measured(run: Result | None, data: Data) -> Measured:

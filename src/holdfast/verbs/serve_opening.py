@@ -21,7 +21,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.guard.guard import GuardPipeline
 from holdfast.guard.rules import Action, RequestGuard
-from holdfast.io.models.models import ROTATING, bundled_models
+from holdfast.io.models.models import ROTATING
 from holdfast.io.models.transformers_folders import ProcessedClips
 from holdfast.io.remote.remote import SCHEMES
 from holdfast.monitoring.signals import Reference
@@ -171,8 +171,8 @@ def _refuse_settings_of_models(settings: Serve) -> None:
         )
 
 
-_BUNDLED_SHAPE = (1, 28, 28)
-"""Shape of the inputs of all bundled models, which classify MNIST."""
+_BUNDLED_SHAPES = {"mnist-cnn": (1, 28, 28), "mnist-cnn-hardened": (1, 28, 28)}
+"""Shapes of the inputs of the bundled classifiers."""
 _UNNAMED = "model"
 _HUNG_LATENCIES, _HUNG_TIMEOUTS = 10, 3
 """Multiples of --max-latency, and of the time in which an upstream server must answer a batch, after which a worker
@@ -558,8 +558,8 @@ def _shape(settings: Serve, kind: InputKind) -> tuple[int, ...]:
         )
     if shape is not None:
         return tuple(shape)
-    if settings.model in bundled_models():
-        return _BUNDLED_SHAPE
+    if settings.model in _BUNDLED_SHAPES:
+        return _BUNDLED_SHAPES[settings.model]
     raise UsageError(
         "the shape of the inputs is not known, which requests are checked against",
         model_argument("input_shape", Placeholder("C,H,W", "(C, H, W)"), reason="as in 3,32,32"),

@@ -340,9 +340,7 @@ class Site:
         shown = [
             {
                 "id": int(evidence["id"][row]),
-                "label": outcomes.class_text(evidence, int(evidence["y"][row])),
-                "clean": outcomes.class_text(evidence, int(evidence["prediction"][row])),
-                "attacked": outcomes.class_text(evidence, int(evidence["adversarial_prediction"][row])),
+                **dict(zip(("label", "clean", "attacked"), outcomes.texts(evidence, row), strict=True)),
                 "by": breakers[row],
                 "outcomes": [each.outcome(row) for each in opened.tried],
             }
@@ -371,17 +369,16 @@ class Site:
         evidence, row = opened.result.evidence, opened.rows[number]
         summary = opened.result.summary()
         stored = next((each for each in summary["examples"] if each["id"] == number), None)
+        label, clean, attacked = outcomes.texts(evidence, row)
         facts = {
-            "label": outcomes.class_text(evidence, int(evidence["y"][row])),
-            "prediction when clean": outcomes.class_text(evidence, int(evidence["prediction"][row])),
+            "label": label,
+            "prediction when clean": clean,
             "margin when clean": float(evidence["margin"][row]),
             "outcome": outcomes.kinds(evidence)[row],
             "broken by": outcomes.broken_by(evidence)[row],
         }
         if facts["broken by"]:
-            facts["prediction when attacked"] = outcomes.class_text(
-                evidence, int(evidence["adversarial_prediction"][row])
-            )
+            facts["prediction when attacked"] = attacked
             norms = ("linf", "l2", "l1", "l0") if evidence.threat.constraint.in_input_units else ()
             facts |= {f"distance {norm}": float(evidence[f"distance_{norm}"][row]) for norm in norms}
         return self._filled(
@@ -395,6 +392,7 @@ class Site:
             outcomes=[(each.name, each.outcome(row)) for each in opened.tried],
             stored=None if stored is None else example_group(stored, summary["threat"]),
             explains=self.explain is not None,
+            of_classes="task" not in evidence.model,
         )
 
     def _why(self, item: Item, opened: _Opened, number: int) -> Page:
@@ -531,7 +529,7 @@ def _all_examples(opened: _Opened) -> list[list[Any]]:
     breakers = outcomes.broken_by(evidence)
     rows: list[list[Any]] = [["id", "label", "outcome", "broken by", *opened.names.values()]]
     for number, row in opened.rows.items():
-        label = outcomes.class_text(evidence, int(evidence["y"][row]))
+        label = outcomes.texts(evidence, row)[0]
         attacked = [each.outcome(row) for each in opened.tried]
         rows.append([number, label, of_examples[row], breakers[row], *attacked])
     return rows

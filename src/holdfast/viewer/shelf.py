@@ -287,11 +287,21 @@ def broken_by(evidence: Evidence) -> list[str]:
     return [names[place] if 0 <= place < len(names) else "" for place in places]
 
 
-def class_text(evidence: Evidence, value: int) -> str:
-    """Return the name of a class, or what a negative prediction means."""
-    if value < 0:
-        return "rejected"
-    return class_name(value, tuple(str(name) for name in evidence.data.get("classes") or ()))
+def texts(evidence: Evidence, row: int) -> tuple[str, str, str]:
+    """Return the label of an example, its prediction when clean and its prediction when attacked, in words. A model
+    with another task than classes has what it returned in place of predictions; a label that is no text is empty.
+    """
+    if "task" in evidence.model:
+        from holdfast.reports.tasks import example_texts  # late: most models are of classes
+
+        truth, clean, attacked = example_texts(evidence, row)
+        return truth or "", clean, attacked
+    names = tuple(str(name) for name in evidence.data.get("classes") or ())
+    label, clean, attacked = (
+        "rejected" if value < 0 else class_name(value, names)
+        for value in (int(evidence[name][row]) for name in ("y", "prediction", "adversarial_prediction"))
+    )
+    return label, clean, attacked
 
 
 @dataclass(frozen=True)
@@ -317,7 +327,7 @@ def pairs(first: Evidence, second: Evidence) -> list[Pair]:
         Pair(
             int(first["id"][a]),
             int(second["id"][b]),
-            class_text(first, int(first["y"][a])),
+            texts(first, a)[0],
             outcomes[0][a],
             outcomes[1][b],
             breakers[0][a],

@@ -227,7 +227,7 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
     first = torch.where(-below <= above, 1.0, -1.0).to(low.dtype)
     for until in (*cuts(graph, index), 0) if signed else (0,):
-        functions = _Functions(relaxation, index, until)
+        functions = Functions(relaxation, index, until)
         for signs in (first,) if until else (first, -first):
             unknown = (below < 0) & (above > 0) if signed else below < above
             for examples, rows in functions.pieces(unknown):
@@ -272,8 +272,10 @@ def cuts(graph: Graph, index: int) -> list[int]:
     return chosen
 
 
-class _Functions:
-    """Lower bounds of single values of a node, by a substitution that ends at the value `until`."""
+class Functions:
+    """Lower bounds of single values of a node, or of linear functions of the values at one place, by a substitution
+    that ends at the value `until`.
+    """
 
     def __init__(self, relaxation: Relaxation, index: int, until: int) -> None:
         self.relaxation, self.index, self.until = relaxation, index, until
@@ -303,24 +305,31 @@ class _Functions:
             yield examples, chosen[examples, start:stop]
             start = stop
 
-    def of(self, examples: Tensor) -> "_Functions":
+    def of(self, examples: Tensor) -> "Functions":
         """Return the functions for some examples, given by their indices."""
         if len(examples) == len(self.region.low):
             return self
-        return _Functions(self.relaxation.of(examples), self.index, self.until)
+        return Functions(self.relaxation.of(examples), self.index, self.until)
 
     def lower(self, chosen: Tensor, signs: Tensor) -> Tensor:
         """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
+        shape = self.relaxation.graph.shape_of(self.index)
+        if self.index in self.frames:
+            return self.lower_of(windows.Windows.single(chosen, signs, shape))
+        return self.lower_of(one_hot(chosen, signs, shape))
+
+    def lower_of(self, functions: windows.Windows | Tensor) -> Tensor:
+        """Return lower bounds (n, k) of linear functions of the value, with coefficients on windows of one place, if
+        the value has a frame, or otherwise with those of the whole value (n, k, *shape).
+        """
         relaxation, graph = self.relaxation, self.relaxation.graph
-        constant = Total(torch.zeros_like(signs))
-        error = torch.zeros_like(signs)
         on_windows: dict[int, list[windows.Windows]] = {}
         whole: dict[int, Tensor] = {}
-        shape = graph.shape_of(self.index)
-        if self.index in self.frames:
-            on_windows[self.index] = [windows.Windows.single(chosen, signs, shape)]
+        if isinstance(functions, windows.Windows):
+            on_windows[self.index], a = [functions], functions.a
         else:
-            whole[self.index] = one_hot(chosen, signs, shape)
+            whole[self.index] = a = functions
+        constant, error = Total(a.new_zeros(a.shape[:2])), a.new_zeros(a.shape[:2])
         for i in range(self.index, self.until, -1):
             inputs = () if i not in on_windows and i not in whole else graph.node(i).inputs
             if i in on_windows:

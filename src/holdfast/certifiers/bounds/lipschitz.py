@@ -17,8 +17,8 @@ from holdfast.certifiers.bounds import operations
 from holdfast.certifiers.bounds.graph import Graph, Node, gamma, region_of
 from holdfast.certifiers.bounds.operators import TRANSLATIONS, TracedValue, Translator
 from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.objectives import margin_rows
 from holdfast.certifiers.protocol import Proofs, ReadyProver
-from holdfast.certifiers.provers import margin_rows
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2
 from holdfast.core.errors import Remedy, UsageError

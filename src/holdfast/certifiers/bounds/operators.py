@@ -1,5 +1,6 @@
 """The ATen operations that have sound bounds, and the translation of recorded ones into operations of a graph."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -413,6 +414,15 @@ def _adaptive_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs:
     return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
+def _resized(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
+    """Images in another size by nearest or bilinear interpolation, whose weights are not negative."""
+    assert to.current is not None
+    sizes = zip(to.shape_of(x)[1:], to.current.meta["val"].shape[2:], strict=True)
+    # each value is part of so many results at most
+    terms = math.prod(2 * math.ceil(after / before) for before, after in sizes)
+    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
+
+
 def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
     parts = tensors.constant
     rank = len(to.shape_of(next(part for part in parts if part.node is not None))) + 1
@@ -580,6 +590,8 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.sum": _reduced,
     "aten.avg_pool2d": _average_pool,
     "aten._adaptive_avg_pool2d": _adaptive_pool,
+    "aten.upsample_nearest2d": _resized,
+    "aten.upsample_bilinear2d": _resized,
     "aten.cat": _cat,
     "aten.stack": _stack,
     "aten.zeros_like": _zeros_like,

@@ -134,6 +134,8 @@ class Arrays:
     """group of each example, if the source states it"""
     sampling_rate: int | None = None
     """number of samples of a second, if the examples are clips; else None"""
+    truth: Array | None = None
+    """what outputs are compared with, (N, *truth), if the task is not one of classes; else None"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -151,7 +153,7 @@ class Arrays:
         rows = _rows(self)
         for start in range(0, len(self.x), rows):
             digest.update(np.ascontiguousarray(self.x[start : start + rows]).tobytes())
-        digest.update(self.y.tobytes())
+        digest.update((self.y if self.truth is None else self.truth).tobytes())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
 
@@ -159,7 +161,10 @@ class Arrays:
         """Return a data set that contains only the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
         groups = None if self.groups is None else self.groups.taken(chosen)
-        return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen], groups=groups)
+        truth = None if self.truth is None else self.truth[chosen]
+        return replace(
+            self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen], groups=groups, truth=truth
+        )
 
     def labelled(self, numbering: Numbered) -> "Arrays":
         """Return the data set with the notes and the objection of `numbering`, from which its labels are."""
@@ -182,7 +187,9 @@ class Arrays:
             x = self.pixels(x)
         if self.units is not None:
             x = self.units.normalisation.undone(x.double() if self.units.exact else x)
-        return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
+        truth = None if self.truth is None else torch.from_numpy(self.truth[rows].copy())
+        y, ids = (torch.from_numpy(values[rows].copy()) for values in (self.y, self.ids))
+        return Batch(x, y, ids, truth=truth)
 
 
 def in_original_form(data: Arrays, changed: Inputs, original: Array) -> Array:
@@ -292,22 +299,22 @@ def from_numpy(
         notes += notes_of_rules(expected.rules, x, ids, name)
     if features is None and expected.of_numbers:
         notes += in_order_of_first(name, expected, x.shape[1:])
+    task, truth = expected.task, None
+    if task is not None:
+        from holdfast.tasks.truth import truth_of  # late: most data have classes
+
+        truth, y = truth_of(task.name, y, len(x), name), np.zeros(len(x), np.int64)
+        expected, source_labels = replace(expected, checks_labels=False), None
+        names = {"regression": None, "detection": class_names}.get(task.name, names)
     refuse_swapped(x, y, name)
-    if x.dtype.kind not in "iubf":
-        kind = "text" if x.dtype.kind in "UST" else str(x.dtype)
-        raise TargetError(f"the inputs of {name} are {kind}; {_NUMBERS} were expected. {SUPPORTED}")
-    if x.ndim < 2 and not preserve:
-        raise TargetError(
-            f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
-            "x.reshape(len(x), -1)"
-        )
+    _refuse_no_numbers(x, name, preserve=preserve)
     _refuse_ids(x, probe)
     n_classes = expected.classes or (None if names is None else len(names))
     y = class_labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
     stored, scale, scale_notes = _stored(x, expected, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
     unmoved = Arrays(
-        name, stored, y, ids, names, scale, pixels=pixels, units=expected.units, features=features
+        name, stored, y, ids, names, scale, (), pixels, expected.units, features=features, truth=truth
     )
     declared = expected.layout or layout
     axis = _equal_channels(unmoved, probe)
@@ -325,6 +332,18 @@ def from_numpy(
         class_labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected)
     return with_note_on_labels(data, expected, y if source_labels is None else source_labels)
+
+
+def _refuse_no_numbers(x: Array, name: str, *, preserve: bool) -> None:
+    """Raise `TargetError` for inputs that are no numbers, or that have a single axis that is not preserved."""
+    if x.dtype.kind not in "iubf":
+        kind = "text" if x.dtype.kind in "UST" else str(x.dtype)
+        raise TargetError(f"the inputs of {name} are {kind}; {_NUMBERS} were expected. {SUPPORTED}")
+    if x.ndim < 2 and not preserve:
+        raise TargetError(
+            f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
+            "x.reshape(len(x), -1)"
+        )
 
 
 def with_note_on_labels(data: Arrays, expected: DeclaredData, all_labels: Array) -> Arrays:

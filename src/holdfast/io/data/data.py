@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from holdfast.core.batch import BY_LABEL, UNLABELLED, Batch, Data
+from holdfast.core.batch import BY_LABEL, CLASSIFIERS_ONLY, UNLABELLED, Batch, Data
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Remedy, TargetError, UsageError, data_argument
 from holdfast.core.types import Layout
@@ -39,8 +39,8 @@ from holdfast.io.data.labels import (
 )
 from holdfast.io.data.layouts import DeclaredData, layout_of_images
 from holdfast.io.data.npz import Npz, arrays_of_split, named_arrays
-from holdfast.io.data.pictures import Pictures, open_folder
-from holdfast.io.data_catalogue import CATALOGUE, data_folder, refuse_environment
+from holdfast.io.data.pictures import Pictures, open_folder, open_pictures, open_tagged
+from holdfast.io.data_catalogue import CATALOGUE, GENERATED, data_folder, refuse_environment
 from holdfast.io.files import names_of, reading, similar_file, similar_name
 from holdfast.io.models.models import BUNDLED_FOLDER
 
@@ -184,10 +184,12 @@ def _positions(data: Data) -> NDArray[np.int64]:
 
 def concatenated(batches: list[Batch]) -> Batch:
     """Return one batch that contains the examples of several batches."""
+    truths = [batch.truth for batch in batches if batch.truth is not None]
     return Batch(
         torch.cat([batch.x for batch in batches]),
         torch.cat([batch.y for batch in batches]),
         torch.cat([batch.ids for batch in batches]),
+        truth=torch.cat(truths) if truths else None,
     )
 
 
@@ -249,9 +251,12 @@ def open_data(
     choice = Choice(split, n, sample, seed)
     expected = expected or DeclaredData()
     options = _Options(choice, label, drop, x, y, separator, header, follow_links, sampling_rate, expected)
-    place = _located(address)
-    with reading(address):
-        data = _opened(place, address, options)
+    if address in GENERATED:
+        data: Arrays | Pictures = _open_generated(address, options)
+    else:
+        place = _located(address)
+        with reading(address):
+            data = _opened(place, address, options)
     if isinstance(data, Arrays):
         data = with_rate(data, sampling_rate)
     return noting_fewer(data, n or sample)
@@ -305,6 +310,23 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
         from holdfast.io.data.byte_files import open_files  # late: few inputs are files
 
         return open_files(path, options.choice, options.expected, follow_links=options.follow_links)
+    task = None if options.expected.task is None else options.expected.task.name
+    if task == "detection" and path.exists() and path.suffix != ".npz":
+        from holdfast.io.data.boxes import open_boxes  # late: few data have boxes
+
+        boxes = open_boxes(path, follow_links=options.follow_links)
+        truth = boxes.truth.astype(np.float32)
+        return open_pictures(
+            address,
+            boxes.paths,
+            truth,
+            boxes.names,
+            options.choice,
+            options.expected,
+            follow_links=options.follow_links,
+        )
+    if path.is_dir() and task == "multilabel":
+        return open_tagged(path, options.choice, options.expected, follow_links=options.follow_links)
     suffix = suffix_of_files(path) if path.is_dir() else ""
     if suffix in SUFFIXES:
         rate = options.sampling_rate
@@ -330,6 +352,27 @@ def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictu
     if path.suffix != ".npz" and path.exists():
         raise UsageError(f"{address!r} has an unknown data format; give {_FORMS}")
     return _open_archive(Npz(path), place, address, options)
+
+
+def _open_generated(address: str, options: _Options) -> Arrays:
+    """Return generated scenes with their masks or boxes. Raises `UsageError` for the task of classes."""
+    from holdfast.io.data.scenes import CLASSES, SPLITS, scenes  # late: few runs are on scenes
+
+    if options.drop:
+        raise UsageError(f"{address!r} is not a table and has no columns", data_argument("drop"))
+    _refuse_foreign(Path(address), address, options)
+    refuse_rate(address, options.sampling_rate)
+    split = options.choice.split or "test"
+    rows = options.choice.rows(SPLITS.get(split, 1), address)
+    made, task = scenes(int(rows[-1]) + 1, split=split), options.expected.task
+    if task is None and options.expected.needs_labels and options.expected.checks_labels:
+        raise UsageError(f"{address!r} has masks and boxes, and no class of each image. {CLASSIFIERS_ONLY}")
+    expected = options.expected if task is not None else replace(options.expected, checks_labels=False)
+    unlabelled = np.full(len(rows), UNLABELLED)
+    name = "" if task is None else task.name
+    truths: dict[str, Array] = {"segmentation": made.masks, "detection": made.boxes}
+    labels = truths[name][rows] if name in truths else unlabelled
+    return from_numpy(address, made.x[rows], labels, rows, expected, layout="chw", class_names=CLASSES)
 
 
 def _refuse_foreign(path: Path, address: str, options: _Options) -> None:
@@ -372,15 +415,22 @@ def _open_archive(archive: Npz, place: _Location, address: str, options: _Option
     stop = int(rows[-1]) + 1
     x, all_labels = (
         _inputs_of(archive, x_name, inputs, address, stop=stop),
-        whole_numbers(archive.array(y_name)),
+        archive.array(y_name),
     )
+    names = place.classes
+    if names is None and "classes" in archive.names:
+        names = _class_names(archive, address)
+    if options.expected.task is not None:
+        layout, expected = _layout(place.layout, x), options.expected
+        data = from_numpy(
+            address, x[rows], all_labels[rows], rows, expected, layout=layout, class_names=names
+        )
+        return replace(data, groups=_groups(archive, n_rows, rows, address, expected))
+    all_labels = whole_numbers(all_labels)
     other = data_argument("y", x_name)
     refuse_swapped(x, all_labels[:stop], repr(address), data_argument("x", y_name, also=(other,)))
     if len(rows) < stop:
         x = x[rows]
-    names = place.classes
-    if names is None and "classes" in archive.names:
-        names = _class_names(archive, address)
     numbering = Numbered(all_labels)
     if all_labels.dtype.kind == "U" and all_labels.ndim == 1:
         class_names = options.expected.class_names or names
@@ -494,7 +544,7 @@ def _located(address: str) -> _Location:
     if os.sep in address or path.suffix:
         raise TargetError(f"data {address!r} does not exist{similar_file(path)}; give {_FORMS}")
     raise UsageError(
-        f"there is no data set {address!r}{similar_name(address, [*bundled, *CATALOGUE])}; give {_FORMS}"
+        f"there is no data set {address!r}{similar_name(address, [*bundled, *GENERATED, *CATALOGUE])}; give {_FORMS}"
     )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError, data_argument
 from holdfast.core.model import Bounds, Normalisation, Units
-from holdfast.core.types import Inputs, Layout, Logits
+from holdfast.core.tasks import Task
+from holdfast.core.types import Inputs, Layout, Outputs
 from holdfast.io.files import LAYOUT
 from holdfast.io.remote.probing import HWC_NOTE, ProbedClassifier
 
@@ -200,7 +201,7 @@ def _accepted_as_batch(
     groups: Sequence[Sequence[LayoutReading]],
     probe: ProbedClassifier,
     rows: Callable[[LayoutReading], Tensor],
-) -> list[tuple[LayoutReading, Logits]]:
+) -> list[tuple[LayoutReading, Outputs]]:
     """Return the interpretations, with outputs, of the first group of which the network accepts some as whole batches.
 
     Single examples are not a reliable test, because torch treats (1, length) as a signal with one channel and without a
@@ -219,7 +220,7 @@ def _accepted(
     rows: Callable[[LayoutReading], Tensor],
     *,
     whole: bool = False,
-) -> list[tuple[LayoutReading, Logits]]:
+) -> list[tuple[LayoutReading, Outputs]]:
     accepted = []
     for reading in readings:
         outputs = probe.outputs(rows(reading), reading.network, whole=whole)
@@ -228,16 +229,16 @@ def _accepted(
     return accepted
 
 
-def _distinct(accepted: list[tuple[LayoutReading, Logits]]) -> list[tuple[LayoutReading, Logits]]:
+def _distinct(accepted: list[tuple[LayoutReading, Outputs]]) -> list[tuple[LayoutReading, Outputs]]:
     """Return the first interpretation of each set of interpretations with equal outputs."""
-    distinct: list[tuple[LayoutReading, Logits]] = []
+    distinct: list[tuple[LayoutReading, Outputs]] = []
     for reading, outputs in accepted:
         if not any(_equal(outputs, known) for _, known in distinct):
             distinct.append((reading, outputs))
     return distinct
 
 
-def _equal(first: Logits, second: Logits) -> bool:
+def _equal(first: Outputs, second: Outputs) -> bool:
     if first.shape != second.shape:
         return False
     # The clamp prevents a tolerance of zero for outputs that are all zero.
@@ -254,7 +255,7 @@ def _as_image(reading: LayoutReading, shape: Sequence[int], probe: ProbedClassif
 
 
 def _ambiguous(
-    shape: Sequence[int], distinct: Sequence[tuple[LayoutReading, Logits]], y: Tensor, name: str
+    shape: Sequence[int], distinct: Sequence[tuple[LayoutReading, Outputs]], y: Tensor, name: str
 ) -> TargetError:
     options = [
         data_argument(
@@ -352,6 +353,8 @@ class DeclaredData:
     """constraint on texts, if the inputs are texts; None for numbers"""
     changes: "ByteChanges | None" = None
     """constraint on files, if the inputs are files; None for numbers"""
+    task: Task | None = None
+    """what the model returns, if it is not one score for each class; the labels are then its truth"""
 
     @property
     def of_symbols(self) -> bool:

@@ -35,7 +35,7 @@ from holdfast.core.errors import TargetError, UsageError, data_argument
 from holdfast.core.names import kind_of
 from holdfast.io.data.arrays import SUPPORTED, Array, Arrays, from_numpy
 from holdfast.io.data.data import concatenated
-from holdfast.io.data.labels import numbered, whole_numbers
+from holdfast.io.data.labels import Numbered, numbered, whole_numbers
 from holdfast.io.data.layouts import DeclaredData
 from holdfast.io.data.pictures import pixels_of
 
@@ -302,7 +302,10 @@ def as_data(
     if y is None:
         raise TargetError(f"the labels are None; {_EXPECTED_PAIRS}")
     inputs = as_array(x, "inputs")
-    numbering = numbered(whole_numbers(as_array(y, "labels")), expected, name)
+    labels = as_array(y, "labels")
+    numbering = (
+        Numbered(labels) if expected.task is not None else numbered(whole_numbers(labels), expected, name)
+    )
     ids = np.arange(len(inputs), dtype=np.int64)
     resolution = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else None
     data = from_numpy(

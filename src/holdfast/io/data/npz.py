@@ -82,8 +82,13 @@ class Npz:
         """Return the length of the first axis of an array in the archive, which is read from the array's header. It is
         0 for a scalar.
         """
-        shape, *_ = self._read(name, 0)
+        shape = self.shape(name)
         return shape[0] if shape else 0
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array in the archive, which is read from the array's header."""
+        shape, *_ = self._read(name, 0)
+        return shape
 
     def array(self, name: str, *, stop: int | None = None) -> NDArray[Any]:
         """Return an array of the archive or its first `stop` rows. Only these rows are decompressed."""

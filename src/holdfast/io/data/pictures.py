@@ -2,6 +2,7 @@
 image is decoded when it is read.
 """
 
+import csv
 import hashlib
 import io
 import os
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,6 +75,8 @@ class Pictures:
     """reason why the class numbers are uncertain, if the data were accepted in spite of it"""
     groups: "Groups | None" = None
     """group of each example, if it was given in Python"""
+    truth: NDArray[np.generic] | None = None
+    """what outputs are compared with, (N, *truth), if the task is not one of classes; else None"""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -89,7 +92,7 @@ class Pictures:
         digest = hashlib.sha256(self.mode.encode())
         for file_digest in self.digests:
             digest.update(bytes.fromhex(file_digest))
-        digest.update(self.y.tobytes())
+        digest.update((self.y if self.truth is None else self.truth).tobytes())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
 
@@ -100,7 +103,8 @@ class Pictures:
         """
         rows = slice(start, stop)
         images = np.stack([self._decoded(row) for row in range(len(self))[rows]])
-        return Arrays(self.name, images, self.y[rows], self.ids[rows], self.classes, 255.0)
+        truth = None if self.truth is None else self.truth[rows]
+        return Arrays(self.name, images, self.y[rows], self.ids[rows], self.classes, 255.0, truth=truth)
 
     def read(self, start: int, stop: int) -> Batch:
         """Return the images from `start` to `stop` - 1 as floats in [0, 1], with the channels first.
@@ -166,14 +170,19 @@ def class_folders(
     root = split_folder(folder, choice.split)
     names = _subfolders(root)
     if not follow_links:
-        _refuse_leaving([root, *(root / name for name in names)], folder)
+        refuse_leaving([root, *(root / name for name in names)], folder)
     if not names:
         raise TargetError(
             f"{str(root)!r} holds no class folders; {what}s were expected in {root.name}/CLASS/"
+            + (
+                "; its file labels.csv is read with the setting task=multilabel"
+                if (root / "labels.csv").is_file()
+                else ""
+            )
         )
-    columns = [[(path, name) for path in _with_suffix(root / name, suffixes)] for name in names]
+    columns = [[(path, name) for path in with_suffix(root / name, suffixes)] for name in names]
     if not follow_links:
-        _refuse_leaving((path for column in columns for path, _ in column), folder)
+        refuse_leaving((path for column in columns for path, _ in column), folder)
     entries = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
     if not entries:
         advice = "" if suffixes is None else "; a threat such as bytes:change=16 reads files of any format"
@@ -204,7 +213,7 @@ def open_folder(
     _refuse_declared(expected, str(files.root))
     paths = files.paths
     on_disk = sum(existing(path, "image").stat().st_size for path in paths)
-    mode, size, mode_notes = _measured(paths, repr(str(folder)), on_disk, _header)
+    mode, size, mode_notes = _measured(paths, repr(str(folder)), on_disk, size_and_mode)
     notes = (*mode_notes, *files.notes)
     unnumbered = Pictures(
         str(folder), paths, np.zeros(len(paths), np.int64), files.rows, files.names, mode, size, notes
@@ -219,9 +228,72 @@ def open_folder(
     return replace(unnumbered, y=y, classes=names, notes=(*notes, *more), objection=objection)
 
 
+def open_pictures(
+    name: str,
+    paths: Sequence[Path],
+    truth: NDArray[np.generic],
+    names: tuple[str, ...],
+    choice: Choice,
+    expected: DeclaredData,
+    *,
+    follow_links: bool = False,
+) -> Pictures:
+    """Return a data set of images with the truth of a task other than classes, (n, *truth), and the names of its
+    classes or labels. Raises `TargetError` for images of several sizes, and for a link that leads out of the folder of
+    the first.
+    """
+    rows = choice.rows(len(paths), repr(name))
+    chosen = tuple(paths[row] for row in rows)
+    if not follow_links:
+        refuse_leaving(chosen, chosen[0].parent)
+    _refuse_declared(expected, name)
+    on_disk = sum(existing(path, "image").stat().st_size for path in chosen)
+    mode, size, notes = _measured(chosen, repr(name), on_disk, size_and_mode)
+    zeros = np.zeros(len(rows), np.int64)
+    data = Pictures(name, chosen, zeros, rows, names, mode, size, notes, truth=truth[rows])
+    if expected.probe is not None:
+        data = replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, min(2, len(data))).x)))
+    return data
+
+
+def open_tagged(
+    folder: Path, choice: Choice, expected: DeclaredData, *, follow_links: bool = False
+) -> Pictures:
+    """Return the images of a folder with several labels, which its file `labels.csv` states: a column with the names of
+    the files, and one of 0 and 1 for each label.
+
+    Raises `UsageError` without this file, and `TargetError` for other contents.
+    """
+    root = split_folder(folder, choice.split)
+    table = root / "labels.csv"
+    if not table.is_file():
+        raise UsageError(
+            f"{str(root)!r} has no file labels.csv, which states the labels of its images; write a column with the "
+            "names of the files, and one of 0 and 1 for each label"
+        )
+    with opened(table, "labels") as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+        header, *lines = csv.reader(text)
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(header) or not set(line[1:]) <= {"0", "1"} or len(header) < 2:
+            raise TargetError(
+                f"line {number} of {str(table)!r} is {','.join(line)[:100]!r}; the name of a file and "
+                f"{len(header) - 1} times 0 or 1 were expected, as the first line states"
+            )
+    if not lines:
+        raise TargetError(f"{str(table)!r} lists no image; at least one line after the first was expected")
+    truth = np.array([[int(cell) for cell in line[1:]] for line in lines], np.int64)
+    paths = [
+        image_inside(root, line[0], f"line {number} of {str(table)!r}")
+        for number, line in enumerate(lines, 2)
+    ]
+    return open_pictures(
+        str(folder), paths, truth, tuple(header[1:]), choice, expected, follow_links=follow_links
+    )
+
+
 def holds_samples(folder: Path) -> bool:
     """Return whether a folder contains images, and not in class folders."""
-    return folder.is_dir() and next(_with_suffix(folder, SUFFIXES), None) is not None
+    return folder.is_dir() and next(with_suffix(folder, SUFFIXES), None) is not None
 
 
 def open_samples(folder: Path, *, follow_links: bool = False) -> Pictures:
@@ -234,11 +306,11 @@ def open_samples(folder: Path, *, follow_links: bool = False) -> Pictures:
         parts = re.split(r"(\d+)", path.name)
         return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
-    paths = tuple(sorted(_with_suffix(folder, SUFFIXES), key=place))
+    paths = tuple(sorted(with_suffix(folder, SUFFIXES), key=place))
     if not follow_links:
-        _refuse_leaving(paths, folder)
+        refuse_leaving(paths, folder)
     on_disk = sum(existing(path, "image").stat().st_size for path in paths)
-    mode, size, notes = _measured(paths, repr(str(folder)), on_disk, _header)
+    mode, size, notes = _measured(paths, repr(str(folder)), on_disk, size_and_mode)
     y = np.full(len(paths), UNLABELLED, np.int64)
     return Pictures(str(folder), paths, y, np.arange(len(paths)), (), mode, size, notes)
 
@@ -289,7 +361,7 @@ def split_folder(folder: Path, split: str | None) -> Path:
     return folder / name
 
 
-def _with_suffix(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
+def with_suffix(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
     """Return the entries of a folder with one of the suffixes, in the order of their names; None for all entries that
     are not hidden. Those that are no regular files are refused when they are opened.
     """
@@ -300,7 +372,7 @@ def _with_suffix(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Pat
     return iter(sorted(path for path in folder.iterdir() if fits(path) and not path.is_dir()))
 
 
-def _refuse_leaving(paths: Iterable[Path], folder: Path) -> None:
+def refuse_leaving(paths: Iterable[Path], folder: Path) -> None:
     """Raise `TargetError` for a link that leads out of the folder of the data, which may itself be a link."""
     inside = Path(os.path.realpath(folder))
     for path in paths:
@@ -376,7 +448,22 @@ def _refuse_bomb(name: str, n: int, on_disk: int, n_bytes: int) -> None:
         )
 
 
-def _header(path: Path) -> tuple[tuple[int, int], str]:
+def image_inside(folder: Path, name: object, where: str) -> Path:
+    """Return the path of an image of a folder. `where` names the place of the name in a file, for a message. Raises
+    `TargetError` for a missing image, and for a name that is not that of a file inside of the folder.
+    """
+    parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    if not parts or ".." in parts or PurePath(*parts).is_absolute():
+        raise TargetError(
+            f"{where} names the image {name!r}; the name of a file inside of {str(folder)!r} was expected"
+        )
+    return existing(folder.joinpath(*parts), f"the image of {where},")
+
+
+def size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
+    """Return the width and height of an image, and its mode in Pillow, from the header of its file. Raises
+    `TargetError` for a file that is no image.
+    """
     limit = max(MAX_BYTES, requested_memory())
     with opened(path, "image", most=limit, advice=RAISE_LIMIT) as file, _opened(path, file) as image:
         return image.size, image.mode

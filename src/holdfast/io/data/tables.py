@@ -133,8 +133,7 @@ def table_examples(
         y: NDArray[Any] | None = np.full(len(table), UNLABELLED)
         expected = replace(expected, checks_labels=False)
     else:
-        y = _class_numbers(column, name)
-        y = None if y is None else numbered(y, expected, name).y
+        y = _numbers_of(column, expected, label or "", name)
     features: tuple[str, ...] | None = None
     named = True
     notes: tuple[str, ...] = ()
@@ -157,7 +156,7 @@ def table_examples(
         present = [name for name in table.features if name not in drop]
         table, features, named, notes = matched_columns(table, present, expected)
         x = _numbers(table, features, chosen, expected)
-    if column is not None:
+    if column is not None and expected.task is None:
         notes += first_rows_note(column.places[rows_of_split], column.places[chosen], choice.n)
     of_source: dict[str, Any] = {"layout": layout, "notes": (*label_notes, *notes), "features": features}
     groups = None if groups is None else groups.taken(chosen)
@@ -302,6 +301,26 @@ def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
             f"names, were expected. {CLASSIFIERS_ONLY}"
         )
     return None
+
+
+def _numbers_of(column: Words, expected: DeclaredData, label: str, name: str) -> NDArray[Any] | None:
+    """The targets or the class numbers of all rows, or None if the labels are names."""
+    if expected.task is not None:
+        return _targets(column, label, name)
+    y = _class_numbers(column, name)
+    return None if y is None else numbered(y, expected, name).y
+
+
+def _targets(column: Words, label: str, name: str) -> NDArray[np.float64]:
+    """The numbers in the label column of a table. Raises `TargetError` for a cell that is no number."""
+    numbers = [number_of(word) for word in column.words]
+    if None in numbers:
+        place = numbers.index(None)
+        row = int((column.places == place).argmax())
+        raise TargetError(
+            f"{label!r} in row {row} of {name} is {column.words[place]!r}; the targets of a regression are numbers"
+        )
+    return np.array(numbers, np.float64)[column.places]
 
 
 def _whole(text: str) -> int | None:

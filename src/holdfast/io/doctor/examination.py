@@ -73,7 +73,8 @@ def misfit(
     """
     logits = outputs_in_batches(model, batch.x, batch_size)
     examined = Examined(model, batch, (), logits, batch_size, names=names, domain=domain)
-    checks = (class_orders, labels_from_one, *(() if _of_symbols(domain) else (layouts, units)))
+    of_labels = () if model.task is not None else (class_orders, labels_from_one)
+    checks = (*of_labels, *(() if _of_symbols(domain) else (layouts, units)))
     problem = next(
         (problem for check in checks for problem in check(examined) if problem.level == "problem"), None
     )

@@ -136,7 +136,7 @@ class Examined:
             self.untried.append(rows)
             return 0.0
         try:
-            return share_right(self.ask(model or self.model, x), self.batch.y)
+            return self.share_right(self.ask(model or self.model, x))
         except TargetLost:  # the server is gone, which says nothing about the interpretation
             raise
         except TargetError:  # the model accepts no such input, so the interpretation is wrong
@@ -159,8 +159,15 @@ class Examined:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the sample of examples that the model classifies correctly."""
-        return share_right(self.logits, self.batch.y)
+        """Fraction of the sample of examples that the model classifies correctly, or that count as correct."""
+        return self.share_right(self.logits)
+
+    def share_right(self, outputs: Tensor) -> float:
+        """Return the fraction of the sample that outputs classify correctly, or that counts as correct by them."""
+        if self.model.task is None:
+            return share_right(outputs, self.batch.y)
+        assert self.batch.truth is not None
+        return float((self.model.task.lead(outputs, self.batch.truth) > 0).double().mean())
 
     @property
     def may_be_beaten(self) -> bool:
@@ -178,7 +185,8 @@ class Examined:
         """
         if not self.may_be_beaten or self.moved > STEADY:
             return False
-        gain = accuracy - max(self.accuracy, 1 / self.logits.shape[1])
+        chance = 1 / self.logits.shape[1] if self.model.task is None else 0.0
+        gain = accuracy - max(self.accuracy, chance)
         return gain > BETTER and gain * len(self.batch) > MORE - 0.5
 
 

@@ -16,6 +16,7 @@ from holdfast.core.gradients import instead
 from holdfast.core.model import Classifier
 from holdfast.core.training import exactly
 from holdfast.core.types import Inputs, Logits, PerExample
+from holdfast.io.models.dense_prediction import Detector, UNet
 
 _GUARD = 1e-6  # added to divisors, so that a row of zeros stays zero and has a finite gradient
 _REACH = 8.0  # limit of the logarithms of SLL's weights, so that their ratios stay within float32
@@ -388,12 +389,14 @@ def _halved(side: int) -> int:
 ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         "cnn": cnn,
+        "detector": Detector,
         "lipschitz-aol": lipschitz_aol,
         "lipschitz-cayley": lipschitz_cayley,
         "lipschitz-sll": lipschitz_sll,
         "mlp": mlp,
         "mnist-cnn": mnist_cnn,
         "resnet": resnet,
+        "unet": UNet,
     }
 )
 """Functions that build the networks, by the names that a file with weights may contain."""

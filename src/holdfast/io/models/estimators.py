@@ -44,6 +44,8 @@ class Adapted:
     output: OutputKind | None = None
     layout: Layout | None = None
     bounds: Bounds | None = None
+    numbers: bool = False
+    """whether the outputs are the numbers of a regression, and not scores of classes"""
 
 
 def contents(estimator: Any) -> str:
@@ -130,6 +132,8 @@ class EstimatorInterface:
     """whether the estimator may start as many threads and processes as its `n_jobs` specifies"""
     source: Any = None
     """object of the library, from which the trees of an ensemble are read"""
+    numbers: bool = False
+    """whether `scores` returns the numbers of a regression"""
 
 
 class Estimator(nn.Module):
@@ -332,12 +336,19 @@ def adapted_estimator(estimator: Predictor, *, parallel: bool = True) -> Adapted
 
 
 def interface_of(estimator: Predictor, *, parallel: bool = True) -> EstimatorInterface:
-    """Return the methods with which an estimator that is a classifier is called, and properties such as its classes and
-    features.
+    """Return the methods with which an estimator that is a classifier or a regressor is called, and properties such as
+    its classes and features.
 
-    Raises `TargetError` if the object is not a classifier or is not fitted.
+    Raises `TargetError` if the object is neither or is not fitted.
     """
     name = type(estimator).__qualname__
+    if _is_regressor(estimator):
+        _refuse_unfitted(estimator, name)
+        fitted_on = getattr(estimator, "n_features_in_", None)
+        n_features = None if fitted_on is None else int(fitted_on)
+        return EstimatorInterface(
+            name, estimator.predict, features=n_features, parallel=parallel, numbers=True
+        )
     probabilities: Any = getattr(estimator, "predict_proba", None)
     scores = probabilities or getattr(estimator, "decision_function", None)
     classes = _classes(estimator, name, gives_probabilities=probabilities is not None)
@@ -374,6 +385,7 @@ def as_model(interface: EstimatorInterface, digest: str) -> Adapted:
         labels,
         interface.columns,
         interface.kind,
+        numbers=interface.numbers,
     )
 
 
@@ -439,6 +451,22 @@ def _classes(estimator: Any, name: str, *, gives_probabilities: bool) -> Array |
             "examples of all classes"
         )
     return labels
+
+
+def _is_regressor(estimator: Any) -> bool:
+    """Return whether an estimator states that it is a regressor, as those of scikit-learn and of libraries with its
+    interface do.
+    """
+    if "sklearn" not in sys.modules or hasattr(estimator, "classes_"):
+        return False
+    from sklearn.base import BaseEstimator, is_regressor
+
+    return isinstance(estimator, BaseEstimator) and bool(is_regressor(estimator))
+
+
+def no_classifier_but_regressor(name: str) -> TargetError:
+    """Return the error for a regressor in place of a classifier."""
+    return TargetError(f"the {name} is a regressor, and no classifier. {CLASSIFIERS_ONLY}")
 
 
 def _refuse_unfitted(estimator: Any, name: str) -> None:

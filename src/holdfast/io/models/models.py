@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -14,13 +14,15 @@ from torch import nn
 from holdfast.core.batch import LARGEST
 from holdfast.core.errors import CarriesCode, TargetError, UsageError, model_argument
 from holdfast.core.model import EVERY, Batches, Bounds, Classifier, Normalisation, parameter_of, refuse_lazy
+from holdfast.core.names import TaskName
 from holdfast.core.outputs import OutputKind
+from holdfast.core.tasks import Task
 from holdfast.core.types import Access, Layout
 from holdfast.io.files import ARCHITECTURE, names_of, reading, sha256_of_file, similar_file, similar_name
 from holdfast.io.models import factories
 from holdfast.io.models.adapting import adapted, digest_of_object, no_classifier
 from holdfast.io.models.composed import declared_ensemble, ensemble_of, with_denoiser
-from holdfast.io.models.estimators import Adapted, Estimator, Predictor
+from holdfast.io.models.estimators import Adapted, Estimator, Predictor, no_classifier_but_regressor
 from holdfast.io.models.exported import FREE_BATCH, SLICES, open_program
 from holdfast.io.models.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.io.models.weights import (
@@ -118,6 +120,8 @@ class Declared:
     """whether the model is called with a list of the contents of files"""
     rules: "Rules | None" = None
     """rules of the table whose rows are the inputs"""
+    task: Task | None = None
+    """what the model returns, if it is not one score for each class"""
 
     @property
     def is_called_with_lists(self) -> bool:
@@ -167,7 +171,7 @@ class Declared:
             output=self.output,
             layout=self.layout,
         )
-        model.class_names, model.class_labels = self.class_names, self.class_labels
+        model.class_names, model.class_labels, model.task = self.class_names, self.class_labels, self.task
         if self.input_name is not None:
             model.input_name = parameter_of(net, (self.input_name,)) or model.input_name
         return model
@@ -185,8 +189,16 @@ class Declared:
 
     def of(self, adapted_model: Adapted) -> Classifier:
         """Return a wrapped model of another library, such as scikit-learn, as a classifier with the declared
-        properties.
+        properties. Raises `TargetError` for a regressor, unless the task is a regression, and for any other estimator
+        if it is.
         """
+        of_numbers = self.task is not None and self.task.name == "regression"
+        if isinstance(adapted_model.net, Estimator) and adapted_model.numbers != of_numbers:
+            if adapted_model.numbers:
+                raise no_classifier_but_regressor(adapted_model.net.name)
+            raise TargetError(
+                f"the {adapted_model.net.name} is no regressor, and the task is a regression; leave the tolerance out"
+            )
         properties = Declared(
             bounds=adapted_model.bounds,
             classes=adapted_model.classes,
@@ -282,6 +294,10 @@ def open_model(
     if path.exists():
         raise UsageError(f"{address!r} has an unknown model format; give {_FORMS}")
     return _open_bundled(opening)
+
+
+BUNDLED_TASKS: Final[Mapping[str, TaskName]] = {"scenes-unet": "segmentation", "scenes-detector": "detection"}
+"""Tasks of the bundled models that are no classifiers, by name."""
 
 
 def bundled_models() -> dict[str, Path]:

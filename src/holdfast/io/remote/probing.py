@@ -22,7 +22,7 @@ from holdfast.core.errors import (
 )
 from holdfast.core.model import Bounds, Classifier, Normalisation, evaluating, fitted, out_of_memory
 from holdfast.core.training import CUTS
-from holdfast.core.types import Layout, Logits
+from holdfast.core.types import Layout, Outputs
 from holdfast.io.models.estimators import Estimator
 
 NORMALISATIONS = {
@@ -168,7 +168,7 @@ class ProbedClassifier:
         self.refused: TargetError | None = None
         """error of the network for the last inputs that it rejected"""
 
-    def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
+    def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Outputs | None:
         """Return the logits of the inputs `x` (n, *features) if the network has the given layout, or None if the
         network rejects the inputs. Raises `NoLogits` if it accepts them and returns something else.
 
@@ -195,7 +195,7 @@ class ProbedClassifier:
         self.classes = logits.shape[1] - self.model.rejects
         return logits
 
-    def _logits(self, x: Tensor, *, whole: bool) -> Logits:
+    def _logits(self, x: Tensor, *, whole: bool) -> Outputs:
         try:
             return _forwarded(self.model, x, whole=whole)
         except UnclearOutput:
@@ -381,7 +381,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].rstrip('.')}"
 
 
-def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
+def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Outputs:
     """Return the logits of `x` on the CPU.
 
     If the network rejects all rows at once and `whole` is False, they are computed in batches of a size that it
@@ -392,7 +392,7 @@ def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
     with _evaluating(model):
         try:
             # Cloned, because a network may change its inputs in place, and the rows are used again below.
-            logits: Logits = model(rows.clone())
+            logits: Outputs = model(rows.clone())
             return logits.cpu()
         except (TargetLost, UnclearOutput):
             raise

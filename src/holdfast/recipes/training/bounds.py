@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from holdfast.certifiers.bounds.graph import Graph
 from holdfast.certifiers.bounds.operations import Activation, Interval, Linear
 from holdfast.certifiers.bounds.tracing import Recording, recording
-from holdfast.certifiers.provers import margin_rows
+from holdfast.certifiers.objectives import margin_rows
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from holdfast.attacks.suites import suite
 from holdfast.certifiers.patch_masks import MaskedVote
-from holdfast.certifiers.protocol import RANDOM, Prover, StatisticalProver, on_top_of
+from holdfast.certifiers.protocol import HIGH, LOW, PIXELS, RANDOM, Prover, StatisticalProver, on_top_of
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, by_smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.catalogue import PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES
@@ -20,6 +21,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, Remedy, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.core.tasks import CLEAN, MEASURED
 from holdfast.io.models.composed import Ensemble
 from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.harness.kinds.proof import prepared_prover
@@ -164,6 +166,8 @@ def refuse_unprovable(
         # only if a model is refused: the trial of smoothing calls the model
         if verb == "assess":
             return (Remedy("certify"),)
+        if target.task is not None:
+            return ()
         if not plan.threat.constraint.in_input_units:
             from holdfast.certifiers.masking import by_masking
 
@@ -238,6 +242,7 @@ def refuse_unsound(evidence: Evidence) -> None:
     """
     if "certified" not in evidence:
         return
+    _refuse_outside(evidence)
     statistical = "contradicted" in evidence
     wrong = evidence["contradicted"] if statistical else evidence["certified"] & evidence["success"]
     rows = wrong.nonzero()[:, 0].tolist()
@@ -257,6 +262,29 @@ def refuse_unsound(evidence: Evidence) -> None:
         f"{by_chance}: {named}{more}. No certificate is issued; report it as a bug of the method, or choose another "
         "method"
     )
+
+
+def _refuse_outside(evidence: Evidence) -> None:
+    """Raise `UnsoundProof` if an output, clean or attacked, is outside of its interval, or if more pixels are proved to
+    be right than were right.
+    """
+    for of in (CLEAN, MEASURED):
+        if PIXELS in evidence:
+            outside = evidence[f"{of}pixels"][..., 0] < evidence[PIXELS]
+        elif LOW in evidence and evidence[f"{of}output"].is_floating_point():
+            output = evidence[f"{of}output"].double()
+            proved = (evidence[LOW] > -torch.inf) | (evidence[HIGH] < torch.inf)
+            outside = ~((output >= evidence[LOW]) & (output <= evidence[HIGH])) & proved  # NaN, too
+        else:  # of several labels, with wrong ones of which `certified` is compared
+            return
+        rows = outside.any(1).nonzero()[:, 0]
+        if len(rows):
+            named = ", ".join(str(int(evidence["id"][row])) for row in rows[:_NAMED])
+            raise UnsoundProof(
+                f"the test of the certificates failed: the outputs of {len(rows)} of {len(evidence)} examples are "
+                f"outside of what was proved, such as {named}. No certificate is issued; report it as a bug of the "
+                "method, or choose another method"
+            )
 
 
 def improbable(contradicted: int, tested: int, evidence: Evidence) -> bool:

@@ -231,7 +231,7 @@ def stage_times(
         return CountedAttack(passes(member.attack), *in_waves)
 
     return StageTimes(
-        step_times(target.optimised, plan.threat, sample, size, gradients=gradients),
+        step_times(target.queried(target.optimised, sample), plan.threat, sample, size, gradients=gradients),
         tuple(counted_attack(member) for member in plan.members),
         tuple(passes(attack) for attack in (*outside, *(member.attack for member in plan.curve))),
         plan.doubts == "all",

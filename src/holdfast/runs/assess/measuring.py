@@ -409,6 +409,7 @@ def run_probes(
         classes=target.classes,
         outcomes=() if unclear else outcomes(plan.stages(), by_stage),
         repeated=tuple(again.values()),
+        task=None if target.task is None else target.task.name,
     )
     counting_model = PassCounter(measurement.target.optimised)
     fitting, n_forwards = _input(measurement, columns)
@@ -604,7 +605,7 @@ def _probed(
         def run(piece: Batch, probe: Probe = probe, run_probe: ProbeRun = run_probe) -> dict[str, Tensor]:
             if within.goal is not None:
                 piece = piece.towards(torch.full_like(piece.y, within.goal))
-            probed_model = measurement.target.queried(model, piece)
+            probed_model = measurement.target.queried(model, piece, errors=True)
             piece = without_missing(piece, model.bounds)
             with measurement.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
                 return {

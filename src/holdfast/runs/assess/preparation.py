@@ -248,7 +248,8 @@ def _as_if_broken(plan: Plan, target: PreparedModel, sample: Batch) -> Evidence:
         work = Work(plan, target, (sample,), Room(len(sample)), by_stage.get("clean", {}))
         by_stage[stage.name] = stage.kind.as_if_broken(stage, work)
     outline = plan.outline(target.classes)
-    return evidence_from(outline, by_stage, {}, Context(), randomised=target.randomised)
+    context = Context({} if target.task is None else {"task": target.task.card()})
+    return evidence_from(outline, by_stage, {}, context, randomised=target.randomised)
 
 
 _SURROGATE_EXAMPLES = 32

@@ -40,6 +40,7 @@ DECIDING = (
     "runs/harness",
     "runs/documents",
     "statistics",
+    "tasks",
     "threats",
 )
 """Subpackages and modules whose code can change a measured number."""

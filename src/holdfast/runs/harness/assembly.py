@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.core.batch import Lookup
+from holdfast.core.batch import Lookup, spread
 from holdfast.core.evidence import (
     METHOD_STATES,
     AnswerCheck,
@@ -28,6 +28,7 @@ from holdfast.core.evidence import (
     Table,
     in_table,
 )
+from holdfast.core.tasks import CLEAN, LEFT, MEASURED
 from holdfast.core.types import Ids, Mask, Rows
 from holdfast.doubts.protocol import AGAIN, probe_title
 from holdfast.runs.harness.kinds import KINDS
@@ -41,7 +42,7 @@ from holdfast.runs.harness.stage import (
     StageOutline,
     certified_in,
 )
-from holdfast.runs.harness.target import DISTANCES, GALLERY, NORMS, unattacked
+from holdfast.runs.harness.target import DISTANCES, GALLERY, LOST, NORMS, unattacked
 
 _CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
 
@@ -51,8 +52,10 @@ def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> M
     examples.
     """
     due = stage.kind.due(stage, plan, by_stage)
-    if due is not None and plan.threat.constraint.judges_misclassified:
-        return torch.ones_like(due)  # a misclassified image may be classified correctly when corrupted
+    graded = f"{MEASURED}{LEFT}" in by_stage.get("clean", {}) and not stage.kind.proves
+    if due is not None and (graded or plan.threat.constraint.judges_misclassified):
+        # what is left of a score can be less; a misclassified image may be classified correctly when corrupted
+        return torch.ones_like(due)
     return due
 
 
@@ -212,6 +215,9 @@ def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor
     inside = dict(columns) | {"success": success}
     for name in (*DISTANCES, "right"):  # other inputs may be outside the threat model
         inside[name] = torch.where(success, columns[name], torch.inf)
+    for name in clean:
+        if name.startswith(MEASURED):
+            inside[name] = torch.where(spread(success, columns[name]), columns[name], clean[name])
     for prefix in ("gallery.", "adversarial."):
         if f"{prefix}id" in columns:
             rows = torch.isin(columns[f"{prefix}id"], columns["id"][success])
@@ -261,14 +267,15 @@ class Context:
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
-    """Concatenate the columns of the shards of one stage. Of the adversarial inputs to be shown in the report, only the
-    first dozen are kept.
+    """Concatenate the columns of the shards of one stage. Of the adversarial inputs to be shown in the report, only a
+    dozen are kept: the first ones, or those that lost most.
     """
     names = sorted({name for columns in shards for name in columns})
     joined = {name: torch.cat([columns[name] for columns in shards if name in columns]) for name in names}
-    return {
-        name: values[:GALLERY] if name.startswith("gallery.") else values for name, values in joined.items()
-    }
+    kept: Rows | slice = slice(GALLERY)
+    if f"gallery.{LOST}" in joined:
+        kept = joined[f"gallery.{LOST}"].argsort(descending=True, stable=True)[:GALLERY]
+    return {name: values[kept] if name.startswith("gallery.") else values for name, values in joined.items()}
 
 
 def assemble(
@@ -281,7 +288,11 @@ def assemble(
     """
     by_stage = joined_waves(plan.steps, by_stage)
     clean = by_stage["clean"]
-    columns = {name: values for name, values in clean.items() if name not in _NOT_IN_EVIDENCE}
+    columns = {
+        f"{CLEAN}{name.removeprefix(MEASURED)}" if name.startswith(MEASURED) else name: values
+        for name, values in clean.items()
+        if name not in _NOT_IN_EVIDENCE
+    }
     steps = [s for s in plan.steps if s.kind.in_suite and s.name in by_stage]
     attacks, pass_columns = (
         [by_stage[s.name] for s in steps],
@@ -312,7 +323,12 @@ def _worst_case(
     queries, first = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     distances = {norm: torch.where(clean["correct"], torch.inf, 0.0).float() for norm in NORMS}
     nearest = torch.full((n,), torch.inf)
+    worst = {name: values.clone() for name, values in clean.items() if name.startswith(MEASURED)}
     for k, columns in enumerate((*attacks, *passes)):
+        if worst:
+            less = columns["ran"] & (columns[f"{MEASURED}{LEFT}"] < worst[f"{MEASURED}{LEFT}"])
+            for name, values in worst.items():
+                values[less] = columns[name][less]
         new = columns["success"] & ~success
         # a result that was composed without a query of its own is known only after all queries
         first_query = torch.where(columns["first_success"] > 0, columns["first_success"], columns["queries"])
@@ -340,6 +356,7 @@ def _worst_case(
         "queries": queries,
         "first_success": first,
         **{f"distance_{norm}": values for norm, values in distances.items()},
+        **worst,
     }
 
 
@@ -477,11 +494,23 @@ def _attack_records(
             fields = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
             records.append(
                 AttackRecord(
-                    *fields, adaptive=stage.adaptive, fits=fits, places=places, search=search, reuse=reuse
+                    *fields,
+                    adaptive=stage.adaptive,
+                    fits=fits,
+                    places=places,
+                    search=search,
+                    reuse=reuse,
+                    left=_left(waves[0]),
                 )
             )
             surviving = survived
     return tuple(records), total
+
+
+def _left(columns: Columns) -> float | None:
+    """Mean score that an attack left of the examples that it was run on; None for classes and without such examples."""
+    left = columns.get(f"{MEASURED}{LEFT}")
+    return float(left[columns["ran"]].double().mean()) if left is not None and columns["ran"].any() else None
 
 
 def _not_run(stage: StageOutline, waves: Sequence[Columns]) -> tuple[str, ...]:
@@ -594,16 +623,23 @@ def _cost(kind: StageKind, columns: Columns, seconds: Seconds | None, *, randomi
 
 
 def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Table]:
-    """The table of the first dozen broken examples in source order, each with the input of its worst case."""
+    """The table of the first dozen broken examples in source order, each with the input of its worst case. With another
+    task than classes, they are those that lost most of their score, most first.
+    """
     attacks = [by_stage[s.name] for s in plan.steps if s.kind.in_suite and s.name in by_stage]
     with_gallery = [
         c for c in (*attacks, *(counted_pass.columns for counted_pass in counted)) if "gallery.id" in c
     ]
     if not with_gallery:
         return {}
-    chosen = worst_rows(with_gallery, "gallery", smallest=plan.smallest)[:GALLERY]
+    names = ["id", "x", "x_adv"]
+    chosen = worst_rows(with_gallery, "gallery", smallest=plan.smallest)
+    if all(f"gallery.{LOST}" in c for c in with_gallery):
+        names += [LOST, "truth", "clean", "output"]
+        lost = torch.cat([c[f"gallery.{LOST}"] for c in with_gallery])[chosen]
+        chosen = chosen[lost.argsort(descending=True, stable=True)]
     columns = {
-        name: torch.cat([c[f"gallery.{name}"] for c in with_gallery])[chosen] for name in ("id", "x", "x_adv")
+        name: torch.cat([c[f"gallery.{name}"] for c in with_gallery])[chosen[:GALLERY]] for name in names
     }
     return {"gallery": Table("broken example", columns)}
 
@@ -613,11 +649,17 @@ def worst_rows(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows
     are ordered by the id of the example.
 
     The worst case is the first attack that broke the example or, with `smallest`, the smallest change. If no attack
-    broke the example, it is the first stored input. `kind` is the prefix of the columns with the stored inputs.
+    broke the example, it is the first stored input. With another task than classes, it is the input that left least of
+    the score. `kind` is the prefix of the columns with the stored inputs.
     """
     ids = torch.cat([columns[f"{kind}.id"] for columns in attacks])
+    left = f"{MEASURED}{LEFT}"
     order_keys = [
-        _of_stored("distance", columns, kind) if smallest else ~_of_stored("success", columns, kind)
+        _of_stored(left, columns, kind)
+        if left in columns
+        else _of_stored("distance", columns, kind)
+        if smallest
+        else ~_of_stored("success", columns, kind)
         for columns in attacks
     ]
     # stable, so that the earlier attack comes first among equals

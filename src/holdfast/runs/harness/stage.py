@@ -59,11 +59,13 @@ class Member:
     """smallest number of examples in a wave"""
     after: str = ""
     """name of an earlier attack, if this one is run only if that one broke an example; otherwise empty"""
+    surrogate: str = ""
+    """loss of another task than classes that the attack maximises; empty for the first one of the task"""
 
     @classmethod
     def of(cls, spec: AttackSpec) -> "Member":
         """Return the attack of an entry of a suite."""
-        return cls(spec.name, spec.build(), spec.waves, least=spec.least, after=spec.after)
+        return cls(spec.name, spec.build(), spec.waves, None, spec.least, spec.after, spec.surrogate)
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,11 @@ class Stage:
     def first(self) -> str:
         """Name of the first wave of the same attack."""
         return (*self.earlier, self.name)[0]
+
+    @property
+    def surrogate(self) -> str:
+        """Loss of another task than classes that the attack maximises; see `Member.surrogate`."""
+        return "" if self.member is None else self.member.surrogate
 
     @property
     def attack(self) -> Attack:

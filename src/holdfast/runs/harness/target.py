@@ -53,8 +53,10 @@ from holdfast.core.outputs import (
     softly_rejected_as_correct,
     with_aim,
 )
+from holdfast.core.tasks import LEFT, MEASURED, Task
 from holdfast.core.threat import ThreatModel
-from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask
+from holdfast.core.types import Ids, Inputs, Labels, Logits, Mask, Outputs, PerExample
+from holdfast.threats.transformations import Patch
 
 if TYPE_CHECKING:
     from holdfast.runs.harness.plan import Plan
@@ -105,6 +107,44 @@ class WithDetector:
 
 
 @dataclass(frozen=True)
+class WithTask:
+    """Wrapper of a model with another task than classes, as a classifier of two classes, "correct" and "wrong", for
+    attacks.
+
+    The margin is the share of the score that is left, with the gradient of a surrogate loss, so that attacks go on
+    until nothing is left. If they search for errors, such as the one with the smallest change, it is positive only
+    while the example counts as correct.
+    """
+
+    model: Model
+    batch: Batch
+    task: Task
+    surrogate: str
+    errors: bool
+
+    @property
+    def bounds(self) -> Bounds:
+        """Lowest and highest valid input values of the model."""
+        return self.model.bounds
+
+    @cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(self.batch.ids)
+
+    def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
+        """Return the logits (n, 2) of "correct" and "wrong"."""
+        truth = self.batch.truth
+        assert truth is not None
+        truth = truth if ids is None else truth[self._lookup.rows(ids)]
+        outputs = self.model(x, ids)
+        fixed = outputs.detach()
+        height = (self.task.lead if self.errors else self.task.left)(fixed, truth).to(x.dtype)
+        if outputs.requires_grad:
+            height = instead(height, -self.task.loss(outputs, truth, self.surrogate))
+        return torch.stack((height, torch.zeros_like(height)), 1)
+
+
+@dataclass(frozen=True)
 class PreparedModel:
     """The model under test in two versions: `original`, which judges inputs, and an equivalent frozen copy
     `optimised`, which attacks query.
@@ -132,6 +172,8 @@ class PreparedModel:
     is rounded or binary"""
     blind_view: bool = False
     """whether no gradient of the detector's score reaches an input through `view`"""
+    surrogate: str = ""
+    """loss that attacks maximise on a model with another task than classes; empty for the first one of the task"""
     _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], _T]) -> _T:
@@ -153,28 +195,51 @@ class PreparedModel:
         """Whether the model has an additional last logit for "rejected", which is not one of the `classes`."""
         return self.original.rejects
 
-    def logits(self, x: Inputs) -> Logits:
-        """Return the logits of the original model for the inputs `x`, computed without gradients."""
+    def logits(self, x: Inputs) -> Outputs:
+        """Return the logits of the original model for the inputs `x`, or the outputs of another task, computed without
+        gradients.
+        """
         with torch.no_grad(), judging():
-            logits: Logits = self.original(x)
+            logits: Outputs = self.original(x)
         return logits
 
-    def queried(self, model: Model, batch: Batch) -> Model:
+    @property
+    def task(self) -> Task | None:
+        """What the model returns, if it is not one score for each class."""
+        return self.original.task
+
+    def queried(self, model: Model, batch: Batch, *, errors: bool = False) -> Model:
         """Return the model that attacks on a batch query. If the model has a detector, a rejected input counts as
         correctly classified. Values that are missing in the batch stay missing, and fixed features do not change.
+        `errors` states that attacks search for examples that do not count as correct.
         """
         fixed = self.original.fixed
         if fixed is not None or batch.x.isnan().any():
             model = WithMissing(model, batch, fixed)
+        if self.task is not None:
+            return WithTask(model, batch, self.task, self.surrogate or self.task.surrogates[0], errors)
         model = Answering(model, batch) if self.original.remote else model
         return WithDetector(model, batch, self.aim) if self.rejects else model
 
-    def judged_logits(self, logits: Logits, y: Labels) -> Tensor:
-        """Return the logits by which an attacked input is judged. An input that the model rejects counts as correctly
-        classified.
+    def judged_logits(self, logits: Tensor, batch: Batch) -> Logits:
+        """Return the logits by which an attacked input is judged, from the outputs of the model. An input that the
+        model rejects counts as correctly classified. Those of another task than classes are of "correct" and "wrong"
+        (n, 2).
         """
-        logits = for_label(logits, y) if self.original.remote else logits
-        return rejected_as_correct(logits, y) if self.rejects else logits
+        if self.task is not None:
+            return self.correct_logits(logits, batch)
+        logits = for_label(logits, batch.y) if self.original.remote else logits
+        return rejected_as_correct(logits, batch.y) if self.rejects else logits
+
+    def correct_logits(self, outputs: Tensor, batch: Batch) -> Logits:
+        """Return the logits by which a clean input is judged: the outputs of a model of classes, and otherwise those of
+        "correct" and "wrong" (n, 2).
+        """
+        if self.task is None:
+            return outputs
+        assert batch.truth is not None
+        lead = self.task.lead(outputs, batch.truth).to(batch.x.dtype)
+        return torch.stack((lead, torch.zeros_like(lead)), 1)
 
     def predicted(self, logits: Logits) -> Labels:
         """Return the predicted class of each input, or -1 if the detector or the server of the model
@@ -227,7 +292,8 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     logits = _first_logits(base, sample)
     # a model may use its random numbers rarely, for example in every tenth call
     n_calls = 1 if torch.equal(state, _generators(sample.x.device)) else VOTES
-    randomised = any(bool((change(logits, _first_logits(base, sample)) > SAME).any()) for _ in range(n_calls))
+    again = (_first_logits(base, sample) for _ in range(n_calls))
+    randomised = any(bool((change(logits.flatten(1), each.flatten(1)) > SAME).any()) for each in again)
     quick, details = _attacked(model, sample, randomised=randomised)
     filling = () if base.batches is None or base.batches == EVERY else (base.batches.description,)
     if base.rewrites:
@@ -235,14 +301,23 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     class_logits = logits[:, :-1] if model.rejects else logits
     notes = (
         *filling,
-        *_remarks(class_logits, randomised=randomised),
+        *_remarks(class_logits.flatten(1), randomised=randomised),
         *((REJECTS,) if model.rejects else ()),
+        *(() if model.task is None else (_task_note(model.task),)),
     )
     blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
-    target = PreparedModel(
-        model, quick, quick, randomised, class_logits.shape[1], notes, details, left_in_training
-    )
+    classes = class_logits.shape[1] if model.task is None else 2
+    target = PreparedModel(model, quick, quick, randomised, classes, notes, details, left_in_training)
     return replace(target, blind=blind, blind_view=blind)
+
+
+def _task_note(task: Task) -> str:
+    """Note on what accuracy means for a model with another task than classes."""
+    return (
+        f"the task of the model is {task.name}: accuracy is the share of {task.noun}s that count as correct: "
+        f"{task.correct_if}; attacks go on after an {task.noun} is broken, and the metrics of the task are computed "
+        f"on the input of each {task.noun} with the lowest score"
+    )
 
 
 def _attacked(model: Classifier, sample: Batch, *, randomised: bool) -> tuple[Model, tuple[str, ...]]:
@@ -255,7 +330,7 @@ def _attacked(model: Classifier, sample: Batch, *, randomised: bool) -> tuple[Mo
             f"base classifier, and a judgement {JUDGING_DRAWS}"
         )
         return smoothed.network(), (how,) if model.access == "gradients" else ()
-    if base_of(model) is not model and model.access != "gradients":
+    if model.task is not None or (base_of(model) is not model and model.access != "gradients"):
         return model, ()  # no attack queries it, and a test of a copy is many forward passes
     # a faster copy is tested by its outputs, which a randomised model does not repeat
     return (model, ()) if randomised else quickened(model, sample.x)
@@ -302,10 +377,10 @@ def _generators(device: torch.device) -> Tensor:
     return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)
 
 
-def _first_logits(model: Classifier, sample: Batch) -> Logits:
+def _first_logits(model: Classifier, sample: Batch) -> Outputs:
     try:
         with torch.no_grad():
-            logits: Logits = model(sample.x)
+            logits: Outputs = model(sample.x)
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise no_memory(len(sample), error) from error
@@ -332,6 +407,9 @@ def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
         )
     return tuple(remarks)
 
+
+LOST = "lost"
+"""Name of the column of the gallery with the score that an example lost, for another task than classes."""
 
 GALLERY = 12
 """Largest number of broken examples that are stored for the report."""
@@ -372,6 +450,7 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
         "first_success": zeros.clone(),
         "backwards": zeros.clone(),
         "dead": torch.zeros(n, dtype=torch.bool),
+        **{name: values.clone() for name, values in clean.items() if name.startswith(MEASURED)},
     }
 
 
@@ -384,10 +463,13 @@ def judge_inputs(
     batch, x_adv = aimed(batch, plan.threat), with_missing(x_adv, batch.x, target.original.fixed)
     x_adv = plan.threat.constraint.as_stored(x_adv, batch.x, target.original.bounds)
     with target.repeatable(rng.at(int(batch.ids[0]))):
+        clean = measured_by_task(target, target.logits(batch.x), batch) if target.task is not None else {}
         _, columns = verdict_of(plan, target, batch, x_adv)
+        columns |= stored_inputs(
+            plan, target, batch, x_adv, columns, batch.ids, clean.get(f"{MEASURED}{LEFT}")
+        )
     zeros = torch.zeros_like(batch.ids)
     columns |= {"queries": zeros, "first_success": zeros, "backwards": zeros}
-    columns |= stored_inputs(plan, batch, x_adv, columns["success"], batch.ids)
     return {name: values.cpu() for name, values in columns.items()}
 
 
@@ -399,9 +481,10 @@ def verdict_of(
 
     `success` is true for a wrong prediction inside the threat model.
     """
-    logits, right, right_fresh = votes(
-        target, batch, x_adv, lambda logits: target.judged_logits(logits, batch.y)
+    outputs, right, right_fresh = votes(
+        target, batch, x_adv, lambda logits: target.judged_logits(logits, batch)
     )
+    logits = outputs if target.task is None else target.correct_logits(outputs, batch)
     if target.smoothed is not None:
         right = right_fresh = _unless_shown(target.smoothed, batch, x_adv, right)
     # a tie counts against the model
@@ -411,16 +494,34 @@ def verdict_of(
     return logits, {
         "id": batch.ids,
         "ran": torch.ones_like(wrong),
-        "success": wrong & allowed(constraint, x_adv, batch.x, target.original.bounds),
+        "success": wrong & _allowed(plan.threat, x_adv, batch, target),
         "prediction": target.predicted(logits),
         "right": right,
         "right_fresh": right_fresh,
-        "height": margin(target.judged_logits(logits, batch.y), batch),
+        "height": margin(target.judged_logits(outputs, batch), batch),
         "distance": torch.where(wrong, distance, infinite).float(),
         **{
             f"distance_{name}": torch.where(wrong, norm.distance(x_adv, batch.x), infinite).float()
             for name, norm in distance_norms(constraint).items()
         },
+        **measured_by_task(target, outputs, batch),
+    }
+
+
+def _allowed(threat: ThreatModel, x_adv: Inputs, batch: Batch, target: PreparedModel) -> Mask:
+    """The mask of the inputs inside the threat model, also with regard to the objects in the images."""
+    constraint = threat.constraint
+    inside = allowed(constraint, x_adv, batch.x, target.original.bounds)
+    return inside & constraint.in_place(x_adv, batch) if isinstance(constraint, Patch) else inside
+
+
+def measured_by_task(target: PreparedModel, outputs: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    """Return the columns of a model with another task than classes, from its outputs; none for other models."""
+    if target.task is None:
+        return {}
+    assert batch.truth is not None
+    return {
+        f"{MEASURED}{name}": values for name, values in target.task.measured(outputs, batch.truth).items()
     }
 
 
@@ -442,15 +543,37 @@ def cost_columns(spent: Spent) -> dict[str, Tensor]:
     return {"queries": spent.queries, "first_success": spent.first_success, "backwards": spent.backwards}
 
 
-def stored_inputs(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
+def stored_inputs(
+    plan: "Plan",
+    target: PreparedModel,
+    batch: Batch,
+    x_adv: Inputs,
+    judged: Columns,
+    missed: Ids,
+    clean: PerExample | None = None,
+) -> dict[str, Tensor]:
     """Return the adversarial inputs of an attack that are stored: a few for the report or, if the plan requires it, all
-    of them.
+    of them. `judged` are the columns of their verdict, and `missed` the ids of the examples that nothing else broke.
 
+    With another task than classes, `clean` is the score of each clean input. The inputs are then those that lost most
+    of it, most first, and those for the report come with the truth and with what the model returned for both inputs.
     If the plan runs only the attacks, all inputs are included, even unsuccessful ones.
     """
-    stored = (success & torch.isin(batch.ids, missed)).nonzero()[:, 0]
-    shown = stored[: GALLERY if plan.shown else 0]
+    if clean is None:
+        stored = shown = (judged["success"] & torch.isin(batch.ids, missed)).nonzero()[:, 0]
+    else:
+        lost = clean.to(batch.x.device) - judged[f"{MEASURED}{LEFT}"]
+        stored = lost.argsort(descending=True, stable=True)
+        stored = shown = stored[lost[stored] > 0]  # of the others the clean input is the worst case
+    shown = shown[: GALLERY if plan.shown else 0]
     columns = {"gallery.id": batch.ids[shown], "gallery.x": batch.x[shown], "gallery.x_adv": x_adv[shown]}
+    if clean is not None and plan.shown:
+        assert target.task is not None
+        assert batch.truth is not None
+        some = shown if len(shown) else lost[:1].argsort()  # models may not accept a batch without inputs
+        before, after = (target.task.shown(target.logits(x[some]))[: len(shown)] for x in (batch.x, x_adv))
+        columns |= {"gallery.clean": before, "gallery.output": after}
+        columns |= {f"gallery.{LOST}": lost[shown], "gallery.truth": batch.truth[shown].to(before.dtype)}
     if plan.keep_adversarial:
         columns |= {"adversarial.id": batch.ids[stored], "adversarial.x": x_adv[stored]}
     if plan.alone:
@@ -476,7 +599,10 @@ def returned(
     if isinstance(attack, ThresholdAttack):
         attack = _reading(attack, target)
     complete = without_missing(batch, target.original.bounds)
-    meter = Metered(target.queried(target.optimised, batch), complete, threat)
+    # labels show no score, but whether an example counts as correct
+    errors = threat.constraint.eps == torch.inf or threat.access == "labels"
+    queried = target.queried(target.optimised, batch, errors=errors)
+    meter = Metered(queried, complete, threat, graded=target.task is not None and not errors)
     items: Mapping[str, Tensor] = {}
     try:
         if isinstance(attack, Itemised):
@@ -492,7 +618,7 @@ def returned(
             f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack must return inputs of the same type and shape"
         )
     x_adv = with_missing(x_adv, batch.x, target.original.fixed)
-    legal = allowed(threat.constraint, x_adv, batch.x, target.original.bounds)
+    legal = _allowed(threat, x_adv, batch, target)
     if not legal.all():
         worst = int((~legal).nonzero()[0, 0])
         distance = float(threat.constraint.distance(x_adv[worst : worst + 1], batch.x[worst : worst + 1]))
@@ -515,7 +641,7 @@ def _reading(attack: ThresholdAttack, target: PreparedModel) -> Attack:
 
 def votes(
     target: PreparedModel, batch: Batch, x: Inputs, judged_logits: Callable[[Logits], Tensor]
-) -> tuple[Logits, Tensor, Tensor]:
+) -> tuple[Outputs, Tensor, Tensor]:
     """Return the logits of the original model, and two independent estimates of the fraction of forward passes in which
     each input is classified correctly.
 
@@ -539,12 +665,12 @@ def votes(
 
 
 def digests(batch: Batch) -> Tensor:
-    """Return the SHA-256 of each example's input and label, (n, 32) uint8, by which comparisons of runs
+    """Return the SHA-256 of each example's input and label or truth, (n, 32) uint8, by which comparisons of runs
     pair examples.
     """
-    rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), batch.y.tolist(), strict=True)
-    digests = b"".join(
-        hashlib.sha256(row.tobytes() + label.to_bytes(8, "little", signed=True)).digest()
-        for row, label in rows
-    )
+    labels = [label.to_bytes(8, "little", signed=True) for label in batch.y.tolist()]
+    if batch.truth is not None:
+        labels = [truth.contiguous().numpy().tobytes() for truth in batch.truth.cpu()]
+    rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), labels, strict=True)
+    digests = b"".join(hashlib.sha256(row.tobytes() + label).digest() for row, label in rows)
     return torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 32)

@@ -16,15 +16,17 @@ from holdfast.core.batch import BY_LABEL, Data
 from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import Remedy, UsageError, data_argument
 from holdfast.core.meter import PIECE
-from holdfast.core.model import Bounds, Classifier, Normalisation
-from holdfast.core.names import did_you_mean
+from holdfast.core.model import Bounds, Classifier, Normalisation, evaluating, fitted
+from holdfast.core.names import MAP, TaskName, did_you_mean
+from holdfast.core.tasks import Task
 from holdfast.core.threat import ThreatModel
 from holdfast.io.data.arrays import Arrays
 from holdfast.io.data.clips import SIGNAL_BOUNDS, SUFFIXES, suffix_of_files
 from holdfast.io.data.data import Names, Selection, selected
 from holdfast.io.data.layouts import DeclaredData, FirstTable, Ranges
+from holdfast.io.data.shown_tasks import labels_of_boxes, shown_task
 from holdfast.io.doctor.behaviour import unlike_a_logit
-from holdfast.io.models.models import Declared
+from holdfast.io.models.models import BUNDLED_TASKS, Declared
 from holdfast.io.models.transformers_folders import ProcessedClips
 from holdfast.io.remote.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.runs.assess.request import DescribedModel
@@ -34,12 +36,14 @@ from holdfast.settings.groups import (
     InferenceSource,
     InputSpace,
     SensitiveColumn,
+    TaskOfModel,
     ThreatSource,
 )
-from holdfast.settings.values import InputKind, numbers_by_feature
+from holdfast.settings.values import InputKind, numbers_by_feature, parse_tolerance
 from holdfast.threats.domains import BYTES, SIGNAL, TABLE, TEXT, Domain
 from holdfast.threats.parsing import threat_of
 from holdfast.threats.signals import sound_of
+from holdfast.threats.transformations import OF_OBJECTS
 from holdfast.verbs.checked_settings import composed, group_of
 from holdfast.verbs.settings import Assess, Certify, Doctor, Opening
 
@@ -78,7 +82,66 @@ def declared(settings: Opening) -> Declared:
         texts=texts,
         files=files,
         rules=None if table is None else table.rules,
+        task=task_of_settings(settings),
     )
+
+
+def task_of_settings(settings: Opening) -> Task | None:
+    """Return what the model returns, as declared or as the data show, if it is not one score for each class.
+
+    Raises `UsageError` for an objective of attacks, or a place of a patch, of another task.
+    """
+    if not isinstance(settings, TaskOfModel):
+        return None
+    name: TaskName | None = settings.task
+    if name is None and settings.tolerance is not None:
+        name = "regression"
+    if name is None and isinstance(settings.model, str):
+        name = BUNDLED_TASKS.get(settings.model)
+    name = name or shown_task(settings.data, x=settings.x, y=settings.y, split=settings.split)
+    threat = settings.threat
+    of_masks = threat.objective.startswith(MAP)
+    if threat.objective and name != ("segmentation" if of_masks else "detection"):
+        of = "masks" if of_masks else "a detector"
+        raise UsageError(
+            f"the goal {threat.objective} is of an attack on {of}, and the task is {name or 'classes'}; leave the goal "
+            "out"
+        )
+    if threat.constraint.limits.get("at") in OF_OBJECTS and name != "detection":
+        raise UsageError(
+            f"the threat {threat} is on images with boxes of objects, and the task is {name or 'classes'}; give "
+            "another place, as in at=centre"
+        )
+    if name in (None, "classes"):
+        return None
+    refuse_other_goals(threat, name)
+    from holdfast.tasks.catalogue import task_of  # late: most models are of classes
+
+    if name == "regression":
+        assert settings.tolerance is not None
+        size, relative = parse_tolerance(settings.tolerance)
+        return task_of({"name": name, "tolerance": size, "relative": relative})
+    if name == "detection":
+        labels = labels_of_boxes(settings.data, x=settings.x, y=settings.y)
+        return task_of({"name": name, "ids": labels, "objective": threat.objective})
+    fields = {"name": name, "output": settings.model_output}
+    return task_of({**fields, "aim": int(threat.objective.removeprefix(MAP))} if of_masks else fields)
+
+
+def refuse_other_goals(threat: ThreatModel, task: TaskName) -> None:
+    """Raise `UsageError` for a target class of a model with another task than classes, and for a threat that moves the
+    objects of images away from their masks and boxes.
+    """
+    if threat.goal is not None or threat.goal_name:
+        raise UsageError(
+            f"the goal targeted:{threat.goal if threat.goal_name == '' else threat.goal_name} is for models of "
+            f"classes, and the task is {task}; leave the goal out"
+        )
+    if threat.name == "spatial" and task in ("segmentation", "detection"):
+        raise UsageError(
+            f"the threat {threat} moves the objects of an image, and its masks or boxes stay where they are",
+            Remedy("threat", "colour:hue=18,saturation=0.3"),
+        )
 
 
 def is_of_clips(settings: Opening) -> bool:
@@ -364,6 +427,7 @@ def expected(
         edits=edits,
         changes=changes_of(settings),
         rules=None if table is None else table.rules,
+        task=model.task,
     )
 
 
@@ -449,6 +513,8 @@ def with_found_properties(
     Raises `UnclearOutput` if single outputs may be probabilities.
     """
     model = subject.model
+    if model.task is not None:
+        return replace(subject, notes=(*subject.notes, *_settled_task(model, data)))
     if isinstance(model.net, OverTheAir):
         model.net.suit(getattr(data, "sampling_rate", None))
     declared = inner(model).output is not None
@@ -464,6 +530,23 @@ def with_found_properties(
     )
     card = {**subject.card, "access": model.access} if notes else subject.card
     return replace(subject, card=card, notes=(*subject.notes, *notes))
+
+
+_TASK_EXAMPLES = 32
+"""number of examples whose outputs are compared with the truth before a run"""
+
+
+def _settled_task(model: Classifier, data: Data) -> tuple[str, ...]:
+    """Compare the outputs of a model with another task than classes with the truth of some examples. Return a note on
+    the access that the model gives, if it is not that of its kind. Raises `TargetError` if they do not fit.
+    """
+    assert model.task is not None
+    batch = data.read(0, min(_TASK_EXAMPLES, len(data)))
+    x = batch.x.to(next(model.parameters(), batch.x).device)
+    with torch.no_grad(), evaluating(model), fitted(model, x):
+        outputs = model(x).to(batch.x.device)
+    model.task.refuse(outputs, batch, data.name)
+    return settle_gradients(model, data)
 
 
 def with_numbered_goal(settings: T, model: Classifier, data: Data, name: str | None = None) -> T:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 
 from holdfast.attacks.corruption import Corruption
+from holdfast.attacks.patch_attack import PatchAttack
 from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
-from holdfast.attacks.suites import VARIANTS, curve, suite, variant
+from holdfast.attacks.suites import VARIANTS, curve, suite, suite_of_task, variant
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.batch import Data
-from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, PATCH_MASKS, TREES, load
+from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, PATCH_MASKS, PROVERS_OF_TASKS, TREES, load
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.names import kind_of, slug
+from holdfast.core.tasks import Task
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import BUDGET
@@ -28,6 +30,7 @@ from holdfast.runs.harness.kinds.baseline import Baseline, baseline_of
 from holdfast.runs.harness.plan import DoubtsWanted, Plan, adaptive_members, members_of
 from holdfast.runs.harness.stage import Member
 from holdfast.settings.grammar import (
+    AUTO,
     DEFAULT_SUITE,
     attack_listed,
     chosen,
@@ -35,6 +38,7 @@ from holdfast.settings.grammar import (
     seconds,
     usual_suite,
 )
+from holdfast.threats.transformations import OF_OBJECTS, Patch
 from holdfast.verbs.configuration import opening_settings
 from holdfast.verbs.opening.declared import opened_threat
 from holdfast.verbs.opening.recipes import attack_class, build_attack, checked_attack
@@ -181,12 +185,14 @@ def assess_request(
     device: str | None = None,
     target: Access = "gradients",
     trees: bool = False,
+    task: Task | None = None,
     command: str = "",
 ) -> AssessRequest:
     """Return the request of an assessment, created from its settings.
 
     If given, `device` replaces the device of the settings. `target` is the highest access that the model allows, and
-    `trees` states whether the model is an ensemble of trees.
+    `trees` states whether the model is an ensemble of trees. `task` is what it returns, if not one score for each
+    class.
     """
     claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus == "baseline" for claim in claims):
@@ -196,7 +202,7 @@ def assess_request(
         )
     on_device = device_of(settings.device) if device is None else device
     return AssessRequest(
-        plan(settings, target, trees=trees),
+        plan(settings, target, trees=trees, task=task),
         claims,
         baseline,
         settings.accept_doubts,
@@ -274,7 +280,18 @@ def _default_attack(cls: type[Any], name: str) -> Any:
     return cls()
 
 
-def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = False) -> Plan:
+def task_members(threat: ThreatModel, task: Task, target: Access) -> tuple[Member, ...]:
+    """Return the attacks of the default suite under a threat on a model with another task than classes, whose highest
+    access is `target`.
+    """
+    access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
+    name = usual_suite(replace(threat, access=access))
+    return tuple(map(Member.of, suite_of_task(name, task.surrogates, threat.constraint, access).specs))
+
+
+def plan(
+    settings: Measuring, target: Access = "gradients", *, trees: bool = False, task: Task | None = None
+) -> Plan:
     """Return the plan of an assessment: its attacks in the order in which they run, and the threat model of the
     settings.
 
@@ -291,7 +308,11 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         suite_name = str(settings.suite or "") or usual_suite(
             replace(threat, access=access), trees=trees and threat.access == "gradients"
         )
-        composed = suite(suite_name, threat.constraint, access)
+        composed = (
+            suite(suite_name, threat.constraint, access)
+            if task is None
+            else suite_of_task(suite_name, task.surrogates, threat.constraint, access)
+        )
         members = tuple(map(Member.of, composed.specs))
         name, smallest = str(composed), composed.smallest
     if threat.access != "gradients":
@@ -301,6 +322,7 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
     in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
     _refuse_other_triggers(members, threat.constraint)
+    _refuse_out_of_place(members, threat.constraint)
     if settings.curve and not in_ball:
         raise UsageError(f"{settings.threat} has no eps, which a curve needs", Remedy("curve"))
     probing: DoubtsWanted = "all" if name and in_ball else "free"
@@ -314,16 +336,29 @@ def plan(settings: Measuring, target: Access = "gradients", *, trees: bool = Fal
         settings.seed,
         name,
         smallest=smallest,
-        attacked=bool(name) and not smallest and in_ball,
+        attacked=bool(name) and not smallest and in_ball and task is None,
         curve=(Member(*curve(threat.constraint)),) if settings.curve and not smallest else (),
-        full=settings.full or corrupting,
+        full=settings.full or corrupting or task is not None,
         keep_adversarial=settings.save_adversarial,
         shown=settings.examples,
         doubts=probing if settings.doubts else "none",
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
         adaptive_budget=BUDGET if settings.adaptive_budget is None else settings.adaptive_budget,
-        proofs=_proofs(settings, smallest=smallest, trees=trees),
+        proofs=_proofs(settings, smallest=smallest, trees=trees, task=task),
     )
+
+
+def _refuse_out_of_place(members: Sequence[Member], constraint: Constraint) -> None:
+    """Raise `UsageError` for attacks that do not choose the position of a patch by the objects of each image."""
+    if not isinstance(constraint, Patch) or constraint.at not in OF_OBJECTS:
+        return
+    for member in members:
+        if not isinstance(member.attack, PatchAttack):
+            raise UsageError(
+                f"{member.name} does not place patches by the objects of each image, as at={constraint.at} requires; "
+                "PatchAttack does, with gradients",
+                Remedy("suite", "PatchAttack"),
+            )
 
 
 def _without_attacks(settings: Measuring, threat: ThreatModel) -> Plan:
@@ -351,7 +386,7 @@ def _without_reading(member: Member) -> Member:
     return replace(member, attack=member.attack.without_reading())
 
 
-def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover, ...]:
+def _proofs(settings: Measuring, *, smallest: bool, trees: bool, task: Task | None) -> tuple[Prover, ...]:
     """Return the quick methods of certification that an assessment with `certify` begins with."""
     if not isinstance(settings, Assess) or not settings.certify:
         return ()
@@ -361,7 +396,7 @@ def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover
             Remedy("certify"),
             Remedy("suite", DEFAULT_SUITE),
         )
-    names = settings.threat.constraint.provers or ((TREES,) if trees else CASCADE)
+    names = methods(settings, trees=trees, task=task)
     if PATCH_MASKS in names:
         raise UsageError(
             f"the threat is {settings.threat}, against which holdfast certify certifies another model than the given "
@@ -369,6 +404,37 @@ def _proofs(settings: Measuring, *, smallest: bool, trees: bool) -> tuple[Prover
             Remedy("certify"),
         )
     return tuple(prover(name) for name in names if name not in LATE)
+
+
+def methods(settings: Assess | Certify, *, trees: bool, task: Task | None) -> tuple[str, ...]:
+    """Return the names of the methods of certification of a run on a model with a task, which may be an ensemble of
+    trees. Raises `UsageError` if one proves nothing about the task.
+    """
+    names = settings.threat.constraint.provers or ((TREES,) if trees else CASCADE)
+    if isinstance(settings, Certify) and settings.method != AUTO:
+        names = (settings.method,)
+    elif task is not None and names == CASCADE:
+        names = tuple(name for name in PROVERS_OF_TASKS[task.name] if name in CASCADE[1:])
+    if task is None:
+        return names
+    own = PROVERS_OF_TASKS[task.name]
+    if not own:
+        raise UsageError(
+            f"the task of the model is {task.name}, about which nothing is proved: no bounds pass through the "
+            "selection of boxes (non-maximum suppression); attack it with holdfast assess"
+        )
+    for name in names:
+        if name not in own:
+            raise UsageError(
+                f"the task of the model is {task.name}, about which the method {name} proves nothing; its methods are "
+                f"{', '.join(own)}, for a threat of the norm linf, l2 or l1, and for a network in torch"
+            )
+    if isinstance(settings, Certify) and settings.geometry is not None:
+        raise UsageError(
+            f"geometry measures the boundary between classes, and the task of the model is {task.name}",
+            Remedy("geometry"),
+        )
+    return names
 
 
 def prover(name: str, timeout_s: float | None = None) -> Prover:

@@ -330,6 +330,7 @@ def _subject(
             **({} if model.output is None else {"output": model.output}),
             **({} if model.layout is None else {"layout": model.layout}),
             **({} if model.input_name is None else {"input_name": model.input_name}),
+            **({} if model.task is None else {"task": model.task.card()}),
             **({} if declared is None or not declared.constants else {"constants": dict(declared.constants)}),
         }
     )

@@ -22,7 +22,7 @@ from holdfast.attacks.protocol import (
     searched,
 )
 from holdfast.attacks.suites import LEAST
-from holdfast.core.batch import Batch, without_missing
+from holdfast.core.batch import Batch, Lookup, without_missing
 from holdfast.core.draws import Draws
 from holdfast.core.errors import OTHER_EXAMPLES, UsageError
 from holdfast.core.evidence import TRIGGERED, Columns, in_table
@@ -30,6 +30,7 @@ from holdfast.core.meter import Metered, Pieces, Spent, margin
 from holdfast.core.model import AT_TIMES, Model
 from holdfast.core.names import slug
 from holdfast.core.outputs import Aim
+from holdfast.core.tasks import LEFT, MEASURED
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Logits, Mask, PerExample
 from holdfast.runs.harness.stage import (
@@ -216,7 +217,12 @@ class AttackKind(StageKind, Protocol):
         batch, plan, chosen = work.batch, work.plan, work.chosen
         target = work.target
         aware = stage.adaptive or self.aware
-        target = replace(target, optimised=target.view if aware else target.optimised, aim=stage.aim)
+        target = replace(
+            target,
+            optimised=target.view if aware else target.optimised,
+            aim=stage.aim,
+            surrogate=stage.surrogate,
+        )
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
         rng, work = Draws(plan.seed).at("stage", stage.name), replace(work, target=target)
         columns = dict(self.unattacked(stage, work.clean))
@@ -252,11 +258,14 @@ class AttackKind(StageKind, Protocol):
         with target.repeatable(rng.at(int(batch.ids[0]))):
             x_adv, spent = returned(stage.attack, threat, target, batch, rng)
             logits, columns = verdict_of(plan, target, batch, x_adv)
+            clean = work.clean.get(f"{MEASURED}{LEFT}")
+            if clean is not None:
+                clean = clean[Lookup(work.clean["id"]).rows(batch.ids.cpu())]
+            columns |= stored_inputs(plan, target, batch, x_adv, columns, missed, clean)
             columns |= _at_random(stage, work, threat, batch, rng)
         columns |= {
             **cost_columns(spent),
             **self.further(target, batch, logits, spent),
-            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
         }
         return {name: values.cpu() for name, values in columns.items()}
 
@@ -437,7 +446,7 @@ def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng:
     if not isinstance(attack, Placed):
         return {}
     x_adv = attack.at_random(target.original, batch, threat, rng=rng)
-    _, right, _ = votes(target, batch, x_adv, lambda logits: target.judged_logits(logits, batch.y))
+    _, right, _ = votes(target, batch, x_adv, lambda logits: target.judged_logits(logits, batch))
     tried = attack.tried(threat, batch.x.shape[1:])
     return {_PLACES: torch.full_like(batch.ids, tried), _BROKEN_AT_RANDOM: (right <= 0.5).long()}
 

@@ -109,7 +109,7 @@ class AnswerChecks(AttackKind):
             "chooses": by_row + self.chooses(target, batch, threat),
             **cost_columns(spent),
             "dead": spent.dead,
-            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
+            **stored_inputs(plan, target, batch, x_adv, columns, missed),
         }
         for name in ("queries", "backwards"):
             columns[name] = columns[name] + getattr(of_box, name)
@@ -191,7 +191,7 @@ class AnswerChecks(AttackKind):
             return torch.zeros_like(batch.ids, dtype=torch.bool)
         clean = work.clean["margin"][Lookup(work.clean["id"]).rows(batch.ids.cpu())].to(batch.x)
         logits = target.logits(batch.x)
-        now = margin(target.judged_logits(logits, batch.y), batch)
+        now = margin(target.judged_logits(logits, batch), batch)
         largest = logits.abs().amax().clamp_min(1e-12)
         return (change(before, target.logits(fresh)) > SAME) | ((now - clean).abs() > SAME * largest)
 
@@ -211,7 +211,7 @@ def resized(threat: ThreatModel, eps: float) -> ThreatModel:
 
 def right(target: PreparedModel, batch: Batch, x: Inputs) -> Mask:
     """Return which inputs the model classifies correctly in most of its votes."""
-    _, share, _ = votes(target, batch, x, lambda logits: target.judged_logits(logits, batch.y))
+    _, share, _ = votes(target, batch, x, lambda logits: target.judged_logits(logits, batch))
     return share > 0.5
 
 

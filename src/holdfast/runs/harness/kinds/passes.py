@@ -37,6 +37,7 @@ from holdfast.runs.harness.target import (
     aimed,
     cost_columns,
     digests,
+    measured_by_task,
     returned,
     stored_inputs,
     unattacked,
@@ -91,7 +92,8 @@ class Clean(StageKind):
 def _clean(work: Work, batch: Batch, rng: Draws) -> dict[str, Tensor]:
     target, goal = work.target, work.plan.threat.goal
     with target.repeatable(rng.at(int(batch.ids[0]))):
-        logits, right, _ = votes(target, batch, batch.x, lambda logits: logits)
+        outputs, right, _ = votes(target, batch, batch.x, lambda logits: target.correct_logits(logits, batch))
+    logits = target.correct_logits(outputs, batch)
     class_logits = logits[:, : target.classes]
     probabilities = class_logits.softmax(1)
     height = margin(logits, batch.towards(None))
@@ -111,13 +113,14 @@ def _clean(work: Work, batch: Batch, rng: Draws) -> dict[str, Tensor]:
         "correct": right > 0.5,
         "right": right,
         "eligible": eligible,
-        "nan": logits.isnan().any(1),
+        "nan": outputs.flatten(1).isnan().any(1),
         # the tolerance allows for the rounding of a sum in float32
         "is_probability": ((class_logits.sum(1) - 1).abs() < 1e-4) & (class_logits >= 0).all(1),
     }
     if target.rejects:
         columns["rejected"] = target.rejected(logits)
         columns["score"], columns["class_margin"] = score(logits), margin(class_logits, batch.towards(None))
+    columns |= measured_by_task(target, outputs, batch)
     return {name: values.cpu() for name, values in columns.items()}
 
 
@@ -364,7 +367,7 @@ class TransferMatrix(AttackKind):
             for models in makers(metered, threat):
                 x_adv, _ = returned(stage.attack, replace(threat, surrogates=models), target, batch, rng)
                 logits, judged = verdict_of(plan, target, batch, x_adv)
-                wrong.append(~correct_by_model(x_adv, target.judged_logits(logits, batch.y)))
+                wrong.append(~correct_by_model(x_adv, target.judged_logits(logits, batch)))
                 replaced = judged["success"]
                 # the first source gives the columns of all examples, later ones only those that still survive
                 replaced = replaced & ~columns["success"] if columns else torch.ones_like(replaced)
@@ -375,7 +378,7 @@ class TransferMatrix(AttackKind):
                 }
         columns |= {
             **cost_columns(metered.spent),
-            **stored_inputs(plan, batch, x_best, columns["success"], missed),
+            **stored_inputs(plan, target, batch, x_best, columns, missed),
             "transfer.id": batch.ids,
             "transfer.right": right,
             "transfer.wrong": torch.stack(wrong, 1),
@@ -536,4 +539,4 @@ def _permuted(change: Inputs, batch: Batch, rng: Draws) -> Inputs:
 
 
 def _turned(target: PreparedModel, batch: Batch, x: Inputs) -> Mask:
-    return ~(margin(target.judged_logits(target.logits(x), batch.y), batch) > 0)
+    return ~(margin(target.judged_logits(target.logits(x), batch), batch) > 0)

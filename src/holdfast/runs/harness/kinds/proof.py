@@ -7,18 +7,29 @@ broken. Inputs with which a method refutes robustness are judged by the original
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.protocol import Proofs, Prover, RadiusProver, ReadyProver, StatisticalProver
+from holdfast.certifiers.protocol import (
+    HIGH,
+    LOW,
+    PIXELS,
+    Proofs,
+    Prover,
+    RadiusProver,
+    ReadyProver,
+    StatisticalProver,
+)
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns, Cost, in_table
 from holdfast.core.meter import Pieces, margin
 from holdfast.core.model import out_of_memory
 from holdfast.core.names import slug
+from holdfast.core.tasks import MEASURED
 from holdfast.core.types import Ids, Inputs, Mask
 from holdfast.runs.harness.stage import (
     Outline,
@@ -51,6 +62,9 @@ class ProofKind(StageKind, Protocol):
     """whether the methods return counterexamples, which are then judged"""
     title: ClassVar[str] = "{}"
     listed: ClassVar[str] = "proofs"
+    of_outputs: ClassVar[bool] = False
+    """whether the methods also bound the outputs of examples that are not correct, of models with another task than
+    classes"""
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the undecided examples: correct when clean, not certified, and broken by no attack of the
@@ -61,7 +75,10 @@ class ProofKind(StageKind, Protocol):
         for earlier in stages:
             if earlier.kind.proves and earlier.name in by_stage:
                 refuted |= by_stage[earlier.name]["success"]
-        return clean["correct"] & clean["eligible"] & ~refuted & ~certified_in(stages, by_stage)
+        certified = certified_in(stages, by_stage)
+        if self.of_outputs and unproved(clean):
+            return clean["eligible"] & ~certified
+        return clean["correct"] & clean["eligible"] & ~refuted & ~certified
 
     def run(self, stage: Stage, work: Work) -> Columns:
         """Run the method of the stage on the chosen examples of a shard, and return the columns of all its examples."""
@@ -117,10 +134,10 @@ class ProofKind(StageKind, Protocol):
             judged["success"] = judged["success"] & proofs.broken
             confirmed = judged["success"] & wrong_in_double(target, batch, x_adv)
             columns |= {**judged, "confirmed": confirmed}
-            columns |= stored_inputs(plan, batch, x_adv, columns["success"], missed)
+            columns |= stored_inputs(plan, target, batch, x_adv, columns, missed)
         else:
-            columns |= stored_inputs(plan, batch, batch.x, columns["success"], missed)
-        columns |= self.more(proofs)
+            columns |= stored_inputs(plan, target, batch, batch.x, columns, missed)
+        columns |= {**self.more(proofs), **proofs.of_task}
         return {name: values.cpu() for name, values in _with_all(columns, batch, work).items()}
 
     def more(self, proofs: Proofs) -> dict[str, Tensor]:
@@ -138,6 +155,7 @@ class ProofKind(StageKind, Protocol):
             },
             "bound": torch.full((n,), -torch.inf, dtype=torch.float64),
             "work": torch.zeros(n, dtype=torch.int64),
+            **unproved(clean),
         }
 
     def judged(self, columns: Columns, *, randomised: bool) -> int:
@@ -165,6 +183,7 @@ class ProofKind(StageKind, Protocol):
             "certified_bound": bound,
             "certified_radius": certified.double() * outline.threat.constraint.eps,
             "attacked": attacked_by_suite(outline, by_stage),
+            **_of_outputs([by_stage[step.name] for step in steps], unproved(clean)),
         }
 
 
@@ -227,6 +246,7 @@ class QuickProof(ProofKind):
     """Kind of stage for the methods of certification that are run before the attacks of the suite."""
 
     name = "quick-proof"
+    of_outputs = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stages of the quick methods, in their order."""
@@ -343,7 +363,7 @@ def wrong_in_double(target: PreparedModel, batch: Batch, x_adv: Inputs) -> Mask:
         if out_of_memory(error):
             raise
         return torch.zeros_like(batch.ids, dtype=torch.bool)
-    return ~(margin(logits, batch) > 0)
+    return ~(margin(target.correct_logits(logits, batch), batch) > 0)
 
 
 def attacked_by_suite(outline: Outline, by_stage: Mapping[str, Columns]) -> Mask:
@@ -353,6 +373,27 @@ def attacked_by_suite(outline: Outline, by_stage: Mapping[str, Columns]) -> Mask
         if step.kind.in_suite and step.name in by_stage:
             attacked |= by_stage[step.name]["ran"]
     return attacked
+
+
+def unproved(clean: Columns) -> dict[str, Tensor]:
+    """Return the columns of what is proved about the outputs of a model with another task than classes, for examples
+    about which nothing is proved. Empty for a model of classes.
+    """
+    if f"{MEASURED}pixels" in clean:
+        return {PIXELS: torch.zeros_like(clean[f"{MEASURED}pixels"][..., 0])}
+    if f"{MEASURED}output" in clean:
+        infinite = torch.full_like(clean[f"{MEASURED}output"], torch.inf, dtype=torch.float64)
+        return {LOW: -infinite, HIGH: infinite}
+    return {}
+
+
+def _of_outputs(by_method: Sequence[Columns], nothing: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What all methods together prove about outputs: the intersection of intervals, the larger numbers of pixels."""
+    tighter = {LOW: torch.maximum, HIGH: torch.minimum, PIXELS: torch.maximum}
+    return {
+        name: reduce(tighter[name], (columns[name] for columns in by_method), values)
+        for name, values in nothing.items()
+    }
 
 
 def _as_rows(mask: Mask, x: Inputs) -> Tensor:
