@@ -280,14 +280,11 @@ def with_missing(x_adv: Inputs, x: Inputs, fixed: Tensor | None = None) -> Input
 
 
 @dataclass(frozen=True)
-class WithMissing:
-    """Wrapper of a model for attacks on a batch, with missing values in its inputs where the clean ones have some, and
-    the clean values of fixed features.
-    """
+class ForBatch:
+    """Base of wrappers of a model for attacks on a batch, which use what the batch has for each queried row."""
 
     model: Model
     batch: Batch
-    fixed: Tensor | None = None
 
     @property
     def bounds(self) -> Bounds:
@@ -298,10 +295,24 @@ class WithMissing:
     def _lookup(self) -> Lookup:
         return Lookup(self.batch.ids)
 
+    def at(self, values: Tensor, ids: Ids | None) -> Tensor:
+        """Return those of the `values` of the batch, one for each example, that belong to the rows `ids` (all of them
+        if None).
+        """
+        return values if ids is None else values[self._lookup.rows(ids)]
+
+
+@dataclass(frozen=True)
+class WithMissing(ForBatch):
+    """Wrapper of a model for attacks on a batch, with missing values in its inputs where the clean ones have some, and
+    the clean values of fixed features.
+    """
+
+    fixed: Tensor | None = None
+
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits of the inputs `x`, which are the rows `ids` of the batch (all of them if None)."""
-        clean = self.batch.x if ids is None else self.batch.x[self._lookup.rows(ids)]
-        return self.model(with_missing(x, clean, self.fixed), ids)
+        return self.model(with_missing(x, self.at(self.batch.x, ids), self.fixed), ids)
 
 
 LARGEST = 0x10FFFF

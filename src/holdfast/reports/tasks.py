@@ -19,6 +19,7 @@ from holdfast.reports.gallery import LONGEST_SIDE, example_images, png, range_of
 from holdfast.reports.words import amount, count_text, interval, percent, plain
 from holdfast.statistics.intervals import CONFIDENCE, bonferroni, ratios
 from holdfast.tasks.box_matching import CONFIDENT, classes_of, match, overlaps
+from holdfast.tasks.segmentation import image_ious
 
 Json = dict[str, Any]
 
@@ -92,9 +93,7 @@ def _listed(texts: Sequence[str]) -> str:
 
 def _iou(evidence: Evidence, of: str, row: int) -> float:
     """Mean IoU of an image over the classes in its mask; 1 without such classes."""
-    counts = evidence[f"{of}pixels"][row].double()
-    right, predicted, true = counts[counts[:, 2] > 0].unbind(1)
-    return float((right / (predicted + true - right)).mean()) if len(right) else 1.0
+    return float(image_ious(evidence[f"{of}pixels"][row : row + 1].double())[0])
 
 
 def _found(evidence: Evidence, of: str, row: int) -> tuple[int, int]:

@@ -18,9 +18,20 @@ from holdfast.tasks.reading import tensor_of
 
 IGNORED: Final = -1
 """class of the pixels that do not count"""
-_HELD = 0.5
+_CORRECT = 0.5
 _ROUNDING = 1e-6
 """more than the rounding error of a mean IoU in single precision"""
+
+
+def image_ious(pixels: Tensor) -> PerExample:
+    """Return the mean IoU of each image over the classes in its mask, from the numbers of right, predicted and true
+    pixels (n, classes, 3); 1 for a mask without a pixel that counts.
+    """
+    right, predicted, true = pixels.unbind(2)
+    present = true > 0
+    each = torch.where(present, right / (predicted + true - right).clamp_min(1), 0.0)
+    mean: PerExample = each.sum(1) / present.sum(1).clamp_min(1)
+    return torch.where(present.any(1), mean, 1.0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Segmentation:
 
     def lead(self, outputs: Tensor, truth: Tensor) -> PerExample:
         """Return what `left` returns minus 1/2."""
-        return self.left(outputs, truth) - _HELD
+        return self.left(outputs, truth) - _CORRECT
 
     def left(self, outputs: Tensor, truth: Tensor) -> PerExample:
         """Return the mean IoU of each image over the classes in its mask; 1 for a mask without a pixel that counts.
@@ -141,11 +152,7 @@ class Segmentation:
             others = (truth != IGNORED) & (truth != self.aim)
             reached = (others & (outputs.argmax(1) == self.aim)).flatten(1).sum(1)
             return 1 - (reached / others.flatten(1).sum(1).clamp_min(1)).to(outputs.dtype)
-        right, predicted, true = self._pixels(outputs, truth).to(outputs.dtype).unbind(2)
-        present = true > 0
-        each = torch.where(present, right / (predicted + true - right).clamp_min(1), 0.0)
-        mean: PerExample = each.sum(1) / present.sum(1).clamp_min(1)
-        return torch.where(present.any(1), mean, 1.0)
+        return image_ious(self._pixels(outputs, truth).to(outputs.dtype))
 
     def lowest_lead(self, proved: Tensor, true: Tensor) -> Tensor:
         """Return the lowest possible lead (n,), float64, of images of which some pixels are proved to be right, from
@@ -164,7 +171,7 @@ class Segmentation:
         kept = (proved / true.clamp_min(1)).sum((1, 2)) - sums.gather(1, total[:, :, 0].long())[:, 0]
         present = (true > 0).sum((1, 2))
         mean = torch.where(present > 0, kept / present.clamp_min(1), 1.0)
-        return mean - _HELD - _ROUNDING
+        return mean - _CORRECT - _ROUNDING
 
     def loss(self, outputs: Tensor, truth: Tensor, surrogate: str) -> PerExample:
         """Return a mean over the pixels that count, each weighted by the inverse number of pixels of its class in the

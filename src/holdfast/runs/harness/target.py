@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from holdfast.attacks.parts.feature_search import Masking, masking
 from holdfast.attacks.protocol import Attack, Itemised, ThresholdAttack, searched
 from holdfast.certifiers.patch_masks import MaskedVote
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, smoothed_votes
-from holdfast.core.batch import Batch, Lookup, WithMissing, with_missing, without_missing
+from holdfast.core.batch import Batch, ForBatch, WithMissing, with_missing, without_missing
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent, HoldfastError, TargetError, UsageError
@@ -35,7 +34,6 @@ from holdfast.core.model import (
     EVERY,
     IN_PLACE,
     VOTES,
-    Bounds,
     Classifier,
     Model,
     evaluating,
@@ -75,27 +73,16 @@ REJECTS = (
 
 
 @dataclass(frozen=True)
-class WithDetector:
+class WithDetector(ForBatch):
     """Wrapper of a model with a detector, as an ordinary classifier for attacks. An input that the model rejects counts
     as correctly classified.
     """
 
-    model: Model
-    batch: Batch
     aim: Aim = Aim()
-
-    @property
-    def bounds(self) -> Bounds:
-        """Lowest and highest valid input values of the model."""
-        return self.model.bounds
-
-    @cached_property
-    def _lookup(self) -> Lookup:
-        return Lookup(self.batch.ids)
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits of the classes that attacks use; see `rejected_as_correct`."""
-        y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
+        y = self.at(self.batch.y, ids)
         logits = self.model(x, ids)
         if self.aim == Aim():
             return rejected_as_correct(logits, y)
@@ -107,7 +94,7 @@ class WithDetector:
 
 
 @dataclass(frozen=True)
-class WithTask:
+class WithTask(ForBatch):
     """Wrapper of a model with another task than classes, as a classifier of two classes, "correct" and "wrong", for
     attacks.
 
@@ -116,26 +103,14 @@ class WithTask:
     while the example counts as correct.
     """
 
-    model: Model
-    batch: Batch
     task: Task
     surrogate: str
     errors: bool
 
-    @property
-    def bounds(self) -> Bounds:
-        """Lowest and highest valid input values of the model."""
-        return self.model.bounds
-
-    @cached_property
-    def _lookup(self) -> Lookup:
-        return Lookup(self.batch.ids)
-
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits (n, 2) of "correct" and "wrong"."""
-        truth = self.batch.truth
-        assert truth is not None
-        truth = truth if ids is None else truth[self._lookup.rows(ids)]
+        assert self.batch.truth is not None
+        truth = self.at(self.batch.truth, ids)
         outputs = self.model(x, ids)
         fixed = outputs.detach()
         height = (self.task.lead if self.errors else self.task.left)(fixed, truth).to(x.dtype)
