@@ -33,7 +33,7 @@ help:
 	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds until it is stopped'
 	@echo 'make bench [PEERS=dir]   run the benchmarks and write dated records'
 	@echo 'make gpu [PYTHON=…]      measure on an accelerator, with the Python and torch that are there, in 9 minutes'
-	@echo 'make benchmarks-page     write docs/benchmarks.md from the newest records'
+	@echo 'make benchmarks-page     write docs/benchmarks.md from the newest records, and tables of other pages'
 	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
 	@echo 'make figures             draw the figures of the documentation from the newest records'
 	@echo 'make bundled [FROM=dir]  train the bundled networks again'
@@ -123,6 +123,7 @@ gpu:
 
 benchmarks-page: $(RUN)
 	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.bounds_page
 
 check-servers: $(DEV) $(SERVERS)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.servers .venv-servers

@@ -29,6 +29,12 @@ SUBJECTS = {
     "scikit-learn.",
     "soundness": "Certificates of random small networks beside a mixed-integer solver, and of networks with a hidden "
     "counterexample.",
+    "certified-operations": "Bounds of random small networks that together use every operation with bounds, beside "
+    "sampled inputs, descent on the margin, grids of inputs and a mixed-integer solver.",
+    "smooth-networks": "MNIST networks with smooth activations, at the eps where CROWN certifies half of 200 images: "
+    "examples that optimised lines (`alpha-crown`) and divisions (`branch-and-bound`) certify in addition.",
+    "certified-transformer": "A vision transformer on MNIST, trained for five minutes of CPU time at a larger eps, and "
+    "what bounds prove about it.",
     "certification": "Certificates of networks that others trained: examples decided, CPU time of each method, and "
     "a network with its normalisation inside.",
     "tables": "Rules of tables: adversarial rows judged again by a checker of the benchmark, and a network on phishing "
@@ -83,6 +89,9 @@ SUBJECTS = {
     "that under an independent attack with at least as many gradients or queries; lines that the user writes besides "
     "the command; CPU time and peak memory of the assessment. [The field](field.md) explains the rows.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
+    "vnncomp-2021": "Queries of VNN-COMP 2021 by `holdfast-vnn` with one thread and 60 seconds each, beside the "
+    "verdicts that the entries of the competition published: all of the category `test`, and others drawn by a seed. "
+    "*Solved by half* counts those that at least half of the entries solved, within the limits of the competition.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",
     "served-models": "A model behind HTTP and the same model in the process: verdicts and queries that differ, and "
@@ -359,7 +368,12 @@ def with_table(row: str, text: str) -> str:
         lines = as_table([_plain(cells) for cells in newest(row)["table"]])
     except Absent:
         lines = ["This is not recorded yet."]
-    begin, end = f"<!-- {row}: begin -->\n", f"<!-- {row}: end -->"
+    return between(row, lines, text)
+
+
+def between(name: str, lines: list[str], text: str) -> str:
+    """The text of a page with lines between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     table = "".join(f"{line}\n" for line in ("", *lines, ""))

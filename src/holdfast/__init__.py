@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast import moved_modules
 
 if TYPE_CHECKING:
+    from holdfast.certifiers.module_bounds import bounds as bounds
     from holdfast.certifiers.smoothing import Smoothed as Smoothed
     from holdfast.core.batch import Batch as Batch
     from holdfast.core.constraints import L0 as L0
@@ -101,6 +102,7 @@ _HOMES = {
     "TextEdits": "holdfast.threats.text_edits",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.verbs.functions",
+    "bounds": "holdfast.certifiers.module_bounds",
     "attack": "holdfast.verbs.attack",
     "certify": "holdfast.verbs.functions",
     "compare": "holdfast.verbs.reports",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from holdfast.certifiers.vnnlib.deciding import BoxSearch, JoinedNetworks, decide, problems_of
+from holdfast.certifiers.vnnlib.deciding import BoxSearch, JoinedNetworks, Prover, decide, problems_of
 from holdfast.certifiers.vnnlib.query import (
     Affine,
     AtMostZero,
@@ -127,11 +127,20 @@ def test_inputs_that_are_no_float32_numbers_are_replayed_at_the_nearest_one(tmp_
     assert result.answer == "sat" and float(result.witness.inputs[0]) == float(np.float32(0.1))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (3, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (3, 1), (3,)])
 def test_shapes_of_the_file_do_not_matter(tmp_path, shape):
     layers = random_layers(FEW, 2)
     if len(shape) == 4:
         path = write_mlp(tmp_path / "net.onnx", layers, shape=shape)
+    elif shape == (3,):  # vectors, which matrices multiply from the left
+        nodes, tensors, value = [], [], "x"
+        for i, (weight, bias) in enumerate(layers):
+            tensors += [numpy_helper.from_array(weight, f"w{i}"), numpy_helper.from_array(bias, f"b{i}")]
+            nodes.append(helper.make_node("MatMul", [f"w{i}", value], [f"m{i}"]))
+            nodes.append(helper.make_node("Add", [f"m{i}", f"b{i}"], [f"z{i}"]))
+            nodes.append(helper.make_node("Relu", [f"z{i}"], [f"a{i}"]))
+            value = f"a{i}"
+        path = write_graph(tmp_path / "net.onnx", nodes[:-1], tensors, shape, f"z{i}", (3,))
     else:  # the whole input is one example, without a batch
         weight = numpy_helper.from_array(layers[0][0].T.copy(), "w")
         nodes = [
@@ -151,6 +160,39 @@ def test_shapes_of_the_file_do_not_matter(tmp_path, shape):
         query = tmp_path / "query.vnnlib"
         query.write_text(query_text(3, len(row), box, f"(>= Y_0 {most + excess!r})"))
         assert decide(read_query(query), {"": network}, deadline=time.perf_counter() + 60).answer == expected
+
+
+def test_an_input_of_one_number_is_no_batch(tmp_path):
+    """As test_nano of VNN-COMP 2021: y = relu(2 x) for one x."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("Relu", ["z"], ["y"])]
+    weight = numpy_helper.from_array(np.full((1, 1), 2, np.float32), "w")
+    network = open_network(write_graph(tmp_path / "net.onnx", nodes, [weight], (1,), "y", (1,)))
+    query = tmp_path / "query.vnnlib"
+    for condition, expected in (
+        ("(<= Y_0 -1.0)", "unsat"),
+        ("(>= Y_0 1.9)", "sat"),
+        ("(>= Y_0 2.1)", "unsat"),
+    ):
+        query.write_text(query_text(1, 1, [(-1.0, 1.0)], condition))
+        assert decide(read_query(query), {"": network}, deadline=time.perf_counter() + 60).answer == expected
+
+
+def test_boxes_are_divided_where_the_bound_gains_most(tmp_path):
+    """The linear bound of a wide box says little about which input to divide; its gradient does."""
+    layers, box = random_layers((4, 10, 10, 10, 1), 2), [(-1.0, 1.0)] * 4
+    most = exact_maximum(layers, *zip(*box, strict=True), np.ones(1))
+    query = tmp_path / "query.vnnlib"
+    query.write_text(query_text(4, 1, box, f"(>= Y_0 {most + 0.05 * abs(most) + 0.01!r})"))
+    problems, _ = problems_of(read_query(query))
+    networks = [open_network(write_mlp(tmp_path / "net.onnx", layers))]
+    subject = JoinedNetworks.of(networks, problems[0], with_inputs=False)
+    work = []
+    for few in (True, False):
+        search = BoxSearch(subject, problems[0], [subject.graph])
+        search.few = few
+        assert search.search(time.perf_counter() + 60) is None and search.finished
+        work.append(search.work)
+    assert work[0] < 0.7 * work[1]
 
 
 def test_networks_of_64_bits_and_smooth_activations_are_decided(tmp_path):
@@ -209,13 +251,28 @@ def test_time_that_is_too_short_gives_no_verdict_and_boxes_continue(tmp_path):
     (tmp_path / "query.vnnlib").write_text(text)
     problems, _ = problems_of(read_query(tmp_path / "query.vnnlib"))
     subject = JoinedNetworks.of([open_network(tmp_path / "net.onnx")], problems[0], with_inputs=False)
-    search = BoxSearch(subject, problems[0], subject.graph)
+    search = BoxSearch(subject, problems[0], [subject.graph])
     rounds = 0
     while not search.finished:
         search.at_once = 16
         assert search.search(time.perf_counter() + 0.05) is None and not search.exhausted
         rounds += 1
     assert rounds > 1
+
+
+def test_a_search_over_signs_is_continued(tmp_path):
+    layers, box = random_layers(MANY, 2), [UNIT] * 24
+    query, row = tmp_path / "query.vnnlib", np.array([1.0, -1, 0, 0])
+    most = exact_maximum(layers, *zip(*box, strict=True), row)
+    query.write_text(query_text(24, 4, box, f"(>= (- Y_0 Y_1) {most + 1e-3!r})"))
+    problems, _ = problems_of(read_query(query))
+    networks = [open_network(write_mlp(tmp_path / "net.onnx", layers))]
+    prover = Prover(JoinedNetworks.of(networks, problems[0], with_inputs=False), problems[0], single=False)
+    calls = 0
+    while not prover.excluded and calls < 1000:
+        prover.run(time.perf_counter() + 0.02)
+        calls += 1
+    assert prover.excluded and calls > 1
 
 
 def test_bounds_with_32_bits_contain_what_the_network_returns_with_32_bits():
@@ -267,7 +324,9 @@ def test_networks_without_bounds_are_refused_with_the_reason(tmp_path):
     )
     with pytest.raises(TargetError, match="only in onnxruntime.*Hardmax"):
         open_network(path)
-    path = write_graph(tmp_path / "b.onnx", [helper.make_node("Sin", ["x"], ["y"])], [], (1, 3), "y", (1, 3))
+    path = write_graph(
+        tmp_path / "b.onnx", [helper.make_node("Floor", ["x"], ["y"])], [], (1, 3), "y", (1, 3)
+    )
     Path(tmp_path / "q.vnnlib").write_text(query_text(3, 3, [UNIT] * 3, "(<= Y_0 0.0)"))
     with pytest.raises(HoldfastError, match="no sound bounds are known for"):
         decide(read_query(tmp_path / "q.vnnlib"), {"": open_network(path)}, deadline=time.perf_counter() + 5)

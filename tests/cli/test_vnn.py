@@ -8,10 +8,11 @@ import time
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
 from holdfast.cli.app import run
 from holdfast.cli.vnn import vnn
-from onnx_networks import query_text, random_layers, replayed, write_mlp
+from onnx_networks import query_text, random_layers, replayed, write_graph, write_mlp
 
 LAYERS = random_layers((2, 6, 2), 4)
 UNIT = [(0.0, 1.0)] * 2
@@ -127,6 +128,37 @@ def test_capabilities_are_those_of_the_standard(capsys):
     assert code == 2 and "did you mean 'onnx-opset-versions'?" in err
     assert called(capsys, "--name")[1] == "Holdfast\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", called(capsys, "--version")[1])
+
+
+def test_networks_and_queries_that_cannot_be_used_end_in_exit_code_3(tmp_path, capsys, network):
+    files = {
+        "floor": [helper.make_node("Floor", ["x"], ["y"])],
+        "identity": [helper.make_node("Identity", ["x"], ["y"])],
+    }
+    for name, nodes in files.items():
+        write_graph(tmp_path / f"{name}.onnx", nodes, [], (1, 2), "y", (1, 2))
+    write_graph(
+        tmp_path / "free.onnx", [helper.make_node("Relu", ["x"], ["y"])], [], ("n", "k"), "y", ("n", "k")
+    )
+    for name, message in (
+        ("floor", "aten.floor"),
+        ("identity", "no operation"),
+        ("free", "for inputs of one size"),
+    ):
+        code, out, err = called(
+            capsys, "verify", query(tmp_path, POSSIBLE), "--network", f"f={tmp_path / name}.onnx"
+        )
+        assert (code, out) == (3, "") and message in err and "--" not in err
+
+
+def test_a_trivial_query_imports_neither_the_compiler_of_torch_nor_scipy(tmp_path, network):
+    """They take more time than the rest of such a query."""
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from holdfast.cli.vnn import main; main()"
+    command = ["verify", query(tmp_path, IMPOSSIBLE), "--network", f"f={network}"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    answer, loaded = done.stdout.splitlines()
+    assert answer == "unsat"
+    assert not {"torch._dynamo", "torch._inductor", "scipy", "pandas", "sklearn"} & set(loaded.split())
 
 
 @pytest.mark.slow

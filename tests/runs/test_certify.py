@@ -15,6 +15,8 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UnsoundProof, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.reports.certification import section
+from holdfast.reports.tree import Paragraph
 from holdfast.runs.assess.assess import assess
 from holdfast.runs.assess.certify import certify_request
 from holdfast.runs.documents.stored_runs import Comparison, open_run
@@ -316,18 +318,6 @@ def test_a_network_whose_gradients_fail_is_refused_with_the_cause():
     assert "give the network itself" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [nn.Linear(4, 2), lambda x: torch.einsum("btf,of->bto", x, torch.ones(2, 4))],
-    ids=["linear", "einsum"],
-)
-def test_a_layer_over_tokens_is_refused_with_what_it_does(layer):
-    x = torch.rand(8, 5, 4)
-    with pytest.raises(UsageError, match="joins the dimension of the batch with others.*tokens") as refused:
-        holdfast.certify(lambda x: layer(x).flatten(1), (x, torch.zeros(8).long()), "linf:0.01", "ibp")
-    assert "mixes" not in str(refused.value)
-
-
 @pytest.mark.parametrize("threat", ["linf:0.1,goal=targeted:3", "linf:0", "linf", "corruptions:3"])
 def test_a_threat_under_which_nothing_is_proved_is_refused_in_python_too(threat, tmp_path):
     with pytest.raises(
@@ -336,3 +326,27 @@ def test_a_threat_under_which_nothing_is_proved_is_refused_in_python_too(threat,
     ):
         holdfast.certify("mnist-cnn", "mnist-mini", threat, n=2, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class _Logarithm(nn.Module):
+    """A margin of almost 1 at every input, with a logarithm whose bounds are below zero for some inputs."""
+
+    def forward(self, x):
+        z = (x - 0.4) * (x + 0.0 - 0.4)
+        return torch.stack((1 + 0.01 * (z + 0.01).log().sum(1), 0 * x[:, 0]), 1)
+
+
+@pytest.mark.slow
+def test_the_operation_whose_domain_the_bounds_leave_is_a_reason_of_unknown_examples():
+    x = torch.tensor([[0.4, 0.4], [0.9, 0.9], [0.5, 0.3]])
+    result = holdfast.certify(
+        Classifier(_Logarithm()), (x, torch.zeros(3, dtype=torch.long)), "linf:0.15", "crown"
+    )
+    results = result.summary()["certification"]
+    assert (results["certified"], results["unknown"]) == (1, 2)
+    ((operation, count),) = [tuple(each.values()) for each in results["undefined"]]
+    assert operation.startswith("aten.log, at ")
+    assert "(z + 0.01).log()" in operation
+    assert count == 2
+    texts = [block.text for block in section(result.summary()).blocks if isinstance(block, Paragraph)]
+    assert any(text.startswith("2 examples unknown: the bounds leave the domain") for text in texts)

@@ -19,7 +19,7 @@ from holdfast.certifiers.provers import Crown, GraphProver, prepared_graph
 from holdfast.core.batch import Batch, spread
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import Remedy, UsageError
+from holdfast.core.errors import NoBounds, Remedy, UsageError
 from holdfast.core.evidence import Table
 from holdfast.core.meter import batch_size_for, margin
 from holdfast.core.model import Bounds, Classifier, Model
@@ -28,6 +28,9 @@ from holdfast.core.types import Inputs, Labels, PerExample
 
 _CELLS = 32
 """number of parts of an interval in which the slope of a smooth function is bounded"""
+
+WITH_SLOPES = operations.ReLU | operations.Piecewise | operations.Smooth | operations.MaxPool
+"""nonlinear operations whose slopes are bounded"""
 
 
 def local_lipschitz(relaxation: Relaxation, rows: Tensor, norm: Linf | L2 | L1) -> Tensor:
@@ -47,6 +50,9 @@ def local_lipschitz(relaxation: Relaxation, rows: Tensor, norm: Linf | L2 | L1) 
         if isinstance(node.operation, operations.Linear):
             back = _transposed(node.operation, centre, radius, shapes)
         else:
+            if not isinstance(node.operation, WITH_SLOPES):
+                where = f", at {node.place}" if node.place else ""
+                raise NoBounds(f"no bounds of the slopes of {type(node.operation).__name__} are known{where}")
             bound = relaxation.bound(node.inputs[0])
             back = (_through(node.operation, centre, radius, bound, shapes[0]),)
         for i, (middle, width) in zip(node.inputs, back, strict=True):
@@ -127,8 +133,7 @@ def _before_maximum(
 def slopes_over(operation: operations.Activation, x: operations.Interval) -> operations.Interval:
     """Return bounds (n, *shape) of the slopes of an activation over the given intervals of its input.
 
-    For other activations than those of the package, the bounds are those of the slopes of secants of their linear
-    bounds, which do not exist: `TypeError` is raised.
+    Raises `NoBounds` for other activations.
     """
     low, high = x
     match operation:
@@ -139,7 +144,7 @@ def slopes_over(operation: operations.Activation, x: operations.Interval) -> ope
         case operations.Smooth():
             return _smooth_slopes(operation, low, high)
         case _:
-            raise TypeError(f"no bounds of the slopes of {type(operation).__name__} are known")
+            raise NoBounds(f"no bounds of the slopes of {type(operation).__name__} are known")
 
 
 def _piecewise_slopes(operation: operations.Piecewise, low: Tensor, high: Tensor) -> operations.Interval:

@@ -1,21 +1,47 @@
-"""Branch and bound over the signs of activations, and the provers that optimise their bounds."""
+"""Branch and bound over the inputs of activations, and the provers that optimise their bounds."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.bounds.alpha import Optimised, optimised, reduced, reducible, sharpen, solved_leaf
-from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, refine, relaxed, substitute
+from holdfast.certifiers.bounds.alpha import (
+    Cuts,
+    Optimised,
+    optimised,
+    reduced,
+    reducible,
+    sharpen,
+    solved_leaf,
+    started,
+)
+from holdfast.certifiers.bounds.crown import (
+    NO_CHOICES,
+    Choices,
+    lowest,
+    only_relu,
+    refine,
+    relaxed,
+    substitute,
+)
 from holdfast.certifiers.bounds.graph import Graph, Relaxation, region_of
-from holdfast.certifiers.bounds.operations import Interval, Linear, ReLU
+from holdfast.certifiers.bounds.operations import (
+    Activation,
+    Interval,
+    Linear,
+    Lines,
+    Planes,
+    Product,
+    ReLU,
+)
 from holdfast.certifiers.objectives import Objective, objective_of
 from holdfast.certifiers.protocol import Proofs, ReadyProver
-from holdfast.certifiers.provers import GraphProver
+from holdfast.certifiers.provers import GraphProver, computed
 from holdfast.core.batch import Batch
+from holdfast.core.catalogue import Arithmetic
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import exactly
@@ -27,6 +53,8 @@ _DESCENT_ROUNDS, _DESCENT_STARTS = 8, 16
 _BELOW = 1e-3
 """weight of inputs of ReLUs whose lower line is used in the choice of the next division: on MNIST networks, tests of
 all inputs chose none of them"""
+_NARROW = 1e-4
+"""width of an interval, relative to its values, below which it is not divided"""
 _LEAF_STEPS = 200
 """number of steps of the optimisation of a subproblem in which all signs are known"""
 _DESCENT_STEPS = 40
@@ -54,11 +82,11 @@ class Search:
     steps: int = 8
     """number of steps of the optimisation of each subproblem"""
     candidates: int = 8
-    """number of inputs of ReLUs that are tested before one is chosen for a division"""
+    """number of inputs of activations that are tested before one is chosen for a division"""
     at_once: int = 32
     """largest number of subproblems that are divided together"""
     tightened: int = 128
-    """largest number of inputs of unknown sign of a ReLU whose bounds are computed again for each subproblem"""
+    """largest number of unknown inputs of a nonlinear operation whose bounds are computed again for each subproblem"""
 
 
 @dataclass(frozen=True)
@@ -79,8 +107,8 @@ class BranchingResult:
 class _Problems:
     """Subproblems of one example, as rows of tensors."""
 
-    signs: Mapping[int, Tensor]
-    """assumed signs (d, *shape) of the inputs of ReLUs, by the index of the ReLU: 1, -1, or 0"""
+    cuts: Mapping[int, Cuts]
+    """the assumed bounds of the inputs of nonlinear operations, by index"""
     bounds: Mapping[int, Interval]
     """bounds (d, *shape) of the inputs of nonlinear operations, by index"""
     bound: Tensor
@@ -92,20 +120,25 @@ class _Problems:
 
     def take(self, rows: Tensor) -> "_Problems":
         return _Problems(
-            {i: sign[rows] for i, sign in self.signs.items()},
+            {i: Cuts(cut.low[rows], cut.high[rows]) for i, cut in self.cuts.items()},
             {i: (low[rows], high[rows]) for i, (low, high) in self.bounds.items()},
             self.bound[rows],
-            Choices(
-                {i: slope[rows] for i, slope in self.choices.slopes.items()},
-                {i: each[rows] for i, each in self.choices.multipliers.items()},
-            ),
+            self.choices.mapped(lambda each: each[rows]),
         )
 
     @staticmethod
     def joined(parts: "list[_Problems]") -> "_Problems":
         first = parts[0]
+        if len(parts) == 1:
+            return first
         return _Problems(
-            {i: torch.cat([part.signs[i] for part in parts]) for i in first.signs},
+            {
+                i: Cuts(
+                    torch.cat([part.cuts[i].low for part in parts]),
+                    torch.cat([part.cuts[i].high for part in parts]),
+                )
+                for i in first.cuts
+            },
             {
                 i: (
                     torch.cat([part.bounds[i][0] for part in parts]),
@@ -114,93 +147,109 @@ class _Problems:
                 for i in first.bounds
             },
             torch.cat([part.bound for part in parts]),
-            Choices(
-                {i: torch.cat([part.choices.slopes[i] for part in parts]) for i in first.choices.slopes},
-                {
-                    i: torch.cat([part.choices.multipliers[i] for part in parts])
-                    for i in first.choices.multipliers
-                },
-            ),
+            Choices.joined([part.choices for part in parts]),
         )
 
 
 def _next(problems: _Problems, count: int) -> tuple[Tensor, Tensor]:
     """The indices of the subproblems that are divided next, and of the others.
 
-    Most are those with the smallest bounds. The others have the most assumed signs, because subproblems in which all
+    Most are those with the smallest bounds. The others have the most assumed bounds, because subproblems in which all
     signs are known are solved exactly, so that counterexamples are found even while the smallest bound stays the same.
     """
     by_bound = problems.bound.argsort(stable=True)
     first = count - count // _DEEP
     rest = by_bound[first:]
-    depth = sum((sign != 0).flatten(1).sum(1) for sign in problems.signs.values())
+    depth = sum((cut.low.int() + cut.high.int()).flatten(1).sum(1) for cut in problems.cuts.values())
     assert isinstance(depth, Tensor)
     rest = rest[depth[rest].argsort(stable=True, descending=True)]
     return torch.cat((by_bound[:first], rest[: count - first])), rest[count - first :]
 
 
 def splittable(graph: Graph) -> bool:
-    """Return whether the network has ReLUs, on whose signs subproblems can be formed."""
-    return any(isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear)
+    """Return whether the network has activations or products whose inputs can be divided into subproblems."""
+    return bool(divisible(graph))
+
+
+def divisible(graph: Graph) -> dict[int, list[int]]:
+    """The activations and products on each value whose bounds can be divided, by the index of the value. The input of
+    the network is not divided.
+    """
+    users: dict[int, list[int]] = {}
+    for i in graph.nonlinear:
+        for index in set(graph.node(i).inputs) - {0}:
+            if isinstance(graph.node(i).operation, Activation | Product):
+                users.setdefault(index, []).append(i)
+    return users
+
+
+def _piecewise_linear(graph: Graph) -> bool:
+    """Whether a network is linear where the signs of the inputs of its ReLUs are known."""
+    return all(isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear)
 
 
 @dataclass(eq=False)
 class Tree:
-    """Branch and bound for one claim about one example, from the relaxation of the example."""
+    """Branch and bound for one claim about one example, from the relaxation of the example. It can be continued after a
+    time limit.
+    """
 
     root: Relaxation
     claim: OutputProperty
     search: Search
-    deadline: float
-    """value of `time.perf_counter()` at which the search ends"""
+    first: InitVar[Optimised]
+    """bounds (1, k) of the functions of the claim for the whole region"""
     violated: Callable[[Tensor], Tensor]
     """function that returns for inputs (n, *shape) the mask of those at which the claim is false on the model"""
     work: int = 1
     rounds: int = 0
-    relus: list[int] = field(init=False)
+    divisible: dict[int, list[int]] = field(init=False)
+    """the activations and products on each value that is divided, by the index of the value"""
+    problems: _Problems = field(init=False)
+    """subproblems that are not proved"""
+    solved: float = float("inf")
+    """smallest bound of the subproblems that are proved"""
+    at_once: int = 4
+    """number of subproblems that are divided next"""
+    deadline: float = float("inf")
+    """value of `time.perf_counter()` at which the search ends"""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, first: Optimised) -> None:
         graph = self.root.graph
-        self.relus = [i for i in graph.nonlinear if isinstance(graph.node(i).operation, ReLU)]
+        self.divisible = divisible(graph)
 
-    def decide(self, first: Optimised) -> BranchingResult:
-        """Return whether the claim holds, beginning with bounds (1, k) of its functions for the whole region."""
         bound = (first.lower + self.claim.constants).amax(1)
-        problems = _Problems(
-            {i: torch.zeros(1, *self.root.graph.shape_of(i), device=bound.device) for i in self.relus},
-            {index: self.root.bound(index) for index in self.root.graph.bounded},
+        self.problems = _Problems(
+            {
+                i: Cuts(*torch.zeros(2, 1, *graph.shape_of(i), dtype=torch.bool, device=bound.device))
+                for i in self.divisible
+            },
+            {index: self.root.bound(index) for index in graph.bounded},
             bound,
             self._filled(first.choices),
         )
-        solved = float("inf")
-        at_once = 4
-        while len(problems):
-            if time.perf_counter() >= self.deadline:
-                return BranchingResult(min(solved, float(problems.bound.min())), self.work, stopped=True)
-            chosen, rest = (problems.take(rows) for rows in _next(problems, at_once))
+
+    def continued(self, deadline: float) -> BranchingResult:
+        """Return whether the claim holds, or what is known at a deadline, a value of `time.perf_counter()`."""
+        self.deadline = deadline
+        while len(self.problems):
+            least = float(self.problems.bound.min())
+            if time.perf_counter() >= deadline:
+                return BranchingResult(min(self.solved, least), self.work, stopped=True)
+            chosen, rest = (self.problems.take(rows) for rows in _next(self.problems, self.at_once))
             children, witness, final = self._divided(chosen)
-            if witness is not None:
-                return BranchingResult(float(problems.bound.min()), self.work, stopped=False, witness=witness)
-            if final:  # a subproblem without unknown signs is not proved
-                return BranchingResult(float(problems.bound.min()), self.work, stopped=False)
+            if witness is not None or final:  # final: a subproblem without unknown signs is not proved
+                return BranchingResult(least, self.work, stopped=False, witness=witness)
             proved = children.bound > 0
             if proved.any():
-                solved = min(solved, float(children.bound[proved].min()))
-            problems = _Problems.joined([rest, children.take((~proved).nonzero()[:, 0])])
-            at_once = min(2 * at_once, self.search.at_once)
-        return BranchingResult(solved, self.work, stopped=False)
+                self.solved = min(self.solved, float(children.bound[proved].min()))
+            self.problems = _Problems.joined([rest, children.take((~proved).nonzero()[:, 0])])
+            self.at_once = min(2 * self.at_once, self.search.at_once)
+        return BranchingResult(self.solved, self.work, stopped=False)
 
     def _filled(self, choices: Choices) -> Choices:
-        k = len(self.claim.rows)
-        slopes, multipliers = dict(choices.slopes), dict(choices.multipliers)
-        for i in self.relus:
-            lines, shape = self.root.lines_of(i), self.root.graph.shape_of(i)
-            if i not in slopes:
-                slopes[i] = lines.lower_slope[:, None].expand(1, k, *shape)  # type: ignore[union-attr]
-            multipliers.setdefault(
-                i, torch.zeros(1, k, *shape, dtype=slopes[i].dtype, device=slopes[i].device)
-            )
-        return Choices(slopes, multipliers)
+        """Choices for all activations, and for the multipliers of all values that are divided."""
+        return started(self.root, self.root.graph.output, self._functions(1), choices, self.divisible)
 
     def _relaxation(self, problems: _Problems) -> Relaxation:
         d, root = len(problems), self.root
@@ -237,7 +286,13 @@ class Tree:
             if witness is not None:
                 return problems, witness, False
         scores = torch.cat(
-            [self._scores(relaxation, i, result.passed[i][rows, best]).flatten(1) for i in self.relus], 1
+            [
+                self._scores(
+                    relaxation, index, {i: result.passed[i][rows, best] for i in users if i in result.passed}
+                )
+                for index, users in self.divisible.items()
+            ],
+            1,
         )
         leaves = (scores.amax(1) < 0).nonzero()[:, 0]
         if len(leaves):
@@ -256,32 +311,54 @@ class Tree:
             children, witness, final = self._divided(problems.take(others))
             return _Problems.joined([solved, children]), witness, final
         split = self._chosen(problems, scores)
-        children = _Problems.joined([self._with_sign(problems, split, sign) for sign in (1.0, -1.0)])
+        children = _Problems.joined([self._halved(problems, split, upper=upper) for upper in (True, False)])
         return self._bounded(self._tightened(children, split.repeat(2))), None, False
 
     def _solved(self, leaves: _Problems) -> tuple[_Problems, Tensor | None]:
         """Leaves with the bounds of linear programs, if their region is a box, and a counterexample or None."""
-        if self.root.region.norm is not None:
+        if self.root.region.norm is not None or not _piecewise_linear(self.root.graph):
             return leaves, None
         bound = leaves.bound.clone()
         for row in (bound <= 0).nonzero()[:, 0].tolist():
             leaf = leaves.take(torch.tensor([row], device=bound.device))
-            exact = solved_leaf(self._relaxation(leaf), leaf.signs, self.claim.rows, self.claim.constants)
+            exact = solved_leaf(self._relaxation(leaf), leaf.cuts, self.claim.rows, self.claim.constants)
             bound[row] = max(float(bound[row]), exact.bound)
             if bound[row] <= 0 and bool(self.violated(exact.point).any()):
                 return leaves, exact.point[0]
         return replace(leaves, bound=bound), None
 
-    def _scores(self, relaxation: Relaxation, index: int, a: Tensor) -> Tensor:
-        """Estimates of how much a sign of each input of a ReLU improves the bound; -1 where the sign is known.
+    def _scores(self, relaxation: Relaxation, index: int, passed: Mapping[int, Tensor]) -> Tensor:
+        """Estimates (d, values) of how much a division at each element of a value improves the bound; -1 where nothing
+        is to be divided. `passed` are the coefficients (d, *shape) at the operations on the value.
 
-        Where the coefficient is negative, the upper line of the ReLU is used, whose offset is lost. The slopes of lower
-        lines are optimised, so that a sign improves little there.
+        Where the coefficient is negative, the upper line of a ReLU is used, whose offset is lost. The slopes of lower
+        lines are optimised, so that a sign improves little there. For other activations it is the distance of the line
+        that is used from the function, in the middle of the interval, and for products that of the planes.
         """
-        low, high = relaxation.bound(relaxation.graph.node(index).inputs[0])
-        unknown = (low < 0) & (high > 0)
-        gap = -low * high / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
-        return torch.where(unknown, torch.where(a < 0, -a, _BELOW * a) * gap, -1.0)
+        low, high = relaxation.bound(index)
+        middle = (low + high) / 2
+        wide = high - low > _NARROW * (1 + middle.abs())
+        total = torch.full_like(low, -1.0)
+        for i, a in passed.items():
+            node, lines, divided = relaxation.graph.node(i), relaxation.lines_of(i), wide
+            if isinstance(node.operation, ReLU):
+                divided = (low < 0) & (high > 0)
+                gap = -low * high / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
+                score = torch.where(a < 0, -a, _BELOW * a) * gap
+            elif isinstance(node.operation, Product):
+                assert isinstance(lines, Planes)
+                score = torch.zeros_like(low)
+                for j, gaps in zip(node.inputs, node.operation.gaps(a.abs(), lines), strict=True):
+                    score = score + gaps if j == index else score
+            else:
+                assert isinstance(lines, Lines)
+                assert isinstance(node.operation, Activation)
+                value = node.operation(middle)
+                upper = lines.upper_slope * middle + lines.upper_offset - value
+                lower = value - lines.lower_slope * middle - lines.lower_offset
+                score = torch.where(a < 0, -a * upper, a * lower).nan_to_num(0.0)
+            total = torch.where(divided, total.clamp(min=0) + score, total)
+        return total.flatten(1)
 
     def _chosen(self, problems: _Problems, scores: Tensor) -> Tensor:
         """For each subproblem the index of the input that is divided: of the candidates with the highest scores, the
@@ -293,8 +370,8 @@ class Tree:
         for c in range(count):
             split = best.indices[:, c]
             sides = [
-                self._plain_bound(self._with_sign(problems, split, sign)).clamp(max=0.0)
-                for sign in (1.0, -1.0)
+                self._plain_bound(self._halved(problems, split, upper=upper)).clamp(max=0.0)
+                for upper in (True, False)
             ]
             outcome = sides[0] + sides[1]
             outcomes.append(torch.where(best.values[:, c] > 0, outcome, -torch.inf))
@@ -308,35 +385,38 @@ class Tree:
         ).lower
         return torch.maximum((lower + self.claim.constants).amax(1), problems.bound)
 
-    def _with_sign(self, problems: _Problems, split: Tensor, sign: float) -> _Problems:
-        """The subproblems with one more assumed sign each, at which the bounds of that input are cut. `split` are
-        indices of the joined inputs of all ReLUs.
+    def _halved(self, problems: _Problems, split: Tensor, *, upper: bool) -> _Problems:
+        """The upper or the lower parts of the subproblems, which are divided at one element of a value each. `split`
+        are indices of the joined elements of all values that can be divided.
+
+        A value of unknown sign is divided at zero if only ReLUs use it, otherwise in the middle.
         """
-        signs, bounds = dict(problems.signs), dict(problems.bounds)
-        for i, rows, places in self._places(split):
-            signs[i] = signs[i].clone()
-            signs[i].flatten(1)[rows, places] = sign
-            index = self.root.graph.node(i).inputs[0]
-            side = 0 if sign > 0 else 1
-            cut = [each.clone() for each in bounds[index]]
-            flat = cut[side].flatten(1)
-            flat[rows, places] = 0.0
-            cut[side] = flat.view_as(cut[side])
-            bounds[index] = (cut[0], cut[1])
-        return replace(problems, signs=signs, bounds=bounds)
+        cuts, bounds = dict(problems.cuts), dict(problems.bounds)
+        for index, rows, places in self._places(split):
+            low, high = (each.clone() for each in bounds[index])
+            at = (low.flatten(1)[rows, places] + high.flatten(1)[rows, places]) / 2
+            if only_relu(self.root.graph, index):
+                at = torch.zeros_like(at)
+            side = low if upper else high
+            side.flatten(1)[rows, places] = at
+            bounds[index] = (low, high)
+            assumed = Cuts(cuts[index].low.clone(), cuts[index].high.clone())
+            (assumed.low if upper else assumed.high).flatten(1)[rows, places] = True
+            cuts[index] = assumed
+        return replace(problems, cuts=cuts, bounds=bounds)
 
     def _places(self, split: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each ReLU that is divided its index, and the rows and places of the divided inputs."""
+        """For each value that is divided its index, and the rows and places of the divided elements."""
         start = 0
-        for i in self.relus:
-            size = self.root.graph.shape_of(i).numel()
+        for index in self.divisible:
+            size = self.root.graph.shape_of(index).numel()
             rows = ((split >= start) & (split < start + size)).nonzero()[:, 0]
             if len(rows):
-                yield i, rows, split[rows] - start
+                yield index, rows, split[rows] - start
             start += size
 
     def _tightened(self, problems: _Problems, split: Tensor) -> _Problems:
-        """The subproblems with bounds of all values after the divided inputs that make use of the assumed sign."""
+        """The subproblems with bounds of all values after the divided inputs that make use of the assumed bound."""
         bounds, bound = dict(problems.bounds), problems.bound.clone()
         divided = torch.zeros_like(split)
         for i, rows, _ in self._places(split):
@@ -350,7 +430,7 @@ class Tree:
             relaxation = self._relaxation(part)
             refine(relaxation, index, self.deadline)
             low, high = relaxation.bound(index)
-            # no input has the assumed signs if a lower bound exceeds an upper one
+            # no input has the assumed bounds if a lower bound exceeds an upper one
             bound[rows] = torch.where((low > high).flatten(1).any(1), torch.inf, bound[rows])
             new = [each.clone() for each in bounds[index]]
             new[0][rows], new[1][rows] = torch.minimum(low, high), high
@@ -360,7 +440,8 @@ class Tree:
     def _cheap(self, index: int) -> bool:
         """Whether bounds of a value cost about as little as those of a subproblem."""
         low, high = self.root.bound(index)
-        return int(((low < 0) & (high > 0)).sum()) <= self.search.tightened
+        unknown = (low < 0) & (high > 0) if only_relu(self.root.graph, index) else low < high
+        return int(unknown.sum()) <= self.search.tightened
 
     def _descended(self, x: Tensor) -> Tensor | None:
         """An input at which the claim is false, searched by gradient descent from the inputs `x` (d, *shape)."""
@@ -388,19 +469,15 @@ class Tree:
             self._functions(d),
             steps=self.search.steps if steps is None else steps,
             start=problems.choices,
-            signs=problems.signs,
+            cuts=problems.cuts,
         )
         bound = torch.maximum((result.lower + self.claim.constants).amax(1), problems.bound)
-        slopes = {i: result.choices.slopes.get(i, problems.choices.slopes[i]) for i in self.relus}
-        multipliers = {
-            i: result.choices.multipliers.get(i, problems.choices.multipliers[i]) for i in self.relus
-        }
-        return replace(problems, bound=bound, choices=Choices(slopes, multipliers))
+        return replace(problems, bound=bound, choices=problems.choices.updated(result.choices))
 
 
 @dataclass(frozen=True)
 class AlphaCrown(GraphProver):
-    """Alpha-CROWN: CROWN with optimised slopes of the lower bounds of ReLUs.
+    """Alpha-CROWN: CROWN with optimised slopes of activations and planes of products.
 
     Xu et al., ICLR 2021, arXiv:2011.13824.
     """
@@ -410,9 +487,12 @@ class AlphaCrown(GraphProver):
     """time limit for one example in seconds"""
     steps: int = 20
     """number of steps of the optimisation"""
+    arithmetic: Arithmetic = "exact"
+    """arithmetic of the network: exact or float32"""
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
+        graph = computed(graph, model, self.arithmetic)
         return _Searching(objective_of(model), graph, model, threat, self.steps, None, self.timeout_s)
 
 
@@ -421,7 +501,7 @@ class BranchAndBound(GraphProver):
     """Branch and bound with Lagrange multipliers (beta-CROWN), until a time limit for each example.
 
     Wang et al., NeurIPS 2021, arXiv:2103.06624. It proves the claim or returns a counterexample if it has enough time;
-    for networks without ReLU it is alpha-CROWN.
+    at functions other than ReLUs, subproblems halve the interval of an input.
     """
 
     name: ClassVar[str] = "branch-and-bound"
@@ -430,9 +510,12 @@ class BranchAndBound(GraphProver):
     steps: int = 20
     """number of steps of the optimisation before the first division"""
     search: Search = Search()
+    arithmetic: Arithmetic = "exact"
+    """arithmetic of the network: exact or float32"""
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
+        graph = computed(graph, model, self.arithmetic)
         return _Searching(objective_of(model), graph, model, threat, self.steps, self.search, self.timeout_s)
 
 
@@ -450,6 +533,8 @@ class _Claims:
     """whether a deadline ended the computation of bounds"""
     work: int = 1
     chosen: Sequence[int] = ()
+    undefined: Mapping[int, str] = field(default_factory=dict)
+    """`undefined` of the proofs"""
 
     @property
     def open(self) -> list[int]:
@@ -459,11 +544,7 @@ class _Claims:
     def bounded(self, row: int) -> Optimised:
         """The bound of one function, with the choices of the last optimisation."""
         place = list(self.chosen).index(row)
-        slopes, multipliers = (
-            {i: each[:, place : place + 1] for i, each in values.items()}
-            for values in (self.choices.slopes, self.choices.multipliers)
-        )
-        return Optimised(self.proved[row : row + 1][None].to(self.rows), Choices(slopes, multipliers))
+        return Optimised(self.proved[row : row + 1][None].to(self.rows), self.choices.of_function(place))
 
     def decided(self, row: int, decision: BranchingResult) -> "_Claims":
         """The claims after branch and bound for one of them."""
@@ -480,6 +561,7 @@ class _Claims:
             proofs,
             work=torch.full_like(proofs.work, self.work),
             stopped=torch.full_like(proofs.stopped, self.stopped),
+            undefined=self.undefined,
         )
 
 
@@ -527,8 +609,10 @@ class _Searching:
         region = region_of(one.x, self.threat.constraint, self.model.bounds)
         relaxation = relaxed(graph, region, deadline=deadline)
         rows = self.objective.rows(one, graph.shape_of(graph.output)[0])
-        lower = substitute(relaxation, graph.output, rows).lower[0]
-        return _Claims(rows, lower.double(), NO_CHOICES, relaxation.stopped), relaxation
+        lower = lowest(relaxation, rows)[0]
+        undefined = relaxation.undefined(one.ids)
+        claims = _Claims(rows, lower.double(), NO_CHOICES, relaxation.stopped, undefined=undefined)
+        return claims, relaxation
 
     def _continued(self, claims: "_Claims", relaxation: Relaxation, one: Batch, deadline: float) -> Proofs:
         """The result of optimised bounds, and of branch and bound, for the functions that are not proved."""
@@ -565,8 +649,8 @@ class _Searching:
 
         for row in sorted(claims.open, key=lambda row: float(claims.proved[row])):
             claim = OutputProperty(claims.rows[0, row : row + 1], claims.rows.new_zeros(1))
-            tree = Tree(relaxation, claim, self.search or Search(), deadline, violated)
-            decision = tree.decide(claims.bounded(row))
+            tree = Tree(relaxation, claim, self.search or Search(), claims.bounded(row), violated)
+            decision = tree.continued(deadline)
             claims = claims.decided(row, decision)
             if decision.witness is not None:
                 x_adv = self._inside(decision.witness[None], one)

@@ -70,6 +70,7 @@ class PixelBounder:
             bound=bound,
             work=torch.ones_like(none.work),
             stopped=late,
+            undefined=relaxation.undefined(one.ids),
             of_task={PIXELS: numbers[0]},
         )
 

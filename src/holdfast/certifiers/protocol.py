@@ -47,6 +47,9 @@ class Proofs:
     """proved radius in the norm of the threat model, (n,) float64; None for eps where certified and 0 elsewhere"""
     abstained: Mask | None = None
     """mask of the examples whose prediction a statistical method could not determine; None for no example"""
+    undefined: Mapping[int, str] = field(default_factory=dict)
+    """first operation whose domain the bounds leave, such as a logarithm, with its place in the user's code, by the id
+    of the example"""
     of_task: Mapping[str, Tensor] = field(default_factory=dict)
     """what is proved about the outputs of a model with another task than classes, by name: `LOW`, `HIGH`, `PIXELS`"""
 
@@ -63,9 +66,11 @@ class Proofs:
         values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(Proofs)}
         of_task = [part for part in values.pop("of_task") if part]  # a batch without examples has none
         names = of_task[0] if of_task else {}
+        undefined = {id_: text for part in values.pop("undefined") for id_, text in part.items()}
         # a method sets the last two columns for every batch or for none
         return Proofs(
             **{name: torch.cat(of_parts) for name, of_parts in values.items() if of_parts[0] is not None},
+            undefined=undefined,
             of_task={name: torch.cat([part[name] for part in of_task]) for name in names},
         )
 

@@ -10,16 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.bounds.crown import finite, relaxed, substitute
-from holdfast.certifiers.bounds.graph import Graph, Region, region_of
-from holdfast.certifiers.bounds.operations import Dense
+from holdfast.certifiers.bounds.crown import finite, from_intervals, lowest, relaxed
+from holdfast.certifiers.bounds.graph import Graph, Region, Relaxation, region_of
 from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.estimator_networks import has_network, network_of
 from holdfast.certifiers.objectives import Objective, objective_of
 from holdfast.certifiers.pixels import PixelBounder
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.core.batch import Batch
+from holdfast.core.catalogue import Arithmetic
 from holdfast.core.constraints import Constraint
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import NoBounds, UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.training import exactly
@@ -29,9 +30,9 @@ _INTERVALS_AT_ONCE, _BOUNDS_AT_ONCE = 256, 8
 """numbers of examples whose bounds are computed together, so that the values fit into the caches"""
 
 
-Method = Callable[[Graph, Region, Tensor, float], tuple[Tensor, bool]]
+Method = Callable[[Graph, Region, Tensor, float], tuple[Tensor, Relaxation]]
 """function of a graph, regions, coefficients of linear functions of the outputs, and a deadline, which returns lower
-bounds (n, k) of the functions, and whether the deadline ended the computation"""
+bounds (n, k) of the functions, and the relaxation from which they follow"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +56,10 @@ class Bounder:
             for part in batch.split(self.at_once):
                 region, deadline = region_of(part.x, self.constraint, self.bounds), self._deadline(len(part))
                 rows = self.objective.rows(part, self.graph.shape_of(self.graph.output)[0])
-                lower, stopped = self.method(self.graph, region, rows, deadline)
+                lower, relaxation = self.method(self.graph, region, rows, deadline)
                 proofs = self.objective.proofs(part, finite(lower))
-                late = torch.full_like(proofs.stopped, stopped) & ~proofs.certified
-                parts.append(replace(proofs, stopped=late))
+                late = torch.full_like(proofs.stopped, relaxation.stopped) & ~proofs.certified
+                parts.append(replace(proofs, stopped=late, undefined=relaxation.undefined(part.ids)))
         return Proofs.joined(parts)
 
     def _deadline(self, n: int) -> float:
@@ -74,10 +75,30 @@ def prepared_graph(model: Classifier, sample: Batch) -> Graph:
         raise UsageError(
             f"inputs are {sample.x.dtype}, in which rounding errors are larger than the bounds; give them as float32"
         )
-    graph = traced(model, sample.x)
+    if has_network(model):
+        graph = traced(network_of(model, sample.x), sample.x.double())
+        graph = replace(graph, probabilities=model.output == "probability")
+    else:
+        graph = traced(model, sample.x)
     if not isinstance(model.task, Segmentation):
         graph = objective_of(model).extended(graph)
     return graph.to(sample.x.dtype, sample.x.device)
+
+
+def computed(graph: Graph, model: Classifier, arithmetic: Arithmetic) -> Graph:
+    """Return the graph of a model whose bounds hold for the network in an arithmetic.
+
+    Raises `NoBounds` if the rounding error of an operation in float32 is not known, and for weights of another type.
+    """
+    if arithmetic == "exact":
+        return graph
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise NoBounds(
+                f"arithmetic is float32, and {name.removeprefix('net.')} of the model is {weight.dtype}; convert the "
+                "network with net.float(), or certify it in exact arithmetic (arithmetic: exact)"
+            )
+    return graph.in_float32()
 
 
 class GraphProver(ABC):
@@ -92,30 +113,21 @@ class GraphProver(ABC):
         """Prepare the prover for a model with a known graph."""
 
 
-def _by_intervals(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, bool]:
-    """Bounds of the functions by intervals of the last hidden values: the last operation is substituted if it is
-    linear, because the interval of a difference of logits is smaller than the difference of their intervals.
-    """
+def _by_intervals(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, Relaxation]:
     relaxation = relaxed(graph, region, substituted=False)
-    last = graph.node(graph.output)
-    at, constant, error = graph.output, rows.new_zeros(rows.shape[:2]), rows.new_zeros(rows.shape[:2])
-    if isinstance(last.operation, Dense):
-        error = rows.abs() @ relaxation.error_of(at)[:, :, None]
-        added, (rows,) = last.operation.constants(rows), last.operation.transposed(rows, [])
-        constant, error, at = constant if added is None else added, error[:, :, 0], last.inputs[0]
-    low, high = (each.flatten(1) for each in relaxation.bound(at))
-    return Region(low, high, low).minimum(rows.flatten(2)) + constant - error * 1.01, False
+    return from_intervals(relaxation, rows), relaxation
 
 
 def _by_lines_from_intervals(
     graph: Graph, region: Region, rows: Tensor, deadline: float
-) -> tuple[Tensor, bool]:
-    return substitute(relaxed(graph, region, substituted=False), graph.output, rows).lower, False
+) -> tuple[Tensor, Relaxation]:
+    relaxation = relaxed(graph, region, substituted=False)
+    return lowest(relaxation, rows), relaxation
 
 
-def _by_lines(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, bool]:
+def _by_lines(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, Relaxation]:
     relaxation = relaxed(graph, region, deadline=deadline)
-    return substitute(relaxation, graph.output, rows).lower, relaxation.stopped
+    return lowest(relaxation, rows), relaxation
 
 
 def _bounder(
@@ -141,10 +153,14 @@ class IBP(GraphProver):
     """
 
     name: ClassVar[str] = "ibp"
+    arithmetic: Arithmetic = "exact"
+    """arithmetic of the network: exact or float32"""
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return _bounder(graph, model, threat, _by_intervals, _INTERVALS_AT_ONCE)
+        return _bounder(
+            computed(graph, model, self.arithmetic), model, threat, _by_intervals, _INTERVALS_AT_ONCE
+        )
 
 
 @dataclass(frozen=True)
@@ -156,10 +172,14 @@ class CrownIBP(GraphProver):
     """
 
     name: ClassVar[str] = "crown-ibp"
+    arithmetic: Arithmetic = "exact"
+    """arithmetic of the network: exact or float32"""
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return _bounder(graph, model, threat, _by_lines_from_intervals, _BOUNDS_AT_ONCE)
+        return _bounder(
+            computed(graph, model, self.arithmetic), model, threat, _by_lines_from_intervals, _BOUNDS_AT_ONCE
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +192,11 @@ class Crown(GraphProver):
     name: ClassVar[str] = "crown"
     timeout_s: float = math.inf
     """time limit for one example in seconds, after which interval arithmetic replaces further linear bounds"""
+    arithmetic: Arithmetic = "exact"
+    """arithmetic of the network: exact or float32"""
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return _bounder(graph, model, threat, _by_lines, _BOUNDS_AT_ONCE, self.timeout_s)
+        return _bounder(
+            computed(graph, model, self.arithmetic), model, threat, _by_lines, _BOUNDS_AT_ONCE, self.timeout_s
+        )

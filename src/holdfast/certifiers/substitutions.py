@@ -62,7 +62,7 @@ class EmbeddingReader:
     def scores(self, words: Sequence[str]) -> NDArray[np.float64]:
         """Return the logits of a text with these words. Raises `NoBounds` if those of the model are others."""
         text = " ".join(words)
-        logits = self.model.head(self._embedded(words, text)[None])
+        logits = self.model.head(self.embedded(words, text)[None])
         given = torch.as_tensor(self.model([text])).to(logits)
         if given.shape != logits.shape or not torch.allclose(given, logits, rtol=_SAME, atol=_SAME):
             raise NoBounds(
@@ -78,8 +78,8 @@ class EmbeddingReader:
         """Return for each other class a lower bound of the lead of the label over it, with the replacements that have
         the largest losses in the linear bound.
         """
-        x = self._embedded(words, " ".join(words))
-        of_word = [self._embedded(each, " ".join(each)) if each else x[:0] for each in substitutes]
+        x = self.embedded(words, " ".join(words))
+        of_word = [self.embedded(each, " ".join(each)) if each else x[:0] for each in substitutes]
         hulls = [torch.cat((x[k : k + 1], each)) for k, each in enumerate(of_word)]
         low, high = (
             torch.stack([hull.amin(0) for hull in hulls])[None],
@@ -108,7 +108,7 @@ class EmbeddingReader:
             leads.append((max(bound, few), {k: word for _, k, word in largest}))
         return leads
 
-    def _embedded(self, words: Sequence[str], text: str) -> Tensor:
+    def embedded(self, words: Sequence[str], text: str) -> Tensor:
         """Return the embeddings (T, d) of words."""
         ids = self.model.words(text)
         if ids.shape != (len(words),) or ids.tolist() != [int(self.model.words(word)) for word in words]:

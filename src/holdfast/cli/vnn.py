@@ -13,7 +13,7 @@ import click
 from holdfast import __version__
 from holdfast.cli.app import main as run_program
 from holdfast.cli.options import Group
-from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
+from holdfast.core.errors import FreeSizes, Placeholder, Remedy, TargetError, UsageError
 from holdfast.core.names import suggestion
 
 if TYPE_CHECKING:
@@ -215,8 +215,13 @@ def _answer(
     from holdfast.certifiers.vnnlib.deciding import decide
     from holdfast.io.onnx.opening import open_network
 
-    networks = {name: open_network(files[given]) for name, given in names.items()}
-    verdict = decide(query, networks, deadline=deadline)
+    try:
+        networks = {name: open_network(files[given]) for name, given in names.items()}
+        verdict = decide(query, networks, deadline=deadline)
+    except FreeSizes as error:
+        raise TargetError(f"{error.message}; export the network for inputs of one size") from error
+    except UsageError as error:  # the options are right
+        raise TargetError(error.message, *error.remedies) from error
     if verdict.witness is None:
         return verdict.answer, {}
     if folder is not None:

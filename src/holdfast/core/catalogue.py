@@ -343,12 +343,16 @@ DRIFT_TESTS: Final[Mapping[str, str]] = {
 SAMPLE_TESTS: Final = ("copies", "repeats")
 """further tests of a stream of generated samples, in `holdfast.monitoring.stream_tests`"""
 
-_BOUNDS: Final = ("ibp", "crown-ibp", "crown", "alpha-crown", "branch-and-bound")
+Arithmetic = Literal["exact", "float32"]
+"""arithmetic about which a certificate is: `exact` for the network in exact arithmetic with its stored weights, or
+`float32` for the network as it is computed in float32, in any order of summation"""
+BY_OPERATIONS: Final = ("ibp", "crown-ibp", "crown", "alpha-crown", "branch-and-bound")
+"""methods that bound the operations of a network one after another"""
 PROVERS_OF_TASKS: Final[Mapping[TaskName, tuple[str, ...]]] = {
     "segmentation": ("ibp", "crown-ibp", "crown"),
     "detection": (),
-    "regression": _BOUNDS,
-    "multilabel": _BOUNDS,
+    "regression": BY_OPERATIONS,
+    "multilabel": BY_OPERATIONS,
 }
 """methods that certify models with another task than classes; `auto` runs those that it runs for classes, without
 `ibp`, whose intervals of numbers are wide"""

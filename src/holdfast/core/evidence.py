@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from holdfast.core.catalogue import Arithmetic
 from holdfast.core.threat import ThreatModel
 
 Columns = Mapping[str, Tensor]
 """columns by name; each has one row for each example"""
 
-PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across", "geometry", "stateful"))
+PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across", "geometry", "stateful", "undefined"))
 """names of the tables inside the columns of a stage: the column `gallery.x` is the column `x` of the table `gallery`"""
 
 TRIGGERED = "triggered"
@@ -281,6 +282,8 @@ class ProofRecord:
     """smallest number of examples that were processed at once because memory ran out; None if it did not"""
     after_attacks: bool = False
     """whether the method was run after the attacks of the suite"""
+    arithmetic: Arithmetic | None = None
+    """arithmetic that the certificates are about, for a method that bounds the operations of a network"""
 
 
 Scope = Literal["every pass", "suite only"]

@@ -1,10 +1,14 @@
 """The report's table of a certification: how many examples each method certified, broke or left undecided."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from holdfast.core.catalogue import PATCH_MASKS, TREES
+import torch
+
+from holdfast.core.batch import decoded
+from holdfast.core.catalogue import PATCH_MASKS, TREES, Arithmetic
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
 from holdfast.metrics.shares import certified_accuracy
 from holdfast.reports.curves import estimate_to_json, settings_group
@@ -50,8 +54,20 @@ def certification(evidence: Evidence, constraint: str) -> Json | None:
         "attacked_certified": int((certified & evidence["attacked"]).sum()),
         "rows": list(_rows(evidence, n - misclassified, broken - misclassified)),
         "statistical": statistical,
+        "undefined": _undefined(evidence),
+        "arithmetic": next((record.arithmetic for record in evidence.proofs if record.arithmetic), None),
         **_curve(evidence),
     }
+
+
+def _undefined(evidence: Evidence) -> list[Json]:
+    """The operations whose domain the bounds of unknown examples leave, with the numbers of these examples."""
+    if "undefined" not in evidence.tables:
+        return []
+    table = evidence.tables["undefined"].columns
+    unknown = evidence["correct"] & ~evidence["success"] & ~evidence["certified"]
+    texts = decoded(table["operation"][torch.isin(table["id"], evidence["id"][unknown])])
+    return [{"operation": text, "examples": count} for text, count in sorted(Counter(texts).items())]
 
 
 _CHANGES = (1, 10, 20, 40)
@@ -265,10 +281,12 @@ def _time(seconds: float | None) -> str:
     return "< 1 ms" if 0 < seconds < 1e-3 else seconds_text(seconds)
 
 
-_BY_BOUNDS = (
-    "certificates hold for the network in exact arithmetic with its stored weights, and include the rounding errors of "
-    "the bounds"
-)
+_BY_BOUNDS: Mapping[Arithmetic, str] = {
+    "exact": "certificates hold for the network in exact arithmetic with its stored weights, and include the rounding "
+    "errors of the bounds",
+    "float32": "certificates hold for the network as it is computed in float32, in any order of summation, and include "
+    "the rounding errors of the bounds",
+}
 _WHAT_IS_PROVED = {
     TREES: "certificates hold for all values that the model can compare with its thresholds, and include the rounding "
     "errors of its sums",
@@ -288,13 +306,15 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
     training_set = results.get("training_set")
     if training_set:
         return [*lines, *_training_set_lines(training_set, noun)]
-    if certified and robust:
+    # nothing attacks embeddings
+    attackable = summary["threat"]["norm"] != "WordEmbeddings"
+    if certified and robust and attackable:
         lines.append(
             f"certified accuracy {percent(certified['value'])} ({interval('certified_accuracy', certified)}) ≤ robust "
             f"accuracy {percent(robust['value'])} ({interval('robust_accuracy', robust)})"
         )
     lines += _lines_of_outputs(summary)
-    if results["certified"]:
+    if results["certified"] and attackable:
         attacked = f"{count_text(results['attacked_certified'])} of {count_text(results['certified'])}"
         contradicted = results["statistical"] and results["statistical"]["contradicted"]
         lines.append(
@@ -304,7 +324,7 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
     if results["certified"] and not results["statistical"]:
         names = {row["name"] for row in results["rows"] if row["certified"] and row["stage"]}
         known = next(iter(names)) if len(names) == 1 else ""
-        lines.append(_WHAT_IS_PROVED.get(known, _BY_BOUNDS))
+        lines.append(_WHAT_IS_PROVED.get(known, _BY_BOUNDS[results.get("arithmetic") or "exact"]))
     lines += [
         f"memory ran out in {row['name']}, which continued with {amount(row['batch'], noun)} at a time"
         for row in results["rows"]
@@ -315,6 +335,11 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"the time limit ended the search for {amount(stopped, noun)}; a longer --timeout may decide more"
         )
+    lines += [
+        f"{amount(each['examples'], noun)} unknown: the bounds leave the domain of the operation {each['operation']}; "
+        "a smaller eps may keep them inside"
+        for each in results.get("undefined", [])
+    ]
     unconfirmed = sum(row["broken"] - row["confirmed"] for row in results["rows"] if row["stage"])
     if unconfirmed > 0:
         lines.append(

@@ -305,6 +305,17 @@ class TrainingSetCertificates(TypedDict):
     median: Natural
 
 
+class Undefined(TypedDict):
+    """An operation whose domain the bounds of unknown examples leave, such as a logarithm.
+
+    - `operation`: the operation with its place in the code of the model
+    - `examples`: number of these examples
+    """
+
+    operation: str
+    examples: Positive
+
+
 class Certification(TypedDict):
     """Results of a certification, in the order in which the methods ran.
 
@@ -316,6 +327,8 @@ class Certification(TypedDict):
     - `unknown`: number of the other examples
     - `attacked_certified`: number of certified examples that attacks were run on, as a test of the certificates
     - `statistical`: certificates with a failure probability, by randomised smoothing or masking; null for other methods
+    - `undefined`: operations whose domain the bounds of unknown examples leave
+    - `arithmetic`: arithmetic that the certificates are about; null for methods that bound no operations of a network
     - `training_set`: certificates against changes of the training set; absent under other threats
     """
 
@@ -328,6 +341,8 @@ class Certification(TypedDict):
     attacked_certified: Natural
     rows: list[CertificationRow]
     statistical: NotRequired[Statistical | None]
+    undefined: NotRequired[list[Undefined]]
+    arithmetic: NotRequired[Literal["exact", "float32"] | None]
     training_set: NotRequired[TrainingSetCertificates]
 
 

@@ -368,7 +368,7 @@ def shown_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """
     # differences of code points and of bytes mean nothing
     of_codes = summary["threat"]["norm"] in ("TextEdits", "ByteChanges")
-    unattacked = summary["threat"]["norm"] == "TrainingSet"  # no input changes
+    unattacked = summary["threat"]["norm"] in ("TrainingSet", "WordEmbeddings")  # no input changes
     metrics = {
         name: estimate
         for name, estimate in summary["metrics"].items()
@@ -694,6 +694,10 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         return f"adds the trigger in {limits['file']} to an input, and changes nothing else"
     if kind == "ByteChanges":
         return _of_bytes(limits)
+    if kind == "WordEmbeddings":
+        return (
+            f"may change the embedding of any one word, by at most {size(limits['eps'])} in {limits['norm']}"
+        )
     if kind == "TextEdits":
         return _TEXT_CHANGES[next(name for name in _TEXT_CHANGES if name in limits)].format(**limits)
     changes = [_CHANGES[name].format(size(limit)) for name, limit in limits.items()]
@@ -757,7 +761,7 @@ def threat_in_words(
         f"The attacker {change}."
         + (
             ""
-            if threat["norm"] in ("TextEdits", "ByteChanges", "TrainingSet")
+            if threat["norm"] in ("TextEdits", "ByteChanges", "TrainingSet", "WordEmbeddings")
             else " Every value stays inside the legal range of inputs."
         )
         + (f" Eps is in {threat['unit']}." if threat.get("unit") else ""),

@@ -499,6 +499,11 @@ class ThreatSource(SettingGroup):
                 f"{prefix}the threat is {self.threat}, and names of classes are looked up by assess only; give the "
                 "number of the class, as in goal=targeted:0"
             )
+        if self.verb not in ("certify", "doctor") and "on" in self.threat.change.limits:
+            raise UsageError(
+                f"{prefix}the threat is {self.threat}, and changes of embeddings are no inputs of a model, so that "
+                "nothing attacks them; prove robustness to them with holdfast certify"
+            )
         if self.verb in ("adapt", "harden", "rotate") and self.threat.change.domain is BYTES:
             raise UsageError(
                 f"{prefix}the threat is {self.threat}, and {self.verb} is not available for files; assess measures a "

@@ -131,9 +131,36 @@ def _threat(text: str) -> ThreatModel:
     refuse_mixed(arguments)
     if name == "text":
         refuse_text_limits(arguments)
-    threat = ThreatModel(Change(name, arguments, form.creator, form.domain), **conditions)
+    change = Change(name, arguments, form.creator, form.domain)
+    if form.provable and form.units and {"on", "words"} & {*arguments}:
+        change = _of_embeddings(name, arguments, text, conditions)
+    threat = ThreatModel(change, **conditions)
     object.__setattr__(threat, "given", text)
     return threat
+
+
+def _of_embeddings(
+    name: str, arguments: Mapping[str, Argument], text: str, conditions: Mapping[str, Any]
+) -> Change:
+    """Return the change of the embeddings of one word, inside a ball of the norm `name`."""
+    eps = float(arguments["eps"])
+    if not {"on", "words"} <= {*arguments} or math.isinf(eps):
+        raise UsageError(
+            f"the threat is {text!r}; changes of embeddings have a size and the number of words whose embeddings "
+            "change, as in l2:0.1,on=embeddings,words=1"
+        )
+    if conditions:
+        raise UsageError(
+            f"the threat is {text!r}; robustness to changes of embeddings is proved, for any attacker: leave "
+            f"{', '.join(conditions)} out"
+        )
+    limits: dict[str, Argument] = {
+        "norm": name,
+        "eps": eps,
+        "on": arguments["on"],
+        "words": arguments["words"],
+    }
+    return Change(name, limits, "holdfast.threats.word_embeddings:WordEmbeddings", TEXT)
 
 
 def _eps(text: str, threat: str) -> Mapping[str, Argument]:
@@ -325,7 +352,16 @@ _AIMLESS = {
     "training-set": "changes of a training set",
     **dict.fromkeys(("observations", "actions", "parameters"), "policies"),
 }
-_NORM = Form("", _eps, units=True, provable=True)
+_NORM = Form(
+    "",
+    _eps,
+    {
+        "on": _matching("on", "embeddings", "embeddings, as in l2:0.1,on=embeddings,words=1"),
+        "words": _matching("words", "1", "1: the embeddings of one word change, any one", int),
+    },
+    units=True,
+    provable=True,
+)
 _SPATIAL_EXAMPLE = "spatial:rotate=30,shift=3"
 _COLOUR_EXAMPLE = "colour:hue=18,saturation=0.3,brightness=0.2"
 _BYTES_EXAMPLE = "bytes:change=16,append=64"

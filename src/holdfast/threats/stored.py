@@ -22,6 +22,7 @@ _HOMES: Mapping[str, str] = {
     "Colour": "holdfast.threats.transformations",
     "Table": "holdfast.threats.tables",
     "TextEdits": "holdfast.threats.text_edits",
+    "WordEmbeddings": "holdfast.threats.word_embeddings",
     "ByteChanges": "holdfast.threats.byte_changes",
     "Stamped": "holdfast.threats.triggers",
     **dict.fromkeys(("SNR", "Peak", "LinfOfClips", "L2OfClips"), "holdfast.threats.signals"),

@@ -305,6 +305,6 @@ def _provers(settings: Certify, subject: DescribedModel) -> tuple[list[Prover], 
     names = methods(settings, trees=reads_trees(subject.model), task=subject.model.task)
     limit = seconds(settings.timeout, "timeout")
     return (
-        [prover(name, limit) for name in names if name not in LATE],
-        [prover(name, limit) for name in names if name in LATE],
+        [prover(name, limit, settings.arithmetic) for name in names if name not in LATE],
+        [prover(name, limit, settings.arithmetic) for name in names if name in LATE],
     )

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from holdfast.core.catalogue import (
     AUDITS,
+    BY_OPERATIONS,
     GENERATOR_RECIPES,
     MASKING,
     PATCH_MASKS,
@@ -26,6 +27,7 @@ from holdfast.core.catalogue import (
     REPORT_FILE,
     SMOOTHING,
     SUBSTITUTIONS,
+    Arithmetic,
 )
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.gates.grammar import parse, refused_verdict
@@ -315,6 +317,11 @@ class CertifyOptions(groups.MaskCount):
         description="Time limit for each example in each of the methods crown, alpha-crown, branch-and-bound and "
         "trees (default: 10s).",
     )
+    arithmetic: Annotated[Arithmetic, Flag("ARITHMETIC")] = Field(
+        default="exact",
+        description="Arithmetic that certificates are about: exact (the default), of the network with its stored "
+        "weights, or float32, in which the network is computed, in any order of summation.",
+    )
     sigma: Annotated[values.Deviation | None, Flag("S", common=True)] = Field(
         default=None,
         description="Standard deviation of the noise of --method smoothing, in units of the inputs, as in 0.5.",
@@ -359,12 +366,36 @@ class CertifyOptions(groups.MaskCount):
         """The method; for `auto`, that of the threat if it has only one."""
         return PATCH_MASKS if self.method == AUTO and self.threat.name == "patch" else str(self.method)
 
+    def _refuse_arithmetic(self: Any, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for what is about exact arithmetic alone."""
+        method = self.chosen_method
+        if method in PROVERS and method not in BY_OPERATIONS:
+            raise UsageError(
+                f"{prefix}arithmetic is {self.arithmetic}, and the method is {method}, "
+                f"which bounds no operations of a network; the methods are {', '.join(BY_OPERATIONS)}",
+                Remedy("arithmetic"),
+            )
+        if self.geometry is not None:
+            raise UsageError(
+                f"{written.get('geometry', prefix + 'geometry')} measures the network in exact arithmetic, and "
+                f"arithmetic is {self.arithmetic}",
+                Remedy("geometry"),
+                Remedy("arithmetic"),
+            )
+
     def refuse_contradictions(self: Any, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for smoothing without a noise level, for a method that does not fit the threat, and for
         settings of another method.
         """
         of_texts = self.threat.change.domain is TEXT
-        if of_texts and self.method in PROVERS and self.method not in _OF_TEXTS:
+        on_embeddings = "on" in self.threat.change.limits
+        if on_embeddings and self.method in PROVERS and self.method not in BY_OPERATIONS:
+            raise UsageError(
+                f"{prefix}method is {self.method}, and the threat is {self.threat}, for which the methods are "
+                f"{', '.join(BY_OPERATIONS)}",
+                Remedy("method", "crown"),
+            )
+        if of_texts and not on_embeddings and self.method in PROVERS and self.method not in _OF_TEXTS:
             raise UsageError(
                 f"{prefix}method is {self.method}, and the threat is {self.threat}, for which the methods are "
                 f"{' and '.join(_OF_TEXTS)}",
@@ -393,6 +424,8 @@ class CertifyOptions(groups.MaskCount):
                 f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and {why}",
                 Remedy("geometry"),
             )
+        if self.arithmetic != "exact":
+            self._refuse_arithmetic(prefix, written)
         random = MASKING if of_texts else SMOOTHING
         for key, methods in _OF_METHODS.items():
             if getattr(self, key) not in (None, False) and method not in methods:

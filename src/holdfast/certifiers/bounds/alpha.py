@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,17 +10,47 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 from torch import Tensor
 
-from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, Total, one_hot, substitute
+from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, Total, one_hot, only_relu, substitute
 from holdfast.certifiers.bounds.graph import ROUNDINGS, Graph, Node, Relaxation, gamma
-from holdfast.certifiers.bounds.operations import Convolution, Dense, Interval, Linear, Lines, ReLU
+from holdfast.certifiers.bounds.operations import (
+    Activation,
+    Convolution,
+    Dense,
+    Interval,
+    Linear,
+    Lines,
+    Product,
+    ReLU,
+)
 
-_RATE, _DECAY = 0.25, 0.93
-"""step size of Adam for slopes, and its factor after each step"""
+_RATE, _FINE_RATE, _DECAY = 0.25, 0.03, 0.93
+"""step sizes of Adam for the slopes of ReLUs and for those of other activations, whose first slopes are nearly the best
+ones, and the factor of both after each step"""
+_SHARPENED = 512
+"""largest number of inputs of functions other than ReLUs whose bounds are optimised, as those of wide layers gain
+little for their cost"""
+_PRODUCTS = 2**14
+"""largest number of single products of an operation whose planes are optimised"""
 _ELEMENTS = 2**21
 """largest number of coefficients of one value that are optimised at once"""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Which bounds of a value are assumed in a subproblem, so that their multipliers are optimised."""
+
+    low: Tensor
+    """mask (n, *shape) of the assumed lower bounds"""
+    high: Tensor
+    """mask (n, *shape) of the assumed upper bounds"""
+
+    def limit_(self, multipliers: Tensor) -> None:
+        """Change multipliers (n, k, *shape) in place to zero where the bound with their sign is not assumed."""
+        multipliers.copy_(
+            multipliers.clamp(min=0) * self.low[:, None] + multipliers.clamp(max=0) * self.high[:, None]
+        )
 
 
 @dataclass(frozen=True)
@@ -40,42 +70,37 @@ def optimised(
     *,
     steps: int,
     start: Choices = NO_CHOICES,
-    signs: Mapping[int, Tensor] | None = None,
+    cuts: Mapping[int, Cuts] | None = None,
     until_positive: bool = True,
 ) -> Optimised:
-    """Return lower bounds of linear functions of a value, with slopes that are optimised by Adam.
+    """Return lower bounds of linear functions of a value, with slopes and planes that are optimised by Adam.
 
-    `coefficients` are (n, k, *shape). `signs` (n, *shape), by the index of a ReLU, are 1 for inputs that are assumed to
-    be nonnegative, -1 for nonpositive ones and 0 otherwise; their multipliers are optimised too. With `until_positive`,
-    functions with a positive bound are not optimised further.
+    `coefficients` are (n, k, *shape). `cuts`, by the index of a value, are the bounds whose multipliers are optimised
+    too. With `until_positive`, functions with a positive bound are not optimised further.
     """
-    slopes = {i: _initial(relaxation, i, coefficients, start) for i in _free(relaxation, index)}
-    multipliers = {
-        i: start.multipliers[i].abs().clone() if i in start.multipliers else _zeros(sign, coefficients)
-        for i, sign in (signs or {}).items()
-    }
-    parameters = [*slopes.values(), *multipliers.values()]
+    cuts = cuts or {}
+    choices = started(relaxation, index, coefficients, start, cuts)
+    parameters = [each for values in choices.all for each in values.values()]
     if not parameters or not steps:
         return Optimised(substitute(relaxation, index, coefficients, start).lower, start)
-    for parameter in parameters:
-        parameter.requires_grad_()
-    groups = [
-        {"params": list(slopes.values()), "lr": _RATE},
-        {"params": list(multipliers.values()), "lr": _RATE / 2},
-    ]
-    optimiser = torch.optim.Adam([group for group in groups if group["params"]], maximize=True)
+    optimiser = _optimiser(choices)
     best = torch.full(
         coefficients.shape[:2], -torch.inf, dtype=coefficients.dtype, device=coefficients.device
     )
+    shared = best[:, :1]
     kept = [parameter.detach().clone() for parameter in parameters]
     for step in range(steps + 1):
         with torch.enable_grad():
-            choices = Choices(slopes, {i: multipliers[i] * (signs or {})[i][:, None] for i in multipliers})
             lower = substitute(relaxation, index, coefficients, choices, rounded=False).lower
             better = lower.detach() > best
+            if choices.planes:  # all functions of an example share them
+                value = lower.detach().clamp(max=0 if until_positive else torch.inf).sum(1, keepdim=True)
+                better = (value > shared).expand_as(best)
+                shared = torch.maximum(shared, value)
             best = torch.where(better, lower.detach(), best)
             for known, parameter in zip(kept, parameters, strict=True):
-                mask = better.reshape(*better.shape, *(1,) * (parameter.dim() - 2))
+                mask = better if parameter.shape[:2] == better.shape else better[:, :1]
+                mask = mask.reshape(*mask.shape, *(1,) * (parameter.dim() - 2))
                 known.copy_(torch.where(mask, parameter.detach(), known))
             open_rows = best <= 0 if until_positive else torch.ones_like(better)
             if step == steps or not open_rows.any():
@@ -84,52 +109,90 @@ def optimised(
             torch.autograd.backward((lower * open_rows).sum())
         optimiser.step()
         with torch.no_grad():
-            for parameter in slopes.values():
+            for parameter in (*choices.slopes.values(), *choices.upper_slopes.values()):
                 parameter.clamp_(0, 1)
-            for parameter in multipliers.values():
-                parameter.clamp_(min=0)
+            for parameter in choices.planes.values():
+                parameter.clamp_(-1, 1)
+            for i, parameter in choices.multipliers.items():
+                cuts[i].limit_(parameter)
         for group in optimiser.param_groups:
             group["lr"] *= _DECAY
-    final = dict(zip(slopes, kept, strict=False))
-    chosen = {
-        i: known * (signs or {})[i][:, None]
-        for i, known in zip(multipliers, kept[len(slopes) :], strict=True)
-    }
-    choices = Choices(final, chosen)
+    values = iter(kept)
+    choices = choices.mapped(lambda _: next(values))
     with torch.no_grad():
         return Optimised(substitute(relaxation, index, coefficients, choices).lower, choices)
 
 
-def _free(relaxation: Relaxation, index: int) -> list[int]:
-    """ReLUs before a value that have an input of unknown sign."""
-    graph = relaxation.graph
-    free, ancestors = [], graph.ancestors(index)
+def _optimiser(choices: Choices) -> torch.optim.Optimizer:
+    """Adam for the choices, whose gradients are computed from now on."""
+    of_relus = [slopes for i, slopes in choices.slopes.items() if i not in choices.upper_slopes]
+    fine = [slopes[i] for slopes in (choices.slopes, choices.upper_slopes) for i in choices.upper_slopes]
+    groups = [
+        {"params": of_relus, "lr": _RATE},
+        {"params": [*fine, *choices.planes.values()], "lr": _FINE_RATE},
+        {"params": list(choices.multipliers.values()), "lr": _RATE / 2},
+    ]
+    for values in choices.all:
+        for parameter in values.values():
+            parameter.requires_grad_()
+    return torch.optim.Adam([group for group in groups if group["params"]], maximize=True)
+
+
+def started(
+    relaxation: Relaxation, index: int, coefficients: Tensor, start: Choices, values: Iterable[int]
+) -> Choices:
+    """Return copies of the choices from which an optimisation starts, for all activations before a value whose lines
+    are not exact, for small products, and for the multipliers of the bounds of the given values.
+    """
+    graph, ancestors, (n, k) = relaxation.graph, relaxation.graph.ancestors(index), coefficients.shape[:2]
+    chosen = Choices({}, {}, {}, {})
     for i in graph.nonlinear:
-        if i in ancestors and isinstance(graph.node(i).operation, ReLU):
-            low, high = relaxation.bound(graph.node(i).inputs[0])
-            if bool(((low < 0) & (high > 0)).any()):
-                free.append(i)
-    return free
+        operation = graph.node(i).operation
+        if i not in ancestors:
+            continue
+        if isinstance(operation, Product):
+            joint = operation.joint_shape([graph.shape_of(j) for j in graph.node(i).inputs])
+            if joint.numel() <= _PRODUCTS:
+                known = start.planes.get(i)
+                if known is None:
+                    usual = coefficients.new_tensor(operation.usual).view(1, 2, *[1] * len(joint))
+                    known = usual.expand(len(relaxation.region.low), 2, *joint)
+                chosen.planes[i] = known.detach().clone()
+        if not isinstance(operation, Activation):
+            continue
+        low, high = relaxation.bound(graph.node(i).inputs[0])
+        relu = isinstance(operation, ReLU)
+        if not bool(((low < 0) & (high > 0) if relu else low < high).any()):
+            continue
+        kinds = [(start.slopes, chosen.slopes), (start.upper_slopes, chosen.upper_slopes)][: 2 - relu]
+        if not all(i in known for known, _ in kinds):
+            first = [each[:, None].expand(n, k, *each.shape[1:]) for each in _positions(relaxation, i)]
+        else:
+            first = [known[i] for known, _ in kinds]
+        for (_, new), value in zip(kinds, first, strict=False):
+            new[i] = value.detach().clone()
+    for i in values:
+        assumed = start.multipliers.get(i)
+        shape = (n, k, *graph.shape_of(i))
+        chosen.multipliers[i] = coefficients.new_zeros(shape) if assumed is None else assumed.detach().clone()
+    return chosen
 
 
-def _initial(relaxation: Relaxation, index: int, coefficients: Tensor, start: Choices) -> Tensor:
-    n, k = coefficients.shape[:2]
-    if index in start.slopes:
-        return start.slopes[index].detach().clone()
-    lines = relaxation.lines_of(index)
+def _positions(relaxation: Relaxation, index: int) -> tuple[Tensor, Tensor]:
+    """Positions (n, *shape) of the slopes of the lines of an activation between the smallest and the largest slope."""
+    lines, node = relaxation.lines_of(index), relaxation.graph.node(index)
     assert isinstance(lines, Lines)
-    return lines.lower_slope[:, None].expand(n, k, *lines.lower_slope.shape[1:]).detach().clone()
-
-
-def _zeros(sign: Tensor, coefficients: Tensor) -> Tensor:
-    return torch.zeros(
-        len(sign), coefficients.shape[1], *sign.shape[1:], dtype=coefficients.dtype, device=sign.device
-    )
+    assert isinstance(node.operation, Activation)
+    if isinstance(node.operation, ReLU):
+        return lines.lower_slope, lines.upper_slope
+    least, most = node.operation.slope_range(relaxation.bound(node.inputs[0]))
+    width = (most - least).clamp(min=torch.finfo(least.dtype).tiny)
+    return tuple(((each - least) / width).clamp(0, 1) for each in (lines.lower_slope, lines.upper_slope))  # type: ignore[return-value]
 
 
 def sharpen(relaxation: Relaxation, steps: int, deadline: float = math.inf) -> bool:
-    """Tighten the bounds of all values that are inputs of ReLUs and whose sign is not known, layer by layer, until the
-    deadline, a value of `time.perf_counter()`. Return whether it was not reached.
+    """Tighten the bounds of all inputs of nonlinear operations, of ReLUs only those whose sign is not known, layer by
+    layer, until the deadline, a value of `time.perf_counter()`. Return whether it was not reached.
     """
     return all(
         _sharpen(relaxation, index, steps, deadline)
@@ -140,9 +203,10 @@ def sharpen(relaxation: Relaxation, steps: int, deadline: float = math.inf) -> b
 
 def _sharpen(relaxation: Relaxation, index: int, steps: int, deadline: float) -> bool:
     low, high = relaxation.bound(index)
-    unknown = ((low < 0) & (high > 0)).flatten(1)
+    signed = only_relu(relaxation.graph, index)
+    unknown = ((low < 0) & (high > 0) if signed else low < high).flatten(1)
     most = int(unknown.sum(1).max())
-    if not most:
+    if not most or (not signed and most > _SHARPENED):
         return True
     chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     shape = relaxation.graph.shape_of(index)
@@ -159,7 +223,7 @@ def _sharpen(relaxation: Relaxation, index: int, steps: int, deadline: float) ->
         signs = torch.ones(len(rows), 2 * rows.shape[1], dtype=low.dtype, device=low.device)
         signs[:, rows.shape[1] :] = -1.0
         functions = one_hot(rows.repeat(1, 2), signs, shape)
-        lower = optimised(relaxation, index, functions, steps=steps).lower
+        lower = optimised(relaxation, index, functions, steps=steps, until_positive=signed).lower
         half = rows.shape[1]
         below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower[:, :half]))
         above.scatter_(1, rows, torch.minimum(above.gather(1, rows), -lower[:, half:]))
@@ -327,25 +391,25 @@ class SolvedLeaf(NamedTuple):
 
 
 def solved_leaf(
-    relaxation: Relaxation, signs: Mapping[int, Tensor], rows: Tensor, constants: Tensor
+    relaxation: Relaxation, cuts: Mapping[int, Cuts], rows: Tensor, constants: Tensor
 ) -> SolvedLeaf:
     """Return the bound of a claim with the functions `rows` (k, outputs) and `constants` (k) for one subproblem.
 
-    `relaxation` has one example, whose region is a box, and bounds that are cut at zero where a sign is assumed;
-    `signs` are the assumed signs (1, *shape) by the index of the ReLU.
+    `relaxation` has one example, whose region is a box, ReLUs as its only nonlinear operations, and bounds that are cut
+    at zero where a sign is assumed; `cuts` are these bounds by the index of the value.
     """
     graph, region = relaxation.graph, relaxation.region
     claim, claim_constants = _linear(relaxation, graph.output, rows[None])
     assumed, places = [], []
+    signs = {index: cut.low.to(rows) - cut.high.to(rows) for index, cut in cuts.items()}
     for index, sign in signs.items():
-        flat = sign.flatten().to(rows)
+        flat = sign.flatten()
         chosen = flat.nonzero()[:, 0]
         if not len(chosen):
             continue
         functions = torch.zeros(1, len(chosen), len(flat), dtype=rows.dtype, device=rows.device)
         functions[0, torch.arange(len(chosen)), chosen] = flat[chosen]
-        node = graph.node(index).inputs[0]
-        assumed.append(_linear(relaxation, node, functions.view(1, len(chosen), *sign.shape[1:])))
+        assumed.append(_linear(relaxation, index, functions.view(1, len(chosen), *sign.shape[1:])))
         places.append((index, chosen))
     middle = (region.low + region.high) / 2
     solution = _program(
@@ -364,11 +428,11 @@ def solved_leaf(
     for index, chosen in places:
         values = torch.zeros(signs[index].numel(), dtype=rows.dtype, device=rows.device)
         part = torch.as_tensor(multipliers[start : start + len(chosen)]).to(rows)
-        values[chosen] = part * signs[index].flatten().to(rows)[chosen]
+        values[chosen] = part * signs[index].flatten()[chosen]
         chosen_multipliers[index] = values.view(1, 1, *signs[index].shape[1:])
         start += len(chosen)
     lower = substitute(
-        relaxation, graph.output, (weight @ rows)[None, None], Choices({}, chosen_multipliers)
+        relaxation, graph.output, (weight @ rows)[None, None], Choices(multipliers=chosen_multipliers)
     ).lower
     bound = float(lower.double()) + float(weight.double() @ constants.double())
     # the sum of the constants is rounded, and so is that of the functions with their weights
@@ -408,6 +472,8 @@ def _program(
     Returns the input, the weights of the first functions, which are nonnegative with sum 1, and the multipliers of the
     others; None if the solver failed.
     """
+    if not (np.isfinite(functions).all() and np.isfinite(constants).all()):
+        return None
     m, d = len(functions) - k, functions.shape[1]
     # variables: input, largest function, violation of each of the other functions
     cost = np.concatenate(
@@ -418,6 +484,8 @@ def _program(
     matrix[k:, :d], matrix[k:, d + 1 :] = -functions[k:], -np.eye(m)
     bounds = [*zip(low, high, strict=True), (None, None), *[(0.0, None)] * m]
     right = np.concatenate((-constants[:k], constants[k:]))
+    from scipy.optimize import linprog  # late: it takes a quarter of a second, and few searches need it
+
     solved = linprog(cost, A_ub=matrix, b_ub=right, bounds=bounds, method="highs")
     if solved.status != 0:
         return None

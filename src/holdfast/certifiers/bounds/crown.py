@@ -11,15 +11,30 @@ substitution, and every bound is reduced by a bound of its rounding error.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from holdfast.certifiers.bounds import windows
 from holdfast.certifiers.bounds.graph import Graph, Region, Relaxation, gamma
-from holdfast.certifiers.bounds.operations import Linear, MaxPool, PoolLines, ReLU
+from holdfast.certifiers.bounds.operations import (
+    Activation,
+    Curved,
+    Dense,
+    Differences,
+    ExponentialSum,
+    Interval,
+    Linear,
+    MaxPool,
+    Planes,
+    PoolLines,
+    Product,
+    ReLU,
+    SumLines,
+    weighted,
+)
 
 _ELEMENTS, _ON_CPU = 2**22, 2**20
 """largest numbers of coefficients of one value that are computed at once, on accelerators and on a CPU, whose cache
@@ -39,18 +54,51 @@ _WASTE = 0.75
 
 @dataclass(frozen=True)
 class Choices:
-    """Free choices of a substitution, by the index of a ReLU. Any choice gives valid bounds."""
+    """Free choices of a substitution. Any choice gives valid bounds."""
 
-    slopes: Mapping[int, Tensor] = field(default_factory=dict)
-    """slopes in [0, 1] of the lower bounds of ReLUs, (n, k, *shape); they are used where the sign of the input is not
-    known"""
-    multipliers: Mapping[int, Tensor] = field(default_factory=dict)
-    """numbers (n, k, *shape), for inputs of ReLUs that are assumed to be nonnegative (at least 0) or nonpositive (at
-    most 0): Lagrange multipliers of the assumptions, times their signs"""
+    slopes: dict[int, Tensor] = field(default_factory=dict)
+    """positions in [0, 1] of the slopes of lower lines between the smallest and the largest slope, (n, k, *shape), by
+    the index of an activation; for a ReLU, they are used where the sign of the input is not known"""
+    upper_slopes: dict[int, Tensor] = field(default_factory=dict)
+    """the same for the upper lines of activations other than ReLUs"""
+    multipliers: dict[int, Tensor] = field(default_factory=dict)
+    """Lagrange multipliers (n, k, *shape) of the bounds of a value, by its index: those of the lower bound, minus those
+    of the upper bound"""
+    planes: dict[int, Tensor] = field(default_factory=dict)
+    """numbers in [-1, 1] (n, 2, *joint shape) of the lower and of the upper planes of each single product, by the index
+    of a product: s and t of `Product`"""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Choices":
+        """Return the choices with every tensor changed by a function."""
+        return Choices(*({i: change(each) for i, each in values.items()} for values in self.all))
+
+    def of_function(self, k: int) -> "Choices":
+        """Return the choices of the function with the index `k` alone."""
+        of_it = self.mapped(lambda each: each[:, k : k + 1])
+        return replace(of_it, planes=self.planes)
+
+    def updated(self, others: "Choices") -> "Choices":
+        """Return the choices, with those of others in place of the same ones."""
+        return Choices(*({**mine, **theirs} for mine, theirs in zip(self.all, others.all, strict=True)))
+
+    @staticmethod
+    def joined(parts: "Sequence[Choices]") -> "Choices":
+        """Return the choices of the rows of all parts, which are about the same operations."""
+        return Choices(
+            *(
+                {i: torch.cat([each[i] for each in kinds]) for i in kinds[0]}
+                for kinds in zip(*(part.all for part in parts), strict=True)
+            )
+        )
+
+    @property
+    def all(self) -> tuple[dict[int, Tensor], ...]:
+        """All choices, by their kind."""
+        return self.slopes, self.upper_slopes, self.multipliers, self.planes
 
 
 NO_CHOICES = Choices()
-"""the slopes of `Activation.lines`, and no assumed signs"""
+"""the lines of `Activation.lines`, and no multipliers"""
 
 
 @dataclass(frozen=True)
@@ -89,13 +137,21 @@ def substitute(
         if i not in pending:
             continue
         a = pending.pop(i)
+        if i in choices.multipliers:
+            multiplier, bounds = choices.multipliers[i], relaxation.bound(i)
+            a = a - multiplier
+            constant = constant.plus(_of_bounds(bounds, multiplier), sized=rounded)
+            if rounded:  # of the sum over the values, and of the difference
+                sizes = weighted(multiplier.abs(), torch.maximum(*(each.abs() for each in bounds)))
+                error = error + gamma(multiplier[0, 0].numel() + 4, a.dtype) * sizes
         if passed and not isinstance(graph.node(i).operation, Linear):
             stored[i] = a
-        if rounded:
-            error = error + _weighted(a.abs(), relaxation.error_of(i))
-        back, offset = _stepped(relaxation, i, a, choices)
+        inputs, back, offset = _stepped(relaxation, i, a, choices)
+        if rounded and not relaxation.moves(i):
+            with torch.no_grad():  # gradients of rounding errors are not needed
+                error = error + weighted(a.abs(), relaxation.error_of(i))
         constant = constant.plus(offset, sized=rounded)
-        _add(pending, graph.node(i).inputs, back)
+        _add(pending, inputs, back)
     a = pending[0]
     if len(a) < n:
         a = a.expand(n, *a.shape[1:])
@@ -142,43 +198,89 @@ def _add(pending: dict[int, Tensor], inputs: Sequence[int], back: Sequence[Tenso
 
 def _stepped(
     relaxation: Relaxation, index: int, a: Tensor, choices: Choices
-) -> tuple[Sequence[Tensor], Tensor | None]:
-    """Coefficients with respect to each input of an operation, and the constants (n, k) or None for zero."""
+) -> tuple[Sequence[int], Sequence[Tensor], Tensor | None]:
+    """The values on which an operation depends, usually its inputs, the coefficients with respect to each, and the
+    constants (n, k) or None for zero.
+    """
     graph, node = relaxation.graph, relaxation.graph.node(index)
     if isinstance(node.operation, Linear):
         shapes = [graph.shape_of(j) for j in node.inputs]
-        return node.operation.transposed(a, shapes), node.operation.constants(a)
-    moved, offset = _relaxed(relaxation, index, a, choices)
-    return (moved,), offset
+        return node.inputs, node.operation.transposed(a, shapes), node.operation.constants(a)
+    if isinstance(node.operation, ExponentialSum):
+        lines = relaxation.lines_of(index)
+        assert isinstance(lines, SumLines)
+        back, constant = node.operation.transposed(a, lines)
+        return graph.node(node.inputs[0]).inputs, (back,), constant
+    return node.inputs, *_relaxed(relaxation, index, a, choices)
 
 
-def _weighted(a: Tensor, values: Tensor) -> Tensor:
-    """Sums (n, k) of the products of coefficients (n or 1, k, *shape) with values (n, features)."""
-    rows = a.flatten(2)
-    if len(rows) == 1:
-        return values @ rows[0].t()
-    return (rows @ values[:, :, None])[:, :, 0]
+def _of_bounds(bounds: Interval, multiplier: Tensor) -> Tensor:
+    """The least values (n, k) of the functions with the coefficients `multiplier` (n, k, *shape) over bounds of a
+    value: what the multipliers of bounds add to a function whose coefficients they are subtracted from.
+    """
+    low, high = bounds
+    return weighted(multiplier.clamp(min=0), low) + weighted(multiplier.clamp(max=0), high)
 
 
-def _relaxed(relaxation: Relaxation, index: int, a: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+def _relaxed(
+    relaxation: Relaxation, index: int, a: Tensor, choices: Choices
+) -> tuple[Sequence[Tensor], Tensor]:
     """Coefficients and constants after the substitution of a nonlinear operation by its linear bounds."""
     lines, node = relaxation.lines_of(index), relaxation.graph.node(index)
+    if isinstance(lines, Planes):
+        assert isinstance(node.operation, Product)
+        chosen = choices.planes.get(index)
+        return node.operation.transposed(a, lines, None if chosen is None else (chosen[:, 0], chosen[:, 1]))
     negative = a.clamp(max=0)
     if isinstance(lines, PoolLines):
         assert isinstance(node.operation, MaxPool)
         back = node.operation.transposed(a, lines, relaxation.graph.shape_of(node.inputs[0]))
-        return back, _weighted(negative, lines.upper_offset.flatten(1))
+        return (back,), weighted(negative, lines.upper_offset)
+    if index in choices.upper_slopes:
+        assert isinstance(node.operation, Activation)
+        positions = (choices.slopes[index], choices.upper_slopes[index])
+        lines = node.operation.lines_at(positions, relaxation.bound(node.inputs[0]))
+        back = torch.addcmul(a * lines.lower_slope, negative, lines.upper_slope - lines.lower_slope)
+        offsets = (a - negative) * lines.lower_offset + negative * lines.upper_offset
+        return (back,), offsets.flatten(2).sum(2)
     slopes, upper = lines.lower_slope[:, None], lines.upper_slope[:, None]
     if index in choices.slopes:
         low, high = relaxation.bound(node.inputs[0])
         slopes = torch.where(((low < 0) & (high > 0))[:, None], choices.slopes[index], slopes)
     back = torch.addcmul(a * slopes, negative, upper - slopes)
-    if index in choices.multipliers:
-        back = back - choices.multipliers[index]
     if isinstance(node.operation, ReLU):  # its lower bound has no offset
-        return back, _weighted(negative, lines.upper_offset.flatten(1))
-    offset = _weighted(a - negative, lines.lower_offset.flatten(1))
-    return back, offset + _weighted(negative, lines.upper_offset.flatten(1))
+        return (back,), weighted(negative, lines.upper_offset)
+    offset = weighted(a - negative, lines.lower_offset)
+    return (back,), offset + weighted(negative, lines.upper_offset)
+
+
+def lowest(relaxation: Relaxation, rows: Tensor) -> Tensor:
+    """Return lower bounds (n, k) of linear functions of the outputs (n, k, outputs): those of a substitution, and if
+    the network has products or other functions whose linear bounds leave the intervals of their values, those from the
+    intervals of the last hidden values where they are larger.
+    """
+    graph = relaxation.graph
+    lower = substitute(relaxation, graph.output, rows).lower
+    leaving = Product | ExponentialSum | Curved
+    if not any(isinstance(graph.node(i).operation, leaving) for i in graph.nonlinear):
+        return lower
+    return torch.maximum(lower, finite(from_intervals(relaxation, rows)))
+
+
+def from_intervals(relaxation: Relaxation, rows: Tensor) -> Tensor:
+    """Return lower bounds (n, k) of linear functions of the outputs (n, k, outputs) from the bounds of the last hidden
+    values: the last operation is substituted if it is linear, because the interval of a difference of logits is smaller
+    than the difference of their intervals.
+    """
+    graph = relaxation.graph
+    last = graph.node(graph.output)
+    at, constant, error = graph.output, rows.new_zeros(rows.shape[:2]), rows.new_zeros(rows.shape[:2])
+    if isinstance(last.operation, Dense):
+        error = weighted(rows.abs(), relaxation.error_of(at))
+        added, (rows,) = last.operation.constants(rows), last.operation.transposed(rows, [])
+        constant, at = constant if added is None else added, last.inputs[0]
+    low, high = (each.flatten(1) for each in relaxation.bound(at))
+    return Region(low, high, low).minimum(rows.flatten(2)) + constant - error * 1.01
 
 
 def relaxed(
@@ -196,7 +298,7 @@ def relaxed(
         return relaxation
     for index in graph.bounded:
         # in a ball that is no box, the interval of a sum is not exact
-        if index != 0 and not (region.norm is None and _exact(graph, index)):
+        if index != 0 and not (region.norm is None and _exact(graph, index)) and not _by_input(graph, index):
             refine(relaxation, index, deadline)
     return relaxation
 
@@ -213,6 +315,14 @@ def _exact(graph: Graph, index: int) -> bool:
     return mixing <= 1
 
 
+def _by_input(graph: Graph, index: int) -> bool:
+    """Whether the interval of a value is exact for the bounds of the input of a function of single values, or of a sum
+    of exponentials, both of which are those of a substitution.
+    """
+    operation = graph.node(index).operation
+    return isinstance(operation, Activation | ExponentialSum) and not isinstance(operation, ReLU)
+
+
 def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> None:
     """Tighten the bounds of a value by backward substitution, where the sign of the value is not known, until the
     deadline.
@@ -223,12 +333,16 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
     graph = relaxation.graph
     low, high = relaxation.bound(index)
     # the values of a ReLU are exact where the sign of its input is known
-    signed = _only_relu(graph, index)
+    signed = only_relu(graph, index)
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
     first = torch.where(-below <= above, 1.0, -1.0).to(low.dtype)
+    # a lower bound of a difference is an upper bound of the opposite one
+    opposite = isinstance(graph.node(index).operation, Differences)
+    if opposite:
+        first = torch.ones_like(first)
     for until in (*cuts(graph, index), 0) if signed else (0,):
         functions = Functions(relaxation, index, until)
-        for signs in (first,) if until else (first, -first):
+        for signs in (first,) if until or opposite else (first, -first):
             unknown = (below < 0) & (above > 0) if signed else below < above
             for examples, rows in functions.pieces(unknown):
                 if time.perf_counter() >= deadline:
@@ -241,7 +355,10 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
                 above[place] = torch.where(sign < 0, torch.minimum(above[place], -lower), above[place])
                 if until and (lower > 0).float().mean() < _WORTH:
                     break
-    relaxation.bounds[index] = (below.view_as(low), above.view_as(high))
+    below, above = below.view_as(low), above.view_as(high)
+    if opposite:
+        above = torch.minimum(above, -below.transpose(-1, -2))
+    relaxation.bounds[index] = (below, above)
 
 
 def cuts(graph: Graph, index: int) -> list[int]:
@@ -286,7 +403,15 @@ class Functions:
             region = Region(low, high, low)
         self.region = region
         self.largest = _ON_CPU if region.low.device.type == "cpu" else _ELEMENTS
-        shapes = {i: relaxation.graph.shape_of(i) for i in relaxation.graph.ancestors(index) if i >= until}
+        graph = relaxation.graph
+        self.differences = bool(index) and isinstance(graph.node(index).operation, Differences)
+        needed = [i for i in graph.ancestors(index) if i >= until]
+        # coefficients of differences are those of their values
+        shapes = {
+            i: graph.shape_of(i)
+            for i in needed
+            if not i or not isinstance(graph.node(i).operation, Differences)
+        }
         frames = {i: (shapes[i][0], frame.height, frame.width) for i, frame in self.frames.items()}
         self.elements = max(math.prod(frames.get(i, shape)) for i, shape in shapes.items())
 
@@ -313,25 +438,41 @@ class Functions:
 
     def lower(self, chosen: Tensor, signs: Tensor) -> Tensor:
         """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
-        shape = self.relaxation.graph.shape_of(self.index)
+        graph = self.relaxation.graph
+        shape = graph.shape_of(self.index)
+        if self.differences:
+            (source,) = graph.node(self.index).inputs
+            size = shape[-1]
+            second, first = chosen // size, chosen // size**2 * size + chosen % size
+            of_source = graph.shape_of(source)
+            rows = one_hot(first, signs, of_source) - one_hot(second, signs, of_source)
+            error = self.relaxation.error_of(self.index).gather(1, chosen)
+            return self.lower_of(rows, source, error)
         if self.index in self.frames:
             return self.lower_of(windows.Windows.single(chosen, signs, shape))
         return self.lower_of(one_hot(chosen, signs, shape))
 
-    def lower_of(self, functions: windows.Windows | Tensor) -> Tensor:
+    def lower_of(
+        self, functions: windows.Windows | Tensor, start: int | None = None, error: Tensor | None = None
+    ) -> Tensor:
         """Return lower bounds (n, k) of linear functions of the value, with coefficients on windows of one place, if
-        the value has a frame, or otherwise with those of the whole value (n, k, *shape).
+        the value has a frame, or otherwise with those of the whole value (n, k, *shape). They may also be functions of
+        an earlier value `start`, with a rounding error (n, k).
         """
         relaxation, graph = self.relaxation, self.relaxation.graph
+        start = self.index if start is None else start
         on_windows: dict[int, list[windows.Windows]] = {}
         whole: dict[int, Tensor] = {}
         if isinstance(functions, windows.Windows):
-            on_windows[self.index], a = [functions], functions.a
+            on_windows[start], a = [functions], functions.a
         else:
-            whole[self.index] = a = functions
-        constant, error = Total(a.new_zeros(a.shape[:2])), a.new_zeros(a.shape[:2])
-        for i in range(self.index, self.until, -1):
-            inputs = () if i not in on_windows and i not in whole else graph.node(i).inputs
+            whole[start] = a = functions
+        constant, error = (
+            Total(a.new_zeros(a.shape[:2])),
+            a.new_zeros(a.shape[:2]) if error is None else error,
+        )
+        for i in range(start, self.until, -1):
+            inputs: Sequence[int] = graph.node(i).inputs
             if i in on_windows:
                 joined = windows.Windows.joined(on_windows.pop(i), self.frames[i])
                 moved, offset, rounding = windows.step(relaxation, i, joined)
@@ -343,8 +484,10 @@ class Functions:
                         _add(whole, (j,), (part.whole(graph.shape_of(j)),))
             elif i in whole:
                 a = whole.pop(i)
-                error = error + _weighted(a.abs(), relaxation.error_of(i))
-                back, added = _stepped(relaxation, i, a, NO_CHOICES)
+                inputs, back, added = _stepped(relaxation, i, a, NO_CHOICES)
+                if not relaxation.moves(i):
+                    with torch.no_grad():  # gradients of rounding errors are not needed
+                        error = error + weighted(a.abs(), relaxation.error_of(i))
                 constant = constant.plus(added)
                 _add(whole, inputs, back)
         if self.until in on_windows:
@@ -361,7 +504,8 @@ def one_hot(chosen: Tensor, signs: Tensor, shape: torch.Size) -> Tensor:
     return one.scatter_(2, chosen[:, :, None], signs[:, :, None]).view(*chosen.shape, *shape)
 
 
-def _only_relu(graph: Graph, index: int) -> bool:
+def only_relu(graph: Graph, index: int) -> bool:
+    """Return whether ReLUs are the only nonlinear operations on a value, so that only its sign matters."""
     return all(
-        isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear if graph.node(i).inputs[0] == index
+        isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear if index in graph.node(i).inputs
     )

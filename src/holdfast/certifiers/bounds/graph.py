@@ -2,23 +2,49 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from holdfast.certifiers.bounds import operations
 from holdfast.core.constraints import L1, L2, Constraint, Linf
-from holdfast.core.errors import Remedy, UsageError
+from holdfast.core.errors import NoBounds, Remedy, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.types import Inputs
 
-Operation = operations.Linear | operations.Activation | operations.MaxPool
+Operation = (
+    operations.Linear
+    | operations.Activation
+    | operations.MaxPool
+    | operations.Product
+    | operations.ExponentialSum
+)
 
 ROUNDINGS = 2
 """number of times that the rounding error of an operation is counted: in the computation of its bounds, and in the
-network itself, so that bounds contain what the network returns in the same data type, in any order of summation"""
+network itself, in the same data type"""
+_FUSED = 16
+"""number of roundings that are counted for the constants of an operation, which may be computed in several ways: the
+factors of batch norm with reciprocal square roots of two units in the last place, or joined with the weights of the
+layer before, and a division in place of a multiplication"""
+_ELEMENTARY = 32
+"""largest error of functions such as tanh in float32, in roundings of the larger one of argument and value: libraries
+state up to four units in the last place of each elementary function, and GELU or softplus consist of several"""
+
+
+_WITH_ERROR = (
+    operations.Linear,
+    operations.Product,
+    operations.ReLU,
+    operations.MaxPool,
+    operations.Piecewise,
+    operations.Smooth,
+    operations.Curved,
+)
+"""operations whose error in float32 `network_error` states"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +58,23 @@ class Node:
     """shape of the value for one example"""
     place: str = ""
     """place in the user's code"""
+    computed: Literal["exact", "float32", "float32 with probabilities"] = "exact"
+    """arithmetic of the network: the value of the operation may differ from its exact value for the computed inputs by
+    the error of float32; `with probabilities` if the network also computes probabilities of the values at its end"""
+    name: str = ""
+    """name of the operation of torch that was translated into this one, such as `aten.log`"""
+    inexact: bool = False
+    """whether that operation is computed in another way, so that its rounding error in float32 is not known"""
+
+    def __str__(self) -> str:
+        """Name of the operation with its place."""
+        name = self.name or type(self.operation).__name__
+        return f"{name}, at {self.place}" if self.place else name
+
+    @property
+    def has_error(self) -> bool:
+        """Whether the rounding error in float32 is known."""
+        return not self.inexact and isinstance(self.operation, _WITH_ERROR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +87,8 @@ class Graph:
     shape: torch.Size
     """shape of one input"""
     nodes: tuple[Node, ...]
+    probabilities: bool = False
+    """whether the network returns probabilities of the logits, or their logarithms, which are no operations here"""
 
     @property
     def output(self) -> int:
@@ -87,7 +132,7 @@ class Graph:
     @cached_property
     def bounded(self) -> tuple[int, ...]:
         """Indices of the values that are inputs of nonlinear operations, in the order of execution."""
-        return tuple(sorted({self.node(i).inputs[0] for i in self.nonlinear}))
+        return tuple(sorted({j for i in self.nonlinear for j in self.node(i).inputs}))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits for a batch of inputs."""
@@ -113,7 +158,25 @@ class Graph:
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Graph":
         """Return the graph with all of its constants in another data type or on another device."""
-        return Graph(self.shape, tuple(_converted(node, dtype, device) for node in self.nodes))
+        nodes = tuple(_converted(node, dtype, device) for node in self.nodes)
+        return replace(self, nodes=nodes)
+
+    def in_float32(self) -> "Graph":
+        """Return the graph whose bounds contain the values that the network computes in float32, in any order of
+        summation, also if they are computed in double precision.
+
+        Raises `NoBounds` for an operation whose error is not known, with its place in the user's code.
+        """
+        for node in self.nodes:
+            if not node.has_error:
+                raise NoBounds(
+                    f"the rounding error in float32 is not known for the operation {node}; replace it, or certify "
+                    "the network in exact arithmetic (arithmetic: exact)"
+                )
+        nodes = [replace(node, computed="float32") for node in self.nodes]
+        if self.probabilities:
+            nodes[-1] = replace(nodes[-1], computed="float32 with probabilities")
+        return replace(self, nodes=tuple(nodes))
 
 
 def interval_of(
@@ -124,15 +187,80 @@ def interval_of(
     Without `rounded`, those of a linear operation are not enlarged.
     """
     operation = node.operation
-    if not isinstance(operation, operations.Linear):
-        return operation.interval(inputs[0])
-    low, high = operation.interval(*inputs)
-    if not operation.terms or not rounded:
+    if not isinstance(operation, operations.Linear | operations.Product):
+        low, high = operation.interval(inputs[0])
+    else:
+        low, high = operation.interval(*inputs)
+        if rounded:
+            low, high = _enlarged(operation, inputs, (low, high))
+    if node.computed != "exact":
+        error = network_error(node, inputs)
+        low, high = low - error, high + error
+    if isinstance(operation, operations.Sum) and operation.least > -math.inf:
+        low = low.clamp(min=operation.least)
+    return low, high
+
+
+def _enlarged(
+    operation: operations.Linear | operations.Product,
+    inputs: Sequence[operations.Interval],
+    x: operations.Interval,
+) -> operations.Interval:
+    """Bounds of the values of an operation, enlarged by the rounding errors of their computation and of the network."""
+    low, high = x
+    terms = _terms(operation, inputs)
+    if not terms:
         return low, high
     with torch.no_grad():
-        sizes = operation.magnitude_bound(*(largest(each) for each in inputs))
-        error = ROUNDINGS * sizes * gamma(operation.terms + 4, low.dtype)
+        factor = ROUNDINGS * gamma(terms + 4, low.dtype)
+        if _monotone(operation):  # each bound depends on those of one side
+            below, above = (operation.magnitude_bound(*(x[i].abs() for x in inputs)) for i in (0, 1))
+            return low - factor * below, high + factor * above
+        if isinstance(operation, operations.Scaled) and operation.offset is None:  # so do those of a product
+            return low - factor * low.abs(), high + factor * high.abs()
+        error = factor * operation.magnitude_bound(*(largest(each) for each in inputs))
     return low - error, high + error
+
+
+def _monotone(operation: operations.Linear | operations.Product) -> bool:
+    """Whether an operation has nonnegative weights, such as a sum."""
+    shifted = isinstance(operation, operations.Scaled) and operation.scale is None
+    return shifted or isinstance(operation, operations.Nonnegative)
+
+
+def _terms(operation: operations.Linear | operations.Product, inputs: Sequence[operations.Interval]) -> int:
+    if isinstance(operation, operations.Product):
+        return operation.terms([each[0].shape[1:] for each in inputs])[0]
+    return operation.terms
+
+
+def network_error(node: Node, inputs: Sequence[operations.Interval]) -> Tensor:
+    """Return by how much the value of an operation that a network computes in float32 may differ from its exact value,
+    for computed inputs within the given bounds, (n, *shape).
+    """
+    operation, sizes = node.operation, [largest(each) for each in inputs]
+    unit, least = torch.finfo(torch.float32).eps / 2, torch.finfo(torch.float32).tiny
+    if isinstance(operation, operations.Linear | operations.Product):
+        values, terms = operation.magnitude_bound(*sizes), _terms(operation, inputs)
+        error = (
+            values * gamma(terms + _FUSED, torch.float32) + terms * least
+            if terms
+            else torch.zeros_like(values)
+        )
+    else:
+        values = largest(operation.interval(inputs[0]))
+        if isinstance(operation, operations.Smooth | operations.Curved):
+            error = _ELEMENTARY * unit * torch.maximum(sizes[0], values) + least
+        elif isinstance(operation, operations.Piecewise):  # the points may be rounded
+            error = torch.full_like(values, 2 * unit * max(map(abs, operation.points), default=0.0))
+        else:  # returns one of its inputs, or zero
+            assert isinstance(operation, operations.ReLU | operations.MaxPool)
+            error = torch.zeros_like(values)
+    if node.computed == "float32 with probabilities":
+        # a softmax in float32 may map different logits to the same probability: others are further apart
+        error = error + _ELEMENTARY * unit * (values + 1 + math.log(node.shape.numel()))
+    # a sum that overflows in float32 is finite in double precision
+    return torch.where(values < torch.finfo(torch.float32).max / 2, error, torch.inf)
 
 
 def largest(x: operations.Interval) -> Tensor:
@@ -154,7 +282,7 @@ def _converted(node: Node, dtype: torch.dtype, device: torch.device | None) -> N
     if not changed:
         return node
     operation = type(node.operation)(**{**vars(node.operation), **changed})
-    return Node(operation, node.inputs, node.shape, node.place)
+    return replace(node, operation=operation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +301,8 @@ class Region:
     """centres of the balls, (n, *shape)"""
     norm: int | None = None
     radius: float = 0.0
+    free: Tensor | None = None
+    """mask of the values that may differ from the centre, which broadcasts to (n, *shape); None for all"""
 
     @property
     def box(self) -> operations.Interval:
@@ -188,15 +318,16 @@ class Region:
         rows = a.flatten(2)
         middle, radius = ((self.high + self.low) / 2).flatten(1), ((self.high - self.low) / 2).flatten(1)
         sizes = rows.abs()
-        spread = torch.stack((radius, middle.abs() + radius), 2)
-        products = sizes @ spread
-        least = (rows @ middle[:, :, None])[:, :, 0] - products[:, :, 0]
-        error = gamma(rows.shape[2] + 4, a.dtype) * products[:, :, 1]
+        spread = torch.stack((radius, middle.abs() + radius), 1)
+        products = spread @ sizes.transpose(1, 2)
+        least = operations.weighted(rows, middle) - products[:, 0]
+        error = gamma(rows.shape[2] + 4, a.dtype) * products[:, 1]
         if self.norm is None:
             return least - error
         centre = self.centre.flatten(1)
-        dual = rows.norm(dim=2) if self.norm == 2 else sizes.amax(2)
-        in_ball = (rows @ centre[:, :, None])[:, :, 0] - self.radius * dual * (
+        free = sizes if self.free is None else sizes * self.free.expand_as(self.low).flatten(1)[:, None]
+        dual = free.norm(dim=2) if self.norm == 2 else free.amax(2)
+        in_ball = operations.weighted(rows, centre) - self.radius * dual * (
             1 + gamma(rows.shape[2] + 4, a.dtype)
         )
         return torch.maximum(least, in_ball) - 2 * error
@@ -208,6 +339,7 @@ class Region:
         low, high, centre = (each[:, None] for each in (self.low, self.high, self.centre))
         if self.norm is None:
             return torch.where(a > 0, low, high)
+        a = a if self.free is None else a * self.free[:, None]
         if self.norm == 2:
             size = a.flatten(2).norm(dim=2).clamp(min=torch.finfo(a.dtype).tiny)
             step = a * (self.radius / size).reshape(*size.shape, *(1,) * (a.dim() - 2))
@@ -218,7 +350,14 @@ class Region:
 
     def of(self, rows: Tensor) -> "Region":
         """Return the regions of the examples with the given indices."""
-        return Region(self.low[rows], self.high[rows], self.centre[rows], self.norm, self.radius)
+        return Region(
+            self.low[rows], self.high[rows], self.centre[rows], self.norm, self.radius, self._free_of(rows)
+        )
+
+    def _free_of(self, rows: Tensor) -> Tensor | None:
+        if self.free is None or len(self.free) == 1:
+            return self.free
+        return self.free[rows]
 
     def to(self, dtype: torch.dtype) -> "Region":
         """Return the regions in another data type, rounded outwards."""
@@ -229,7 +368,7 @@ class Region:
         high = torch.where(
             high.to(self.high.dtype) < self.high, high.nextafter(torch.full_like(high, torch.inf)), high
         )
-        return Region(low, high, self.centre.to(dtype), self.norm, self.radius)
+        return Region(low, high, self.centre.to(dtype), self.norm, self.radius, self.free)
 
 
 def region_of(x: Inputs, constraint: Constraint, bounds: Bounds) -> Region:
@@ -262,7 +401,11 @@ def region_of(x: Inputs, constraint: Constraint, bounds: Bounds) -> Region:
             "an input is further outside of the bounds of the model than eps, so that the threat model allows no input "
             "in its place; check the bounds of the model with holdfast doctor"
         )
-    return Region(least, most, x, norm, 0.0 if norm is None else eps)
+    few = None if norm is None or bool(free.all()) else free
+    return Region(least, most, x, norm, 0.0 if norm is None else eps, few)
+
+
+AnyLines = operations.Lines | operations.PoolLines | operations.Planes | operations.SumLines
 
 
 @dataclass(eq=False)
@@ -275,7 +418,7 @@ class Relaxation:
     region: Region
     bounds: dict[int, operations.Interval] = field(default_factory=dict)
     """bounds of the values, by index"""
-    lines: dict[int, operations.Lines | operations.PoolLines] = field(default_factory=dict)
+    lines: dict[int, AnyLines] = field(default_factory=dict)
     """linear bounds of the nonlinear operations, by index"""
     errors: dict[int, Tensor] = field(default_factory=dict)
     """rounding error of the substitution of an operation per unit of its coefficients, (n, *shape), by index"""
@@ -297,13 +440,38 @@ class Relaxation:
             pending.extend(missing)
         return self.bounds[index]
 
-    def lines_of(self, index: int) -> operations.Lines | operations.PoolLines:
-        """Return the linear bounds of a nonlinear operation, computed from the bounds of its input."""
+    def lines_of(self, index: int) -> AnyLines:
+        """Return the linear bounds of a nonlinear operation, computed from the bounds of its inputs."""
         if index not in self.lines:
             node = self.graph.node(index)
-            assert isinstance(node.operation, operations.Activation | operations.MaxPool)
-            self.lines[index] = node.operation.lines(self.bound(node.inputs[0]))
+            inputs = [self.bound(i) for i in node.inputs]
+            if isinstance(node.operation, operations.Product):
+                self.lines[index] = node.operation.planes(*inputs)
+            else:
+                assert not isinstance(node.operation, operations.Linear)
+                self.lines[index] = node.operation.lines(*inputs)
         return self.lines[index]
+
+    def undefined(self, ids: Tensor) -> dict[int, str]:
+        """Return the first operation whose domain the bounds of an example leave, by the id of the example; `ids` (n)
+        are those of all examples.
+        """
+        left: dict[int, str] = {}
+        for node in self.graph.nodes:
+            if isinstance(node.operation, operations.Curved):
+                defined = node.operation.defined(self.bound(node.inputs[0])).flatten(1).all(1)
+                for id_ in ids[~defined].tolist():
+                    left.setdefault(id_, str(node))
+        return left
+
+    def moves(self, index: int) -> bool:
+        """Return whether an operation only moves values that no other operation uses, so that its substitution makes no
+        rounding error.
+        """
+        node = self.graph.node(index)
+        moves = isinstance(node.operation, operations.Linear) and not node.operation.terms
+        moves = moves and node.computed != "float32 with probabilities"
+        return moves and all(self.graph.uses[i] == 1 for i in node.inputs)
 
     def error_of(self, index: int) -> Tensor:
         """Return the rounding error of the substitution of an operation, per unit of its coefficients."""
@@ -313,27 +481,57 @@ class Relaxation:
 
     def _error(self, index: int) -> Tensor:
         node = self.graph.node(index)
+        inputs = [self.bound(i) for i in node.inputs]
+        error = self._error_of_bounds(index, [largest(each) for each in inputs])
+        return error if node.computed == "exact" else error + network_error(node, inputs)
+
+    def _error_of_bounds(self, index: int, sizes: Sequence[Tensor]) -> Tensor:
+        node = self.graph.node(index)
         operation, dtype = node.operation, self.region.low.dtype
-        sizes = [largest(self.bound(i)) for i in node.inputs]
         # the coefficients of an input are summed over the operations that use it
         sums = max(self.graph.uses[i] for i in node.inputs)
+        if isinstance(operation, operations.Scaled | operations.Sum):  # and over the copies of a value
+            smallest = min(self.graph.shape_of(i).numel() for i in node.inputs)
+            sums += node.shape.numel() // smallest - 1
         if isinstance(operation, operations.Linear):
             return ROUNDINGS * operation.magnitude_bound(*sizes) * gamma(operation.terms + 4 + sums, dtype)
         lines, n_values = self.lines_of(index), node.shape.numel()
+        if isinstance(operation, operations.Product):
+            assert isinstance(lines, operations.Planes)
+            # the slopes and the constants of any planes are at most those of the largest magnitudes
+            forward, backward = operation.terms([self.graph.shape_of(i) for i in node.inputs])
+            relative = gamma(backward + ROUNDINGS * forward + 2 * sums + 16, dtype)
+            return relative * operation.magnitude_bound(*sizes) + gamma(n_values + 8, dtype) * lines.spread
+        if isinstance(operation, operations.ExponentialSum):
+            # with the rounding errors of the differences, whose inputs get the coefficients
+            assert isinstance(lines, operations.SumLines)
+            (source,) = self.graph.node(node.inputs[0]).inputs
+            differences = operations.Differences(node.shape[-1])
+            sizes_of = differences.magnitude_bound(largest(self.bound(source)))
+            moved = (torch.maximum(lines.lower_slope, lines.upper_slope) * sizes_of).sum(-1)
+            terms = 2 * node.shape[-1] + 12 + self.graph.uses[source]
+            offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
+            # a coefficient of an infinite offset proves nothing without an error, too
+            return gamma(terms, dtype) * moved + gamma(n_values, dtype) * offsets.nan_to_num(posinf=0.0)
         if isinstance(lines, operations.PoolLines):
-            slopes = lines.upper + lines.lower
+            weights = lines.upper + lines.lower
             assert isinstance(operation, operations.MaxPool)
-            moved = (slopes * operation.windows(sizes[0])).sum(-1)
+            moved = (weights * operation.windows(sizes[0])).sum(-1)
             return (
-                gamma(slopes.shape[-1] + 4 + sums, dtype) * moved
+                gamma(weights.shape[-1] + 4 + sums, dtype) * moved
                 + gamma(n_values, dtype) * lines.upper_offset.abs()
             )
+        assert isinstance(lines, operations.Lines)
         offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
         # the products with the slopes, and the rounding of the slopes themselves
         if isinstance(operation, operations.ReLU):  # any slope from 0 to 1 may be chosen
             return gamma(8 + sums, dtype) * sizes[0] + gamma(n_values, dtype) * offsets
-        slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
-        return gamma(8 + sums, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
+        assert isinstance(operation, operations.Activation)
+        # any slope between the smallest and the largest one may be chosen
+        slopes = largest(operation.slope_range(self.bound(node.inputs[0])))
+        # the size may be infinite where the slope is zero
+        moved = torch.where(slopes == 0, 0.0, slopes * sizes[0])
+        return gamma(8 + sums, dtype) * moved + gamma(n_values, dtype) * (offsets + 2 * moved)
 
     def of(self, rows: Tensor) -> "Relaxation":
         """Return the relaxation for some examples, given by their indices."""

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from holdfast.attacks.parts.losses import leeway
 from holdfast.certifiers.bounds import operations
 from holdfast.certifiers.bounds.graph import Graph, Node, gamma, region_of
-from holdfast.certifiers.bounds.operators import TRANSLATIONS, TracedValue, Translator
+from holdfast.certifiers.bounds.operators import TRANSLATIONS
 from holdfast.certifiers.bounds.tracing import traced
+from holdfast.certifiers.bounds.translator import TracedValue, Translator
 from holdfast.certifiers.objectives import margin_rows
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.core.batch import Batch

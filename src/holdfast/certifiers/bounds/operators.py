@@ -1,273 +1,181 @@
-"""The ATen operations that have sound bounds, and the translation of recorded ones into operations of a graph."""
+"""The ATen operations that have sound bounds: a table of their translations into operations of a graph."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from holdfast.certifiers.bounds import operations
-from holdfast.certifiers.bounds.graph import Graph, Node, Operation
-from holdfast.core.errors import NoBounds, UsageError
+from holdfast.certifiers.bounds.functions import FUNCTIONS, smooth
+from holdfast.certifiers.bounds.images import IMAGES
+from holdfast.certifiers.bounds.translator import (
+    TracedValue,
+    Translation,
+    Translator,
+    applied,
+    constant,
+    constant_of,
+    featured,
+    in_recorded_shape,
+    leads,
+    operation_name,
+    scalar,
+    scaled,
+    shape_of_example,
+    shifted,
+)
+from holdfast.core.errors import UsageError
 
-ROWS = 3
-"""number of example inputs with which a model is traced; no value but the batch is likely to have this size"""
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
-"""folders of code that is not the user's"""
-
-
-@dataclass(frozen=True)
-class TracedValue:
-    """A value during the translation: an index of a node of the graph, or a constant tensor or number."""
-
-    node: int | None
-    constant: Any = None
-
-
-class Translator:
-    """Translates recorded operations into those of a graph, with a table of the known operations."""
-
-    def __init__(
-        self, recorded: fx.GraphModule, shape: torch.Size, table: "Mapping[str, Translation]"
-    ) -> None:
-        self.table = table
-        self.recorded = recorded
-        self.shape = shape
-        self.nodes: list[Node] = []
-        self.values: dict[fx.Node, TracedValue] = {}
-        self.current: fx.Node | None = None
-
-    def graph(self, output: fx.Node) -> Graph:
-        """Return the graph of all recorded operations on which a node with the logits depends."""
-        for node in self.recorded.graph.nodes:
-            self.current = node
-            if node.op == "placeholder":
-                self.values[node] = TracedValue(0)
-            elif node.op == "get_attr":
-                self.values[node] = TracedValue(None, _attribute(self.recorded, node.target))
-            elif node.op == "call_function":
-                self.values[node] = self._called(node)
-            if node is output:
-                break
-        value = self.values[output]
-        if value.node is None:
-            raise UsageError(
-                "the outputs of the model do not depend on its inputs; check with holdfast doctor that the model is "
-                "the trained one"
-            )
-        if value.node == 0:
-            raise UsageError(
-                "the model has no operation, so that nothing is to be proved; check it with holdfast doctor"
-            )
-        return _pruned(Graph(self.shape, tuple(self.nodes[: value.node])))
-
-    def _called(self, node: fx.Node) -> TracedValue:
-        args = [self._value(arg) for arg in node.args]
-        kwargs = {name: self._value(arg) for name, arg in node.kwargs.items()}
-        if not any(_varies(arg) for arg in (*args, *kwargs.values())):
-            given = [constant_of(arg) for arg in args]
-            constant = node.target(*given, **{name: constant_of(arg) for name, arg in kwargs.items()})  # type: ignore[operator]
-            return TracedValue(None, constant)
-        name = operation_name(node.target)
-        if name == "getitem":
-            source, index = args
-            chosen: TracedValue = source.constant[index.constant]
-            return chosen
-        translate = self.table.get(name)
-        if translate is None:
-            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-            raise self.refused(f"the operation {name}", registrable=pointwise)
-        return translate(self, *args, **kwargs)
-
-    def _value(self, arg: Any) -> TracedValue:
-        if isinstance(arg, fx.Node):
-            return self.values[arg]
-        if isinstance(arg, list | tuple) and any(isinstance(each, fx.Node) for each in arg):
-            return TracedValue(None, [self._value(each) for each in arg])
-        return TracedValue(None, arg)
-
-    def add(self, operation: Operation, *inputs: TracedValue) -> TracedValue:
-        """Add an operation to the graph, and return its value."""
-        assert self.current is not None
-        value = self.current.meta.get("val")
-        shape = value.shape if isinstance(value, Tensor) else self.current.meta["val"][0].shape
-        if shape == (ROWS,):
-            raise self.refused(
-                "an operation whose result is one number for each example and has no dimension for features, as "
-                "x[:, 0] (x[:, :1] has one)"
-            )
-        if len(shape) < 2 or shape[0] != ROWS:
-            raise self.refused(
-                "an operation whose result does not have the batch as its first and features as further dimensions"
-            )
-        indices = tuple(value.node for value in inputs if value.node is not None)
-        self.nodes.append(Node(operation, indices, torch.Size(shape[1:]), self.place()))
-        return TracedValue(len(self.nodes))
-
-    def shape_of(self, value: TracedValue) -> torch.Size:
-        """Return the shape of a value of the graph for one example."""
-        assert value.node is not None
-        return self.shape if value.node == 0 else self.nodes[value.node - 1].shape
-
-    def place(self) -> str:
-        """Return the place in the user's code of the present operation."""
-        assert self.current is not None
-        lines = (self.current.meta.get("stack_trace") or "").splitlines()
-        places = [
-            (line.strip(), code.strip())
-            for line, code in pairwise(lines)
-            if line.strip().startswith("File ") and not any(other in line for other in (*LIBRARIES, '"<'))
-        ]
-        if not places:
-            return ""
-        where, code = places[-1]
-        return f"{where.removeprefix('File ')}: {code}"
-
-    def refused(self, what: str, *, registrable: bool = False) -> NoBounds:
-        """Return the error for an operation without sound bounds, with its place in the user's code. Functions of
-        single values are `registrable`.
-        """
-        place = self.place()
-        register = ", or register its bounds with holdfast.certifiers.register" if registrable else ""
-        return NoBounds(
-            f"no sound bounds are known for {what}{f', at {place}' if place else ''}; replace it{register}"
-        )
-
-
-def _attribute(module: nn.Module, target: str) -> Tensor:
-    value: Any = module
-    for name in target.split("."):
-        value = getattr(value, name)
-    tensor: Tensor = value
-    return tensor
-
-
-def _varies(value: TracedValue) -> bool:
-    if value.node is not None:
-        return True
-    content = value.constant
-    return isinstance(content, list | tuple) and any(
-        isinstance(each, TracedValue) and _varies(each) for each in content
-    )
-
-
-def operation_name(target: Any) -> str:
-    """Name of an operation without its overload, such as `aten.add`."""
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target._schema.name.partition('::')[2]}"
-    return str(getattr(target, "__name__", target))
-
-
-def _pruned(graph: Graph) -> Graph:
-    """The graph without operations on which the logits do not depend."""
-    needed = {graph.output}
-    for index in range(graph.output, 0, -1):
-        if index in needed:
-            needed.update(graph.node(index).inputs)
-    kept = [index for index in range(1, graph.output + 1) if index in needed]
-    places = {0: 0} | {index: place for place, index in enumerate(kept, 1)}
-    nodes = (graph.node(index) for index in kept)
-    return Graph(
-        graph.shape,
-        tuple(Node(n.operation, tuple(places[i] for i in n.inputs), n.shape, n.place) for n in nodes),
-    )
-
-
-Translation = Callable[..., TracedValue]
-"""function of a translator and the arguments of an operation, which adds the operation to the graph and returns its
-value"""
-
-
-def constant_of(value: TracedValue) -> Any:
-    """Return the constant of a value, with the constants of the values in a list."""
-    content = value.constant
-    if isinstance(content, list | tuple) and any(isinstance(each, TracedValue) for each in content):
-        return [constant_of(each) for each in content]
-    return content
-
-
-# default arguments of ATen operations
-_ONE = TracedValue(None, 1)
-_FIRST = TracedValue(None, 0)
-_ZERO = TracedValue(None, 0.0)
-_LEAK = TracedValue(None, 0.01)
-_ABSENT = TracedValue(None)
-_MINUS_ONE = TracedValue(None, -1.0)
-_PLUS_ONE = TracedValue(None, 1.0)
-_NO_PADDING = TracedValue(None, [0, 0])
-_DENSE_WINDOW = TracedValue(None, [1, 1])
-_NO = TracedValue(None, False)
-
-
-def _without_batch(constant: Any, shape: torch.Size) -> Tensor:
-    """A constant as a tensor that broadcasts to a value of the given shape for one example."""
-    tensor = torch.as_tensor(constant)
-    if tensor.dim() == len(shape) + 1:
-        if tensor.shape[0] != 1 and not bool((tensor == tensor[:1]).all()):
-            raise ValueError("constant differs between the examples of a batch")
-        return tensor[0]
-    return tensor
+# default arguments of the operations
+_ABSENT, _NO, _FIRST, _LAST, _ONE, _TWO = (TracedValue(None, each) for each in (None, False, 0, -1, 1, 2))
 
 
 def _add(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
     factor = float(alpha.constant)
     if a.node is not None and b.node is not None:
-        return to.add(operations.Sum(factor), a, b)
+        return to.add(operations.Sum(factor), to.aligned(a, to.out), to.aligned(b, to.out))
     if a.node is not None:
-        return to.add(operations.Scaled(None, factor * _constant(to, b, a)), a)
-    scale = None if factor == 1 else torch.tensor(factor, dtype=_dtype(a))
-    return to.add(operations.Scaled(scale, _constant(to, a, b)), b)
-
-
-def _dtype(value: TracedValue) -> torch.dtype:
-    return value.constant.dtype if isinstance(value.constant, Tensor) else torch.float32
-
-
-def _constant(to: Translator, value: TracedValue, beside: TracedValue) -> Tensor:
-    try:
-        tensor = _without_batch(value.constant, to.shape_of(beside))
-    except ValueError as error:
-        raise to.refused(
-            "an operation with a constant that differs between the examples of a batch"
-        ) from error
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+        return shifted(to, a, factor * constant(to, b))
+    scale = None if factor == 1 else scalar(to, factor)
+    return scaled(to, b, scale, constant(to, a))
 
 
 def _sub(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
     factor = float(alpha.constant)
     if a.node is not None and b.node is not None:
-        return to.add(operations.Sum(-factor), a, b)
+        return to.add(operations.Sum(-factor), to.aligned(a, to.out), to.aligned(b, to.out))
     if a.node is not None:
-        return to.add(operations.Scaled(None, -factor * _constant(to, b, a)), a)
-    return to.add(operations.Scaled(torch.tensor(-factor, dtype=_dtype(a)), _constant(to, a, b)), b)
+        return scaled(to, a, None, -factor * constant(to, b))
+    return scaled(to, b, scalar(to, -factor), constant(to, a))
 
 
 def _mul(to: Translator, a: TracedValue, b: TracedValue) -> TracedValue:
     if a.node is not None and b.node is not None:
-        raise to.refused("the product of two values that both depend on the input")
-    varying, constant = (a, b) if a.node is not None else (b, a)
-    return to.add(operations.Scaled(_constant(to, constant, varying), None), varying)
+        if a == b:
+            return to.add(_power(2.0), a)
+        return _product(to, a, b)
+    varying, factor = (a, b) if a.node is not None else (b, a)
+    return scaled(to, varying, constant(to, factor), None)
+
+
+def _product(to: Translator, a: TracedValue, b: TracedValue) -> TracedValue:
+    """The products of single values, with broadcasting."""
+    out, first = to.out, 1 if leads(to.out) else 0
+    names = ascii_lowercase[: len(out)]
+    factors, own = [], []
+    for value in (a, b):
+        padded = (*(1,) * (len(out) - value.rank), *value.shape)
+        kept = [i for i in range(first, len(out)) if padded[i] == out[i]]
+        factor = to.exactly(value, [padded[i] for i in kept])
+        if not kept:  # one number
+            kept = [len(out) - 1]
+            copies = operations.Nonnegative(partial(_copied, shape=(out[-1],)), out[-1])
+            factor = to.add(copies, factor, shape=(1, out[-1]))
+        factors.append(factor)
+        own.append("".join(names[i] for i in kept))
+    return _multiplied(to, f"{own[0]},{own[1]}->{names[first:]}", factors)
+
+
+def _multiplied(to: Translator, equation: str, factors: Sequence[TracedValue]) -> TracedValue:
+    known = [i for i, each in enumerate(factors) if _nonnegative(to, each.node)]
+    return to.add(operations.Product(equation, known[0] if len(known) == 1 else None), *factors)
+
+
+def _nonnegative(to: Translator, index: int | None) -> bool:
+    """Whether a value of the graph has no negative numbers, as the output of a sigmoid or a softmax."""
+    while index:
+        node = to.nodes[index - 1]
+        operation = node.operation
+        if isinstance(operation, operations.Smooth):
+            return operation.function is torch.sigmoid
+        if isinstance(operation, operations.ReLU | operations.ExponentialSum):
+            return True
+        if isinstance(operation, operations.Curved) and operation is not _RECIPROCAL:
+            return operation.turns or operation in (operations.EXPONENTIAL, _ROOT, _RECIPROCAL_ROOT)
+        moves = operation is _RECIPROCAL or isinstance(operation, operations.Nonnegative)
+        if isinstance(operation, operations.Scaled) and operation.offset is None:
+            moves = operation.scale is None or bool((operation.scale >= 0).all())
+        if not moves or len(node.inputs) > 1:
+            return False
+        index = node.inputs[0]
+    return False
 
 
 def _div(to: Translator, a: TracedValue, b: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    if b.node is not None or kwargs:
-        raise to.refused("the division by a value that depends on the input")
-    return to.add(operations.Scaled(1 / _constant(to, b, a), None), a)
+    if kwargs:
+        raise to.refused("a division with rounding")
+    if b.node is None:
+        return scaled(to, a, 1 / constant(to, b), None)
+    if a.node is not None and _is_one_plus_magnitude(to, b.node, a.node):
+        return to.add(operations.Smooth(F.softsign, 2.0), a)  # as torch computes softsign
+    return _mul(to, a, to.add(_RECIPROCAL, b, shape=b.shape))
+
+
+def _is_one_plus_magnitude(to: Translator, index: int, of: int) -> bool:
+    """Whether a node is 1 + |x| for the node x."""
+    node = to.nodes[index - 1] if index else None
+    if node is None or not isinstance(node.operation, operations.Scaled):
+        return False
+    scale, offset = node.operation.scale, node.operation.offset
+    return scale is None and bool((offset == 1).all()) and to.magnitudes.get(node.inputs[0]) == of  # type: ignore[union-attr]
+
+
+def _power(exponent: float) -> operations.Curved:
+    """A power with a constant exponent."""
+    whole, even = exponent == round(exponent), exponent % 2 == 0
+    positive = exponent > 1 or exponent < 0
+    return operations.Curved(
+        partial(torch.pow, exponent=exponent),
+        partial(_slope_of_power, exponent=exponent),
+        below=0 if not whole else 1 if even else -1 if positive else 0,
+        above=1 if positive else -1,
+        at_zero=exponent > 0,
+        turns=even and exponent > 0,
+    )
+
+
+def _slope_of_power(x: Tensor, exponent: float) -> Tensor:
+    return exponent * x.pow(exponent - 1)
+
+
+_RECIPROCAL = operations.Curved(torch.reciprocal, lambda x: -x.pow(-2), below=-1, above=1, at_zero=False)
+
+
+_LOGARITHM = operations.Curved(torch.log, torch.reciprocal, below=0, above=-1, at_zero=False)
+
+
+_ROOT = operations.Curved(torch.sqrt, lambda x: 0.5 * x.rsqrt(), below=0, above=-1, at_zero=True)
+
+
+_RECIPROCAL_ROOT = operations.Curved(
+    torch.rsqrt, lambda x: -0.5 * x.pow(-1.5), below=0, above=1, at_zero=False
+)
+
+
+def _curved(operation: operations.Curved) -> Translation:
+    def translate(to: Translator, x: TracedValue) -> TracedValue:
+        return to.add(operation, x)
+
+    return translate
+
+
+def _pow(to: Translator, x: TracedValue, exponent: TracedValue) -> TracedValue:
+    if x.node is None or exponent.node is not None or torch.as_tensor(exponent.constant).numel() != 1:
+        raise to.refused("a power with an exponent that is no constant number")
+    number = float(exponent.constant)
+    if number == 0:
+        raise to.refused("a power with the exponent 0")
+    return to.reshaped(x, to.out) if number == 1 else to.add(_power(number), x)
 
 
 def _neg(to: Translator, x: TracedValue) -> TracedValue:
-    return to.add(operations.Scaled(torch.tensor(-1.0), None), x)
-
-
-def _t(matrix: TracedValue) -> Tensor:
-    tensor: Tensor = matrix.constant
-    return tensor
+    return to.add(operations.Scaled(scalar(to, -1.0), None), x)
 
 
 def _addmm(
@@ -279,34 +187,121 @@ def _addmm(
     beta: TracedValue = _ONE,
     alpha: TracedValue = _ONE,
 ) -> TracedValue:
-    if x.node is None or weight.node is not None or bias.node is not None:
-        raise to.refused("a matrix product of two values that both depend on the input")
-    matrix, offset = _t(weight).t() * alpha.constant, _t(bias) * beta.constant
-    if offset.dim() > 1:
-        if not bool((offset == offset[:1]).all()):
-            raise to.refused("an offset that differs between the examples of a batch")
-        offset = offset[0]
-    return to.add(operations.Dense(matrix.contiguous(), offset.expand(matrix.shape[0]).contiguous()), x)
+    if beta.constant != 1 or alpha.constant != 1:
+        raise to.refused("a matrix product with factors")
+    if weight.node is None and bias.node is None and bias.constant.dim() == 1:
+        offset = bias.constant.expand(weight.constant.shape[1]).contiguous()
+        return to.add(operations.Dense(weight.constant.t().contiguous(), offset), x)
+    if x.node is None and weight.node is None:
+        product: Tensor = x.constant @ weight.constant
+        return _add(to, bias, TracedValue(None, product))
+    return _add(to, _mm(to, x, weight), bias)
 
 
 def _mm(to: Translator, x: TracedValue, weight: TracedValue) -> TracedValue:
-    if x.node is None or weight.node is not None:
-        raise to.refused("a matrix product of two values that both depend on the input")
-    return to.add(operations.Dense(_t(weight).t().contiguous(), None), x)
+    """A product of two matrices, or of two stacks of matrices."""
+    if x.node is not None and weight.node is None and x.rank == 2:
+        return to.add(operations.Dense(weight.constant.t().contiguous(), None), x)
+    # without a first dimension of 1 of the result
+    left, right, out = ("ik", "kj", "ij") if len(to.out) == 2 else ("bik", "bkj", "bij")
+    dropped = out[0] if leads(to.out) else ""
+    factors, names = [], []
+    for value, own in ((x, left), (weight, right)):
+        shape = [size for size, name in zip(_recorded_shape(value), own, strict=True) if name != dropped]
+        constant = value.node is None
+        factors.append(
+            TracedValue(None, value.constant.reshape(shape)) if constant else to.exactly(value, shape)
+        )
+        names.append(own.replace(dropped, "") if dropped else own)
+    result = out.replace(dropped, "") if dropped else out
+    if x.node is not None and weight.node is not None:
+        return _multiplied(to, f"{names[0]},{names[1]}->{result}", factors)
+    varying = 0 if x.node is not None else 1
+    equation = f"{names[varying]},{names[1 - varying]}->{result}"
+    return to.add(operations.Contracted(equation, factors[1 - varying].constant), factors[varying])
 
 
-def _convolution(
-    to: Translator, x: TracedValue, weight: TracedValue, bias: TracedValue, *settings: TracedValue
+def _mv(to: Translator, x: TracedValue, vector: TracedValue) -> TracedValue:
+    if x.node is None or vector.node is not None:
+        raise to.refused("a product of a matrix with a vector that depends on the input")
+    row = operations.Dense(vector.constant[None].contiguous(), None)
+    return to.reshaped(to.add(row, x, shape=(*x.shape[:-1], 1)), to.out)
+
+
+def _baddbmm(
+    to: Translator,
+    bias: TracedValue,
+    x: TracedValue,
+    weight: TracedValue,
+    *,
+    beta: TracedValue = _ONE,
+    alpha: TracedValue = _ONE,
 ) -> TracedValue:
-    stride, padding, dilation, transposed, _, groups = (each.constant for each in settings)
-    if x.node is None or weight.node is not None:
-        raise to.refused("a convolution with a kernel that depends on the input")
-    if transposed:
-        raise to.refused("a transposed convolution")
-    kernel, offset = _t(weight), None if bias.constant is None else _t(bias)
-    return to.add(
-        operations.Convolution(kernel, offset, tuple(stride), tuple(padding), tuple(dilation), int(groups)), x
-    )
+    if alpha.constant != 1:
+        raise to.refused("a matrix product with factors")
+    product = _mm(to, x, weight)
+    if not beta.constant:
+        return product
+    return _add(to, product, bias, alpha=beta)
+
+
+def _sum_of_exponentials(to: Translator, x: TracedValue) -> TracedValue:
+    """The sums of exp(x_j - x_i) over the values j along the last dimension, for each value i."""
+    shape, size = to.shape_of(x), x.shape[-1]
+    pairs = (1, *shape, size)
+    differences = to.add(operations.Differences(size), x, shape=pairs)
+    absent = None if x.absent is None else x.absent.reshape(shape)[..., None, :]
+    return to.add(operations.ExponentialSum(absent), differences, shape=(1, *shape))
+
+
+def _along_last(
+    to: Translator, x: TracedValue, dim: int, function: Callable[[TracedValue], TracedValue]
+) -> TracedValue:
+    """A function of values along the last dimension, applied to another one."""
+    place = dim % x.rank
+    if place == x.rank - 1:
+        return to.reshaped(function(x), to.out)
+    moved = _exchanged(to, x, place)
+    return _exchanged(to, replace(function(moved), shape=moved.shape), place)
+
+
+def _exchanged(to: Translator, x: TracedValue, place: int) -> TracedValue:
+    """A value with one dimension and the last one exchanged."""
+    shape = [*x.shape]
+    shape[place], shape[-1] = shape[-1], shape[place]
+    absent = None if x.absent is None else x.absent.transpose(place, -1)
+
+    def function(before: int) -> Callable[[Tensor], Tensor]:
+        return partial(torch.transpose, dim0=place + before, dim1=-1)
+
+    return replace(featured(to, x, function, keeps_first=place > 0, out=shape), absent=absent)
+
+
+def _softmax(to: Translator, x: TracedValue, dim: TracedValue, *_: TracedValue) -> TracedValue:
+    """The softmax as 1 / sum_j exp(x_j - x_i)."""
+
+    def of_last(x: TracedValue) -> TracedValue:
+        recorded = (1, *to.shape_of(x))
+        value = to.add(_RECIPROCAL, _sum_of_exponentials(to, x), shape=recorded)
+        if x.absent is not None:
+            kept = (~x.absent).reshape(to.shape_of(x)).to(torch.get_default_dtype())
+            value = to.add(operations.Scaled(kept, None), value, shape=recorded)
+        return value
+
+    return _along_last(to, x, dim.constant, of_last)
+
+
+def _log_softmax(to: Translator, x: TracedValue, dim: TracedValue, *_: TracedValue) -> TracedValue:
+    """The logarithm of the softmax as -log sum_j exp(x_j - x_i)."""
+    if x.absent is not None:
+        raise to.refused("log_softmax on values of minus infinity")
+
+    def of_last(x: TracedValue) -> TracedValue:
+        recorded = (1, *to.shape_of(x))
+        value = to.add(_LOGARITHM, _sum_of_exponentials(to, x), shape=recorded)
+        return to.add(operations.Scaled(scalar(to, -1.0), None), value, shape=recorded)
+
+    return _along_last(to, x, dim.constant, of_last)
 
 
 def _batch_norm(
@@ -319,252 +314,388 @@ def _batch_norm(
     *settings: TracedValue,
 ) -> TracedValue:
     *training, _, eps = settings
-    if any(bool(each.constant) for each in training):
-        raise to.refused("batch norm in training mode")
-    scale = torch.rsqrt(_t(var) + eps.constant)
+    shape = (-1, *(1,) * (x.rank - 2))
+    if any(bool(each.constant) for each in training):  # of one example, such as instance norm
+        if x.shape[0] != 1:
+            raise to.refused("a batch norm that computes its statistics from the batch")
+        return _normalised(to, x, x.shape[1], eps, weight, bias, shape)
+    scale = torch.rsqrt(var.constant + eps.constant)
     if weight.constant is not None:
-        scale = scale * _t(weight)
-    shape = (-1, *(1,) * (len(to.shape_of(x)) - 1))
+        scale = scale * weight.constant
     # in two steps, because the offset bias - mean * scale would have a rounding error that is not bounded
-    centred = to.add(operations.Scaled(None, -_t(mean).reshape(shape)), x)
-    offset = None if bias.constant is None else _t(bias).reshape(shape)
+    centred = to.add(operations.Scaled(None, -mean.constant.reshape(shape)), x)
+    offset = None if bias.constant is None else bias.constant.reshape(shape)
     value = to.add(operations.Scaled(scale.reshape(shape), offset), centred)
     return TracedValue(None, (value, None, None))
 
 
+def _normalised(
+    to: Translator,
+    x: TracedValue,
+    rows: int,
+    eps: TracedValue,
+    weight: TracedValue,
+    bias: TracedValue,
+    shape: Sequence[int],
+) -> TracedValue:
+    """The normalisation of each of some rows of values by their mean and their variance. `shape` is the one of weight
+    and bias.
+    """
+    size, first = x.shape.numel() // rows, len(to.nodes)
+    whole, one = (1, rows, size), (1, rows)
+    centred = to.add(operations.Centred(size), to.exactly(x, whole[1:]), shape=whole)
+    squares = to.add(_power(2.0), centred, shape=whole)
+    mean = _reduction(whole[1:], [2], one[1:], mean=True)
+    shifted = operations.Scaled(None, torch.tensor(float(eps.constant), dtype=torch.float64))
+    variance = to.add(shifted, to.add(mean, squares, shape=one), shape=one)
+    inverse = to.add(_RECIPROCAL_ROOT, variance, shape=one)
+    # no centred value exceeds the root of size - 1 times the standard deviation
+    product = operations.Product("ab,a->ab", 1, math.sqrt(size - 1) * (1 + 1e-6))
+    value = to.reshaped(to.add(product, centred, inverse, shape=whole), to.out)
+    scale, offset = (
+        None if each.constant is None else each.constant.reshape(shape) for each in (weight, bias)
+    )
+    if scale is not None or offset is not None:
+        value = to.add(operations.Scaled(scale, offset), value)
+    # a variance in float32 may be computed with other sums
+    to.nodes[first:] = [replace(node, inexact=True) for node in to.nodes[first:]]
+    return TracedValue(None, (value, None, None))
+
+
+def _layer_norm(
+    to: Translator,
+    x: TracedValue,
+    shape: TracedValue,
+    weight: TracedValue,
+    bias: TracedValue,
+    eps: TracedValue,
+) -> TracedValue:
+    rows = x.shape.numel() // math.prod(shape.constant)
+    return _normalised(to, x, rows, eps, weight, bias, shape.constant)
+
+
+def _group_norm(
+    to: Translator,
+    x: TracedValue,
+    weight: TracedValue,
+    bias: TracedValue,
+    n: TracedValue,
+    _channels: TracedValue,
+    _values: TracedValue,
+    groups: TracedValue,
+    eps: TracedValue,
+) -> TracedValue:
+    shape = (-1, *(1,) * (x.rank - 2))
+    return _normalised(to, x, n.constant * groups.constant, eps, weight, bias, shape)
+
+
 def _viewed(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     """An operation that only changes the shape."""
-    assert to.current is not None
-    shape = to.current.meta["val"].shape
-    if shape[0] != ROWS:
-        raise to.refused(
-            "a change of shape that joins the dimension of the batch with others, as in torch.einsum, or in a linear "
-            "layer for inputs of shape (batch, tokens, features)"
-        )
-    return to.add(operations.Nonnegative(partial(_reshaped, shape=tuple(shape[1:]))), x)
+    absent = None if x.absent is None else x.absent.reshape(to.out)
+    return replace(to.reshaped(x, to.out), absent=absent)
 
 
-def _reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return x.reshape(len(x), *shape)
+def _expanded(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
+    """Copies of a value along dimensions."""
+    x = to.aligned(x, to.out)
+    out = tuple(shape_of_example(to.out))
+    if to.shape_of(x) == out:
+        return TracedValue(x.node, shape=to.out)
+    copies = math.prod(out) // to.shape_of(x).numel()
+    return to.add(operations.Nonnegative(partial(_copied, shape=out), copies), x)
 
 
-def _moved(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    """An operation that moves, copies or omits values, and keeps the batch as its first dimension."""
-    assert to.current is not None
-    name, rank = operation_name(to.current.target), len(to.shape_of(x)) + 1
-    permuted = name == "aten.permute" and args[0].constant[0] % rank != 0
-    if permuted or (name == "aten.transpose" and any(each.constant % rank == 0 for each in args)):
-        raise to.refused("an operation that moves the batch dimension")
-    return to.add(operations.Nonnegative(_called_with(to, args, kwargs)), x)
+def _copied(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.expand(len(x), *shape)
 
 
-def _called_with(
-    to: Translator, args: tuple[TracedValue, ...], kwargs: Mapping[str, TracedValue]
-) -> Callable[[Tensor], Tensor]:
-    assert to.current is not None
-    return partial(
-        _apply,
-        function=to.current.target,
-        args=tuple(constant_of(arg) for arg in args),
-        kwargs={name: constant_of(arg) for name, arg in kwargs.items()},
+def _permuted(to: Translator, x: TracedValue, dims: TracedValue) -> TracedValue:
+    order = [dim % x.rank for dim in dims.constant]
+    wide = [dim for dim in order if x.shape[dim] != 1]
+    if wide == sorted(wide):
+        return to.reshaped(x, to.out)
+
+    def function(before: int) -> Callable[[Tensor], Tensor]:
+        return partial(torch.permute, dims=[*range(before), *(dim + before for dim in order)])
+
+    return featured(to, x, function, keeps_first=order[0] == 0)
+
+
+def _transposed(to: Translator, x: TracedValue, first: TracedValue, second: TracedValue) -> TracedValue:
+    order = list(range(x.rank))
+    a, b = first.constant % x.rank, second.constant % x.rank
+    order[a], order[b] = b, a
+    return _permuted(to, x, TracedValue(None, order))
+
+
+def _matrix_transposed(to: Translator, x: TracedValue) -> TracedValue:
+    return _permuted(to, x, TracedValue(None, [*reversed(range(x.rank))]))
+
+
+def _of_dimension(
+    to: Translator, x: TracedValue, dim: TracedValue = _FIRST, *args: TracedValue, **kwargs: TracedValue
+) -> TracedValue:
+    """An operation that chooses or moves values along one dimension or several."""
+    several = isinstance(dim.constant, list | tuple)
+    dims = [each % x.rank for each in (dim.constant if several else [dim.constant])]
+
+    def function(before: int) -> Callable[[Tensor], Tensor]:
+        assert to.current is not None
+        places = [each + before for each in dims]
+        given = (places if several else places[0], *(constant_of(arg) for arg in args))
+        settings = {name: constant_of(arg) for name, arg in kwargs.items()}
+        return partial(applied, function=to.current.target, args=given, kwargs=settings)
+
+    return featured(to, x, function, keeps_first=0 not in dims)
+
+
+def _part(to: Translator, x: TracedValue, dim: int, start: int, length: int) -> TracedValue:
+    """Some values along a dimension."""
+
+    def function(before: int) -> Callable[[Tensor], Tensor]:
+        return partial(torch.narrow, dim=dim + before, start=start, length=length)
+
+    shape = [*x.shape]
+    shape[dim] = length
+    return featured(to, x, function, keeps_first=dim > 0, out=shape)
+
+
+def _split(to: Translator, x: TracedValue, sizes: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
+    place = dim.constant % x.rank
+    total, each = x.shape[place], sizes.constant
+    lengths = (
+        each if isinstance(each, list | tuple) else [min(each, total - i) for i in range(0, total, each)]
+    )
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return TracedValue(
+        None, [_part(to, x, place, start, length) for start, length in zip(starts, lengths, strict=True)]
     )
 
 
-def _apply(x: Tensor, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    y: Tensor = function(x, *args, **kwargs)
-    return y
-
-
-def _of_features(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    """An operation along one dimension, which must not be the batch."""
-    dims = args[0].constant if args else 0
-    rank = len(to.shape_of(x)) + 1
-    if any(dim % rank == 0 for dim in (dims if isinstance(dims, list | tuple) else [dims])):
-        raise to.refused("an operation along the batch dimension")
-    return _moved(to, x, *args, **kwargs)
+def _unbound(to: Translator, x: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
+    place = dim.constant % x.rank
+    shape = [size for i, size in enumerate(x.shape) if i != place]
+    return TracedValue(None, [to.reshaped(_part(to, x, place, i, 1), shape) for i in range(x.shape[place])])
 
 
 def _reduced(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    """A sum or a mean over dimensions of the features."""
-    rank = len(to.shape_of(x)) + 1
-    dims = args[0].constant if args else None
-    chosen = range(rank) if not dims else [dim % rank for dim in dims]
-    if 0 in chosen:
-        raise to.refused("a sum over the batch dimension")
-    terms = 1
-    for dim in chosen:
-        terms *= to.shape_of(x)[dim - 1]
-    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
-
-
-def _average_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    window = args[0].constant
-    terms = 1
-    for size in window if isinstance(window, list | tuple) else [window]:
-        terms *= size
-    if len(args) > 5 and (args[5].constant or 1) < 0:
-        raise to.refused("average pooling with a negative divisor")
-    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
-
-
-def _adaptive_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    terms = 1
-    for size in to.shape_of(x)[1:]:
-        terms *= size
-    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
-
-
-def _resized(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    """Images in another size by nearest or bilinear interpolation, whose weights are not negative."""
+    """A sum or a mean over dimensions."""
     assert to.current is not None
-    sizes = zip(to.shape_of(x)[1:], to.current.meta["val"].shape[2:], strict=True)
-    # each value is part of so many results at most
-    terms = math.prod(2 * math.ceil(after / before) for before, after in sizes)
-    return to.add(operations.Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
+    given = args[0].constant if args else None
+    keep = len(args) > 1 and bool(args[1].constant)
+    return _summed(to, x, given, keep=keep, mean=operation_name(to.current.target) == "aten.mean")
+
+
+def _summed(
+    to: Translator, x: TracedValue, given: Sequence[int] | None, *, keep: bool, mean: bool = False
+) -> TracedValue:
+    """The sum or mean of a value over the given dimensions, or over all."""
+    dims = _dimensions(x, given)
+    out = [1 if i in dims else size for i, size in enumerate(x.shape) if keep or i not in dims]
+    first = 1 if leads(x.shape) else 0
+    places = [dim + 1 - first for dim in dims if dim >= first]  # in a batch
+    if not places:
+        return to.reshaped(x, out)
+    return to.add(_reduction(to.shape_of(x), places, shape_of_example(out), mean=mean), x, shape=out)
+
+
+def _dimensions(x: TracedValue, given: Sequence[int] | None) -> list[int]:
+    return [dim % x.rank for dim in given] if given else [*range(x.rank)]
+
+
+def _reduction(
+    shape: Sequence[int], places: Sequence[int], out: Sequence[int], *, mean: bool
+) -> operations.Reduction:
+    """The sum or mean of values of a shape over the dimensions `places` of a batch, in the shape `out`."""
+    size = math.prod(shape[place - 1] for place in places)
+    function = partial(_reduced_to, dims=tuple(places), out=tuple(out), mean=mean)
+    return operations.Reduction(function, size + 2, tuple(places), size if mean else 1)
+
+
+def _reduced_to(x: Tensor, dims: tuple[int, ...], out: tuple[int, ...], *, mean: bool) -> Tensor:
+    return (x.mean(dims) if mean else x.sum(dims)).reshape(len(x), *out)
 
 
 def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
-    parts = tensors.constant
-    rank = len(to.shape_of(next(part for part in parts if part.node is not None))) + 1
-    if dim.constant % rank == 0:
-        raise to.refused("a concatenation along the batch dimension")
-    if any(part.node is None and not bool((part.constant == part.constant[:1]).all()) for part in parts):
-        raise to.refused("a concatenation with a constant that differs between the examples of a batch")
-    fixed = [None if part.node is not None else part.constant[:1] for part in parts]
+    out = to.out
+    place = dim.constant % len(out)
+    parts = [part for part in tensors.constant if _recorded_shape(part)[place]]
+    if len(parts) == 1:
+        return to.reshaped(parts[0], out)
+    varying = [to.aligned(part, out) for part in parts if part.node is not None]
+    fixed = [
+        None if part.node is not None else part.constant if leads(out) else part.constant[None]
+        for part in parts
+    ]
+    along = place if leads(out) else place + 1
+    zeros = [None if each is None else each * 0 for each in fixed]
     joined = to.add(
-        operations.Nonnegative(
-            partial(
-                operations.joined_parts,
-                fixed=[None if each is None else each * 0 for each in fixed],
-                dim=dim.constant,
-            )
-        ),
-        *(part for part in parts if part.node is not None),
+        operations.Nonnegative(partial(operations.joined_parts, fixed=zeros, dim=along)), *varying
     )
     if all(each is None for each in fixed):
         return joined
-    zeros = [torch.zeros(1, *to.shape_of(part)) for part in parts if part.node is not None]
-    offset = operations.joined_parts(*zeros, fixed=fixed, dim=dim.constant)[0]
+    nothing = [torch.zeros(1, *to.shape_of(part)) for part in varying]
+    offset = operations.joined_parts(*nothing, fixed=fixed, dim=along)[0]
     return to.add(operations.Scaled(None, offset), joined)
 
 
+def _recorded_shape(value: TracedValue) -> torch.Size:
+    return value.shape if value.node is not None else value.constant.shape
+
+
 def _stack(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
-    rank = len(to.shape_of(next(part for part in tensors.constant if part.node is not None))) + 1
-    place = dim.constant % (rank + 1)
-    if place == 0:
-        raise to.refused("a stack along the batch dimension")
+    place = dim.constant % len(to.out)
     parts = []
     for part in tensors.constant:
-        if part.node is None:
-            parts.append(TracedValue(None, part.constant.unsqueeze(place)))
-            continue
-        shape = [*to.shape_of(part)]
-        shape.insert(place - 1, 1)
-        to.nodes.append(
-            Node(
-                operations.Nonnegative(partial(_reshaped, shape=tuple(shape))),
-                (part.node,),
-                torch.Size(shape),
-                to.place(),
-            )
+        shape = [*_recorded_shape(part)]
+        shape.insert(place, 1)
+        constant = part.node is None
+        parts.append(
+            TracedValue(None, part.constant.reshape(shape)) if constant else to.reshaped(part, shape)
         )
-        parts.append(TracedValue(len(to.nodes)))
     return _cat(to, TracedValue(None, parts), TracedValue(None, place))
 
 
 def _zeros_like(to: Translator, x: TracedValue, **kwargs: TracedValue) -> TracedValue:
-    return TracedValue(None, torch.zeros(ROWS, *to.shape_of(x)))
+    return TracedValue(None, torch.zeros(x.shape))
 
 
-def _pad(to: Translator, x: TracedValue, widths: TracedValue, value: TracedValue = _ZERO) -> TracedValue:
-    if len(widths.constant) // 2 > len(to.shape_of(x)):
-        raise to.refused("padding along the batch dimension")
-    padded = to.add(operations.Nonnegative(partial(F.pad, pad=list(widths.constant))), x)
-    if not value.constant:
-        return padded
-    filled = F.pad(torch.zeros(to.shape_of(x)), list(widths.constant), value=float(value.constant))
-    return to.add(operations.Scaled(None, filled), padded)
+def _empty(to: Translator, x: TracedValue, size: TracedValue, **kwargs: TracedValue) -> TracedValue:
+    """Zeros, also in place of any values, which a network replaces before it uses them."""
+    return TracedValue(None, torch.zeros(size.constant))
 
 
-def _relu(to: Translator, x: TracedValue) -> TracedValue:
-    return to.add(operations.ReLU(), x)
+def _full(to: Translator, x: TracedValue, value: TracedValue) -> TracedValue:
+    return TracedValue(None, torch.full(to.out, float(value.constant), dtype=to.dtype))
 
 
-def _leaky(to: Translator, x: TracedValue, slope: TracedValue = _LEAK) -> TracedValue:
-    return _kinked(to, x, float(slope.constant), 1.0)
+def _copy(to: Translator, x: TracedValue, source: TracedValue, *_: TracedValue) -> TracedValue:
+    if source.node is None:
+        return TracedValue(None, torch.as_tensor(source.constant).expand(to.out))
+    return _expanded(to, source)
 
 
-def _kinked(to: Translator, x: TracedValue, below: float, above: float) -> TracedValue:
-    """A function with one slope below zero and another one above: below * x + (above - below) * relu(x).
-
-    Written with a ReLU, its sign can be assumed in branch and bound; the linear bounds are the same.
-    """
-    positive = to.add(operations.Scaled(torch.tensor(above - below), None), to.add(operations.ReLU(), x))
-    return to.add(operations.Sum(below), positive, x)
-
-
-def _clamp(
-    to: Translator, x: TracedValue, low: TracedValue = _ABSENT, high: TracedValue = _ABSENT
+def _scattered(
+    to: Translator, x: TracedValue, source: TracedValue, dim: TracedValue = _FIRST, *args: TracedValue
 ) -> TracedValue:
-    if isinstance(low.constant, Tensor) or isinstance(high.constant, Tensor):
-        raise to.refused("a clamp with a tensor as its limit")
-    limits = tuple(float(each) for each in (low.constant, high.constant) if each is not None)
-    least, most = (None if each.constant is None else float(each.constant) for each in (low, high))
-    return to.add(operations.Piecewise(partial(torch.clamp, min=least, max=most), limits, (0.0, 1.0)), x)
+    """A value of which a part is replaced by another value, as by an assignment to a slice."""
+    assert to.current is not None
+    given = (dim.constant % len(to.out) + 1, *(each.constant for each in args))
+    shapes = [tuple(each.shape if each.node is not None else each.constant.shape) for each in (x, source)]
+    function = partial(
+        _replaced,
+        function=to.current.target,
+        args=given,
+        shapes=shapes,
+        after=tuple(shape_of_example(to.out)),
+        fixed=tuple(None if each.node is not None else each.constant * 0 for each in (x, source)),
+    )
+    varying = [each for each in (x, source) if each.node is not None]
+    value = to.add(operations.Nonnegative(function, 1), *varying)
+    if len(varying) == 2:
+        return value
+    fixed = [None if each.node is not None else each.constant for each in (x, source)]
+    zero = torch.zeros(1, *to.shape_of(varying[0]))
+    return to.add(operations.Scaled(None, function(zero, fixed=tuple(fixed))[0]), value)
 
 
-def _abs(to: Translator, x: TracedValue) -> TracedValue:
-    return _kinked(to, x, -1.0, 1.0)
+def _replaced(
+    *x: Tensor,
+    function: Any,
+    args: tuple[Any, ...],
+    shapes: list[tuple[int, ...]],
+    after: tuple[int, ...],
+    fixed: tuple[Tensor | None, ...],
+) -> Tensor:
+    varying, n = iter(x), len(x[0])
+    parts = [
+        next(varying).reshape(n, *shape) if each is None else each.to(x[0]).expand(n, *shape)
+        for each, shape in zip(fixed, shapes, strict=True)
+    ]
+    y: Tensor = function(*parts, *args)
+    return y.reshape(n, *after)
 
 
-def _smooth(function: Callable[..., Tensor], curvature: float, defaults: tuple[Any, ...] = ()) -> Translation:
-    """Translation of a smooth function. Its further arguments must be the given defaults, if there are any."""
+def _of_recorded(
+    to: Translator, x: TracedValue, *args: TracedValue, terms: int = 0, **kwargs: TracedValue
+) -> TracedValue:
+    """An operation with nonnegative weights on the value in its recorded shape, which is applied to one example after
+    the other.
+    """
+    assert to.current is not None
+    given = tuple(constant_of(arg) for arg in args)
+    settings = {name: constant_of(arg) for name, arg in kwargs.items()}
+    function = partial(applied, function=to.current.target, args=given, kwargs=settings)
+    operation = partial(
+        in_recorded_shape,
+        function=torch.vmap(function),
+        before=tuple(x.shape),
+        after=tuple(shape_of_example(to.out)),
+    )
+    return to.add(operations.Nonnegative(operation, terms), x)
 
-    def translate(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
-        settings = {name: constant_of(arg) for name, arg in kwargs.items()}
-        given = tuple(constant_of(arg) for arg in args)
-        if given and given != defaults:
-            raise to.refused(f"{function.__name__} with the settings {given}")
-        return to.add(
-            operations.Smooth(partial(function, **settings) if settings else function, curvature), x
-        )
 
-    return translate
+def _copies(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
+    """An operation that copies values: each at most as often as there are results."""
+    return _of_recorded(to, x, *args, terms=to.out.numel(), **kwargs)
 
 
-def _max_pool(
+def _cumulated(to: Translator, x: TracedValue, dim: TracedValue, **kwargs: TracedValue) -> TracedValue:
+    return _of_recorded(to, x, dim, terms=x.shape[dim.constant] + 2, **kwargs)
+
+
+def _variance(
     to: Translator,
     x: TracedValue,
-    kernel: TracedValue,
-    stride: TracedValue = _ABSENT,
-    padding: TracedValue = _NO_PADDING,
-    dilation: TracedValue = _DENSE_WINDOW,
-    ceil_mode: TracedValue = _NO,
+    dims: TracedValue = _ABSENT,
+    *,
+    correction: TracedValue = _ONE,
+    keepdim: TracedValue = _NO,
 ) -> TracedValue:
-    if ceil_mode.constant:
-        raise to.refused("max pooling with ceil_mode")
-    shape = to.shape_of(x)
-    size = tuple(kernel.constant)
-    settings = {
-        "kernel_size": size,
-        "stride": tuple(stride.constant or size),
-        "padding": tuple(padding.constant),
-        "dilation": tuple(dilation.constant),
-    }
-    assert to.current is not None
-    out = tuple(to.current.meta["val"][0].shape[2:])
-    windows = partial(operations.pooling_windows, out=out, settings=settings)
-    value = to.add(operations.MaxPool(windows, windows(torch.ones(1, *shape))[0] == 0), x)
-    return TracedValue(None, (value, None))
+    count = math.prod(x.shape[dim] for dim in _dimensions(x, dims.constant))
+    free = count - (1 if correction.constant is None else correction.constant)
+    if free <= 0:
+        raise to.refused(
+            f"a variance of {count} values with the correction {correction.constant}, as over the examples of a batch"
+        )
+    mean = _summed(to, x, dims.constant, keep=True, mean=True)
+    centred = to.add(operations.Sum(-1.0), x, to.aligned(mean, x.shape), shape=x.shape)
+    total = _sum_of_squares(to, centred, dims, keepdim)
+    return to.add(operations.Scaled(scalar(to, 1 / free), None), total, shape=total.shape)
 
 
-def _threshold(to: Translator, x: TracedValue, at: TracedValue, value: TracedValue) -> TracedValue:
-    if at.constant != 0 or value.constant != 0:
-        raise to.refused("a threshold other than zero")
-    return to.add(operations.ReLU(), x)
+def _sum_of_squares(to: Translator, x: TracedValue, dims: TracedValue, keep: TracedValue) -> TracedValue:
+    squares = to.add(_power(2.0), x, shape=x.shape)
+    return _summed(to, squares, dims.constant, keep=bool(keep.constant))
+
+
+def _deviation(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
+    return to.add(_ROOT, _variance(to, x, *args, **kwargs))
+
+
+def _vector_norm(
+    to: Translator,
+    x: TracedValue,
+    order: TracedValue = _TWO,
+    dims: TracedValue = _ABSENT,
+    keepdim: TracedValue = _NO,
+    **_: TracedValue,
+) -> TracedValue:
+    if order.constant != 2:
+        raise to.refused(f"a norm of the order {order.constant}")
+    return to.add(_ROOT, _sum_of_squares(to, x, dims, keepdim))
+
+
+def _gated(to: Translator, x: TracedValue, dim: TracedValue = _LAST) -> TracedValue:
+    place = dim.constant % x.rank
+    half = x.shape[place] // 2
+    value, gate = (_part(to, x, place, start, half) for start in (0, half))
+    return _mul(to, value, to.add(operations.Smooth(torch.sigmoid, 0.0963), gate, shape=gate.shape))
 
 
 _VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach")
+
+
 TRANSLATIONS: dict[str, Translation] = {
     "aten.add": _add,
     "aten.sub": _sub,
@@ -574,47 +705,63 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.neg": _neg,
     "aten.addmm": _addmm,
     "aten.mm": _mm,
-    "aten.convolution": _convolution,
+    "aten.bmm": _mm,
+    "aten.mv": _mv,
+    "aten.baddbmm": _baddbmm,
+    "aten.pow": _pow,
+    "aten.square": _curved(_power(2.0)),
+    "aten.exp": _curved(operations.EXPONENTIAL),
+    "aten.log": _curved(_LOGARITHM),
+    "aten.reciprocal": _curved(_RECIPROCAL),
+    "aten.sqrt": _curved(_ROOT),
+    "aten.rsqrt": _curved(_RECIPROCAL_ROOT),
+    "aten._softmax": _softmax,
+    "aten._safe_softmax": _softmax,
+    "aten._log_softmax": _log_softmax,
+    "aten.native_layer_norm": _layer_norm,
+    "aten.native_group_norm": _group_norm,
     "aten.native_batch_norm": _batch_norm,
     "aten.cudnn_batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm,
     **dict.fromkeys((f"aten.{name}" for name in _VIEWS), _viewed),
-    "aten.permute": _moved,
-    "aten.transpose": _moved,
-    "aten.slice": _of_features,
-    "aten.select": _of_features,
-    "aten.flip": _of_features,
-    "aten.pixel_shuffle": _moved,
-    "aten.pixel_unshuffle": _moved,
+    "aten.expand": _expanded,
+    "aten.permute": _permuted,
+    "aten.transpose": _transposed,
+    "aten.t": _matrix_transposed,
+    "aten.slice": _of_dimension,
+    "aten.select": _of_dimension,
+    "aten.flip": _of_dimension,
+    "aten.split": _split,
+    "aten.split_with_sizes": _split,
+    "aten.unsafe_split": _split,
+    "aten.unbind": _unbound,
     "aten.mean": _reduced,
     "aten.sum": _reduced,
-    "aten.avg_pool2d": _average_pool,
-    "aten._adaptive_avg_pool2d": _adaptive_pool,
-    "aten.upsample_nearest2d": _resized,
-    "aten.upsample_bilinear2d": _resized,
     "aten.cat": _cat,
     "aten.stack": _stack,
     "aten.zeros_like": _zeros_like,
-    "aten.constant_pad_nd": _pad,
-    "aten.relu": _relu,
-    "aten.threshold": _threshold,
-    "aten.leaky_relu": _leaky,
-    "aten.clamp": _clamp,
-    "aten.clamp_min": _clamp,
-    "aten.hardtanh": lambda to, x, low=_MINUS_ONE, high=_PLUS_ONE: _clamp(to, x, low, high),
-    "aten.abs": _abs,
-    "aten.tanh": _smooth(torch.tanh, 0.77),
-    "aten.sigmoid": _smooth(torch.sigmoid, 0.0963),
-    "aten.gelu": _smooth(F.gelu, 0.9),
-    "aten.silu": _smooth(F.silu, 0.5),
-    "aten.softplus": _smooth(F.softplus, 0.25, (1, 20)),
-    "aten.max_pool2d_with_indices": _max_pool,
+    "aten.new_empty": _empty,
+    "aten.new_zeros": _empty,
+    "aten.empty_like": _zeros_like,
+    "aten.fill": _full,
+    "aten.copy": _copy,
+    "aten.slice_scatter": _scattered,
+    "aten.select_scatter": _scattered,
+    **dict.fromkeys(("aten.roll", "aten.repeat", "aten.gather", "aten.index", "aten.index_select"), _copies),
+    "aten.im2col": _copies,
+    "aten.cumsum": _cumulated,
+    "aten.var": _variance,
+    "aten.std": _deviation,
+    "aten.linalg_vector_norm": _vector_norm,
+    "aten.glu": _gated,
+    **IMAGES,
+    **FUNCTIONS,
 }
 """Translation of each operation that has sound bounds, by name."""
 
 
 def register(name: str, function: Callable[[Tensor], Tensor], curvature: float) -> None:
-    """Give sound bounds to a function of single values that the tracer does not know, such as `aten.erf`.
+    """Give sound bounds to a function of single values that the tracer does not know, such as `aten.asinh`.
 
     `name` is the ATen operation without its overload, as the error message of the tracer prints it. `function` computes
     it, and `curvature` is a Lipschitz constant of its derivative: the bounds are sound only if it is not too small.
@@ -624,4 +771,11 @@ def register(name: str, function: Callable[[Tensor], Tensor], curvature: float) 
         raise UsageError(
             f"curvature is {curvature}; expected a positive number, a Lipschitz constant of the derivative"
         )
-    TRANSLATIONS[name] = _smooth(function, curvature)
+    known = smooth(function, curvature)
+
+    def translate(to: Translator, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
+        value = known(to, *args, **kwargs)
+        to.nodes[-1] = replace(to.nodes[-1], inexact=True)  # it may be computed in any way
+        return value
+
+    TRANSLATIONS[name] = translate

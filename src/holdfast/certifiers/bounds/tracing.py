@@ -5,34 +5,50 @@ the values of tensors cannot be recorded, and operations without sound bounds ar
 compared with the model on random inputs.
 """
 
+import operator
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.traceback import preserve_node_meta
+from torch.fx.traceback import annotate, get_current_meta, preserve_node_meta
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import transformer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from holdfast.certifiers.bounds.graph import Graph
-from holdfast.certifiers.bounds.operators import LIBRARIES, ROWS, TRANSLATIONS, Translator, operation_name
+from holdfast.certifiers.bounds.operators import TRANSLATIONS
+from holdfast.certifiers.bounds.translator import LAYER, LIBRARIES, Translator, operation_name
 from holdfast.core.errors import NoBounds, TargetError, UsageError
 from holdfast.core.outputs import of_classes, without_values
 
 _SAME = 1e-4
 """largest difference between graph and model, relative to the largest logit"""
+_OTHERS = 3
+"""number of further inputs on which graph and model are compared"""
 
 
-def traced(model: Callable[[Tensor], Tensor], sample: Tensor) -> Graph:
+def traced(model: Callable[[Tensor], Tensor], sample: Tensor, *, simple: bool = False) -> Graph:
     """Return the graph of a model in evaluation mode, traced on the first of the inputs `sample` (n, *shape).
+
+    With `simple`, as for networks of ONNX files, the code of the model is known not to read the values of tensors and
+    not to change them in place, and most such models are recorded without the tools of torch for any code, whose import
+    takes a second.
 
     Raises `NoBounds` with the operation and its place in the user's code if the model contains an operation without
     sound bounds, or if its operations depend on the values of its inputs, and `TargetError` if its logits are not
     finite.
     """
     with torch.no_grad():
+        if simple:
+            with suppress(NoBounds):
+                return _recording(model, sample, _directly_recorded).graph()
         return recording(model, sample).graph()
 
 
@@ -46,12 +62,15 @@ class Recording:
     """the operation that returns the logits"""
     shape: torch.Size
     """shape of one input"""
+    probabilities: bool
+    """whether probabilities of the logits, or their logarithms, follow"""
 
     def graph(self) -> Graph:
         """Return the graph with constants computed from the present parameters and buffers of the model. If gradients
         are enabled, they pass through the constants to the parameters.
         """
-        return Translator(self.module, self.shape, TRANSLATIONS).graph(self.output)
+        graph = Translator(self.module, self.shape, TRANSLATIONS).graph(self.output)
+        return replace(graph, probabilities=self.probabilities)
 
 
 def recording(model: Callable[[Tensor], Tensor], sample: Tensor) -> Recording:
@@ -59,16 +78,37 @@ def recording(model: Callable[[Tensor], Tensor], sample: Tensor) -> Recording:
 
     Raises the errors of `traced`.
     """
-    x = sample[:1].expand(ROWS, *sample.shape[1:]).clone()
+    return _recording(model, sample, _recorded)
+
+
+def _recording(
+    model: Callable[[Tensor], Tensor],
+    sample: Tensor,
+    record: Callable[[Callable[[Tensor], Tensor], Tensor], fx.GraphModule],
+) -> Recording:
     with torch.no_grad():
         expected = model(sample)  # before the operations are recorded, because it checks values
     _refuse_not_finite(expected, model)
-    module = _recorded(model, x)
+    module = record(model, sample[:1].clone())
     output, tail = _without_final_probabilities(module)
-    recorded = Recording(module, output, sample.shape[1:])
+    recorded = Recording(module, output, sample.shape[1:], probabilities=tail is not _unchanged)
     with torch.no_grad():
-        _compare(expected, tail(recorded.graph()(sample)))
+        graph = recorded.graph()
+        _compare(expected, tail(graph(sample)))
+        others = _others(sample)
+        _compare(model(others), tail(graph(others)))
     return recorded
+
+
+def _others(sample: Tensor) -> Tensor:
+    """Several different inputs near the first one. With them, a model in which examples depend on each other returns
+    other outputs than its graph, which was recorded on one example.
+    """
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(_OTHERS, *sample.shape[1:], generator=generator).to(sample)
+    first = sample[:1]
+    # inputs of zeros differ in nothing after a multiplication
+    return first * (1 - 0.1 * share) if bool((first.abs() > 0.01).any()) else first + 0.1 * share
 
 
 def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
@@ -78,15 +118,21 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
         return model(inputs)
 
     try:
-        with torch.no_grad(), without_values(), _node_by_node(model):
+        with torch.no_grad(), without_values(), _node_by_node(model), _in_single_operations(model):
             # fake tensors have no values, so that code that reads some fails; inside functionalize it would not
             how: dict[str, Any] = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
             make_fx(logits, **how)(x)
             # without mutations, no value changes after its use
-            recorded = make_fx(
-                torch.func.functionalize(logits, remove="mutations"), record_stack_traces=True, **how
-            )(x)
-            recorded.graph.eliminate_dead_code()
+            function: Callable[[Tensor], Any] = logits
+            for _ in range(2):
+                recorded = make_fx(
+                    torch.func.functionalize(function, remove="mutations"), record_stack_traces=True, **how
+                )(x)
+                recorded.graph.eliminate_dead_code()
+                if not any(map(_mutates, recorded.graph.nodes)):
+                    break
+                # operations of torch that consist of others, such as recurrent layers, change values inside
+                function = fx.Interpreter(recorded).run
             return recorded
     except UsageError:
         raise
@@ -100,6 +146,147 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
             "operations on tensors that do not depend on the values, without `if` and `item()` on them and without "
             "numpy; the method smoothing needs no bounds"
         ) from error
+
+
+_UNCHANGED = {
+    getattr(torch.ops.aten.squeeze_, name): getattr(torch.ops.aten.squeeze, name)
+    for name in ("default", "dim", "dims")
+}
+"""operations that change the shape of a tensor in place, which occur in products with vectors, with others that return
+the same value
+"""
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context manager that records the operations on tensors as the nodes of a graph."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.root, self.graph = torch.nn.Module(), fx.Graph()
+        self.known: dict[int, tuple[Tensor, fx.Node]] = {}
+        """values by their ids, which stay valid because the values are kept"""
+        self._put(x, self.graph.placeholder("x"))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False, so that torch does not import its compiler to exclude this class from compilation."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run and record an operation."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given, named = tree_map_only(Tensor, self.node_of, (args, kwargs))
+        node = self.graph.call_function(_UNCHANGED.get(func, func), given, named)
+        node.meta["stack_trace"] = get_current_meta().get("stack_trace", "")
+        if isinstance(result, Tensor):
+            self._put(result, node)
+        else:
+            node.meta["val"] = result
+            for i, each in enumerate(result if isinstance(result, tuple | list) else ()):
+                if isinstance(each, Tensor):
+                    self._put(each, self.graph.call_function(operator.getitem, (node, i)))
+        return result
+
+    def node_of(self, value: Tensor) -> fx.Node:
+        """Return the node of a value; one that is not known is a constant."""
+        if id(value) not in self.known:
+            name = f"constant_{len(self.known)}"
+            self.root.register_buffer(name, value)
+            self._put(value, self.graph.get_attr(name))
+        return self.known[id(value)][1]
+
+    def _put(self, value: Tensor, node: fx.Node) -> None:
+        node.meta["val"] = value.detach()  # whose shape remains that of the value
+        self.known[id(value)] = value, node
+
+
+def _directly_recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
+    """The recorded operations of a simple model."""
+    recorder = _Recorder(x)
+    with torch.no_grad(), without_values(), _node_by_node(model), _in_single_operations(model), recorder:
+        y = model(x)
+    recorder.graph.output(recorder.node_of(y))
+    recorder.graph.eliminate_dead_code()
+    return fx.GraphModule(recorder.root, recorder.graph)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+class _NoContext:
+    """Context of a custom function that is computed without gradients."""
+
+    def __init__(self, arguments: int) -> None:
+        self.needs_input_grad = (False,) * arguments
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+class _BatchKept(TorchFunctionMode):
+    """Mode in which `squeeze` without a dimension keeps the first one, which has more than one example in a batch."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the result of a function of torch."""
+        if func in (torch.squeeze, Tensor.squeeze) and len(args) == 1 and not kwargs:
+            return args[0].squeeze(tuple(range(1, args[0].dim()))) if args[0].dim() else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_single_operations(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Context manager in which attention, recurrent layers and custom functions consist of single operations, each of
+    which is recorded with the layer or custom function in which it runs.
+    """
+    running: list[Any] = []
+    removed: list[Callable[[], None]] = []
+
+    def begin(name: str) -> None:
+        running.append(annotate({LAYER: name}))
+        running[-1].__enter__()
+
+    def end() -> None:
+        running.pop().__exit__(None, None, None)
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        own_context = cls.setup_context is torch.autograd.Function.setup_context
+        begin(cls.__name__)
+        try:
+            return cls.forward(*([_NoContext(len(args))] if own_context else []), *args, **kwargs)
+        finally:
+            end()
+
+    layers = model.modules() if isinstance(model, torch.nn.Module) else ()
+    for layer in (each for each in layers if not type(each).__module__.startswith("holdfast.")):
+        name = type(layer).__name__
+        removed += [
+            layer.register_forward_pre_hook(lambda *_, name=name: begin(name), prepend=True).remove,
+            layer.register_forward_hook(lambda *_: end(), always_call=True).remove,
+        ]
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    apply = torch.autograd.Function.__dict__["apply"]
+    detect = transformer._detect_is_causal_mask
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # torch's context manager warns about other flags that it sets
+    torch.autograd.Function.apply = classmethod(applied)  # type: ignore[method-assign,assignment]
+    # reads the values of the mask, to choose a faster kernel
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _BatchKept():
+            yield
+    finally:
+        transformer._detect_is_causal_mask = detect
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        torch._C._set_mkldnn_enabled(onednn)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for remove in removed:
+            remove()
 
 
 @contextmanager
@@ -188,12 +375,12 @@ def _of_one_output(recorded: fx.GraphModule, last: Any) -> tuple[fx.Node, Tail] 
     elif not _is(first, "zeros_like"):
         return None
     logit = _source(second)
-    if not isinstance(logit, fx.Node) or logit.meta["val"].shape != (ROWS, 1):
+    if not isinstance(logit, fx.Node) or logit.meta["val"].shape != (1, 1):
         return None
     with recorded.graph.inserting_before(last):
         zeros = recorded.graph.call_function(torch.ops.aten.zeros_like.default, (logit,))
         both = recorded.graph.call_function(torch.ops.aten.cat.default, ([zeros, logit], 1))
-    zeros.meta["val"], both.meta["val"] = torch.zeros(ROWS, 1), torch.zeros(ROWS, 2)
+    zeros.meta["val"], both.meta["val"] = torch.zeros(1, 1), torch.zeros(1, 2)
     last.replace_all_uses_with(both)
     recorded.graph.eliminate_dead_code()
     return both, tail
@@ -207,7 +394,7 @@ def _before_logarithm(node: Any) -> Any:
 
 def _source(node: Any) -> Any:
     """The first value with one number for each example from which only changes of its shape lead to a node."""
-    while _is(node, *_SHAPES) and node.args[0].meta["val"].numel() == ROWS:
+    while _is(node, *_SHAPES) and node.args[0].meta["val"].numel() == 1:
         node = node.args[0]
     return node
 
@@ -280,11 +467,13 @@ def _refuse_not_finite(logits: Tensor, model: Callable[[Tensor], Tensor]) -> Non
 
 
 def _compare(expected: Tensor, actual: Tensor) -> None:
-    """Raise an error if the outputs of the model and of its graph differ on the examples."""
-    scale = expected.abs().amax().clamp(min=1.0)
-    differs = expected.shape != actual.shape or bool(((expected - actual).abs() > _SAME * scale).any())
-    if differs or not actual.isfinite().all():
+    """Raise an error if the outputs of the model and of its graph differ on examples, where they are finite."""
+    known = expected.isfinite()
+    scale = expected.where(known, 0.0).abs().amax().clamp(min=1.0)
+    same = expected.shape == actual.shape
+    if not same or not bool(((expected - actual).abs()[known] <= _SAME * scale).all()):
         raise NoBounds(
-            "the operations of the model depend on its inputs or on the batch size, so that no bounds can be computed "
-            "for all inputs of the threat model: the recorded operations return other logits than the model"
+            "the operations of the model depend on the values of its inputs, or on the other examples of a batch, as a "
+            "normalisation over the batch does, so that no bounds can be computed for all inputs of the threat model: "
+            "the operations that were recorded on one example return other logits than the model"
         )

@@ -263,7 +263,8 @@ class Windows:
         rounding = gamma(a[0, 0].numel() + 4, a.dtype) * (_dot(sizes, middle.abs()) + spread)
         lower = _dot(a, middle) - spread
         if region.norm is not None:
-            inside, centre = self.gathered(torch.ones_like(region.low), region.centre)
+            free = torch.ones_like(region.low) if region.free is None else region.free.to(region.low)
+            inside, centre = self.gathered(free.expand_as(region.low), region.centre)
             rows = (a * inside).flatten(2)
             dual = rows.norm(dim=2) if region.norm == 2 else rows.abs().amax(2)
             in_ball = _dot(a, centre) - region.radius * dual * (1 + gamma(rows.shape[2] + 4, a.dtype))

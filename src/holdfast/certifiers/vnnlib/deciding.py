@@ -15,7 +15,7 @@ from holdfast.certifiers.bounds.alpha import optimised, reduced, reducible, shar
 from holdfast.certifiers.bounds.crown import relaxed, substitute
 from holdfast.certifiers.bounds.graph import Graph, Region, Relaxation
 from holdfast.certifiers.bounds.tracing import traced
-from holdfast.certifiers.branching import OutputProperty, Search, Tree, splittable
+from holdfast.certifiers.branching import BranchingResult, OutputProperty, Search, Tree, splittable
 from holdfast.certifiers.vnnlib.query import ConstrainedBox, DeclaredNetwork, Query, Variable
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Placeholder, Remedy, TargetError, UsageError
@@ -170,7 +170,7 @@ class JoinedNetworks:
         shape = networks[0].example if len(networks) == 1 else (len(problem.low),)
         middle = (problem.low + problem.high) / 2
         sample = torch.stack((middle, problem.low, problem.high)).reshape(3, *shape)
-        graph = traced(module, sample).to(torch.float64)
+        graph = traced(module, sample, simple=True).to(torch.float64)
         narrow = [n.dtype != np.float64 for n in networks for _ in range(int(np.prod(n.example)))]
         return JoinedNetworks(tuple(networks), graph, with_inputs, tuple(narrow))
 
@@ -286,21 +286,36 @@ _MOST = 2**20
 """largest number of boxes that wait"""
 _FINEST = 2.0**-24
 """width of a box, relative to the first one, below which it is not divided"""
+_SMALL, _CLOSE = 2.0**-24, 1e-5
+"""volume of a box, relative to the first one, from which its bounds are computed with 64 bits, if they may be, and
+distance of the bound of the box around it from zero, relative to the largest one
+"""
+_RECORDED = 2**26
+"""largest number of coefficients that are kept for the gradients of bounds"""
 
 
 @dataclass(eq=False)
 class BoxSearch:
-    """Branch and bound over boxes for one problem. It can be continued after a time limit."""
+    """Branch and bound over boxes for one problem. It can be continued after a time limit.
+
+    A box is divided at the input whose width costs the bound most. With few inputs, this cost is the gradient of the
+    bound with respect to the ends of the box, through all bounds inside the network. With many, or on a large network,
+    for which the gradient takes too much memory, it is that of the last linear bound.
+    """
 
     subject: JoinedNetworks
     problem: Problem
-    graph: Graph
-    """the graph of the subject, in the data type of the bounds"""
+    graphs: Sequence[Graph]
+    """the graph of the subject, in the data types of the bounds: the last one for boxes that are small or nearly
+    excluded, and the first for the others
+    """
     low: Tensor = field(init=False)
     """smallest values (n, d) of the boxes that wait, float64"""
     high: Tensor = field(init=False)
     bound: Tensor = field(init=False)
     """lower bounds (n) of the largest function of the worst target"""
+    largest: float = 0.0
+    """largest magnitude of a negative bound"""
     exhausted: bool = False
     """whether a box could be neither excluded nor divided"""
     work: int = 0
@@ -309,11 +324,15 @@ class BoxSearch:
     def __post_init__(self) -> None:
         self.low, self.high = self.problem.low[None], self.problem.high[None]
         self.bound = torch.zeros(1, dtype=torch.float64)
-        dtype = _dtype(self.graph)
-        self.claims = [target.claim(dtype) for target in self.problem.targets]
-        self.dtype = dtype
-        values = sum(node.shape.numel() for node in self.graph.nodes)
+        self._whole, graph = self.problem.high - self.problem.low, self.graphs[0]
+        self._free = self._whole > 0
+        values = sum(node.shape.numel() for node in graph.nodes)
         self.at_once = max(4, min(_AT_ONCE, _VALUES // values))
+        sizes = [graph.shape_of(i).numel() for i in range(graph.output + 1)]
+        kept = 4 * sum(sizes[index] * sum(sizes[: index + 1]) for index in graph.bounded)
+        self.few = self.problem.varying <= _MANY and kept <= _RECORDED
+        if self.few:
+            self.at_once = max(1, min(self.at_once, _RECORDED // max(1, kept)))
 
     @property
     def finished(self) -> bool:
@@ -330,27 +349,40 @@ class BoxSearch:
             while len(self.low) and not self.exhausted and time.perf_counter() < deadline:
                 order = self.bound.argsort(stable=True)
                 chosen, rest = order[:at_once], order[at_once:]
-                low, high = self.low[chosen], self.high[chosen]
+                low, high, parent = self.low[chosen], self.high[chosen], self.bound[chosen]
                 self.low, self.high, self.bound = self.low[rest], self.high[rest], self.bound[rest]
-                witness = self._treated(low, high)
-                if witness is not None:
-                    return witness
+                small = ((high - low) / self._whole)[:, self._free].prod(1) < _SMALL
+                exact = small | (parent >= -_CLOSE * self.largest)
+                self.largest = max(self.largest, -float(parent.min()))
+                for part, graph in ((~exact, self.graphs[0]), (exact, self.graphs[-1])):
+                    witness = self._treated(low[part], high[part], graph) if part.any() else None
+                    if witness is not None:
+                        return witness
                 at_once = min(2 * at_once, self.at_once)
         return None
 
-    def _treated(self, low: Tensor, high: Tensor) -> Witness | None:
+    def _treated(self, low: Tensor, high: Tensor, graph: Graph) -> Witness | None:
         """Bound some boxes, and put the halves of those that are not excluded among the boxes that wait."""
         self.work += len(low)
-        shape = (len(low), *self.graph.shape)
-        region = Region(low.view(shape), high.view(shape), ((low + high) / 2).view(shape)).to(self.dtype)
-        rows = torch.cat([claim.rows for claim in self.claims])
-        result = substitute(relaxed(self.graph, region), self.graph.output, rows[None])
-        bound, row, worst = _worst(result.lower, self.claims)
-        left = ~(bound > 0)  # a NaN is not a proof
-        if not left.any():
-            return None
-        low, high, bound, row, worst = low[left], high[left], bound[left], row[left], worst[left]
-        slopes = result.coefficients[left].flatten(2)[torch.arange(len(row)), row].double()
+        shape, dtype = (len(low), *graph.shape), _dtype(graph)
+        region = Region(low.view(shape), high.view(shape), ((low + high) / 2).view(shape)).to(dtype)
+        claims = [target.claim(dtype) for target in self.problem.targets]
+        rows = torch.cat([claim.rows for claim in claims])
+        ends = [end.clone().requires_grad_(self.few) for end in region.box]
+        with torch.set_grad_enabled(self.few):
+            relaxation = relaxed(graph, Region(ends[0], ends[1], region.centre))
+            result = substitute(relaxation, graph.output, rows[None])
+            bound, row, worst = _worst(result.lower, claims)
+            left = ~(bound > 0)  # a NaN is not a proof
+            if not left.any():
+                return None
+            costs = result.coefficients.detach().flatten(2)[torch.arange(len(row)), row].double()
+            slopes = costs[left]
+            if bound.requires_grad:
+                finite = bound[bound.isfinite()].sum()
+                of_low, of_high = torch.autograd.grad(finite, ends, materialize_grads=True)
+                costs = (of_low - of_high).flatten(1).double().nan_to_num(0.0, 0.0, 0.0)
+        low, high, bound, worst = low[left], high[left], bound.detach()[left], worst[left]
         corners = torch.where(slopes > 0, low, high)
         for j in sorted(set(worst.tolist())):
             mine = worst == j
@@ -358,17 +390,16 @@ class BoxSearch:
             witness = self.subject.confirmed(points, self.problem, self.problem.targets[j])
             if witness is not None:
                 return witness
-        self._divide(low, high, bound.double(), slopes)
+        self._divide(low, high, bound.double(), costs[left])
         return None
 
-    def _divide(self, low: Tensor, high: Tensor, bound: Tensor, slopes: Tensor) -> None:
-        whole = (self.problem.high - self.problem.low).clamp(min=torch.finfo(torch.float64).tiny)
+    def _divide(self, low: Tensor, high: Tensor, bound: Tensor, costs: Tensor) -> None:
         width = high - low
-        relative = width / whole
+        relative = width / self._whole.clamp(min=torch.finfo(torch.float64).tiny)
         if bool((relative.amax(1) < _FINEST).any()) or len(self.low) > _MOST:
             self.exhausted = True
             return
-        gain = width * slopes.abs()
+        gain = width * costs.abs()
         score = gain + 1e-3 * relative * gain.amax(1, keepdim=True) + 1e-30 * relative
         score = torch.where(relative < _FINEST, -1.0, score)
         dimension = score.argmax(1, keepdim=True)
@@ -408,6 +439,10 @@ _FEW, _MANY = 6, 20
 """numbers of inputs up to which boxes are divided before signs of ReLUs, and up to which both are divided in turn"""
 _FOR_BOXES = 0.8
 """part of the time for boxes if there are few inputs, for which signs are rarely faster"""
+_FIRST, _AGAIN = 0.3, 0.1
+"""parts of the time that is left for the first proofs, and for a search by descent from more starts after them"""
+_STARTS = 128
+"""number of these starts, for all targets together"""
 _STEPS = 20
 """steps of the optimisation of bounds before the first division"""
 _MOST_SHARPENED = 1500
@@ -439,7 +474,7 @@ def decide(
     single = any(
         variable.element_type == "float32" for net in query.networks for variable in (net.input, net.output)
     )
-    provers = [_Prover(subject, problem, single=single) for problem in problems]
+    provers = [Prover(subject, problem, single=single) for problem in problems]
     share = 0.2 * max(0.0, deadline - time.perf_counter()) / len(problems)
     for prover in provers:
         for starts, steps in ((4, 20), (16, 60)):
@@ -449,27 +484,31 @@ def decide(
                 return Verdict("sat", witness)
             if starts == 4 and prover.quick():
                 break
-    return _proved(provers, deadline)
+    return _proved(provers, rng, deadline)
 
 
-def _proved(provers: Sequence["_Prover"], deadline: float) -> Verdict:
-    """Run each prover for its share of the time, and then those that have not finished for the rest."""
-    open_provers = [prover for prover in provers if not prover.finished]
-    for last in (False, True):
-        for i, prover in enumerate(open_provers):
+_Method = Callable[[float], Witness | None]
+"""function that searches until a deadline, and returns a witness if it finds one"""
+
+
+def _proved(provers: Sequence["Prover"], rng: Draws, deadline: float) -> Verdict:
+    """Run the provers and the search for witnesses in turns, each for a part of the time that is left."""
+    left = [prover for prover in provers if not prover.finished]
+    runs: list[_Method] = [prover.run for prover in left]
+    again: list[_Method] = [partial(prover.searched, rng) for prover in left]
+    for part, searches in ((_FIRST, runs), (_AGAIN, again), (0.5, runs), (1.0, runs)):
+        for i, search in enumerate(searches):
             now = time.perf_counter()
-            until = deadline if last else now + (deadline - now) / (2 * (len(open_provers) - i))
-            witness = prover.run(deadline if len(open_provers) == 1 else until)
+            witness = search(now + part * (deadline - now) / (len(searches) - i))
             if witness is not None:
                 return Verdict("sat", witness)
-        open_provers = [prover for prover in open_provers if not prover.finished]
     if all(prover.excluded for prover in provers):
         return Verdict("unsat")
     return Verdict("timed-out" if time.perf_counter() >= deadline else "unknown")
 
 
 @dataclass(eq=False)
-class _Prover:
+class Prover:
     """The proof of one problem, which can be continued after a time limit."""
 
     subject: JoinedNetworks
@@ -486,6 +525,8 @@ class _Prover:
     """whether a subproblem with known signs could not be decided, so that further time does not help"""
     sharpened: dict[int, Relaxation] = field(default_factory=dict)
     """relaxations with optimised bounds, by the index of the graph"""
+    trees: dict[int, tuple[int, Tree | None]] = field(default_factory=dict)
+    """for each target the index of the graph of its search over signs, and the search once it has begun"""
 
     def __post_init__(self) -> None:
         self.left = list(range(len(self.problem.targets)))
@@ -512,12 +553,15 @@ class _Prover:
             lower = substitute(relaxation, relaxation.graph.output, rows[None]).lower[0]
             parts = torch.split(lower, [len(claim.rows) for claim in claims])
             best = [float((part + claim.constants).amax()) for part, claim in zip(parts, claims, strict=True)]
-        self.left = sorted((j for j, bound in enumerate(best) if not bound > 0), key=lambda j: best[j])
+        # those that are proved soonest first, which leave most of their time to the others
+        self.left = sorted((j for j, bound in enumerate(best) if not bound > 0), key=lambda j: -best[j])
         self.excluded = not self.left
         return self.excluded
 
     def run(self, deadline: float) -> Witness | None:
         """Continue the proof until the deadline. Return a witness if one was found."""
+        if self.finished:
+            return None
         for method, until in self._methods(deadline):
             witness = method(until)
             if witness is not None or self.excluded:
@@ -526,7 +570,16 @@ class _Prover:
         self.hopeless = by_signs and self.boxes is not None and self.boxes.exhausted
         return None
 
-    def _methods(self, deadline: float) -> Iterator[tuple[Callable[[float], Witness | None], float]]:
+    def searched(self, rng: Draws, deadline: float) -> Witness | None:
+        """Search for a witness again, from more starts, until the deadline."""
+        targets = tuple(self.problem.targets[j] for j in self.left)
+        if self.finished:
+            return None
+        problem = Problem(self.problem.low, self.problem.high, targets)
+        starts = max(32, _STARTS // len(targets))
+        return falsified(self.subject, problem, rng, starts=starts, steps=100, deadline=deadline)
+
+    def _methods(self, deadline: float) -> Iterator[tuple[_Method, float]]:
         """The methods in turn, each with the end of its time."""
         varying = self.problem.varying
         if not splittable(self.subject.graph):
@@ -547,44 +600,54 @@ class _Prover:
         if self.boxes is None:
             targets = tuple(self.problem.targets[j] for j in self.left)
             problem = Problem(self.problem.low, self.problem.high, targets)
-            self.boxes = BoxSearch(self.subject, problem, self.graphs[-1])
+            self.boxes = BoxSearch(self.subject, problem, self.graphs)
         witness = self.boxes.search(deadline)
         self.excluded = self.boxes.finished and not self.boxes.exhausted and witness is None
         return witness
 
     def _by_signs(self, deadline: float) -> Witness | None:
-        waiting = [] if self.signs_ended else list(self.left)
-        for i, j in enumerate(waiting):
-            now = time.perf_counter()
-            until = now + (deadline - now) / (len(waiting) - i)
-            target = self.problem.targets[j]
-            for graph in self.graphs:
-                bound, stopped = self._decided(graph, target, until)
+        while self.left and not self.signs_ended and time.perf_counter() < deadline:
+            waiting = list(self.left)
+            for i, j in enumerate(waiting):
+                now = time.perf_counter()
+                bound, stopped = self._decided(j, now + (deadline - now) / (len(waiting) - i))
                 if self.witness is not None:
                     return self.witness
-                if bound > 0 or stopped:
-                    break
-            if bound > 0:
-                self.left.remove(j)
-            elif not stopped:
-                self.signs_ended = True
+                if bound > 0:
+                    self.left.remove(j)
+                elif not stopped:
+                    self.signs_ended = True
         self.excluded = not self.left
         return None
 
-    def _decided(self, graph: Graph, target: UnsafeSet, deadline: float) -> tuple[float, bool]:
-        """The bound of a target by branch and bound over signs, and whether the time limit ended it."""
+    def _decided(self, j: int, deadline: float) -> tuple[float, bool]:
+        """The bound of a target by branch and bound over signs, which is continued, and whether the time limit ended
+        it. A search that ends without a decision is followed by one with the next graph.
+        """
         with torch.no_grad():
-            relaxation = self._sharpened(graph)
-            claim = target.claim(relaxation.region.low.dtype)
-            output = relaxation.graph.output
-            first = optimised(relaxation, output, claim.rows[None], steps=_STEPS)
-            bound = float((first.lower + claim.constants).amax())
-            if bound > 0:
-                return bound, False
+            while True:
+                number, tree = self.trees.get(j, (0, None))
+                decision = self._begun(j, number) if tree is None else tree.continued(deadline)
+                if isinstance(decision, Tree):
+                    self.trees[j] = number, decision
+                elif decision.bound > 0 or decision.stopped or self.witness is not None:
+                    return decision.bound, decision.stopped
+                elif number + 1 == len(self.graphs):
+                    return decision.bound, False
+                else:
+                    self.trees[j] = number + 1, None
 
-            violated = partial(self._violated, graph=graph, target=target)
-            decision = Tree(relaxation, claim, Search(), deadline, violated).decide(first)
-        return decision.bound, decision.stopped
+    def _begun(self, j: int, number: int) -> BranchingResult | Tree:
+        """The search for a target on one of the graphs, or its result if no division is needed."""
+        graph, target = self.graphs[number], self.problem.targets[j]
+        relaxation = self._sharpened(graph)
+        claim = target.claim(relaxation.region.low.dtype)
+        first = optimised(relaxation, relaxation.graph.output, claim.rows[None], steps=_STEPS)
+        bound = float((first.lower + claim.constants).amax())
+        if bound > 0:
+            return BranchingResult(bound, 1, stopped=False)
+        violated = partial(self._violated, graph=graph, target=target)
+        return Tree(relaxation, claim, Search(), first, violated)
 
     def _violated(self, x: Tensor, graph: Graph, target: UnsafeSet) -> Tensor:
         functions = graph(x).double() @ target.rows.t() + target.constants

@@ -22,6 +22,10 @@ _VALUES = (type(None), bool, int, float, complex, str, bytes, bytearray, slice, 
 _GENERATORS = (np.random.RandomState, np.random.Generator)
 _TYPES = (bool, int, float, str, object)
 """Types outside of numpy that an estimator may name, as the type of its results."""
+_OPTIMISERS = tuple(
+    f"sklearn.neural_network._stochastic_optimizers.{name}" for name in ("AdamOptimizer", "SGDOptimizer")
+)
+"""types in every fitted multi-layer perceptron that skops does not trust, and which have numbers and arrays only"""
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 60
 _FUNCTION = (
@@ -171,11 +175,12 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         try:
-            untrusted = sio.get_untrusted_types(data=content)
+            unknown = sio.get_untrusted_types(data=content)
         except MemoryError:
             raise
         except Exception as error:  # skops raises any error, such as KeyError, for an untrusted file
             raise _damaged(path, error) from error
+        untrusted = [name for name in unknown if name not in _OPTIMISERS]
         if untrusted and not trust_code:
             boosted = any(warning.startswith("xgboost.") for warning in untrusted)
             raise UsageError(
@@ -189,7 +194,7 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
                 TRUST_CODE,
             )
         try:
-            estimator = sio.loads(content, trusted=untrusted)
+            estimator = sio.loads(content, trusted=unknown)
         except MemoryError:
             raise
         except Exception as error:  # as above

@@ -79,8 +79,8 @@ def gemm(step: GraphStep) -> Value:
 
 
 def matmul(step: GraphStep) -> Value:
-    """Convert the operator MatMul: to a linear layer if its second factor is a constant matrix, else to a matrix
-    product.
+    """Convert the operator MatMul: to a linear layer if it is a product of a value with a constant matrix on its right,
+    or of a constant matrix with a vector, else to a matrix product.
     """
     right = step.input(1)
     projected = projected_one_hot(step)
@@ -88,6 +88,8 @@ def matmul(step: GraphStep) -> Value:
         return projected
     if right.is_static and right.rank == 2 and step.x.node is not None:
         return step.builder.module("linear", _linear(step.tensor(1).t(), None), step.x)
+    if step.x.is_static and step.x.rank == 2 and right.rank == 1:
+        return step.builder.module("linear", _linear(step.tensor(0), None), right)
     return step.builder.call(torch.matmul, step.x, right)
 
 

@@ -726,8 +726,10 @@ class _Each(nn.Module):
 
         def of_one(row: Tensor) -> Tensor:
             y: Tensor = self.net(row.reshape(self.inner))
-            return y
+            return y.reshape(-1)
 
+        if len(x) == 1:
+            return of_one(x[0])[None]
         y: Tensor = torch.vmap(of_one)(x)
         return y
 
@@ -735,7 +737,8 @@ class _Each(nn.Module):
 def open_network(path: Path) -> OnnxNetwork:
     """Return the network in an ONNX file, converted to torch and compared with onnxruntime.
 
-    The whole input is one example, so that its first dimension has the size 1 or is free. Raises `TargetError` with the
+    The whole input is one example. Its first axis is that of the batch if it is free or has the size 1, and if others
+    follow. Raises `TargetError` with the
     reason if the file cannot be converted: bounds need the operations of the network.
     """
     file = _read(path, None, {}, whole_numbers=False, texts=False)
@@ -766,9 +769,9 @@ def open_network(path: Path) -> OnnxNetwork:
 
 
 def _converted(file: OnnxFile) -> tuple[nn.Module, tuple[int, ...]]:
-    """The module of a file, and the shape of one of its inputs."""
+    """The module of a file, and the shape of one of its inputs, which has at least one axis."""
     shape = file.input.shape
-    one_row = bool(shape) and shape[0] in (None, 1)
+    one_row = len(shape) > 1 and shape[0] in (None, 1)
     sizes = tuple(size or 1 for size in shape)
     if one_row:
         try:
@@ -777,7 +780,7 @@ def _converted(file: OnnxFile) -> tuple[nn.Module, tuple[int, ...]]:
             if shape[0] is None:
                 raise
     inner = convert(file, file.outputs[0], batch_size=sizes[0] if sizes else 1)
-    return _Each(inner, sizes), sizes[1:] if one_row else sizes
+    return _Each(inner, sizes), sizes[1:] if one_row else sizes or (1,)
 
 
 def _compare_network(

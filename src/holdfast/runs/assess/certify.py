@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 from holdfast.attacks.suites import suite
+from holdfast.certifiers.estimator_networks import ACCEPTED, has_network
 from holdfast.certifiers.patch_masks import MaskedVote
 from holdfast.certifiers.protocol import HIGH, LOW, PIXELS, RANDOM, Prover, StatisticalProver, on_top_of
 from holdfast.certifiers.smoothing import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, by_smoothing
 from holdfast.core.batch import Batch
-from holdfast.core.catalogue import PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES
+from holdfast.core.catalogue import BY_OPERATIONS, PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import NoBounds, Remedy, UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.tasks import CLEAN, MEASURED
 from holdfast.io.models.composed import Ensemble
+from holdfast.io.models.estimators import Estimator
 from holdfast.runs.assess.request import AssessRequest, DescribedModel
 from holdfast.runs.harness.kinds.proof import prepared_prover
 from holdfast.runs.harness.plan import Plan
@@ -30,6 +32,7 @@ from holdfast.runs.harness.stage import Member
 from holdfast.runs.harness.target import PreparedModel
 from holdfast.statistics.intervals import upper_tail
 from holdfast.threats.domains import TABLE
+from holdfast.threats.word_embeddings import WordEmbeddings
 
 _NAMED = 10
 """Largest number of examples that the message about wrong certificates names."""
@@ -181,10 +184,11 @@ def refuse_unprovable(
             "under rules of a table, only tree ensembles are certified, and the model is none",
             *((Remedy("certify"),) if verb == "assess" else (Remedy("threat", "linf:0.1"),)),
         )
-    by_operations = any(
-        stage.prover is not None and stage.prover.name not in (PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES)
-        for stage in stages
-    )
+    names = {stage.prover.name for stage in stages if stage.prover is not None}
+    by_operations = bool(names - {PARTITIONS, PATCH_MASKS, SUBSTITUTIONS, TREES})
+    own_operations = has_network(target.original) or isinstance(plan.threat.constraint, WordEmbeddings)
+    if own_operations and names <= {*BY_OPERATIONS}:
+        by_operations = False
     if (
         by_operations
         and target.smoothed is None
@@ -202,6 +206,7 @@ def refuse_unprovable(
             "the model has a detector that rejects inputs, about which nothing is proved; give the network without "
             "its detector"
         )
+    _refuse_geometry(plan, target)
     if target.randomised:
         raise UsageError(RANDOM)
     for stage in stages:
@@ -210,6 +215,14 @@ def refuse_unprovable(
             prepared_prover(target, stage.prover, sample, plan.threat)
         except NoBounds as error:
             raise NoBounds(error.message, *without_bounds()) from error
+
+
+def _refuse_geometry(plan: Plan, target: PreparedModel) -> None:
+    if plan.geometry is not None and target.original.access != "gradients":
+        raise UsageError(
+            f"the geometry of the boundary needs gradients, and the model gives {target.original.access} only",
+            Remedy("geometry"),
+        )
 
 
 def reads_trees(model: Classifier) -> bool:
@@ -233,7 +246,8 @@ def _without_operations(model: Classifier) -> str:
         )
     gives = "is behind a server" if model.remote else f"gives {model.access} only"
     why = f" ({model.hides})" if model.hides and not model.remote else ""
-    return f"and the model {gives}{why}; give the network itself, as in file.py:factory"
+    accepted = f"; {ACCEPTED}" if isinstance(model.net, Estimator) else ""
+    return f"and the model {gives}{why}; give the network itself, as in file.py:factory{accepted}"
 
 
 def refuse_unsound(evidence: Evidence) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.batch import Lookup, spread
+from holdfast.core.catalogue import BY_OPERATIONS
 from holdfast.core.evidence import (
     METHOD_STATES,
     AnswerCheck,
@@ -445,6 +446,8 @@ def _proof_records(
                 cost=_cost(step.kind, columns, seconds.get(step.name), randomised=randomised),
                 batch=batches.get(step.name),
                 after_attacks=attacks > 0,
+                # runs of earlier versions have no such setting
+                arithmetic=step.settings.get("arithmetic", "exact") if step.attack in BY_OPERATIONS else None,
             )
         )
     return tuple(records)

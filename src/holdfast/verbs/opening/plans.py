@@ -13,7 +13,17 @@ from holdfast.attacks.protocol import Attack, Learned, ThresholdAttack
 from holdfast.attacks.suites import VARIANTS, curve, suite, suite_of_task, variant
 from holdfast.certifiers.protocol import Prover
 from holdfast.core.batch import Data
-from holdfast.core.catalogue import CASCADE, LATE, PARTITIONS, PATCH_MASKS, PROVERS_OF_TASKS, TREES, load
+from holdfast.core.catalogue import (
+    BY_OPERATIONS,
+    CASCADE,
+    LATE,
+    PARTITIONS,
+    PATCH_MASKS,
+    PROVERS_OF_TASKS,
+    TREES,
+    Arithmetic,
+    load,
+)
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import Placeholder, Remedy, UsageError
 from holdfast.core.evidence import Evidence
@@ -39,6 +49,7 @@ from holdfast.settings.grammar import (
     usual_suite,
 )
 from holdfast.threats.transformations import OF_OBJECTS, Patch
+from holdfast.threats.word_embeddings import WordEmbeddings
 from holdfast.verbs.configuration import opening_settings
 from holdfast.verbs.opening.declared import opened_threat
 from holdfast.verbs.opening.recipes import attack_class, build_attack, checked_attack
@@ -300,6 +311,8 @@ def plan(
     threat = opened_threat(settings)
     if not threat.constraint.changes_inputs:
         return _without_attacks(settings, threat)
+    if isinstance(threat.constraint, WordEmbeddings):
+        return Plan((), threat, settings.seed, doubts="none")
     access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
     members = listed_attacks(settings)
     if members is not None:
@@ -415,6 +428,14 @@ def methods(settings: Assess | Certify, *, trees: bool, task: Task | None) -> tu
         names = (settings.method,)
     elif task is not None and names == CASCADE:
         names = tuple(name for name in PROVERS_OF_TASKS[task.name] if name in CASCADE[1:])
+    if isinstance(settings, Certify) and settings.arithmetic != "exact":
+        for name in names:
+            if name not in BY_OPERATIONS:
+                raise UsageError(
+                    f"the method is {name}, which bounds no operations of a network, and arithmetic is "
+                    f"{settings.arithmetic}; the methods with an arithmetic are {', '.join(BY_OPERATIONS)}",
+                    Remedy("arithmetic"),
+                )
     if task is None:
         return names
     own = PROVERS_OF_TASKS[task.name]
@@ -437,13 +458,16 @@ def methods(settings: Assess | Certify, *, trees: bool, task: Task | None) -> tu
     return names
 
 
-def prover(name: str, timeout_s: float | None = None) -> Prover:
+def prover(name: str, timeout_s: float | None = None, arithmetic: Arithmetic = "exact") -> Prover:
     """Return the method of certification with a name of the catalogue. `timeout_s` limits the time for each example in
-    seconds, if the method has a time limit.
+    seconds, if the method has a time limit. Methods in `BY_OPERATIONS` have an arithmetic.
     """
     cls = load("certifiers", name, type)
     timed = timeout_s is not None and "timeout_s" in {field.name for field in fields(cls)}
-    method: Prover = cls(**({"timeout_s": timeout_s} if timed else {}))
+    settings: dict[str, Any] = {"timeout_s": timeout_s} if timed else {}
+    if name in BY_OPERATIONS:
+        settings["arithmetic"] = arithmetic
+    method: Prover = cls(**settings)
     return method
 
 

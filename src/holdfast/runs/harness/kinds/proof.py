@@ -23,9 +23,9 @@ from holdfast.certifiers.protocol import (
     ReadyProver,
     StatisticalProver,
 )
-from holdfast.core.batch import Batch
+from holdfast.core.batch import Batch, encoded
 from holdfast.core.errors import TargetError
-from holdfast.core.evidence import Columns, Cost, in_table
+from holdfast.core.evidence import Columns, Cost, Table, in_table
 from holdfast.core.meter import Pieces, margin
 from holdfast.core.model import out_of_memory
 from holdfast.core.names import slug
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
     from holdfast.runs.harness.plan import Plan
 
+UNDEFINED = "undefined"
+"""Name of the table of the operations whose domain the bounds of examples leave."""
+_WIDTH = 240
+"""largest number of characters of an operation with its place"""
 AT_ONCE = 16
 """Number of examples that randomised smoothing certifies between two checks of the time limit."""
 DOUBLE = "double precision"
@@ -137,7 +141,7 @@ class ProofKind(StageKind, Protocol):
             columns |= stored_inputs(plan, target, batch, x_adv, columns, missed)
         else:
             columns |= stored_inputs(plan, target, batch, batch.x, columns, missed)
-        columns |= {**self.more(proofs), **proofs.of_task}
+        columns |= {**self.more(proofs), **proofs.of_task, **_undefined(proofs, batch.ids)}
         return {name: values.cpu() for name, values in _with_all(columns, batch, work).items()}
 
     def more(self, proofs: Proofs) -> dict[str, Tensor]:
@@ -185,6 +189,23 @@ class ProofKind(StageKind, Protocol):
             "attacked": attacked_by_suite(outline, by_stage),
             **_of_outputs([by_stage[step.name] for step in steps], unproved(clean)),
         }
+
+    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
+        """Return the table `undefined` of the evidence, of the examples for which the last method ended because its
+        bounds leave the domain of an operation, with the code points of the operation and its place; none without such
+        examples.
+        """
+        rows: dict[int, Tensor] = {}
+        for columns in by_stage.values():
+            if f"{UNDEFINED}.id" in columns:
+                for id_ in columns["id"][columns["ran"]].tolist():
+                    rows.pop(id_, None)
+                texts = columns[f"{UNDEFINED}.operation"]
+                rows |= dict(zip(columns[f"{UNDEFINED}.id"].tolist(), texts, strict=True))
+        if not rows:
+            return {}
+        columns = {"id": torch.tensor(list(rows)), "operation": torch.stack(list(rows.values()))}
+        return {UNDEFINED: Table("example whose bounds leave the domain of an operation", columns)}
 
 
 class StatisticalProof(ProofKind):
@@ -315,7 +336,16 @@ def prepared_prover(
     if isinstance(prover, StatisticalProver):
         return _prepared_smoothing(target, prover, sample, threat)
     from holdfast.certifiers.provers import GraphProver, prepared_graph
+    from holdfast.certifiers.word_embeddings import on_embeddings
+    from holdfast.threats.word_embeddings import WordEmbeddings
 
+    ball = threat.constraint
+    if isinstance(ball, WordEmbeddings):
+        assert isinstance(prover, GraphProver)  # settings contain no other method
+        return target.once(
+            f"prover {prover.name} {prover!r}",
+            lambda: on_embeddings(prover, target.original, ball),
+        )
     if isinstance(prover, GraphProver):  # all of them use the same graph
         graph = target.once("graph", lambda: prepared_graph(target.original, sample))
         return target.once(
@@ -393,6 +423,16 @@ def _of_outputs(by_method: Sequence[Columns], nothing: Mapping[str, Tensor]) -> 
     return {
         name: reduce(tighter[name], (columns[name] for columns in by_method), values)
         for name, values in nothing.items()
+    }
+
+
+def _undefined(proofs: Proofs, ids: Ids) -> dict[str, Tensor]:
+    """The columns of the table of the operations whose domain the bounds of undecided examples leave."""
+    undecided = set(ids[~(proofs.certified | proofs.broken)].tolist())
+    known = {id_: text for id_, text in proofs.undefined.items() if id_ in undecided}
+    return {
+        f"{UNDEFINED}.id": torch.tensor(list(known), dtype=torch.int64),
+        f"{UNDEFINED}.operation": encoded([text[:_WIDTH] for text in known.values()], _WIDTH),
     }
 
 
