@@ -160,6 +160,7 @@ def _of_vectors() -> dict[str, Callable[[], nn.Module]]:
         "part": lambda x: x[:, 1:4] * x[:, 3:],
         "expanded": lambda x: x[:, :1].expand(-1, 4),
         "squares": torch.square,
+        "with a vector": lambda x: (x @ half.to(x))[:, None],
         "outer": lambda x: torch.einsum("ni,nj->nij", x, x),
     }
     made = {name: getattr(nn, name) if name != "Softmin" else partial(nn.Softmin, 1) for name in named}

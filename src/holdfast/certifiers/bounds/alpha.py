@@ -28,6 +28,8 @@ from holdfast.certifiers.bounds.operations import (
 _RATE, _FINE_RATE, _DECAY = 0.25, 0.03, 0.93
 """step sizes of Adam for the slopes of ReLUs and for those of other activations, whose first slopes are nearly the best
 ones, and the factor of both after each step"""
+_LEAST = 1e-20
+"""least magnitude of a multiplier of an assumed bound"""
 _SHARPENED = 512
 """largest number of inputs of functions other than ReLUs whose bounds are optimised, as those of wide layers gain
 little for their cost"""
@@ -47,10 +49,13 @@ class Cuts:
     """mask (n, *shape) of the assumed upper bounds"""
 
     def limit_(self, multipliers: Tensor) -> None:
-        """Change multipliers (n, k, *shape) in place to zero where the bound with their sign is not assumed."""
-        multipliers.copy_(
-            multipliers.clamp(min=0) * self.low[:, None] + multipliers.clamp(max=0) * self.high[:, None]
-        )
+        """Change multipliers (n, k, *shape) in place to the nearest ones whose bound with their sign is assumed.
+
+        They are not zero there, because the gradient at zero would be that of the sum of both bounds.
+        """
+        low, high = self.low[:, None], self.high[:, None]
+        one_sided = torch.where(low, multipliers.clamp(min=_LEAST), multipliers.clamp(max=-_LEAST))
+        multipliers.copy_(torch.where(low & high, multipliers, torch.where(low | high, one_sided, 0.0)))
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ def optimised(
     parameters = [each for values in choices.all for each in values.values()]
     if not parameters or not steps:
         return Optimised(substitute(relaxation, index, coefficients, start).lower, start)
+    for i, multipliers in choices.multipliers.items():
+        cuts[i].limit_(multipliers)
     optimiser = _optimiser(choices)
     best = torch.full(
         coefficients.shape[:2], -torch.inf, dtype=coefficients.dtype, device=coefficients.device
