@@ -89,6 +89,8 @@ SUBJECTS = {
     "that under an independent attack with at least as many gradients or queries; lines that the user writes besides "
     "the command; CPU time and peak memory of the assessment. [The field](field.md) explains the rows.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
+    "auto-lirpa": "IBP, CROWN and alpha-CROWN beside auto_LiRPA, on the same images in turns, one thread: CPU time and "
+    "bounds of the smallest margin. auto_LiRPA does not subtract rounding errors.",
     "vnncomp-2021": "Queries of VNN-COMP 2021 by `holdfast-vnn` with one thread and 60 seconds each, beside the "
     "verdicts that the entries of the competition published: all of the category `test`, and others drawn by a seed. "
     "*Solved by half* counts those that at least half of the entries solved, within the limits of the competition.",
@@ -160,6 +162,8 @@ SUBJECTS = {
     "rotation": "Twelve ways to replace the parameter set of a small network on MNIST, Linf 0.1, three seeds: success "
     "rates of the attackers A0 to A3. [Rotation](concepts/rotation.md#what-it-is-worth) defines them.",
     "new-basins": "Whether generated parameter sets are independent of those that the generator was trained on.",
+    "generated-protection": "Parameter sets of a hypernetwork that was trained against the adversarial examples of its "
+    "other sets, after thefts, beside sets that are trained again in the same CPU time, MNIST, three seeds.",
     "rotation-robust": "Rotation of parameter sets that `fgsm-rs` hardened with its guard, MNIST, Linf 0.2.",
     "rotation-unguarded": "Rotation of parameter sets that `fgsm-rs` hardened without its guard, MNIST, Linf 0.2.",
     "rotation-cifar": "Rotation of hardened parameter sets of a small residual network, CIFAR-10, Linf 8/255, one "

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import holdfast
 from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
 from holdfast.certifiers.bounds import tracing
 from holdfast.certifiers.bounds.alpha import AffineSum, Optimised, optimised, reduced, sharpen
@@ -20,6 +22,7 @@ from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.bounds.windows import frames
 from holdfast.certifiers.branching import AlphaCrown, BranchAndBound, OutputProperty, Search, Tree, _Problems
 from holdfast.certifiers.objectives import margin_rows
+from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
@@ -391,6 +394,31 @@ def test_rounding_errors_are_subtracted() -> None:
     batch = Batch(torch.full((1, 2), 0.5), torch.tensor([0]), torch.arange(1))
     for prover in (IBP(), CrownIBP(), Crown(), AlphaCrown()):
         assert prover.ready(model, batch, ThreatModel(Linf(0.1)))(batch).bound <= 0, prover
+
+
+@pytest.mark.parametrize("prover", [IBP(), CrownIBP(), Crown()], ids=lambda prover: prover.name)
+def test_bounds_are_below_the_exact_minimum_where_constants_are_rounded(prover: Prover) -> None:
+    # reciprocals of the deviations are rounded to float32
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net, x, mean, std = nn.Linear(6, 2), torch.rand(1, 6), torch.rand(6), torch.rand(6) + 0.3
+        model = Classifier(net, mean=mean.tolist(), std=std.tolist()).eval().requires_grad_(False)
+        batch, threat = Batch(x, torch.zeros(1, dtype=torch.long), torch.arange(1)), ThreatModel(Linf(1e-6))
+        found = Fraction(float(prover.ready(model, batch, threat)(batch).bound))
+        low, high = (each[0].tolist() for each in region_of(x, threat.constraint, model.bounds).box)
+        weights = [[Fraction(value) for value in row] for row in net.weight.tolist()]
+        least = Fraction(net.bias[0].item()) - Fraction(net.bias[1].item())
+        for place, (first, second) in enumerate(zip(*weights, strict=True)):
+            factor = (first - second) / Fraction(std[place].item())
+            end = Fraction(low[place] if factor > 0 else high[place])
+            least += factor * (end - Fraction(mean[place].item()))
+        assert found <= least, seed
+
+
+def test_an_interpolation_is_bounded_although_its_weights_are_differences_of_places() -> None:
+    resized, x = nn.Upsample(size=(2, 320), mode="bilinear").eval(), torch.zeros(1, 1, 2, 224)
+    x[..., ::2] = 1
+    assert (holdfast.bounds(resized, x, 0.0, method="ibp").lower.double() <= resized(x.double())).all()
 
 
 class Shifted(nn.Module):

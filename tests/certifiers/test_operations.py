@@ -12,7 +12,7 @@ import holdfast
 from holdfast import Batch, Classifier, Linf, ThreatModel
 from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, relaxed, substitute
 from holdfast.certifiers.bounds.graph import Graph, Region, region_of
-from holdfast.certifiers.bounds.operations import Curved, Product
+from holdfast.certifiers.bounds.operations import Curved, Linear, Product
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.branching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP
@@ -331,3 +331,27 @@ def test_the_bounds_of_a_logarithm_hold_in_a_region_of_one_rounding() -> None:
     smallest, largest = logarithm.rounded_offsets(torch.zeros(1, 1), (low, high))
     assert float(smallest) <= 0.0
     assert float(largest) >= float(high.double().log())
+
+
+LINEAR = {
+    "dense": (nn.Linear(7, 3), (7,)),
+    "stride": (nn.Conv2d(2, 4, 3, stride=2, padding=1), (2, 7, 7)),
+    "long stride": (nn.Conv2d(1, 3, (2, 5), stride=(3, 2)), (1, 8, 9)),
+    "dilation": (nn.Conv2d(2, 2, 3, stride=2, dilation=2, padding=2), (2, 9, 9)),
+    "coprime dilation": (nn.Conv1d(1, 2, 4, stride=2, dilation=3), (1, 20)),
+    "groups": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 5)),
+    "transposed": (nn.ConvTranspose2d(3, 2, 3, stride=2, output_padding=1, padding=1), (3, 4, 4)),
+    "transposed groups": (nn.ConvTranspose1d(4, 6, 4, stride=3, dilation=2, groups=2), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_terms_are_at_least_the_products_in_one_sum(name: str) -> None:
+    net, shape = LINEAR[name]
+    graph = traced(Classifier(nn.Sequential(net, nn.Flatten())).eval(), torch.rand(1, *shape))
+    operation = graph.node(1).operation
+    assert isinstance(operation, Linear)
+    one = torch.eye(graph.shape.numel()).view(-1, *shape)
+    used = (operation(one) - operation(torch.zeros_like(one)))[:, None].flatten(1).abs() > 1e-7
+    assert used.sum(0).max() <= operation.terms - (operation.bias is not None)
+    assert used.sum(1).max() == operation.back_terms

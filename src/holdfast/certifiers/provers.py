@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holdfast.certifiers.bounds.crown import finite, from_intervals, lowest, relaxed
 from holdfast.certifiers.bounds.graph import Graph, Region, Relaxation, region_of
+from holdfast.certifiers.bounds.operations import Scaled
 from holdfast.certifiers.bounds.tracing import traced
 from holdfast.certifiers.estimator_networks import has_network, network_of
 from holdfast.certifiers.objectives import Objective, objective_of
@@ -80,6 +81,13 @@ def prepared_graph(model: Classifier, sample: Batch) -> Graph:
         graph = replace(graph, probabilities=model.output == "probability")
     else:
         graph = traced(model, sample.x)
+        # factors and offsets are computed from other constants, as the reciprocals of divisors are, and rounded
+        roundoff = torch.finfo(sample.x.dtype).eps / 2
+        nodes = [
+            replace(node, roundoff=roundoff) if isinstance(node.operation, Scaled) else node
+            for node in graph.nodes
+        ]
+        graph = replace(graph, nodes=tuple(nodes))
     if not isinstance(model.task, Segmentation):
         graph = objective_of(model).extended(graph)
     return graph.to(sample.x.dtype, sample.x.device)
@@ -127,7 +135,10 @@ def _by_lines_from_intervals(
 
 def _by_lines(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, Relaxation]:
     relaxation = relaxed(graph, region, deadline=deadline)
-    return lowest(relaxation, rows), relaxation
+    if rows.device.type != "cpu":  # many accelerators are slow in double precision, or have none
+        return lowest(relaxation, rows), relaxation
+    # the functions of the outputs are few beside the values in between, so that double precision costs little
+    return lowest(relaxation.to(torch.float64), rows.double()), relaxation
 
 
 def _bounder(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.certifiers.bounds.crown import NO_CHOICES, Choices, Total, one_hot, only_relu, substitute
-from holdfast.certifiers.bounds.graph import ROUNDINGS, Graph, Node, Relaxation, gamma
+from holdfast.certifiers.bounds.graph import Graph, Node, Relaxation, gamma
 from holdfast.certifiers.bounds.operations import (
     Activation,
     Convolution,
@@ -284,7 +284,7 @@ class AffineSum(Linear):
     def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return sum_i x_i |W_i|^T + |b|, and what adds the error of the matrices to the rounding error."""
         sums = self._applied(x, [weight.abs() for weight in self.weights]) + self.bias.abs()
-        return sums + self.error / (ROUNDINGS * gamma(self.terms + 4, self.error.dtype))
+        return sums + self.error / gamma(self.terms + 4, self.error.dtype)
 
 
 def reducible(relaxation: Relaxation) -> bool:

@@ -118,7 +118,9 @@ def _excess(to: Translator, a: TracedValue, b: TracedValue) -> TracedValue:
 
 
 def _shifted(to: Translator, a: TracedValue, b: TracedValue, factor: float) -> TracedValue:
-    """A + factor * b, for a value a and a value or constant b."""
+    """A + factor * b, for a value a and a value or constant b. Unlike in `shifted`, minus infinity in b is an ordinary
+    constant.
+    """
     if b.node is None:
         return scaled(to, a, None, factor * constant(to, b))
     return to.add(operations.Sum(factor), to.aligned(a, to.out), to.aligned(b, to.out))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +23,13 @@ Operation = (
     | operations.ExponentialSum
 )
 
-ROUNDINGS = 2
-"""number of times that the rounding error of an operation is counted: in the computation of its bounds, and in the
-network itself, in the same data type"""
+_SUMMED = 1.01
+"""factor for the rounding errors of the sums of magnitudes from which rounding errors are computed"""
+_CONSTANTS = 2
+"""number of roundings of a constant in the data type to which it was rounded, as of the reciprocal of a divisor"""
+_BLOCKS = 32
+"""largest number of parts of the minimum of a linear function over a region, each of which is summed for itself,
+because the rounding error of a sum grows with its length"""
 _FUSED = 16
 """number of roundings that are counted for the constants of an operation, which may be computed in several ways: the
 factors of batch norm with reciprocal square roots of two units in the last place, or joined with the weights of the
@@ -63,6 +67,8 @@ class Node:
     the error of float32; `with probabilities` if the network also computes probabilities of the values at its end"""
     name: str = ""
     """name of the operation of torch that was translated into this one, such as `aten.log`"""
+    roundoff: float = 0.0
+    """largest unit roundoff of the data types to which constants of the operation were rounded; 0 for exact ones"""
     inexact: bool = False
     """whether that operation is computed in another way, so that its rounding error in float32 is not known"""
 
@@ -157,7 +163,9 @@ class Graph:
         return bounds
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Graph":
-        """Return the graph with all of its constants in another data type or on another device."""
+        """Return the graph with all of its constants in another data type or on another device. Its bounds contain the
+        values of this graph also if constants were rounded, and those of a graph with longer constants before it.
+        """
         nodes = tuple(_converted(node, dtype, device) for node in self.nodes)
         return replace(self, nodes=nodes)
 
@@ -192,7 +200,7 @@ def interval_of(
     else:
         low, high = operation.interval(*inputs)
         if rounded:
-            low, high = _enlarged(operation, inputs, (low, high))
+            low, high = _enlarged(node, inputs, (low, high))
     if node.computed != "exact":
         error = network_error(node, inputs)
         low, high = low - error, high + error
@@ -202,17 +210,16 @@ def interval_of(
 
 
 def _enlarged(
-    operation: operations.Linear | operations.Product,
-    inputs: Sequence[operations.Interval],
-    x: operations.Interval,
+    node: Node, inputs: Sequence[operations.Interval], x: operations.Interval
 ) -> operations.Interval:
-    """Bounds of the values of an operation, enlarged by the rounding errors of their computation and of the network."""
-    low, high = x
+    """Bounds of the values of an operation, enlarged by the rounding errors of their computation."""
+    operation, (low, high) = node.operation, x
+    assert isinstance(operation, operations.Linear | operations.Product)
     terms = _terms(operation, inputs)
     if not terms:
         return low, high
     with torch.no_grad():
-        factor = ROUNDINGS * gamma(terms + 4, low.dtype)
+        factor = _SUMMED * gamma(terms + 8, low.dtype) + _of_constants(node, low.dtype)
         if _monotone(operation):  # each bound depends on those of one side
             below, above = (operation.magnitude_bound(*(x[i].abs() for x in inputs)) for i in (0, 1))
             return low - factor * below, high + factor * above
@@ -220,6 +227,13 @@ def _enlarged(
             return low - factor * low.abs(), high + factor * high.abs()
         error = factor * operation.magnitude_bound(*(largest(each) for each in inputs))
     return low - error, high + error
+
+
+def _of_constants(node: Node, dtype: torch.dtype) -> float:
+    """Relative error of the constants of an operation, if they were rounded to a shorter data type than `dtype`, whose
+    rounding errors contain it otherwise.
+    """
+    return _CONSTANTS * node.roundoff if node.roundoff > torch.finfo(dtype).eps / 2 else 0.0
 
 
 def _monotone(operation: operations.Linear | operations.Product) -> bool:
@@ -275,14 +289,24 @@ def gamma(terms: int, dtype: torch.dtype) -> float:
 
 
 def _converted(node: Node, dtype: torch.dtype, device: torch.device | None) -> Node:
-    changed = {}
-    for name, value in vars(node.operation).items():
+    roundoffs = [node.roundoff]
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            new = value.to(device, dtype)
+            if bool((new.to(value) != value).any()):
+                roundoffs.append(torch.finfo(dtype).eps / 2)
+            return new
         if isinstance(value, Tensor):
-            changed[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if not changed:
-        return node
-    operation = type(node.operation)(**{**vars(node.operation), **changed})
-    return replace(node, operation=operation)
+            return value.to(device)
+        if isinstance(value, tuple):
+            return tuple(converted(each) for each in value)
+        return value
+
+    operation = type(node.operation)(
+        **{name: converted(value) for name, value in vars(node.operation).items()}
+    )
+    return replace(node, operation=operation, roundoff=max(roundoffs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,17 +343,19 @@ class Region:
         middle, radius = ((self.high + self.low) / 2).flatten(1), ((self.high - self.low) / 2).flatten(1)
         sizes = rows.abs()
         spread = torch.stack((radius, middle.abs() + radius), 1)
-        products = spread @ sizes.transpose(1, 2)
-        least = operations.weighted(rows, middle) - products[:, 0]
-        error = gamma(rows.shape[2] + 4, a.dtype) * products[:, 1]
+        length = max(64, math.ceil(rows.shape[2] / _BLOCKS))
+        parts = [slice(start, start + length) for start in range(0, rows.shape[2], length)]
+        products = torch.stack(
+            [spread[:, :, part] @ sizes[:, :, part].transpose(1, 2) for part in parts]
+        ).sum(0)
+        least = _blocked(rows, middle, parts) - products[:, 0]
+        error = _SUMMED * gamma(min(length, rows.shape[2]) + len(parts) + 4, a.dtype) * products[:, 1]
         if self.norm is None:
             return least - error
         centre = self.centre.flatten(1)
         free = sizes if self.free is None else sizes * self.free.expand_as(self.low).flatten(1)[:, None]
         dual = free.norm(dim=2) if self.norm == 2 else free.amax(2)
-        in_ball = operations.weighted(rows, centre) - self.radius * dual * (
-            1 + gamma(rows.shape[2] + 4, a.dtype)
-        )
+        in_ball = _blocked(rows, centre, parts) - self.radius * dual * (1 + gamma(rows.shape[2] + 4, a.dtype))
         return torch.maximum(least, in_ball) - 2 * error
 
     def minimiser(self, a: Tensor) -> Tensor:
@@ -369,6 +395,11 @@ class Region:
             high.to(self.high.dtype) < self.high, high.nextafter(torch.full_like(high, torch.inf)), high
         )
         return Region(low, high, self.centre.to(dtype), self.norm, self.radius, self.free)
+
+
+def _blocked(rows: Tensor, values: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Sums (n, k) of the products of rows (n, k, d) with values (n, d), first over each part of the values."""
+    return torch.stack([operations.weighted(rows[:, :, part], values[:, part]) for part in parts]).sum(0)
 
 
 def region_of(x: Inputs, constraint: Constraint, bounds: Bounds) -> Region:
@@ -476,7 +507,9 @@ class Relaxation:
     def error_of(self, index: int) -> Tensor:
         """Return the rounding error of the substitution of an operation, per unit of its coefficients."""
         if index not in self.errors:
-            self.errors[index] = self._error(index).flatten(1)
+            # they are multiplied by coefficients and summed, which makes a rounding error
+            summed = 1 + gamma(self.graph.shape_of(index).numel(), self.region.low.dtype)
+            self.errors[index] = self._error(index).flatten(1) * summed
         return self.errors[index]
 
     def _error(self, index: int) -> Tensor:
@@ -494,13 +527,18 @@ class Relaxation:
             smallest = min(self.graph.shape_of(i).numel() for i in node.inputs)
             sums += node.shape.numel() // smallest - 1
         if isinstance(operation, operations.Linear):
-            return ROUNDINGS * operation.magnitude_bound(*sizes) * gamma(operation.terms + 4 + sums, dtype)
+            factor = gamma(operation.back_terms + 4 + sums, dtype) + _of_constants(node, dtype)
+            # constants are sums over all values, and other coefficients are not
+            offsets = operation.magnitude_bound(*(torch.zeros_like(each[:1]) for each in sizes))
+            of_offsets = max(gamma(sum(node.shape) + 4, dtype) - factor, 0.0)
+            return factor * operation.magnitude_bound(*sizes) + of_offsets * offsets
         lines, n_values = self.lines_of(index), node.shape.numel()
         if isinstance(operation, operations.Product):
             assert isinstance(lines, operations.Planes)
             # the slopes and the constants of any planes are at most those of the largest magnitudes
             forward, backward = operation.terms([self.graph.shape_of(i) for i in node.inputs])
-            relative = gamma(backward + ROUNDINGS * forward + 2 * sums + 16, dtype)
+            # the sums of the planes have as many terms as those of the products
+            relative = gamma(backward + 2 * forward + 2 * sums + 16, dtype)
             return relative * operation.magnitude_bound(*sizes) + gamma(n_values + 8, dtype) * lines.spread
         if isinstance(operation, operations.ExponentialSum):
             # with the rounding errors of the differences, whose inputs get the coefficients
@@ -542,6 +580,13 @@ class Relaxation:
             {i: type(each)(*(part[rows] for part in each)) for i, each in self.lines.items()},
             {i: error[rows] for i, error in self.errors.items()},
         )
+
+    def to(self, dtype: torch.dtype) -> "Relaxation":
+        """Return the relaxation in a longer data type. Linear bounds are computed again, since their errors are bounded
+        in the data type in which they were computed.
+        """
+        bounds = {i: (low.to(dtype), high.to(dtype)) for i, (low, high) in self.bounds.items()}
+        return Relaxation(self.graph.to(dtype), self.region.to(dtype), bounds, stopped=self.stopped)
 
     def replace_bounds(self, index: int, low: Tensor, high: Tensor) -> None:
         """Replace the bounds of a value by tighter ones. What was computed from the former bounds is forgotten."""

@@ -68,14 +68,18 @@ def _of_images(
     kwargs: Mapping[str, TracedValue],
     terms: int,
     dims: int = 2,
+    *,
+    in_double: bool = False,
 ) -> TracedValue:
     """An operation on images (channels, height, width), or on values with another number of dimensions `dims` beside
-    the channels, whose weights are not negative.
+    the channels, whose weights are not negative. With `in_double`, it is computed in double precision.
     """
     assert to.current is not None
     given = tuple(constant_of(arg) for arg in args)
     settings = {name: constant_of(arg) for name, arg in kwargs.items()}
     function = partial(applied, function=to.current.target, args=given, kwargs=settings)
+    if in_double:
+        function = partial(_in_double, function=function)
     if not (x.rank == dims + 2 and leads(x.shape)):
         channels = (1,) * (dims + 1 - x.rank)
         before, after = (*channels, *x.shape[-dims - 1 :]), tuple(shape_of_example(to.out))
@@ -105,12 +109,17 @@ def _adaptive_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs:
     return _of_images(to, x, args, kwargs, math.prod(x.shape[-dims:]) + 2, dims)
 
 
+def _in_double(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    return function(x.double()).to(x.dtype)
+
+
 def _resized(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     """Images in another size by nearest or bilinear interpolation, whose weights are not negative."""
     sizes = zip(x.shape[-2:], to.out[-2:], strict=True)
     # each value is part of so many results at most
     terms = math.prod(2 * math.ceil(after / before) for before, after in sizes)
-    return _of_images(to, x, args, kwargs, terms + 2)
+    # weights are differences of places, whose rounding errors in float32 may be as large as the weights
+    return _of_images(to, x, args, kwargs, terms + 2, in_double=True)
 
 
 def _pad(to: Translator, x: TracedValue, widths: TracedValue, value: TracedValue = _ZERO) -> TracedValue:

@@ -23,8 +23,12 @@ class Linear(ABC):
     """
 
     terms: int
-    """largest number of products that are summed for one value, in the operation or in its transpose; 0 if values are
-    only moved"""
+    """largest number of products that are summed for one value; 0 if values are only moved"""
+
+    @property
+    def back_terms(self) -> int:
+        """Largest number of products that are summed for one value of the transpose."""
+        return self.terms
 
     @abstractmethod
     def __call__(self, *x: Tensor) -> Tensor:
@@ -42,7 +46,8 @@ class Linear(ABC):
 
     def constants(self, a: Tensor) -> Tensor | None:
         """Return the constants (n, k) that the offset b adds to linear functions with the coefficients `a`, or None if
-        there is no offset.
+        there is no offset. They are summed over one dimension after the other, so that a product is part of at most as
+        many additions as the lengths of all dimensions add up to.
         """
         return None
 
@@ -60,8 +65,13 @@ class Dense(Linear):
 
     @property
     def terms(self) -> int:  # type: ignore[override]
-        """Larger one of the numbers of inputs and outputs, plus one for the offset."""
-        return max(self.weight.shape) + 1
+        """Number of inputs, plus one for the offset."""
+        return self.weight.shape[1] + 1
+
+    @property
+    def back_terms(self) -> int:
+        """Number of outputs."""
+        return len(self.weight)
 
     def __call__(self, *x: Tensor) -> Tensor:
         """Return x W^T + b."""
@@ -80,14 +90,24 @@ class Dense(Linear):
 
     def constants(self, a: Tensor) -> Tensor | None:
         """Return a b, summed over all further dimensions."""
-        if self.bias is None:
-            return None
-        products = a @ self.bias
-        return products.flatten(2).sum(2) if products.dim() > 2 else products
+        return None if self.bias is None else summed_up(a @ self.bias, 2)
 
     def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return x |W|^T + |b|."""
         return F.linear(x[0], self.weight.abs(), None if self.bias is None else self.bias.abs())
+
+
+def summed_up(a: Tensor, dims: int) -> Tensor:
+    """Return the sums over all dimensions but the first `dims`, over one dimension after the other."""
+    while a.dim() > dims:
+        a = a.sum(-1)
+    return a
+
+
+def _overlapping(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> int:
+    """Largest number of positions of a kernel that read the same value."""
+    steps = zip(kernel, stride, dilation, strict=True)
+    return math.prod(math.ceil(width * math.gcd(step, spread) / step) for width, step, spread in steps)
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -107,9 +127,14 @@ class Convolution(Linear):
 
     @property
     def terms(self) -> int:  # type: ignore[override]
-        """Number of weights that are summed for one output or, in the transpose, for one input, plus one."""
-        kernel = math.prod(self.weight.shape[2:])
-        return max(self.weight.shape[1], self.weight.shape[0] // self.groups) * kernel + 1
+        """Number of weights that are summed for one output, plus one for the offset."""
+        return self.weight[0].numel() + 1
+
+    @property
+    def back_terms(self) -> int:
+        """Number of outputs in which one input is a term."""
+        positions = _overlapping(self.weight.shape[2:], self.stride, self.dilation)
+        return len(self.weight) // self.groups * positions
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = _CONVOLUTIONS[len(self.stride)]
@@ -151,7 +176,7 @@ class Convolution(Linear):
 
     def constants(self, a: Tensor) -> Tensor | None:
         """Return the coefficients, summed over positions, times the bias of each channel."""
-        return None if self.bias is None else a.flatten(3).sum(3) @ self.bias
+        return None if self.bias is None else summed_up(a, 3) @ self.bias
 
     def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return the convolution of x with the magnitudes of the kernel, plus those of the bias."""
@@ -172,9 +197,14 @@ class TransposedConvolution(Linear):
 
     @property
     def terms(self) -> int:  # type: ignore[override]
-        """Number of weights that are summed for one output or, in the transpose, for one input, plus one."""
-        kernel = math.prod(self.weight.shape[2:])
-        return max(self.weight.shape[0] // self.groups, self.weight.shape[1]) * kernel + 1
+        """Number of inputs that are terms of one output, plus one for the offset."""
+        positions = _overlapping(self.weight.shape[2:], self.stride, self.dilation)
+        return len(self.weight) // self.groups * positions + 1
+
+    @property
+    def back_terms(self) -> int:
+        """Number of weights that are summed for one input."""
+        return self.weight[0].numel()
 
     def _applied(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         transpose = _TRANSPOSES[len(self.stride)]
@@ -204,7 +234,7 @@ class TransposedConvolution(Linear):
 
     def constants(self, a: Tensor) -> Tensor | None:
         """Return the coefficients, summed over positions, times the bias of each channel."""
-        return None if self.bias is None else a.flatten(3).sum(3) @ self.bias
+        return None if self.bias is None else summed_up(a, 3) @ self.bias
 
     def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return the transposed convolution of x with the magnitudes of the kernel, plus those of the bias."""
@@ -244,7 +274,7 @@ class Scaled(Linear):
 
     def constants(self, a: Tensor) -> Tensor | None:
         """Return a * offset, summed over the shape of an example."""
-        return None if self.offset is None else (a * self.offset).flatten(2).sum(2)
+        return None if self.offset is None else summed_up(a * self.offset, 2)
 
     def magnitude_bound(self, *x: Tensor) -> Tensor:
         """Return |scale| * x + |offset|."""

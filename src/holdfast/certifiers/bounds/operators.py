@@ -37,22 +37,21 @@ _ABSENT, _NO, _FIRST, _LAST, _ONE, _TWO = (TracedValue(None, each) for each in (
 
 
 def _add(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
-    factor = float(alpha.constant)
+    return _added(to, a, b, float(alpha.constant))
+
+
+def _sub(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
+    return _added(to, a, b, -float(alpha.constant))
+
+
+def _added(to: Translator, a: TracedValue, b: TracedValue, factor: float) -> TracedValue:
+    """A + factor * b, of which one may be a constant."""
     if a.node is not None and b.node is not None:
         return to.add(operations.Sum(factor), to.aligned(a, to.out), to.aligned(b, to.out))
     if a.node is not None:
         return shifted(to, a, factor * constant(to, b))
     scale = None if factor == 1 else scalar(to, factor)
     return scaled(to, b, scale, constant(to, a))
-
-
-def _sub(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
-    factor = float(alpha.constant)
-    if a.node is not None and b.node is not None:
-        return to.add(operations.Sum(-factor), to.aligned(a, to.out), to.aligned(b, to.out))
-    if a.node is not None:
-        return scaled(to, a, None, -factor * constant(to, b))
-    return scaled(to, b, scalar(to, -factor), constant(to, a))
 
 
 def _mul(to: Translator, a: TracedValue, b: TracedValue) -> TracedValue:
@@ -163,6 +162,14 @@ def _curved(operation: operations.Curved) -> Translation:
         return to.add(operation, x)
 
     return translate
+
+
+def _expm1(to: Translator, x: TracedValue) -> TracedValue:
+    return scaled(to, to.add(operations.EXPONENTIAL, x), None, scalar(to, -1.0))
+
+
+def _log1p(to: Translator, x: TracedValue) -> TracedValue:
+    return to.add(_LOGARITHM, scaled(to, x, None, scalar(to, 1.0)))
 
 
 def _pow(to: Translator, x: TracedValue, exponent: TracedValue) -> TracedValue:
@@ -711,7 +718,9 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.pow": _pow,
     "aten.square": _curved(_power(2.0)),
     "aten.exp": _curved(operations.EXPONENTIAL),
+    "aten.expm1": _expm1,
     "aten.log": _curved(_LOGARITHM),
+    "aten.log1p": _log1p,
     "aten.reciprocal": _curved(_RECIPROCAL),
     "aten.sqrt": _curved(_ROOT),
     "aten.rsqrt": _curved(_RECIPROCAL_ROOT),

@@ -22,6 +22,7 @@ from holdfast.certifiers.bounds.operations import (
     ReLU,
     Scaled,
     Sum,
+    summed_up,
 )
 
 _SMALL = 0.6
@@ -233,7 +234,7 @@ class Windows:
         examples = torch.arange(n, device=joined.device).repeat_interleave(k)
         if rows * columns <= k:  # to copy the windows of all places first makes their selection faster
             every = windows.reshape(n * rows * columns, -1)
-            chosen = every[(examples * rows + self.places[0]) * columns + self.places[1]]
+            chosen = every.index_select(0, (examples * rows + self.places[0]) * columns + self.places[1])
         else:
             chosen = windows[examples, *self.places]
         return chosen.view(n, k, len(values), channels, h, w).unbind(2)
@@ -257,24 +258,32 @@ class Windows:
     def minimum(self, region: Region) -> Tensor:
         """Return the minima (n, k) of the functions over a region of values, reduced by their rounding errors."""
         a = self.a
-        middle, radius = self.gathered((region.high + region.low) / 2, (region.high - region.low) / 2)
-        sizes = a.abs()
-        spread = _dot(sizes, radius)
-        rounding = gamma(a[0, 0].numel() + 4, a.dtype) * (_dot(sizes, middle.abs()) + spread)
-        lower = _dot(a, middle) - spread
+        low, high = self.gathered(region.low, region.high)
+        products = a * torch.where(a > 0, low, high)
+        terms = a[0, 0, 0].numel() + a.shape[2]
+        lower, rounding = _summed(products), 1.01 * gamma(terms + 4, a.dtype) * _summed(products.abs())
         if region.norm is not None:
             free = torch.ones_like(region.low) if region.free is None else region.free.to(region.low)
             inside, centre = self.gathered(free.expand_as(region.low), region.centre)
             rows = (a * inside).flatten(2)
             dual = rows.norm(dim=2) if region.norm == 2 else rows.abs().amax(2)
-            in_ball = _dot(a, centre) - region.radius * dual * (1 + gamma(rows.shape[2] + 4, a.dtype))
-            lower = torch.maximum(lower, in_ball) - rounding
+            products = a * centre
+            in_ball = _summed(products) - region.radius * dual * (1 + gamma(rows.shape[2] + 4, a.dtype))
+            in_ball = in_ball - 2 * gamma(terms + 4, a.dtype) * (
+                _summed(products.abs()) + region.radius * dual
+            )
+            return torch.maximum(lower - rounding, in_ball)
         return lower - rounding
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Sums (n, k) of products over windows (n, k, channels, h, w)."""
-    return (a * b).flatten(2).sum(2)
+    return _summed(a * b)
+
+
+def _summed(a: Tensor) -> Tensor:
+    """Sums (n, k) over windows (n, k, channels, h, w), over positions and then over channels."""
+    return a.flatten(3).sum(3).sum(2)
 
 
 def step(relaxation: Relaxation, index: int, windows: Windows) -> tuple[list[Windows], Tensor, Tensor]:
@@ -301,13 +310,13 @@ def step(relaxation: Relaxation, index: int, windows: Windows) -> tuple[list[Win
     added = torch.zeros_like(rounding)
     if isinstance(operation, Scaled):
         if operation.offset is not None:
-            added = (a * operation.offset.reshape(-1, 1, 1)).flatten(2).sum(2)
+            added = (summed_up(a, 3) * operation.offset.flatten()).sum(2)
         scaled = a if operation.scale is None else a * operation.scale.reshape(-1, 1, 1)
         return [replace(windows, a=scaled)], added, rounding
     convolution = as_convolution(node, inner)
     assert convolution is not None
     if convolution.bias is not None:
-        added = a.flatten(3).sum(3) @ convolution.bias
+        added = summed_up(a, 3) @ convolution.bias
     if windows.channel is None:
         back = _transposed(convolution, a)
     else:
